@@ -1,0 +1,32 @@
+"""SaPE2 and its rivals: position encodings for vision transformers, exact, comparable, and ready to use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sape2.adapters.pytorch import SaPEAttention
+    from sape2.encodings import create_encoding, list_encodings
+    from sape2.vit import create_model
+
+__version__ = "0.1.0"
+
+# Looked up when first used, so that `import sape2` and `sape2 --help` do not wait for torch.
+_HOMES = {
+    "SaPEAttention": "sape2.adapters.pytorch",
+    "create_encoding": "sape2.encodings",
+    "create_model": "sape2.vit",
+    "list_encodings": "sape2.encodings",
+}
+__all__ = ["SaPEAttention", "create_encoding", "create_model", "list_encodings"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sape2' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,320 @@
+"""What a run is: frozen dataclasses, checked when they are made, JSON both ways. No torch, nothing of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+from dataclasses import dataclass, field
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+# dim, depth, num_heads, mlp_ratio
+MODELS: dict[str, tuple[int, int, int, float]] = {
+    "vit_nano": (96, 4, 3, 4.0),
+    "vit_micro": (192, 9, 12, 2.0),
+    "vit_small": (384, 12, 6, 4.0),
+    "vit_base": (768, 12, 12, 4.0),
+}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A vision transformer. One block serves every encoding: nothing here is tied to one.
+
+    `image_size` is (height, width) in pixels; `layer_scale` is the initial value of the per-channel scale of each
+    residual branch, None for no such scale; `pool` reads the class token, or the mean of the grid tokens.
+    """
+
+    name: str = "vit_small"
+    encoding: str = "ape+sape2"
+    image_size: tuple[int, int] = (32, 32)
+    patch_size: int = 4
+    in_channels: int = 3
+    num_classes: int = 10
+    dim: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    pool: Literal["class", "mean"] = "class"
+    num_registers: int = 0
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    layer_scale: float | None = None
+    dropout: float = 0.0
+    attention_dropout: float = 0.0
+    drop_path: float = 0.0
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("patch_size", "in_channels", "num_classes", "dim", "depth", "num_heads"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1; got {getattr(self, name)}")
+        _require(self.num_registers >= 0, f"model.num_registers must not be negative; got {self.num_registers}")
+        _require(self.mlp_ratio > 0, f"model.mlp_ratio must be above 0; got {self.mlp_ratio}")
+        for name in ("dropout", "attention_dropout", "drop_path"):
+            _require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1); got {getattr(self, name)}")
+        _require(
+            self.dim % self.num_heads == 0,
+            f"the width must be divisible by the number of heads; got dim={self.dim}, num_heads={self.num_heads}",
+        )
+        check_image_size(self.image_size, self.patch_size)
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W) of the training image in patches."""
+        return check_image_size(self.image_size, self.patch_size)
+
+
+def check_image_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """The token grid of an image; raises ValueError unless both sides are positive multiples of the patch."""
+    height, width = image_size
+    _require(
+        height >= patch_size and width >= patch_size and height % patch_size == 0 and width % patch_size == 0,
+        f"an image of {height}x{width} pixels does not divide into patches of {patch_size}x{patch_size}; "
+        f"choose sides that are multiples of {patch_size}, or another patch_size",
+    )
+    return height // patch_size, width // patch_size
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}")
+    if isinstance(overrides.get("image_size"), int):
+        overrides["image_size"] = (overrides["image_size"],) * 2
+    sizes = dict(zip(("dim", "depth", "num_heads", "mlp_ratio"), MODELS[name], strict=True))
+    return _make(ModelConfig, {"name": name} | sizes | overrides, "model.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images. `source` is a folder or a hub id (None: the data set embedded in scikit-learn, digits only).
+
+    The validation set is split from the training set by class with `split_seed`, the same for every run seed.
+    `train_limit` keeps that many training images (by class, same seed). Images of another size are resized.
+    """
+
+    name: str = "cifar10"
+    source: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
+    std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
+    validation_fraction: float = 0.1
+    split_seed: int = 0
+    train_limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(
+            0 < self.validation_fraction < 1,
+            f"data.validation_fraction must be in (0, 1): the test set is never selected on; got {self.validation_fraction}",
+        )
+        _require(len(self.mean) == len(self.std), "data.mean and data.std need one value per channel each")
+        _require(all(value > 0 for value in self.std), f"data.std must be above 0; got {self.std}")
+        _require(
+            self.train_limit is None or self.train_limit >= 1, f"data.train_limit must be at least 1; got {self.train_limit}"
+        )
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to training images. `policy_group` images of a batch share one draw of the policy (see data.py).
+
+    `repeats` is repeated augmentation: each image is seen that many times in an epoch of unchanged length.
+    """
+
+    crop_padding: int = 0
+    flip: bool = False
+    policy: Literal["none", "randaugment", "autoaugment"] = "none"
+    policy_magnitude: int = 9
+    policy_group: int = 8
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_probability: float = 1.0
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(self.crop_padding >= 0, f"augment.crop_padding must not be negative; got {self.crop_padding}")
+        _require(0 <= self.policy_magnitude <= 30, f"augment.policy_magnitude must be 0 to 30; got {self.policy_magnitude}")
+        for name in ("policy_group", "repeats"):
+            _require(getattr(self, name) >= 1, f"augment.{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("erase", "mix_probability"):
+            _require(0 <= getattr(self, name) <= 1, f"augment.{name} must be in [0, 1]; got {getattr(self, name)}")
+        for name in ("mixup", "cutmix"):
+            _require(getattr(self, name) >= 0, f"augment.{name} must not be negative; got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """AdamW with warm-up and cosine decay. `lr` is the learning rate itself, not per 512 images.
+
+    `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
+    over all processes and accumulation steps. `checkpoint_every` is in updates; 0 is at the end of every epoch only.
+    """
+
+    epochs: int = 100
+    batch_size: int = 128
+    lr: float = 1e-3
+    min_lr: float = 1e-5
+    warmup_epochs: float = 5
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    clip_grad: float | None = None
+    ema_decay: float | None = None
+    accumulation: int = 1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    checkpoint_every: int = 0
+    workers: int = 1
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for name in ("epochs", "batch_size", "accumulation"):
+            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "checkpoint_every", "workers"):
+            _require(getattr(self, name) >= 0, f"train.{name} must not be negative; got {getattr(self, name)}")
+        _require(self.lr > 0, f"train.lr must be above 0; got {self.lr}")
+        _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1); got {self.label_smoothing}")
+        _require(self.clip_grad is None or self.clip_grad > 0, f"train.clip_grad must be above 0; got {self.clip_grad}")
+        _require(self.ema_decay is None or 0 < self.ema_decay < 1, f"train.ema_decay must be in (0, 1); got {self.ema_decay}")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"train.batch_size must be divisible by train.accumulation; got {self.batch_size} and {self.accumulation}",
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides the result of a run."""
+
+    recipe: str
+    model: ModelConfig
+    data: DataConfig
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _require(
+            len(self.data.mean) == self.model.in_channels,
+            f"the model takes {self.model.in_channels} channels but data.mean has {len(self.data.mean)}",
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> RunConfig:
+        """Raises ValueError that names the field for anything unknown, missing or of another type."""
+        return _make(RunConfig, values, "")
+
+    def identity(self) -> dict[str, Any]:
+        """The config without what does not change the result: where the data lie, how many workers read them."""
+        values = self.to_dict()
+        del values["data"]["source"], values["train"]["workers"], values["train"]["checkpoint_every"]
+        return values
+
+
+def override(config: RunConfig, assignments: list[str]) -> RunConfig:
+    """The config with "section.key=value" (or "key=value" where the key is unique) applied; values are JSON or text."""
+    values = config.to_dict()
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        _require(bool(equals), f"--set needs key=value; got {assignment!r}")
+        section, key = _find_key(values, path)
+        values[section][key] = _parse(text)
+        if (section, key) == ("model", "image_size") and isinstance(values[section][key], int):
+            values[section][key] = [values[section][key]] * 2
+    return RunConfig.from_dict(values)
+
+
+def _find_key(values: dict[str, Any], path: str) -> tuple[str, str]:
+    known = [f"{section}.{key}" for section in ("model", "data", "augment", "train") for key in values[section]]
+    matches = [name for name in known if path in (name, name.split(".")[1])]
+    if len(matches) == 1:
+        section, key = matches[0].split(".")
+        return section, key
+    if matches:
+        raise ValueError(f"--set {path} could be {' or '.join(matches)}; write one of them in full")
+    raise ValueError(f"--set knows no {path!r}; known keys: {', '.join(known)}")
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return None if text == "None" else text
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _make(cls: type, values: Any, prefix: str) -> Any:
+    """A dataclass from plain JSON values; nested dataclasses and tuples are made, everything else must already fit."""
+    _require(isinstance(values, dict), f"{prefix.rstrip('.') or 'the config'} must be an object; got {values!r}")
+    hints = get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    _require(not unknown, f"unknown key {prefix}{unknown[0] if unknown else ''}; known keys: {', '.join(hints)}")
+    needed = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
+    ]
+    _require(not needed, f"missing key {prefix}{needed[0] if needed else ''}")
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]) and not dataclasses.is_dataclass(value):
+            value = _make(hints[name], value, f"{prefix}{name}.")
+        elif get_origin(hints[name]) is tuple and isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return cls(**made)
+
+
+def _check_types(config: Any) -> None:
+    hints = get_type_hints(type(config))
+    section = type(config).__name__.removesuffix("Config").lower()
+    for name, hint in hints.items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            raise ValueError(f"{section}.{name} must be {_hint_text(hint)}; got {value!r}")
+        if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *get_args(hint)):
+            object.__setattr__(config, name, float(value))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = get_origin(hint)
+    if origin is Literal:
+        return value in get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, member) for member in get_args(hint))
+    if origin is tuple:
+        members = get_args(hint)
+        length_fits = members[-1] is Ellipsis or (isinstance(value, tuple) and len(value) == len(members))
+        return isinstance(value, tuple) and length_fits and all(_fits(item, members[0]) for item in value)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _hint_text(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)

@@ -1,0 +1,172 @@
+"""All position encodings by name, one dict per slot, and how names join: "ape+sape2:count=cyclic,every=2".
+
+To add one: a class in a file of this folder, a line in its dict below, its literal loop in `reference.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sape2.encodings.absolute import LearnedAbsolute, SinCos
+from sape2.encodings.base import (
+    AttentionBias,
+    AttentionEncoding,
+    Composite,
+    Facts,
+    NoEncoding,
+    TokenEncoding,
+    make_options,
+)
+from sape2.encodings.sape2 import SaPE2
+from sape2.grid import Grid
+
+TOKEN_ENCODINGS: dict[str, type[TokenEncoding]] = {
+    "ape": LearnedAbsolute,
+    "sincos": SinCos,
+}
+ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
+    "none": NoEncoding,
+    "sape2": SaPE2,
+}
+
+__all__ = [
+    "ATTENTION_ENCODINGS",
+    "TOKEN_ENCODINGS",
+    "AttentionBias",
+    "AttentionEncoding",
+    "Facts",
+    "LearnedAbsolute",
+    "NoEncoding",
+    "SaPE2",
+    "SinCos",
+    "TokenEncoding",
+    "create_encoding",
+    "create_encodings",
+    "find_encoding",
+    "list_encodings",
+    "parse_encoding",
+]
+
+
+def list_encodings() -> list[str]:
+    """The names that `create_encoding` and `create_model(encoding=...)` know; they join with "+"."""
+    return ["none", *TOKEN_ENCODINGS, *(name for name in ATTENTION_ENCODINGS if name != "none")]
+
+
+def find_encoding(name: str) -> type[TokenEncoding] | type[AttentionEncoding]:
+    """The class of a single name; raises ValueError that lists the known ones."""
+    encoding = TOKEN_ENCODINGS.get(name) or ATTENTION_ENCODINGS.get(name)
+    if encoding is None:
+        raise ValueError(f"unknown encoding {name!r}; known encodings: {', '.join(list_encodings())} (join them with +)")
+    return encoding
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What every attention encoding takes in a name besides its own options.
+
+    every=2 puts it in layers 2, 4, ... (counted from one); share=true gives these layers one module, tables and all.
+    """
+
+    every: int = 1
+    share: bool = False
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"every must be at least 1; got {self.every}")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One encoding of a joined name."""
+
+    name: str
+    options: dict[str, Any]
+    schedule: Schedule
+
+    @property
+    def acts_on_tokens(self) -> bool:
+        return self.name in TOKEN_ENCODINGS
+
+
+def parse_encoding(name: str) -> list[Part]:
+    """The parts of a name, in its order. Raises ValueError for unknown names and for contradictions."""
+    parts = [_parse_part(text.strip()) for text in name.split("+")]
+    names = [part.name for part in parts]
+    twice = sorted({part for part in names if names.count(part) > 1})
+    if twice:
+        raise ValueError(f"encoding {name!r} has {twice[0]} twice")
+    if "none" in names and len(names) > 1:
+        raise ValueError(f"encoding {name!r} joins none with something; leave none out")
+    tables = [n for n in names if n in TOKEN_ENCODINGS and TOKEN_ENCODINGS[n].after_block is None]
+    rotations = [n for n in names if n in ATTENTION_ENCODINGS and _rotates(ATTENTION_ENCODINGS[n])]
+    for kind, found in (("absolute tables", tables), ("rotations", rotations)):
+        if len(found) > 1:
+            raise ValueError(f"encoding {name!r} has two {kind}, {' and '.join(found)}; choose one")
+    return parts
+
+
+def _rotates(encoding: type[AttentionEncoding]) -> bool:
+    return encoding.rotate is not AttentionEncoding.rotate
+
+
+def _parse_part(text: str) -> Part:
+    name, _, option_text = text.partition(":")
+    find_encoding(name)
+    options: dict[str, Any] = {}
+    for item in filter(None, option_text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals or key in options:
+            raise ValueError(f"encoding option {item!r} of {name} must be key=value, each key once")
+        options[key] = value
+    schedule = {key: options.pop(key) for key in ("every", "share") if key in options}
+    if schedule and name in TOKEN_ENCODINGS:
+        raise ValueError(f"{name} acts once on the tokens; every= and share= are for attention encodings")
+    return Part(name, options, make_options(Schedule, name, schedule))
+
+
+def create_encoding(name: str, num_heads: int, head_dim: int, grid: Grid) -> TokenEncoding | AttentionEncoding:
+    """One module for one layer: "sape2:count=cyclic", "ape", or several attention encodings joined ("rope+sape2").
+
+    `grid` is the training grid (H, W). Raises ValueError for a token encoding joined with anything: they have
+    different places in a model, so `create_model` makes them.
+    """
+    parts = parse_encoding(name)
+    if len(parts) == 1 and parts[0].acts_on_tokens:
+        return TOKEN_ENCODINGS[parts[0].name](num_heads, head_dim, grid, **parts[0].options)
+    for part in parts:
+        if part.acts_on_tokens:
+            raise ValueError(f"{part.name} acts on the tokens, not in attention; use create_model(..., encoding={name!r})")
+        if part.schedule != Schedule():
+            raise ValueError(f"{part.name}: every= and share= speak of the layers of a model; use create_model")
+    return _join([_create(part, num_heads, head_dim, grid) for part in parts])
+
+
+def create_encodings(
+    name: str, num_heads: int, head_dim: int, grid: Grid, depth: int
+) -> tuple[list[TokenEncoding], list[AttentionEncoding]]:
+    """All modules of a model: its token encodings, and one attention encoding for each of the `depth` layers."""
+    parts = parse_encoding(name)
+    tokens = [TOKEN_ENCODINGS[p.name](num_heads, head_dim, grid, **p.options) for p in parts if p.acts_on_tokens]
+    layers: list[list[AttentionEncoding]] = [[] for _ in range(depth)]
+    for part in parts:
+        if part.acts_on_tokens:
+            continue
+        chosen = layers[part.schedule.every - 1 :: part.schedule.every]
+        if not chosen:
+            raise ValueError(f"{part.name}:every={part.schedule.every} leaves it out of all {depth} layers")
+        shared = _create(part, num_heads, head_dim, grid) if part.schedule.share else None
+        for layer in chosen:
+            layer.append(shared or _create(part, num_heads, head_dim, grid))
+    return tokens, [_join(layer) for layer in layers]
+
+
+def _create(part: Part, num_heads: int, head_dim: int, grid: Grid) -> AttentionEncoding:
+    return ATTENTION_ENCODINGS[part.name](num_heads, head_dim, grid, **part.options)
+
+
+def _join(parts: list[AttentionEncoding]) -> AttentionEncoding:
+    if not parts:
+        return NoEncoding()
+    return parts[0] if len(parts) == 1 else Composite(parts)

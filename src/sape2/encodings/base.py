@@ -1,0 +1,262 @@
+"""What a position encoding is: two slots, one bias type, declared facts, checked options.
+
+A *token* encoding acts once on the tokens. An *attention* encoding acts in every layer through two hooks,
+`rotate` and `bias`, both no-ops by default. Shapes: q, k are (B, h, N, d), unscaled, without prefix tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import operator
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sape2.grid import Grid
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """For encodings that have nothing to choose."""
+
+
+@dataclass(frozen=True)
+class AttentionBias:
+    """A bias in logits, added after the 1/sqrt(d) scale: `matrix + query_side @ key_side^T`.
+
+    `matrix` is (N, N), (h, N, N) or (B, h, N, N). `factors` are the (query_side, key_side) vectors, each (..., N, r),
+    whose dot product is the bias; with them attention keeps the fused kernel and needs no N x N map. Either may be None.
+    """
+
+    matrix: Float[Tensor, "*batch_heads tokens tokens"] | None = None
+    factors: tuple[Float[Tensor, "*#batch_heads tokens rank"], Float[Tensor, "*#batch_heads tokens rank"]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.matrix is None and self.factors is None:
+            raise ValueError("an AttentionBias needs a matrix or factors")
+
+    def dense(self) -> Float[Tensor, "*batch_heads tokens tokens"]:
+        """The whole bias as one map."""
+        maps = [] if self.matrix is None else [self.matrix]
+        if self.factors is not None:
+            query_side, key_side = self.factors
+            maps.append(query_side @ key_side.transpose(-1, -2))
+        return functools.reduce(operator.add, maps)
+
+    def __add__(self, other: AttentionBias) -> AttentionBias:
+        matrices = [bias.matrix for bias in (self, other) if bias.matrix is not None]
+        factors = [bias.factors for bias in (self, other) if bias.factors is not None]
+        return AttentionBias(
+            functools.reduce(operator.add, matrices) if matrices else None,
+            (_concatenate([f[0] for f in factors]), _concatenate([f[1] for f in factors])) if factors else None,
+        )
+
+    def scaled(self, scale: float | Tensor, dtype: torch.dtype) -> AttentionBias:
+        """`scale` times the bias, in `dtype`; a tensor must broadcast against both a map and the query side."""
+        return AttentionBias(
+            None if self.matrix is None else (scale * self.matrix).to(dtype),
+            None if self.factors is None else ((scale * self.factors[0]).to(dtype), self.factors[1].to(dtype)),
+        )
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(t.requires_grad for t in (self.matrix, *(self.factors or ())) if t is not None)
+
+
+def _concatenate(sides: list[Tensor]) -> Tensor:
+    lead = torch.broadcast_shapes(*(side.shape[:-1] for side in sides))
+    return torch.cat([side.expand(*lead, side.shape[-1]) for side in sides], dim=-1)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What an encoding is by construction. Each field is tested both ways: a true one holds, a false one fails.
+
+    The symmetries speak of the logit map a(x)[i, n] that the encoding makes of the same content, moved:
+    `translation` by a step without wrap-around (pairs that stay inside), the others as permutations of the grid.
+    """
+
+    content_dependent: bool = False
+    translation: bool = False
+    row_permutation: bool = False
+    column_permutation: bool = False
+    circular_shift: bool = False
+    flip: bool = False
+    any_grid: bool = True
+
+
+class TokenEncoding(nn.Module):
+    """Adds position to the tokens once: before the first block, or after block `after_block`."""
+
+    Options: type = NoOptions
+    summary: str
+    source: str
+    facts = Facts()
+    after_block: int | None = None
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__()
+
+    def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
+        raise NotImplementedError
+
+
+class AttentionEncoding(nn.Module):
+    """Adds position inside attention. Both hooks see grid tokens only; `bias` sees q and k before rotation."""
+
+    Options: type = NoOptions
+    summary: str
+    source: str
+    facts = Facts()
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__()
+
+    def check_trainable(self) -> None:
+        """Raises ValueError if the encoding stands at a point from which it cannot learn."""
+
+    def rotate(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+        return q, k
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias | None:
+        return None
+
+    def maps(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> dict[str, Tensor]:
+        """What the encoding computed on the way, each (B, h, N, ...); at least `bias` where there is one."""
+        bias = self.bias(q, k, grid)
+        return {} if bias is None else {"bias": bias.dense().expand(q.shape[0], q.shape[1], -1, -1)}
+
+
+class NoEncoding(AttentionEncoding):
+    """No position at all: the control of every comparison."""
+
+    summary = "no position encoding, the control"
+    source = "-"
+    facts = Facts(translation=True, row_permutation=True, column_permutation=True, circular_shift=True, flip=True)
+
+    def __init__(self, num_heads: int = 1, head_dim: int = 1, grid: Grid = (1, 1), **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        make_options(NoOptions, "none", options)
+
+
+class Composite(AttentionEncoding):
+    """Several attention encodings at once: rotations one after the other, biases added."""
+
+    def __init__(self, parts: list[AttentionEncoding]) -> None:
+        nn.Module.__init__(self)
+        self.parts = nn.ModuleList(parts)
+
+    def _members(self) -> Iterator[AttentionEncoding]:
+        return (part for part in self.parts if isinstance(part, AttentionEncoding))
+
+    def rotate(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+        for part in self._members():
+            q, k = part.rotate(q, k, grid)
+        return q, k
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias | None:
+        biases = [bias for part in self._members() if (bias := part.bias(q, k, grid)) is not None]
+        return functools.reduce(operator.add, biases) if biases else None
+
+    def maps(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> dict[str, Tensor]:
+        """The maps of all parts; the biases are added up."""
+        result: dict[str, Tensor] = {}
+        for part in self._members():
+            for name, value in part.maps(q, k, grid).items():
+                result[name] = result[name] + value if name == "bias" and name in result else value
+        return result
+
+
+def full_precision(tensor: Tensor) -> Tensor:
+    """float32 for half types, anything wider unchanged: the island in which sums and positions are computed."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
+    """Switches autocast off on the tensor's device, so that float32 products stay float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+# --- options ---------------------------------------------------------------------------------------------------------
+
+
+def make_options(options_class: type[Options], encoding: str, given: dict[str, Any]) -> Options:
+    """`options_class(**given)` with every name and value checked; raises ValueError that lists what is known.
+
+    Values may be strings, as they come from the command line ("sape2:count=cyclic,num_positions=10").
+    """
+    hints = get_type_hints(options_class)
+    unknown = sorted(set(given) - set(hints))
+    if unknown:
+        known = ", ".join(hints) or "none"
+        raise ValueError(f"{encoding} has no option {unknown[0]!r}; known options: {known}")
+    return options_class(**{name: _convert(f"{encoding}:{name}", hints[name], value) for name, value in given.items()})
+
+
+def describe_options(options_class: type) -> dict[str, str]:
+    """Option name to its values, the default first: {"count": "suffix|prefix|...", "num_positions": "None|int"}."""
+    hints = get_type_hints(options_class)
+    return {field.name: _describe(hints[field.name], field.default) for field in dataclasses.fields(options_class)}
+
+
+def _describe(hint: Any, default: Any) -> str:
+    if get_origin(hint) is Literal:
+        rest = [str(value) for value in get_args(hint) if value != default]
+        return "|".join([str(default), *rest])
+    if hint is bool:
+        return "|".join([str(default).lower(), str(not default).lower()])
+    return f"{default} ({_type_name(hint)})"
+
+
+def _type_name(hint: Any) -> str:
+    members = [member for member in get_args(hint) if member is not type(None)] or [hint]
+    return " or ".join(member.__name__ for member in members)
+
+
+def _convert(what: str, hint: Any, value: Any) -> Any:
+    """`value` as the annotated type; text is parsed, everything else must already fit."""
+    if get_origin(hint) is Literal:
+        return _convert_choice(what, get_args(hint), value)
+    members = get_args(hint) or (hint,)
+    for member in members:
+        with contextlib.suppress(ValueError, KeyError):
+            return _parse(member, value)
+    raise ValueError(f"{what} needs {_type_name(hint)}; got {value!r}")
+
+
+def _convert_choice(what: str, choices: tuple, value: Any) -> Any:
+    for choice in choices:
+        if value == choice or str(value) == str(choice):
+            return choice
+    raise ValueError(f"{what} must be one of {', '.join(map(str, choices))}; got {value!r}")
+
+
+def _parse(kind: type, value: Any) -> Any:
+    if kind is type(None):
+        if value not in (None, "none", "None"):
+            raise ValueError
+        return None
+    if kind is bool:
+        return {"true": True, "false": False}[str(value).lower()]
+    if isinstance(value, bool) or (kind is int and isinstance(value, float)):
+        raise ValueError
+    return kind(value)

@@ -1,0 +1,370 @@
+"""SaPE2, the 2D semantic-aware position encoding (arXiv:2505.09466), equations 9 to 15 in the paper's order.
+
+Everything runs along lines (see `sape2.grid`): for axis x the rows, for axis y the columns. In the shapes below
+`lines` is the number of lines and `length` (S) the number of patches in one; i, j, m are places within a line,
+n is any patch of the grid.
+
+The paper's equations and the listing in its appendix D differ; `SaPE2.listing` (the default) uses scaled gates and
+adds the bias undivided, `SaPE2.equations` uses unscaled gates and divides the bias by sqrt(d).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
+from sape2.grid import Axis, Grid, check_grid, check_tokens, from_lines, line_coordinate, line_length, num_tokens, to_lines
+
+Count = Literal["suffix", "prefix", "both", "between", "cyclic"]
+
+PRESETS: dict[str, dict[str, Any]] = {"listing": {}, "equations": {"gate_scale": "none", "divide_bias": True}}
+
+
+# --- the equations ---------------------------------------------------------------------------------------------------
+
+
+def content_gates(
+    q: Float[Tensor, "*lead length head_dim"], k: Float[Tensor, "*lead length head_dim"], scale: float | Tensor
+) -> Float[Tensor, "*lead length length"]:
+    """Eq. 9: g_ij = sigmoid(scale * q_i^T k_j) for i, j in one line. App. D scales by 1/sqrt(d), eq. 9 by 1."""
+    return torch.sigmoid(scale * (q @ k.transpose(-1, -2)))
+
+
+def count_positions(gates: Float[Tensor, "*lead length length"], count: Count) -> Float[Tensor, "*lead length places"]:
+    """Eq. 10: p_im, the sum of the gates g_ij over the patches j that lie
+
+    suffix:  from m to the end of the line (the paper),
+    prefix:  from the start of the line to m,
+    both:    the suffix counts followed by the prefix counts (2S places),
+    between: from i to m, i itself left out, so p_ii = 0,
+    cyclic:  from i onwards to m, both included, going round at the end of the line.
+    """
+    if count == "suffix":
+        return _suffix_sum(gates)
+    if count == "prefix":
+        return gates.cumsum(-1)
+    if count == "both":
+        return torch.cat([_suffix_sum(gates), gates.cumsum(-1)], dim=-1)
+    before = gates.tril(-1)  # j < i
+    if count == "between":
+        return gates.triu(1).cumsum(-1) + _suffix_sum(before)
+    onwards = gates.triu()  # j >= i
+    went_round = torch.ones_like(gates, dtype=torch.bool).tril(-1)  # m < i
+    return torch.where(went_round, onwards.sum(-1, keepdim=True) + before.cumsum(-1), onwards.cumsum(-1))
+
+
+def _suffix_sum(gates: Tensor) -> Tensor:
+    return gates.flip(-1).cumsum(-1).flip(-1)
+
+
+def table_products(
+    vector: Float[Tensor, "*lead length head_dim"], table: Float[Tensor, "positions head_dim"]
+) -> Float[Tensor, "*lead length positions"]:
+    """Eq. 13: z_i[p] = v_i^T e[p] for every integer position p, where v is the query or the key."""
+    return vector @ table.transpose(-1, -2)
+
+
+def interpolate(
+    products: Float[Tensor, "*lead length positions"], positions: Float[Tensor, "*lead length places"]
+) -> Float[Tensor, "*lead length places"]:
+    """Eq. 11 and 14: z_i at the fractional positions p_im, linear between floor(p) and the next integer.
+
+    Positions beyond the table are clamped to its last row (App. D). At an exact integer the value is that of the
+    paper's floor/ceil; the gradient is the slope to the right rather than 0, so that saturated gates still learn.
+    """
+    last = products.shape[-1] - 1
+    positions = positions.clamp(0, last)
+    low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
+    z_low, z_high = products.gather(-1, low), products.gather(-1, low + 1)
+    return z_low + (positions - low) * (z_high - z_low)
+
+
+class PairwiseDistance(torch.autograd.Function):
+    """Eq. 15: D_in = ||s_i - s_n||_2 for all pairs; (..., N, S) -> (..., N, N).
+
+    Forward sums squared differences one by one, so the diagonal and equal vectors give exactly 0 (a distance made of
+    a matrix product leaves up to 5e-3 there in float32). Backward needs products only: with w = G / D (0 where D is 0)
+    and w' = w + w^T, dL/ds = rowsum(w') s - w' s.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(s: Tensor) -> Tensor:
+        return torch.cdist(s, s, compute_mode="donot_use_mm_for_euclid_dist")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs, output)
+        ctx.save_for_forward(*inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        s, distance = ctx.saved_tensors
+        w = grad * _inverse(distance)
+        w = w + w.transpose(-1, -2)
+        return w.sum(-1, keepdim=True) * s - w @ s
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
+        s, distance = ctx.saved_tensors
+        own = (s * tangent).sum(-1)
+        cross = s @ tangent.transpose(-1, -2)
+        return (own[..., :, None] + own[..., None, :] - cross - cross.transpose(-1, -2)) * _inverse(distance)
+
+
+def _inverse(distance: Tensor) -> Tensor:
+    """1 / D, and 0 where D is 0."""
+    positive = distance > 0
+    return positive / torch.where(positive, distance, 1)
+
+
+def distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
+    """Eq. 15: b_in = sum over the axes of ||s_i - s_n||_2. Needs the N x N map."""
+    return AttentionBias(matrix=functools.reduce(operator.add, [PairwiseDistance.apply(s) for s in vectors.values()]))
+
+
+def squared_distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
+    """b_in = sum over the axes of ||s_i - s_n||^2 = [-2 s_i, 1, ||s_i||^2] . [s_n, ||s_n||^2, 1], so it factors.
+
+    The row constant ||s_i||^2 is kept: prefix tokens have bias 0, so it does not drop out of the softmax.
+    """
+    s = torch.cat(list(vectors.values()), dim=-1)
+    s = s - s.mean(-2, keepdim=True)  # distances ignore a common shift; smaller norms round less
+    norm = (s * s).sum(-1, keepdim=True)
+    one = torch.ones_like(norm)
+    return AttentionBias(factors=(torch.cat([-2 * s, one, norm], dim=-1), torch.cat([s, norm, one], dim=-1)))
+
+
+def direct_bias(vectors: dict[Axis, Tensor], grid: Grid) -> AttentionBias:
+    """b_in = z^x_i[column of n] + z^y_i[row of n], the read-out of CoPE (arXiv:2405.18719) along two axes; it factors."""
+    queries, keys = [], []
+    for axis, z in vectors.items():
+        length = line_length(grid, axis)
+        queries.append(z.unflatten(-1, (-1, length)).sum(-2))  # `both` has two values for every place
+        keys.append(F.one_hot(line_coordinate(grid, axis, z.device), length).to(z.dtype).expand(*z.shape[:-1], length))
+    return AttentionBias(factors=(torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)))
+
+
+# --- the encoding ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SaPE2Options:
+    """Every switch; the first value of each is the paper's listing (App. D). What each is for: docs/method.md."""
+
+    dot: Literal["query", "key"] = "query"
+    gates: Literal["content", "constant", "none"] = "content"
+    gate_scale: Literal["sqrt_dim", "none", "learned"] = "sqrt_dim"
+    count: Count = "suffix"
+    axes: Literal["xy", "x", "y", "raster"] = "xy"
+    readout: Literal["distance", "squared_distance", "direct"] = "distance"
+    sign: Literal["plus", "minus", "learned"] = "plus"
+    divide_bias: bool = False
+    normalize: Literal["none", "sqrt_length"] = "none"
+    num_positions: int | None = None
+    beyond: Literal["clamp", "rescale"] = "clamp"
+    gain_init: float | None = None
+    table_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.num_positions is not None and self.num_positions < 2:
+            raise ValueError(f"sape2:num_positions must be at least 2, to interpolate between; got {self.num_positions}")
+        if not self.table_std > 0:
+            raise ValueError(
+                f"sape2:table_std must be above 0: an all-zero table makes every distance and every gradient 0 and "
+                f"never trains; got {self.table_std}. To start without effect use sign=learned,gain_init=0"
+            )
+        if self.gain_init is not None and self.sign != "learned":
+            raise ValueError(f"sape2:gain_init needs sign=learned; with sign={self.sign} there is no gain to set")
+        if self.gates != "content" and self.gate_scale == "learned":
+            raise ValueError(f"sape2:gate_scale=learned has no effect with gates={self.gates}")
+
+
+def _facts(o: SaPE2Options) -> Facts:
+    """Which symmetries hold follows from what a count sees: whole lines, one end of them, or only i to n."""
+    static, direct, raster = o.gates != "content", o.readout == "direct", o.axes == "raster"
+    if static and not direct and o.count in ("suffix", "prefix", "both"):  # P2: every i counts the same
+        return Facts(True, True, True, True, True, True)
+    offset_only = (o.count == "between" and not raster) or (static and o.count in ("between", "cyclic"))
+    return Facts(
+        content_dependent=True,
+        translation=direct and offset_only,
+        row_permutation=o.axes == "x",  # P4: whole rows may be permuted for b^x, whole columns for b^y
+        column_permutation=o.axes == "y",
+        circular_shift=o.count == "cyclic" and not raster,  # P10
+        flip=o.count in ("both", "between") and not raster,  # a flip only swaps what the two ends count
+    )
+
+
+class LineMaps(NamedTuple):
+    """Gates (.., S, S), positions (.., S, S or 2S) and vectors (.., S, S or 2S) of one axis, each (B, h, lines, ..)."""
+
+    gates: Tensor
+    positions: Tensor
+    vectors: Tensor
+
+
+class SaPE2(AttentionEncoding):
+    """Semantic-aware position bias: two patches are compared by the distance of what they see along their lines.
+
+    One table per axis, (num_positions, head_dim), shared by the heads, truncated normal of std 0.02 (App. D). The
+    default number of positions is max(H, W) + 1 of the training `grid`, which every count of the paper fits in.
+    Options: `SaPE2Options`. Raises ValueError for an option that is unknown, out of range or without effect.
+    """
+
+    Options = SaPE2Options
+    summary = "semantic positions: gated counts along rows and columns, compared by distance"
+    source = "arXiv:2505.09466"
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, preset: str = "listing", **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        if preset not in PRESETS:
+            raise ValueError(f"sape2:preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+        self.options = make_options(SaPE2Options, "sape2", PRESETS[preset] | options)
+        self.num_heads, self.head_dim, self.grid = num_heads, head_dim, check_grid(grid)
+        self.axes: tuple[Axis, ...] = ("x", "y") if self.options.axes == "xy" else (self.options.axes,)
+        longest = num_tokens(grid) if self.options.axes == "raster" else max(grid)
+        self.num_positions = self.options.num_positions or longest + 1
+        for axis in self.axes:
+            table = nn.Parameter(torch.empty(self.num_positions, head_dim))
+            self.register_parameter(f"table_{axis}", table)
+            nn.init.trunc_normal_(table, std=self.options.table_std)
+        if self.options.gate_scale == "learned":
+            self.gate_scale = nn.Parameter(torch.full((num_heads,), head_dim**-0.5))
+        if self.options.sign == "learned":
+            gain = 1.0 if self.options.gain_init is None else self.options.gain_init
+            self.gain = nn.Parameter(torch.full((num_heads,), gain))
+        self.facts = _facts(self.options)
+        self.register_load_state_dict_post_hook(_warn_after_loading)
+
+    @classmethod
+    def listing(cls, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> SaPE2:
+        """The preset of App. D: gates on scaled logits, bias added undivided."""
+        return cls(num_heads, head_dim, grid, preset="listing", **options)
+
+    @classmethod
+    def equations(cls, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> SaPE2:
+        """The preset of eq. 9 and 16: gates on unscaled logits, bias divided by sqrt(d)."""
+        return cls(num_heads, head_dim, grid, preset="equations", **options)
+
+    def extra_repr(self) -> str:
+        default = SaPE2Options()
+        changed = {name: value for name, value in vars(self.options).items() if value != getattr(default, name)}
+        return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+    # --- hooks -------------------------------------------------------------------------------------------------------
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        """The bias of every pair in logits, float32 or better inside, in the dtype of q."""
+        self._check_input(q, grid)
+        with no_autocast(q):
+            lines = self._all_lines(full_precision(q), full_precision(k), grid)
+            return self._read_out({axis: from_lines(maps.vectors, axis) for axis, maps in lines.items()}, grid, q.dtype)
+
+    def maps(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> dict[str, Tensor]:
+        """gates_*, positions_*, vectors_* per axis, (B, h, N, S) (2S for count=both), and bias, (B, h, N, N)."""
+        self._check_input(q, grid)
+        result: dict[str, Tensor] = {}
+        with no_autocast(q):
+            lines = self._all_lines(full_precision(q), full_precision(k), grid)
+            for axis, maps in lines.items():
+                for name, value in maps._asdict().items():
+                    result[f"{name}_{axis}"] = from_lines(value, axis)
+            vectors: dict[Axis, Tensor] = {axis: result[f"vectors_{axis}"] for axis in self.axes}
+            result["bias"] = self._read_out(vectors, grid, q.dtype).dense()
+        return result
+
+    def check_trainable(self) -> None:
+        """Raises ValueError if a table is all zero: then every distance and every gradient is 0, for ever."""
+        for axis in self.axes:
+            if not getattr(self, f"table_{axis}").any():
+                raise ValueError(
+                    f"sape2: table_{axis} is all zero, a dead point: every distance and every gradient is 0, so it never "
+                    "trains. Initialise it (std 0.02); to start without effect use sign=learned,gain_init=0"
+                )
+
+    # --- steps -------------------------------------------------------------------------------------------------------
+
+    def _check_input(self, q: Tensor, grid: Grid) -> None:
+        check_tokens(q, check_grid(grid))
+        if q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
+            raise ValueError(
+                f"this SaPE2 has num_heads={self.num_heads}, head_dim={self.head_dim}; got q of shape {tuple(q.shape)}"
+            )
+        if q.device.type == "cpu" and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _warn_if_dead(self)
+
+    def _all_lines(self, q: Tensor, k: Tensor, grid: Grid) -> dict[Axis, LineMaps]:
+        return {axis: self._line_maps(to_lines(q, grid, axis), to_lines(k, grid, axis), grid, axis) for axis in self.axes}
+
+    def _line_maps(self, q: Tensor, k: Tensor, grid: Grid, axis: Axis) -> LineMaps:
+        """Equations 9 to 14 along one axis; q and k are (B, h, lines, S, d)."""
+        gates = self._gates(q, k)
+        positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis)
+        table = full_precision(getattr(self, f"table_{axis}"))
+        products = table_products(q if self.options.dot == "query" else k, table)
+        vectors = interpolate(products, positions)
+        if self.options.normalize == "sqrt_length":
+            vectors = vectors / math.sqrt(line_length(grid, axis))
+        return LineMaps(gates, positions, vectors)
+
+    def _gates(self, q: Tensor, k: Tensor) -> Tensor:
+        """Content gates, or what is left without content: sigmoid(0) = 1/2 (constant), or 1, plain counting (none)."""
+        if self.options.gates == "content":
+            return content_gates(q, k, self._gate_scale())
+        value = 0.5 if self.options.gates == "constant" else 1.0
+        return q.new_full((1, 1), value).expand(*q.shape[:-1], q.shape[-2])
+
+    def _gate_scale(self) -> float | Tensor:
+        if self.options.gate_scale == "learned":
+            return full_precision(self.gate_scale)[:, None, None, None]
+        return self.head_dim**-0.5 if self.options.gate_scale == "sqrt_dim" else 1.0
+
+    def _position_scale(self, grid: Grid, axis: Axis) -> float:
+        """Rule for lines longer than in training: clamp leaves positions alone, rescale maps them onto the trained range."""
+        if self.options.beyond == "clamp":
+            return 1.0
+        return min(1.0, line_length(self.grid, axis) / line_length(grid, axis))
+
+    def _read_out(self, vectors: dict[Axis, Tensor], grid: Grid, dtype: torch.dtype) -> AttentionBias:
+        """Eq. 15 (or another read-out), the sign and the division of eq. 16."""
+        if self.options.readout == "distance":
+            bias = distance_bias(vectors)
+        elif self.options.readout == "squared_distance":
+            bias = squared_distance_bias(vectors)
+        else:
+            bias = direct_bias(vectors, grid)
+        return bias.scaled(self._bias_scale(), dtype)
+
+    def _bias_scale(self) -> float | Tensor:
+        divisor = math.sqrt(self.head_dim) if self.options.divide_bias else 1.0
+        if self.options.sign == "learned":
+            return full_precision(self.gain)[:, None, None] / divisor
+        return (1.0 if self.options.sign == "plus" else -1.0) / divisor
+
+
+def _warn_if_dead(encoding: SaPE2) -> None:
+    try:
+        encoding.check_trainable()
+    except ValueError as error:
+        warnings.warn(str(error), stacklevel=2)
+
+
+def _warn_after_loading(module: nn.Module, incompatible_keys: Any) -> None:
+    if isinstance(module, SaPE2):
+        _warn_if_dead(module)

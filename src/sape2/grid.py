@@ -1,0 +1,87 @@
+"""Token-grid geometry. The only place that fixes coordinates, token order, lines and prefix tokens.
+
+Axes: B batch, N = H*W grid tokens, P prefix tokens (class, register), T = P + N, d features.
+Grid tokens are row-major: token i stands at row y = i // W and column x = i % W. Prefix tokens come first.
+Coordinates are (y, x), in patches, from 0.
+
+A *line* is what a one-dimensional encoding runs along: axis "x" has H lines (rows) of W tokens,
+axis "y" has W lines (columns) of H tokens, axis "raster" is one line of all N tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+Grid = tuple[int, int]
+Axis = Literal["x", "y", "raster"]
+
+
+def check_grid(grid: Grid) -> Grid:
+    """The grid as a tuple of two positive ints; raises ValueError for anything else."""
+    height_width = tuple(grid)
+    if len(height_width) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in height_width):
+        raise ValueError(f"grid needs two positive integers (H, W); got {grid!r}")
+    return height_width
+
+
+def num_tokens(grid: Grid) -> int:
+    height, width = grid
+    return height * width
+
+
+def num_prefix_tokens(total: int, grid: Grid) -> int:
+    """P = T - N; raises ValueError if the sequence is shorter than the grid."""
+    if total < num_tokens(grid):
+        raise ValueError(f"grid {grid} has {num_tokens(grid)} tokens but the sequence has only {total}")
+    return total - num_tokens(grid)
+
+
+def check_tokens(tokens: Tensor, grid: Grid) -> None:
+    """Raises ValueError unless `tokens` is (..., H*W, d)."""
+    if tokens.shape[-2] != num_tokens(grid):
+        raise ValueError(f"grid {tuple(grid)} needs {num_tokens(grid)} tokens; got {tokens.shape[-2]}")
+
+
+def coordinates(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "tokens 2"]:
+    """(y, x) of every grid token, in patches."""
+    height, width = grid
+    index = torch.arange(height * width, device=device)
+    return torch.stack([index // width, index % width], dim=-1)
+
+
+def offsets(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "tokens tokens 2"]:
+    """(dy, dx) from token i to token n, in patches."""
+    yx = coordinates(grid, device)
+    return yx[None] - yx[:, None]
+
+
+def line_length(grid: Grid, axis: Axis) -> int:
+    """Tokens in one line of `axis`: W for x, H for y, N for raster."""
+    height, width = grid
+    return {"x": width, "y": height, "raster": height * width}[axis]
+
+
+def line_coordinate(grid: Grid, axis: Axis, device: torch.device | None = None) -> Int[Tensor, " tokens"]:
+    """Place of every grid token within its line: x for axis x, y for axis y, i for raster."""
+    if axis == "raster":
+        return torch.arange(num_tokens(grid), device=device)
+    return coordinates(grid, device)[:, {"y": 0, "x": 1}[axis]]
+
+
+def to_lines(
+    tokens: Shaped[Tensor, "*lead tokens features"], grid: Grid, axis: Axis
+) -> Shaped[Tensor, "*lead lines length features"]:
+    """Grid tokens cut into the lines of `axis`. Inverse: `from_lines`."""
+    if axis == "raster":
+        return tokens.unsqueeze(-3)
+    rows = tokens.unflatten(-2, grid)
+    return rows if axis == "x" else rows.transpose(-3, -2)
+
+
+def from_lines(lines: Shaped[Tensor, "*lead lines length features"], axis: Axis) -> Shaped[Tensor, "*lead tokens features"]:
+    """Lines of `axis` put back into row-major token order."""
+    return (lines.transpose(-3, -2) if axis == "y" else lines).flatten(-3, -2)
