@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
