@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, NoEncoding
+from sape2.encodings.base import AttentionEncoding, NoEncoding
 from sape2.grid import Grid, num_prefix_tokens
 
-Path = Literal["fused", "fused_factored", "fused_matrix", "products"]
+Path = Literal["fused", "products"]
 
 
 class Attention(nn.Module):
@@ -61,8 +61,7 @@ class Attention(nn.Module):
         q, k, _ = self.project(x)
         num_prefix = num_prefix_tokens(x.shape[1], grid)
         maps = self.encoding.maps(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
-        q, k, bias = encode(q, k, grid, self.encoding)
-        return maps | {"attention": logits(q, k, bias, num_prefix).softmax(-1)}
+        return maps | {"attention": logits(*encode(q, k, grid, self.encoding)).softmax(-1)}
 
 
 def attend(
@@ -74,68 +73,62 @@ def attend(
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
     """Attention under an encoding; prefix tokens are neither rotated nor biased."""
-    num_prefix = num_prefix_tokens(q.shape[-2], grid)
-    q, k, bias = encode(q, k, grid, encoding)
-    path = choose_path(q, bias, dropout)
-    if path == "products":
-        weights = F.dropout(logits(q, k, bias, num_prefix).softmax(-1), dropout)
+    q, k, matrix = encode(q, k, grid, encoding)
+    if choose_path(q, matrix) == "products":
+        weights = F.dropout(logits(q, k, matrix).softmax(-1), dropout)
         return weights.to(v.dtype) @ v
-    if path == "fused_factored" and bias is not None and bias.factors is not None:
-        return _attend_factored(q, k, v, bias.factors, num_prefix)
-    mask = None if bias is None else pad_prefix(bias.dense(), num_prefix).to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    width = max(q.shape[-1], v.shape[-1])  # the fused kernels take equal widths only; zeros change nothing
+    wide_q, wide_k, wide_v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    mask = None if matrix is None else matrix.to(q.dtype)
+    output = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+    return output[..., : v.shape[-1]]
 
 
-def choose_path(q: Tensor, bias: AttentionBias | None, dropout: float) -> Path:
-    """How the products are computed; all ways agree to rounding. Measured in benchmarks/results/.
+def choose_path(q: Tensor, matrix: Tensor | None) -> Path:
+    """How the products are computed. Both ways agree to rounding.
 
-    fused:          no bias: the fused kernel.
-    fused_factored: the bias is a dot product, so it becomes further channels of q and k and the kernel stays fused.
-    fused_matrix:   the bias is an N x N map given to the kernel, which takes one without a gradient, or any off the CPU.
-    products:       plain matrix products: on a CPU a map that needs a gradient leaves the fused kernel anyway.
+    fused:    PyTorch's scaled_dot_product_attention, on every accelerator, and on a CPU for long sequences.
+    products: plain matrix products, on a CPU up to 512 tokens, where the backward pass of the fused kernel is up to five
+              times slower in bf16 (benchmarks/results/attention_path.md), and for a map that needs a gradient, which would
+              make the kernel fall back to products anyway.
     """
-    if bias is None:
+    if q.device.type not in ("cpu", "meta"):
         return "fused"
-    if bias.matrix is None and dropout == 0.0:
-        return "fused_factored"
-    needs_gradient = torch.is_grad_enabled() and bias.requires_grad
-    return "products" if q.device.type == "cpu" and needs_gradient else "fused_matrix"
+    map_needs_gradient = matrix is not None and matrix.requires_grad and torch.is_grad_enabled()
+    return "products" if q.shape[-2] <= 512 or map_needs_gradient else "fused"
 
 
-def encode(q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding) -> tuple[Tensor, Tensor, AttentionBias | None]:
-    """Rotated q and k, and the bias of the grid tokens, made from q and k before rotation."""
+def encode(
+    q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding
+) -> tuple[Tensor, Tensor, Float[Tensor, "*batch_heads tokens tokens"] | None]:
+    """(q', k', matrix) such that the logits are q' k'^T + matrix: q scaled, both rotated, the bias on grid tokens only.
+
+    A factored bias becomes further channels: q' = [q / sqrt(d), query_side], k' = [k, key_side].
+    """
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
-    if not num_prefix:
-        return *encoding.rotate(q, k, grid), encoding.bias(q, k, grid)
     q_grid, k_grid = q[:, :, num_prefix:], k[:, :, num_prefix:]
     bias = encoding.bias(q_grid, k_grid, grid)
     rotated_q, rotated_k = encoding.rotate(q_grid, k_grid, grid)
     if rotated_q is not q_grid:
         q = torch.cat([q[:, :, :num_prefix], rotated_q], dim=-2)
         k = torch.cat([k[:, :, :num_prefix], rotated_k], dim=-2)
-    return q, k, bias
+    q = q * q.shape[-1] ** -0.5
+    if bias is None:
+        return q, k, None
+    if bias.factors is not None:
+        q, k = (_widen(t, side, num_prefix) for t, side in zip((q, k), bias.factors, strict=True))
+    if bias.matrix is None:
+        return q, k, None
+    return q, k, F.pad(bias.matrix, (num_prefix, 0, num_prefix, 0)) if num_prefix else bias.matrix
 
 
-def logits(q: Tensor, k: Tensor, bias: AttentionBias | None, num_prefix: int) -> Float[Tensor, "batch heads tokens tokens"]:
-    """(q k^T) / sqrt(d) + bias."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores if bias is None else scores + pad_prefix(bias.dense(), num_prefix)
+def _widen(tokens: Tensor, side: Tensor, num_prefix: int) -> Tensor:
+    """One side of a factored bias as further channels; prefix tokens get zeros."""
+    side = F.pad(side.expand(*tokens.shape[:-2], *side.shape[-2:]), (0, 0, num_prefix, 0))
+    return torch.cat([tokens, side.to(tokens.dtype)], dim=-1)
 
 
-def pad_prefix(bias: Tensor, num_prefix: int) -> Tensor:
-    """(..., N, N) -> (..., T, T): prefix tokens give and take no bias."""
-    return F.pad(bias, (num_prefix, 0, num_prefix, 0)) if num_prefix else bias
-
-
-def _attend_factored(q: Tensor, k: Tensor, v: Tensor, factors: tuple[Tensor, Tensor], num_prefix: int) -> Tensor:
-    """q' = [q / sqrt(d), query_side], k' = [k, key_side]: the same logits as one product.
-
-    v is padded with zeros to the width of q', because the fused kernels take equal widths only.
-    """
-    lead = q.shape[:-2]
-    query_side, key_side = (F.pad(side.expand(*lead, *side.shape[-2:]), (0, 0, num_prefix, 0)).to(q.dtype) for side in factors)
-    wide_q = torch.cat([q * q.shape[-1] ** -0.5, query_side], dim=-1)
-    wide_k = torch.cat([k, key_side], dim=-1)
-    width = max(wide_q.shape[-1], v.shape[-1])
-    wide_q, wide_k, wide_v = (F.pad(t, (0, width - t.shape[-1])) for t in (wide_q, wide_k, v))
-    return F.scaled_dot_product_attention(wide_q, wide_k, wide_v, scale=1.0)[..., : v.shape[-1]]
+def logits(q: Tensor, k: Tensor, matrix: Tensor | None) -> Float[Tensor, "batch heads tokens tokens"]:
+    """q k^T + matrix of what `encode` gave."""
+    scores = q @ k.transpose(-1, -2)
+    return scores if matrix is None else scores + matrix

@@ -184,6 +184,10 @@ class TrainConfig:
         _require(self.clip_grad is None or self.clip_grad > 0, f"train.clip_grad must be above 0; got {self.clip_grad}")
         _require(self.ema_decay is None or 0 < self.ema_decay < 1, f"train.ema_decay must be in (0, 1); got {self.ema_decay}")
         _require(
+            self.warmup_epochs < self.epochs,
+            f"train.warmup_epochs must be less than train.epochs; got {self.warmup_epochs} and {self.epochs}",
+        )
+        _require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size must be divisible by train.accumulation; got {self.batch_size} and {self.accumulation}",
         )
@@ -223,6 +227,13 @@ class RunConfig:
         values = self.to_dict()
         del values["data"]["source"], values["train"]["workers"], values["train"]["checkpoint_every"]
         return values
+
+
+def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
+    """The same run in another number of epochs; the warm-up keeps its share of them."""
+    _require(epochs >= 1, f"train.epochs must be at least 1; got {epochs}")
+    warmup = config.train.warmup_epochs * epochs / config.train.epochs
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs, warmup_epochs=warmup))
 
 
 def override(config: RunConfig, assignments: list[str]) -> RunConfig:

@@ -156,3 +156,196 @@ def sape2_pair(vectors: Tensor, i: int, n: int, grid: Grid, axis: str, readout: 
         return sum(float(vectors[i, half * len(line) + place]) for half in range(halves))
     squared = sum((float(a) - float(b)) ** 2 for a, b in zip(vectors[i], vectors[n], strict=True))
     return squared if readout == "squared_distance" else math.sqrt(squared)
+
+
+# --- absolute and conditional: vectors that are added to the tokens, (N, D) ------------------------------------------
+
+
+def ape(tokens: Tensor, table: Tensor) -> Tensor:
+    """x_i + e[y, x] on the training grid, arXiv:2010.11929; `table` is (H, W, D)."""
+    height, width, _ = table.shape
+    output = torch.zeros_like(tokens, dtype=torch.float64)
+    for y in range(height):
+        for x in range(width):
+            output[y * width + x] = tokens[y * width + x].double() + table[y, x].double()
+    return output
+
+
+def sincos(tokens: Tensor, grid: Grid, temperature: float = 10_000.0) -> Tensor:
+    """x_i + [sin(x w), cos(x w), sin(y w), cos(y w)], w_f = temperature^(-f / (D / 4)), arXiv:2104.02057."""
+    height, width = grid
+    quarter = tokens.shape[1] // 4
+    output = tokens.double().clone()
+    for y in range(height):
+        for x in range(width):
+            for f in range(quarter):
+                w = temperature ** (-f / quarter)
+                for part, value in enumerate((math.sin(x * w), math.cos(x * w), math.sin(y * w), math.cos(y * w))):
+                    output[y * width + x, part * quarter + f] += value
+    return output
+
+
+def cpe(tokens: Tensor, weight: Tensor, offset: Tensor, grid: Grid, padding: str = "zeros") -> Tensor:
+    """x_i + sum over the 3x3 neighbours of i, channel by channel, arXiv:2102.10882; `weight` is (D, 3, 3), `offset` (D)."""
+    height, width = grid
+    output = tokens.double() + offset.double()
+    for y in range(height):
+        for x in range(width):
+            for dy in (-1, 0, 1):
+                for dx in (-1, 0, 1):
+                    row, column = y + dy, x + dx
+                    if padding == "circular":
+                        row, column = row % height, column % width
+                    if 0 <= row < height and 0 <= column < width:
+                        output[y * width + x] += weight[:, dy + 1, dx + 1].double() * tokens[row * width + column].double()
+    return output
+
+
+# --- rotary: turned vectors, (N, d) ----------------------------------------------------------------------------------
+
+
+def rope(vectors: Tensor, grid: Grid, temperature: float = 100.0, rescale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """Axial RoPE, arXiv:2403.13298: the first d/4 planes turn by x w_f, the rest by y w_f; `rescale` multiplies (y, x)."""
+    quarter = vectors.shape[1] // 4
+    lengths = [temperature ** (-f / quarter) for f in range(quarter)]
+    along_x = torch.tensor(lengths + [0.0] * quarter, dtype=torch.float64)
+    along_y = torch.tensor([0.0] * quarter + lengths, dtype=torch.float64)
+    return rope_mixed(vectors, torch.stack([along_x, along_y]), grid, rescale)
+
+
+def rope_mixed(vectors: Tensor, frequencies: Tensor, grid: Grid, rescale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
+    """RoPE-mixed, arXiv:2403.13298: plane f, channels 2f and 2f + 1, turns by x w^x_f + y w^y_f; `frequencies` is (2, d/2)."""
+    width = grid[1]
+    output = torch.zeros_like(vectors, dtype=torch.float64)
+    for i in range(len(vectors)):
+        y, x = (i // width) * rescale[0], (i % width) * rescale[1]
+        for f in range(vectors.shape[1] // 2):
+            angle = x * float(frequencies[0, f]) + y * float(frequencies[1, f])
+            a, b = float(vectors[i, 2 * f]), float(vectors[i, 2 * f + 1])
+            output[i, 2 * f] = a * math.cos(angle) - b * math.sin(angle)
+            output[i, 2 * f + 1] = a * math.sin(angle) + b * math.cos(angle)
+    return output
+
+
+# --- relative: biases, (N, N) ----------------------------------------------------------------------------------------
+
+
+def relative_row(offset: int, rows: int) -> int:
+    """The row of a table of `rows` offsets, 0 in the middle, for an offset; the nearest one if it has none."""
+    return min(max(offset + rows // 2, 0), rows - 1)
+
+
+def rpe(table: Tensor, grid: Grid) -> Tensor:
+    """b_in = table[dy, dx], arXiv:2103.14030; `table` is (rows, columns), for one head."""
+    height, width = grid
+    bias = torch.zeros(height * width, height * width, dtype=torch.float64)
+    for i in range(height * width):
+        for n in range(height * width):
+            row = relative_row(n // width - i // width, table.shape[0])
+            column = relative_row(n % width - i % width, table.shape[1])
+            bias[i, n] = table[row, column]
+    return bias
+
+
+def rpe_contextual(q: Tensor, table: Tensor, grid: Grid, divide_bias: bool = True) -> Tensor:
+    """b_in = q_i^T e[dy, dx] / sqrt(d), arXiv:2107.14222; `table` is (rows, columns, d), for one head."""
+    width = grid[1]
+    bias = torch.zeros(len(q), len(q), dtype=torch.float64)
+    for i in range(len(q)):
+        for n in range(len(q)):
+            row = relative_row(n // width - i // width, table.shape[0])
+            column = relative_row(n % width - i % width, table.shape[1])
+            bias[i, n] = q[i].double() @ table[row, column].double()
+    return bias / math.sqrt(q.shape[1]) if divide_bias else bias
+
+
+def rpe_decomposed(q: Tensor, table_y: Tensor, table_x: Tensor, grid: Grid) -> Tensor:
+    """b_in = q_i^T R_y[dy] + q_i^T R_x[dx], arXiv:2112.01526; tables are (offsets, d)."""
+    width = grid[1]
+    bias = torch.zeros(len(q), len(q), dtype=torch.float64)
+    for i in range(len(q)):
+        for n in range(len(q)):
+            along_y = table_y[relative_row(n // width - i // width, len(table_y))].double()
+            along_x = table_x[relative_row(n % width - i % width, len(table_x))].double()
+            bias[i, n] = q[i].double() @ along_y + q[i].double() @ along_x
+    return bias
+
+
+def resize_linear(table: Tensor, rows: int) -> Tensor:
+    """`table` (old rows, d) at `rows` places, linear; row centres lie at (r + 1/2) / rows of the length."""
+    old = len(table)
+    output = torch.zeros(rows, table.shape[1], dtype=torch.float64)
+    for r in range(rows):
+        place = max((r + 0.5) * old / rows - 0.5, 0.0)
+        low = min(math.floor(place), old - 1)
+        high = min(low + 1, old - 1)
+        output[r] = (1 - (place - low)) * table[low].double() + (place - low) * table[high].double()
+    return output
+
+
+def resize_bicubic(table: Tensor, rows: int, columns: int) -> Tensor:
+    """`table` (old rows, old columns) at (rows, columns) places, cubic convolution with a = -0.75, edges repeated."""
+    old_rows, old_columns = table.shape
+    output = torch.zeros(rows, columns, dtype=torch.float64)
+    for r in range(rows):
+        for c in range(columns):
+            y, x = (r + 0.5) * old_rows / rows - 0.5, (c + 0.5) * old_columns / columns - 0.5
+            for m in range(math.floor(y) - 1, math.floor(y) + 3):
+                for n in range(math.floor(x) - 1, math.floor(x) + 3):
+                    value = table[min(max(m, 0), old_rows - 1), min(max(n, 0), old_columns - 1)]
+                    output[r, c] += cubic_weight(y - m) * cubic_weight(x - n) * float(value)
+    return output
+
+
+def cubic_weight(distance: float, a: float = -0.75) -> float:
+    """The cubic convolution kernel."""
+    t = abs(distance)
+    if t <= 1:
+        return (a + 2) * t**3 - (a + 3) * t**2 + 1
+    return a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a if t < 2 else 0.0
+
+
+def alibi(slope: float, grid: Grid, metric: str = "euclidean") -> Tensor:
+    """b_in = -slope * distance(i, n), arXiv:2108.12409 with the distance of the plane, for one head."""
+    height, width = grid
+    bias = torch.zeros(height * width, height * width, dtype=torch.float64)
+    for i in range(height * width):
+        for n in range(height * width):
+            dy, dx = n // width - i // width, n % width - i % width
+            bias[i, n] = -slope * (abs(dy) + abs(dx) if metric == "manhattan" else math.hypot(dy, dx))
+    return bias
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """The slopes of ALiBi: powers of 2^(-8 / h), and its rule for a number of heads that is no power of two."""
+    power = 1
+    while 2 * power <= num_heads:
+        power *= 2
+    slopes = [2 ** (-8 * m / power) for m in range(1, power + 1)]
+    finer = [2 ** (-8 * m / (2 * power)) for m in range(1, 2 * power + 1)]
+    return slopes + finer[0::2][: num_heads - power]
+
+
+# --- CoPE, arXiv:2405.18719 ------------------------------------------------------------------------------------------
+
+
+def cope(
+    q: Tensor, k: Tensor, table: Tensor, *, count: str = "suffix", divide_bias: bool = True, rescale: float = 1.0
+) -> Tensor:
+    """b_in = q_i^T e[p_in] / sqrt(d) along the raster order; `rescale` multiplies the positions."""
+    q, k, table = q.double(), k.double(), table.double()
+    num_tokens, dim = q.shape
+    bias = torch.zeros(num_tokens, num_tokens, dtype=torch.float64)
+    for i in range(num_tokens):
+        gates = [1 / (1 + math.exp(-float(q[i] @ k[j]) / math.sqrt(dim))) for j in range(num_tokens)]
+        for n in range(num_tokens):
+            if count == "suffix":
+                counted = range(n, num_tokens)
+            elif count == "causal":
+                counted = range(n, i + 1)
+            else:  # between
+                counted = range(i + 1, n + 1) if n > i else range(n, i)
+            p = min(sum(gates[j] for j in counted) * rescale, len(table) - 1)
+            low, high = math.floor(p), math.ceil(p)
+            bias[i, n] = q[i] @ (table[low] + (p - low) * (table[high] - table[low]))
+    return bias / math.sqrt(dim) if divide_bias else bias

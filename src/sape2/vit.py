@@ -72,6 +72,7 @@ class ViT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        seed = int(torch.randint(2**62, ()))
         tokens, layers = create_encodings(config.encoding, config.num_heads, config.head_dim, config.grid, config.depth)
         self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.dim)
         if config.pool == "class":
@@ -85,24 +86,34 @@ class ViT(nn.Module):
         self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6) if config.pool == "mean" else nn.Identity()
         self.head = nn.Linear(config.dim, config.num_classes)
         self.register_load_state_dict_pre_hook(_fold_timm_positions)
-        self.reset_parameters()
+        self.reset_parameters(seed)
 
     @property
     def num_prefix_tokens(self) -> int:
         return (self.config.pool == "class") + self.config.num_registers
 
-    def reset_parameters(self) -> None:
-        """Truncated normal of std 0.02 for linear weights, 0 for their biases; the encodings made their own."""
-        encodings = {
-            id(m) for part in self.modules() if isinstance(part, (TokenEncoding, AttentionEncoding)) for m in part.modules()
-        }
+    def reset_parameters(self, seed: int) -> None:
+        """Truncated normal of std 0.02 for linear weights, 0 for their biases, PyTorch's own form for the patches.
+
+        Draws from `seed` alone, so that models of one seed differ in their encodings and in nothing else; the
+        encodings drew their own parameters when they were made.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        encodings = [m for m in self.modules() if isinstance(m, (TokenEncoding, AttentionEncoding))]
+        theirs = {id(part) for encoding in encodings for part in encoding.modules()}
         for module in self.modules():
-            if isinstance(module, nn.Linear) and id(module) not in encodings:
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias) if module.bias is not None else None
+            if isinstance(module, nn.Linear) and id(module) not in theirs:
+                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        patches = self.patch_embed.proj
+        nn.init.kaiming_uniform_(patches.weight, a=5**0.5, generator=generator)
+        bound = patches.weight[0].numel() ** -0.5
+        if patches.bias is not None:
+            nn.init.uniform_(patches.bias, -bound, bound, generator=generator)
         for name in ("cls_token", "reg_token"):
             if hasattr(self, name):
-                nn.init.normal_(getattr(self, name), std=1e-6)
+                nn.init.normal_(getattr(self, name), std=1e-6, generator=generator)
 
     def no_weight_decay(self) -> set[str]:
         """Names of what must not decay besides norms and biases: tokens and everything of an encoding."""

@@ -18,26 +18,46 @@ from sape2.encodings.base import (
     TokenEncoding,
     make_options,
 )
+from sape2.encodings.conditional import Conditional
+from sape2.encodings.cope import CoPE
+from sape2.encodings.relative import ALiBi, RelativeContextual, RelativeDecomposed, RelativeTable
+from sape2.encodings.rotary import Rotary, RotaryMixed
 from sape2.encodings.sape2 import SaPE2
 from sape2.grid import Grid
 
 TOKEN_ENCODINGS: dict[str, type[TokenEncoding]] = {
     "ape": LearnedAbsolute,
     "sincos": SinCos,
+    "cpe": Conditional,
 }
 ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
     "none": NoEncoding,
+    "rope": Rotary,
+    "rope_mixed": RotaryMixed,
+    "rpe": RelativeTable,
+    "rpe_contextual": RelativeContextual,
+    "rpe_decomposed": RelativeDecomposed,
+    "alibi": ALiBi,
+    "cope": CoPE,
     "sape2": SaPE2,
 }
 
 __all__ = [
     "ATTENTION_ENCODINGS",
     "TOKEN_ENCODINGS",
+    "ALiBi",
     "AttentionBias",
     "AttentionEncoding",
+    "CoPE",
+    "Conditional",
     "Facts",
     "LearnedAbsolute",
     "NoEncoding",
+    "RelativeContextual",
+    "RelativeDecomposed",
+    "RelativeTable",
+    "Rotary",
+    "RotaryMixed",
     "SaPE2",
     "SinCos",
     "TokenEncoding",

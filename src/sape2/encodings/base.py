@@ -61,10 +61,11 @@ class AttentionBias:
 
     def scaled(self, scale: float | Tensor, dtype: torch.dtype) -> AttentionBias:
         """`scale` times the bias, in `dtype`; a tensor must broadcast against both a map and the query side."""
-        return AttentionBias(
-            None if self.matrix is None else (scale * self.matrix).to(dtype),
-            None if self.factors is None else ((scale * self.factors[0]).to(dtype), self.factors[1].to(dtype)),
-        )
+        one = isinstance(scale, float) and scale == 1.0
+        matrix, query_side, key_side = self.matrix, *(self.factors or (None, None))
+        matrix, query_side = (t if t is None or one else scale * t for t in (matrix, query_side))
+        matrix, query_side, key_side = (t if t is None else t.to(dtype) for t in (matrix, query_side, key_side))
+        return AttentionBias(matrix, None if query_side is None or key_side is None else (query_side, key_side))
 
     @property
     def requires_grad(self) -> bool:
@@ -194,7 +195,8 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Switches autocast off on the tensor's device, so that float32 products stay float32."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    device = tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

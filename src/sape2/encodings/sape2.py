@@ -111,22 +111,17 @@ class PairwiseDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         s, distance = ctx.saved_tensors
-        w = grad * _inverse(distance)
-        w = w + w.transpose(-1, -2)
-        return w.sum(-1, keepdim=True) * s - w @ s
+        w = (grad / distance).masked_fill(distance == 0, 0)
+        row_sums = (w.sum(-1) + w.sum(-2)).unsqueeze(-1)
+        return row_sums * s - w @ s - w.transpose(-1, -2) @ s
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         s, distance = ctx.saved_tensors
         own = (s * tangent).sum(-1)
         cross = s @ tangent.transpose(-1, -2)
-        return (own[..., :, None] + own[..., None, :] - cross - cross.transpose(-1, -2)) * _inverse(distance)
-
-
-def _inverse(distance: Tensor) -> Tensor:
-    """1 / D, and 0 where D is 0."""
-    positive = distance > 0
-    return positive / torch.where(positive, distance, 1)
+        change = own[..., :, None] + own[..., None, :] - cross - cross.transpose(-1, -2)
+        return (change / distance).masked_fill(distance == 0, 0)
 
 
 def distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:

@@ -1,0 +1,208 @@
+"""The run folder: config, weights, checkpoints, metrics and results. Every file appears whole or not at all.
+
+config.json, model.safetensors (last epoch; its presence says that the run is finished), best.safetensors (best epoch on
+the validation set), checkpoint/step-N/ (resume), metrics.jsonl (a line per epoch), results.jsonl, figures/.
+
+There is no random state to keep: every draw of a step is seeded by (seed, step). Nothing here is unpickled freely:
+weights are safetensors, the optimiser is read with weights_only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from sape2.config import RunConfig
+
+Row = dict[str, Any]
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
+    """`write(temporary)` beside `path`, then renamed onto it, so that a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The objects of a .jsonl file; [] if there is none. Raises ValueError for a line that is not one."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def update_results(folder: Path, rows: list[Row]) -> None:
+    """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before."""
+    new = {_measured(row) for row in rows}
+    kept = [row for row in read_rows(folder / "results.jsonl") if _measured(row) not in new]
+    write_rows(folder / "results.jsonl", [*kept, *rows])
+
+
+def _measured(row: Row) -> tuple:
+    return row.get("measure"), row.get("split"), row.get("weights")
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    write_atomic(path, lambda temporary: save_model(model, str(temporary)))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Raises ValueError naming the first difference if the file holds another model or is damaged."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        load_model(model, path)
+    except (RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[1] if len(lines) > 1 else lines[0]
+        raise ValueError(f"{path} does not hold the weights of this model: {reason}") from error
+
+
+# --- run folder ------------------------------------------------------------------------------------------------------
+
+
+def check_run(folder: Path, config: RunConfig) -> None:
+    """Raises ValueError if the folder holds another run, or something that is not a run. Changes nothing."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    existing = read_config(folder)
+    if existing.identity() != config.identity():
+        raise ValueError(
+            f"{folder} holds another run, which differs in {_difference(existing.identity(), config.identity())}; "
+            "choose another --out, or give the same settings to go on"
+        )
+
+
+def start_run(folder: Path, config: RunConfig) -> None:
+    """Makes the run folder, or takes it up if it holds this run (see `check_run`)."""
+    check_run(folder, config)
+    if not (folder / "config.json").exists():
+        write_text(folder / "config.json", config.to_json())
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Raises FileNotFoundError or ValueError if the folder is not a run folder."""
+    path = folder / "config.json"
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no run folder {folder}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a run folder")
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
+    try:
+        return RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} does not fit this version of sape2: {error}") from error
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
+
+
+def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    for key in new:
+        if old[key] != new[key]:
+            if isinstance(new[key], dict):
+                return _difference(old[key], new[key], f"{prefix}{key}.")
+            return f"{prefix}{key} ({old[key]!r} there, {new[key]!r} here)"
+    raise AssertionError("the configs are equal")
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next step, what the current epoch has summed up, the best epoch so far."""
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best_epoch: int | None = None
+    best_accuracy: float = -1.0
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, model: nn.Module, ema: nn.Module | None, optimizer_state: dict[str, Any]
+) -> None:
+    """Writes checkpoint/step-N beside the last one, then removes that."""
+    parent = folder / "checkpoint"
+    final = parent / f"step-{progress.step:08d}"
+    temporary = parent / f".writing-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_weights(temporary / "model.safetensors", model)
+        if ema is not None:
+            save_weights(temporary / "ema.safetensors", ema)
+        write_atomic(temporary / "optimizer.pt", lambda path: torch.save(optimizer_state, path))
+        write_text(temporary / "progress.json", json.dumps(asdict(progress)))
+        if final.exists():  # the same step again: what it holds is the same
+            return
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in parent.iterdir():
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    parent = folder / "checkpoint"
+    if not parent.is_dir():
+        return None
+    return max((path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name)), default=None)
+
+
+def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tuple[Progress, dict[str, Any]]:
+    """Loads the weights in place; returns the progress and the optimiser's state. Raises ValueError if damaged."""
+    load_weights(path / "model.safetensors", model)
+    if ema is not None:
+        load_weights(path / "ema.safetensors", ema)
+    try:
+        progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+        return progress, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it to start again") from error

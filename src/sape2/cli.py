@@ -1,0 +1,403 @@
+"""The command line, `sape2 ...`: the only file that joins everything.
+
+Heavy libraries are imported inside the commands, so that `sape2 --help` answers at once. Exit status: 0 done, 2 for
+what the user can put right (one line on standard error; SAPE2_DEBUG=1 shows the traceback), 128 + n after signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import sape2
+from sape2.config import MODELS, ModelConfig, RunConfig, model_config, override, with_epochs
+
+if TYPE_CHECKING:
+    from sape2.data import ImageData, Splits
+    from sape2.vit import ViT
+
+Row = dict[str, Any]
+RESULT_COLUMNS = ["name", "class", "value", "unit", "n", "split", "weights"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("SAPE2_DEBUG"):
+            raise
+        print(f"sape2: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sape2: interrupted", file=sys.stderr)
+        return 130
+
+
+# --- grammar ---------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="sape2", description="Position encodings for vision transformers: train, measure, compare.")
+    parser.add_argument("--version", action="version", version=f"sape2 {sape2.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a model by a recipe, or go on where that stopped")
+    train.add_argument("recipe", metavar="RECIPE", help="see: sape2 list recipes")
+    train.add_argument("--data", metavar="DIR", help="folder (parquet, or torchvision's files) or hub id")
+    train.add_argument("--encoding", metavar="NAME", help="for example ape+sape2:count=cyclic; see: sape2 list encodings")
+    train.add_argument("--model", metavar="NAME", help="see: sape2 list models")
+    train.add_argument("--epochs", type=int, metavar="N", help="the warm-up keeps its share of them")
+    train.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default 0)")
+    train.add_argument("--out", metavar="DIR", help="run folder (default runs/RECIPE-MODEL-ENCODING-sSEED)")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
+    train.add_argument("--dry-run", action="store_true", help="print settings, size, MACs, steps, expected time; write nothing")
+    _add_json(train)
+    train.set_defaults(run=run_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a finished run")
+    evaluate.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
+    evaluate.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
+    evaluate.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    evaluate.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
+    evaluate.add_argument(
+        "--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set"
+    )
+    _add_json(evaluate)
+    evaluate.set_defaults(run=run_evaluate)
+
+    list_ = commands.add_parser("list", help="what there is to choose from")
+    list_.add_argument("what", choices=["encodings", "models", "recipes", "measures"])
+    _add_json(list_)
+    list_.set_defaults(run=run_list)
+    return parser
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="rows as JSON on standard output instead of a table")
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def run_train(arguments: argparse.Namespace) -> int:
+    config = resolve(arguments)
+    folder = Path(arguments.out or Path("runs") / default_name(config))
+    from sape2.checkpoint import check_run, is_finished, read_rows, start_run
+
+    if not arguments.dry_run:
+        check_run(folder, config)
+        if is_finished(folder) and read_rows(folder / "results.jsonl"):
+            _say(f"{folder} is finished; choose another --out or --seed for a new run")
+            return _show_results(read_rows(folder / "results.jsonl"), folder, arguments.json)
+    from sape2.data import load_data
+
+    model = build_model(config)
+    splits = load_data(config.data, config.model)
+    if arguments.dry_run:
+        return _dry_run(model, splits, config, arguments.json)
+    start_run(folder, config)
+    if not is_finished(folder):
+        status = _train(model, splits, config, folder)
+        if status:
+            return status
+    rows = [row for weights in ("last", "best") for row in measure(folder, config, splits, ["accuracy"], "test", weights)]
+    draw_run(folder, config, splits)
+    return _show_results(rows, folder, arguments.json)
+
+
+def resolve(arguments: argparse.Namespace) -> RunConfig:
+    """The recipe with the options of the command applied, --set last."""
+    from sape2.recipes import get_recipe
+
+    config = get_recipe(arguments.recipe)
+    if arguments.model is not None:
+        config = replace(config, model=_resized(config.model, arguments.model))
+    if arguments.encoding is not None:
+        config = replace(config, model=replace(config.model, encoding=arguments.encoding))
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, source=arguments.data))
+    if arguments.seed is not None:
+        config = replace(config, seed=arguments.seed)
+    if arguments.epochs is not None:
+        config = with_epochs(config, arguments.epochs)
+    return override(config, arguments.set)
+
+
+def _resized(model: ModelConfig, name: str) -> ModelConfig:
+    """The recipe's model in another size: only the name, width, depth, heads and MLP ratio change."""
+    size = model_config(name)
+    return replace(model, name=name, dim=size.dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio)
+
+
+def default_name(config: RunConfig) -> str:
+    encoding = re.sub(r"[^\w+=.-]+", "_", config.model.encoding)
+    return f"{config.recipe}-{config.model.name}-{encoding}-s{config.seed}"
+
+
+def build_model(config: RunConfig) -> ViT:
+    """A new model whose weights depend on the seed and, where shapes allow, on nothing else."""
+    import torch
+
+    from sape2.data import derive_seed
+    from sape2.vit import ViT
+
+    torch.manual_seed(derive_seed(config.seed, 3))
+    return ViT(config.model)
+
+
+def _train(model: ViT, splits: Splits, config: RunConfig, folder: Path) -> int:
+    from sape2.checkpoint import last_checkpoint
+    from sape2.evaluation.accuracy import quick_accuracy
+    from sape2.train import TrainingStopped, train
+
+    checkpoint = last_checkpoint(folder)
+    _say(f"{folder}: going on from {checkpoint.name}" if checkpoint else f"{folder}: starting")
+    try:
+        train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), config, folder)
+    except TrainingStopped as stopped:
+        _say(f"sape2: {stopped}")
+        return 128 + stopped.signal_number
+    return 0
+
+
+def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> int:
+    from sape2.data import TrainStream
+    from sape2.evaluation.accuracy import quick_accuracy
+    from sape2.evaluation.cost import count_macs, count_parameters, median_seconds
+    from sape2.train import Trainer, mixed_precision
+
+    stream = TrainStream(splits.train, config.augment, config.train, config.seed)
+    images, labels = stream[0]
+    macs = count_macs(model, config.model.in_channels, config.model.image_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = Trainer(model, splits.train, lambda _: (0.0, 0.0), config, Path(scratch), quiet=True)
+        device = trainer.accelerator.device
+        step_s = median_seconds(lambda: trainer._step(images.to(device), labels.to(device)))
+        start = time.perf_counter()
+        quick_accuracy(trainer.model, splits.validation)
+        evaluation_s = time.perf_counter() - start
+        trainer.accelerator.end_training()
+    summary: Row = {
+        "parameters": count_parameters(model),
+        "macs_per_image": macs,
+        "training_images": len(splits.train),
+        "validation_images": len(splits.validation),
+        "test_images": len(splits.test),
+        "steps_per_epoch": stream.steps_per_epoch,
+        "steps": stream.total_steps,
+        "precision": mixed_precision(config.train.precision).replace("no", "fp32"),
+        "device": str(device),
+        "seconds_per_step": step_s,
+        "images_per_s": config.train.batch_size / step_s,
+        "expected_minutes": (stream.total_steps * step_s + config.train.epochs * evaluation_s) / 60,
+    }
+    from sape2.report import print_json, print_table
+
+    if as_json:
+        print_json([{"config": config.to_dict()} | summary])
+    else:
+        print(config.to_json())
+        print_table(({"what": name, "value": value} for name, value in summary.items()), ["what", "value"], "dry run")
+    return 0
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def run_evaluate(arguments: argparse.Namespace) -> int:
+    from sape2.checkpoint import is_finished, last_checkpoint, read_config
+
+    folder = Path(arguments.folder)
+    config = read_config(folder)
+    measures = _chosen_measures(arguments.measures)
+    if not is_finished(folder):
+        at = last_checkpoint(folder)
+        raise ValueError(
+            f"the run in {folder} is not finished ({at.name if at else 'no checkpoint yet'} of its "
+            f"{config.train.epochs} epochs); give its sape2 train command again to go on"
+        )
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, source=arguments.data))
+    from sape2.data import load_data
+
+    splits = load_data(config.data, config.model)
+    rows = measure(folder, config, splits, measures, arguments.split, arguments.weights)
+    draw_run(folder, config, splits)
+    return _show_results(rows, folder, arguments.json)
+
+
+def _chosen_measures(text: str) -> list[str]:
+    from sape2.evaluation import MEASURES
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MEASURES:
+            raise ValueError(f"unknown measure {name!r}; known measures: {', '.join(MEASURES)}")
+    return names
+
+
+def measure(folder: Path, config: RunConfig, splits: Splits, measures: list[str], split: str, weights: str) -> list[Row]:
+    """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl."""
+    from sape2.checkpoint import update_results
+    from sape2.evaluation import MEASURES
+
+    model = load_run_model(folder, config, weights)
+    data: ImageData = getattr(splits, split)
+    conditions = _conditions(config) | {"split": split, "weights": weights}
+    rows = [row | conditions for name in measures for row in MEASURES[name](model, data)]
+    update_results(folder, rows)
+    return rows
+
+
+def load_run_model(folder: Path, config: RunConfig, weights: str = "last") -> ViT:
+    """The trained model of a run folder, ready to be measured, on the accelerator if there is one."""
+    import torch
+
+    from sape2.checkpoint import load_weights
+
+    model = build_model(config)
+    load_weights(folder / {"last": "model.safetensors", "best": "best.safetensors"}[weights], model)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return model.to(device).eval()
+
+
+def _conditions(config: RunConfig) -> Row:
+    """What a number was measured on, for every result row."""
+    import platform
+
+    import torch
+
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"
+    return {
+        "encoding": config.model.encoding,
+        "model": config.model.name,
+        "data": config.data.name,
+        "recipe": config.recipe,
+        "epochs": config.train.epochs,
+        "seed": config.seed,
+        "torch": torch.__version__,
+        "hardware": hardware,
+    }
+
+
+def draw_run(folder: Path, config: RunConfig, splits: Splits) -> None:
+    """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one."""
+    from sape2 import viz
+    from sape2.checkpoint import read_rows
+    from sape2.evaluation.accuracy import confusion, predict
+
+    figures = folder / "figures"
+    model = load_run_model(folder, config)
+    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, figures / "curves.png")
+    viz.plot_confusion(
+        confusion(predict(model, splits.test, 500), splits.test.labels), splits.test.classes, figures / "confusion.png"
+    )
+    image = splits.test[:1]
+    device = next(model.parameters()).device
+    layers = model.maps(next(image.batches(1))[0].to(device))
+    biased = {f"layer {i + 1}": maps["bias"][0].detach().float().cpu() for i, maps in enumerate(layers) if "bias" in maps}
+    if biased:
+        height, width = config.model.grid
+        patch = (height // 2, width // 2)
+        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, figures / "bias.png", list(biased))
+
+
+# --- list ------------------------------------------------------------------------------------------------------------
+
+
+def run_list(arguments: argparse.Namespace) -> int:
+    rows = {"encodings": _encodings, "models": _models, "recipes": _recipes, "measures": _measures}[arguments.what]()
+    from sape2.report import print_json, print_table
+
+    if arguments.json:
+        print_json(rows)
+    else:
+        print_table(rows, list(rows[0]), arguments.what)
+    return 0
+
+
+def _encodings() -> list[Row]:
+    from sape2.encodings import TokenEncoding, find_encoding, list_encodings
+    from sape2.encodings.base import describe_options
+
+    return [
+        {
+            "name": name,
+            "acts on": "tokens" if issubclass(encoding, TokenEncoding) else "attention",
+            "what it is": encoding.summary,
+            "source": encoding.source,
+            "options (default first)": "\n".join(
+                f"{key}={values}" for key, values in describe_options(encoding.Options).items()
+            ),
+        }
+        for name in list_encodings()
+        for encoding in [find_encoding(name)]
+    ]
+
+
+def _models() -> list[Row]:
+    columns = ("name", "dim", "depth", "num_heads", "mlp_ratio")
+    return [dict(zip(columns, (name, *sizes), strict=True)) for name, sizes in MODELS.items()]
+
+
+def _recipes() -> list[Row]:
+    from sape2.recipes import RECIPES
+
+    return [
+        {
+            "name": name,
+            "model": config.model.name,
+            "data": config.data.name,
+            "epochs": config.train.epochs,
+            "what it is": " ".join((recipe.__doc__ or "").split("\n\n")[0].split()),
+        }
+        for name, recipe in RECIPES.items()
+        for config in [recipe()]
+    ]
+
+
+def _measures() -> list[Row]:
+    from sape2.evaluation import MEASURES
+
+    return [{"name": name, "what it gives": (function.__doc__ or "").split("\n")[0]} for name, function in MEASURES.items()]
+
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
+    from sape2.report import print_json, print_table
+
+    if as_json:
+        print_json(rows)
+        return 0
+    first = rows[0]
+    title = f"{first['data']}, {first['model']}, {first['encoding']}, {first['epochs']} epochs, seed {first['seed']}"
+    print_table(rows, [column for column in RESULT_COLUMNS if any(column in row for row in rows)], title)
+    print(f"in {folder}: results.jsonl, metrics.jsonl, figures/")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,110 @@
+"""CoPE, contextual position encoding (arXiv:2405.18719), on the tokens of an image in raster order.
+
+CoPE was made for text: a query counts, by gates that it computes itself, the tokens between a key and itself. Here the
+sequence is the grid in row-major order and nothing is masked, which is how it is used as a baseline on images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
+from sape2.grid import Grid, check_grid, check_tokens, num_tokens
+
+Count = Literal["suffix", "causal", "between"]
+
+
+def cope_positions(gates: Float[Tensor, "*lead tokens tokens"], count: Count) -> Float[Tensor, "*lead tokens tokens"]:
+    """p_in, the sum of the gates g_ij over the tokens j
+
+    suffix:  from n to the end of the sequence: CoPE's code (flip, cumsum, flip) without its causal mask,
+    causal:  from n to i, both included, 0 for n after i: CoPE's code with its mask,
+    between: from i to n on either side, i itself left out, so p_ii = 0.
+    """
+    if count == "between":
+        return gates.triu(1).cumsum(-1) + _suffix_sum(gates.tril(-1))
+    return _suffix_sum(gates.tril() if count == "causal" else gates)
+
+
+def _suffix_sum(gates: Tensor) -> Tensor:
+    return gates.flip(-1).cumsum(-1).flip(-1)
+
+
+def interpolate(
+    products: Float[Tensor, "*lead tokens positions"], positions: Float[Tensor, "*lead tokens places"]
+) -> Float[Tensor, "*lead tokens places"]:
+    """q_i^T e[p] at fractional p, linear between the integers around it, p clamped to the last row.
+
+    At an exact integer the value is that of the floor and ceil of the source; the gradient is the slope to the right.
+    """
+    last = products.shape[-1] - 1
+    positions = positions.clamp(0, last)
+    low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
+    at_low, at_high = products.gather(-1, low), products.gather(-1, low + 1)
+    return at_low + (positions - low) * (at_high - at_low)
+
+
+@dataclass(frozen=True)
+class CoPEOptions:
+    """`divide_bias`: by sqrt(d), as the logits. `num_positions`: rows of the table, by default one more than the tokens of the
+    training grid, which no count exceeds. `beyond`: on grids with more tokens, positions are clamped, or first rescaled
+    to the trained range.
+    """
+
+    count: Count = "suffix"
+    divide_bias: bool = True
+    num_positions: int | None = None
+    beyond: Literal["clamp", "rescale"] = "clamp"
+
+    def __post_init__(self) -> None:
+        if self.num_positions is not None and self.num_positions < 2:
+            raise ValueError(f"cope:num_positions must be at least 2, to interpolate between; got {self.num_positions}")
+
+
+class CoPE(AttentionEncoding):
+    """b_in = q_i^T e[p_in] / sqrt(d), p_in the sum of the gates sigmoid(q_i^T k_j / sqrt(d)) from n on.
+
+    One table, (num_positions, d), shared by the heads, zero at the start (the bias is linear in it, so it learns).
+    The paper's listing adds q^T e undivided; the code published with it divides by sqrt(d) as the content logits are,
+    which is the default here. Sums and positions are in float32 or better.
+    """
+
+    Options = CoPEOptions
+    summary = "contextual positions: gated counts along the raster order"
+    source = "arXiv:2405.18719"
+    facts = Facts(content_dependent=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(CoPEOptions, "cope", options)
+        self.head_dim, self.grid = head_dim, check_grid(grid)
+        self.num_positions = self.options.num_positions or num_tokens(grid) + 1
+        self.table = nn.Parameter(torch.zeros(self.num_positions, head_dim))
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        """The bias of every pair in logits, float32 or better inside, in the dtype of q."""
+        return AttentionBias(matrix=self.maps(q, k, grid)["bias"])
+
+    def maps(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> dict[str, Tensor]:
+        """gates, positions (before they are clamped) and bias, each (B, h, N, N)."""
+        check_tokens(q, grid)
+        dtype = q.dtype
+        with no_autocast(q):
+            q, k = full_precision(q), full_precision(k)
+            gates = torch.sigmoid(self.head_dim**-0.5 * (q @ k.transpose(-1, -2)))
+            positions = cope_positions(gates, self.options.count) * self._position_scale(grid)
+            bias = interpolate(q @ full_precision(self.table).T, positions)
+            divisor = self.head_dim**0.5 if self.options.divide_bias else 1.0
+            return {"gates": gates, "positions": positions, "bias": (bias / divisor).to(dtype)}
+
+    def _position_scale(self, grid: Grid) -> float:
+        return 1.0 if self.options.beyond == "clamp" else min(1.0, num_tokens(self.grid) / num_tokens(grid))

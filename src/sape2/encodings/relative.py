@@ -1,0 +1,243 @@
+"""Relative encodings: a bias that depends on the offset (dy, dx) from query patch i to key patch n.
+
+`rpe` reads a number per head and offset from a table, `rpe_contextual` a vector that is dotted with the query,
+`rpe_decomposed` a vector per row offset and one per column offset, `alibi` has no table: a slope times the distance.
+Tables cover the offsets of the training grid, -(H - 1)..H - 1 by -(W - 1)..W - 1. For other grids there is a rule,
+`beyond`: clamp takes the nearest offset that the table has; resize resamples the table to the offsets of the new grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
+from sape2.grid import Grid, check_grid, check_tokens, line_coordinate, line_length, offsets, to_lines
+
+Beyond = Literal["resize", "clamp"]
+
+
+def num_offsets(grid: Grid) -> tuple[int, int]:
+    """How many row and column offsets a grid has: (2 H - 1, 2 W - 1)."""
+    height, width = grid
+    return 2 * height - 1, 2 * width - 1
+
+
+def offset_index(grid: Grid, rows: int, columns: int, device: torch.device) -> Int[Tensor, "tokens tokens"]:
+    """Where the offset of every pair (i, n) stands in a flattened table of (rows, columns) offsets, offset 0 in the middle."""
+    dy, dx = offsets(grid, device).unbind(-1)
+    last_y, last_x = rows // 2, columns // 2
+    return (dy.clamp(-last_y, last_y) + last_y) * columns + dx.clamp(-last_x, last_x) + last_x
+
+
+def resized(table: Float[Tensor, "channels rows columns"], grid: Grid) -> Float[Tensor, "channels new_rows new_columns"]:
+    """The table resampled as an image to the offsets of `grid`, bicubic, as Swin and timm do for other windows."""
+    if table.shape[-2:] == num_offsets(grid):
+        return table
+    return F.interpolate(table[None], size=num_offsets(grid), mode="bicubic", align_corners=False)[0]
+
+
+# --- one number per head and offset ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RelativeTableOptions:
+    """`beyond`: the rule for other grids; resize is what the source does."""
+
+    beyond: Beyond = "resize"
+
+
+class RelativeTable(AttentionEncoding):
+    """b_in = table[head, dy, dx]: the bias table of Swin (arXiv:2103.14030), here over the whole grid as one window.
+
+    `table` is (h, 2H - 1, 2W - 1), truncated normal of std 0.02. Offsets run from i to n; Swin's run from n to i, so
+    its table is ours turned by half a turn.
+    """
+
+    Options = RelativeTableOptions
+    summary = "a learned number per head and offset (Swin)"
+    source = "arXiv:2103.14030"
+    facts = Facts(translation=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(RelativeTableOptions, "rpe", options)
+        self.table = nn.Parameter(torch.empty(num_heads, *num_offsets(check_grid(grid))))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        check_tokens(q, grid)
+        table = full_precision(self.table)
+        if self.options.beyond == "resize":
+            table = resized(table, grid)
+        index = offset_index(grid, table.shape[1], table.shape[2], q.device)
+        return AttentionBias(matrix=table.flatten(1)[:, index].to(q.dtype))  # (h, N, N)
+
+
+# --- one vector per offset -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RelativeContextualOptions:
+    """`heads`: one table for all heads or one each; `divide_bias`: by sqrt(d), as the logits; `beyond`: for other grids."""
+
+    heads: Literal["shared", "each"] = "shared"
+    divide_bias: bool = True
+    beyond: Beyond = "clamp"
+
+
+class RelativeContextual(AttentionEncoding):
+    """b_in = q_i^T e[dy, dx] / sqrt(d): iRPE on keys, contextual mode, "product" offsets (arXiv:2107.14222).
+
+    iRPE scales q before both products, so its bias is divided by sqrt(d) with the logits (Shaw, arXiv:1803.02155, too).
+    It maps far offsets to shared buckets; here every offset has its own row and, as in Shaw, offsets beyond the table
+    take its last one. `table` is (1 or h, 2H - 1, 2W - 1, d), zero at the start as in iRPE, shared by the heads as in
+    its published "product" models.
+    """
+
+    Options = RelativeContextualOptions
+    summary = "query times a learned vector per offset (iRPE product, Shaw)"
+    source = "arXiv:2107.14222, arXiv:1803.02155"
+    facts = Facts(content_dependent=True, translation=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(RelativeContextualOptions, "rpe_contextual", options)
+        tables = 1 if self.options.heads == "shared" else num_heads
+        self.table = nn.Parameter(torch.zeros(tables, *num_offsets(check_grid(grid)), head_dim))
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        check_tokens(q, grid)
+        with no_autocast(q):
+            table = self._table(grid)  # (1 or h, rows, columns, d)
+            products = full_precision(q) @ table.flatten(1, 2).transpose(-1, -2)  # (B, h, N, offsets)
+            index = offset_index(grid, table.shape[1], table.shape[2], q.device)
+            bias = products.gather(-1, index.expand(*q.shape[:2], -1, -1))  # (B, h, N, N)
+            divisor = math.sqrt(q.shape[-1]) if self.options.divide_bias else 1.0
+            return AttentionBias(matrix=(bias / divisor).to(q.dtype))
+
+    def _table(self, grid: Grid) -> Float[Tensor, "tables rows columns head_dim"]:
+        table = full_precision(self.table)
+        if self.options.beyond == "clamp":
+            return table
+        images = table.permute(0, 3, 1, 2)  # (tables, d, rows, columns)
+        return torch.stack([resized(image, grid) for image in images]).permute(0, 2, 3, 1)
+
+
+# --- one vector per row offset, one per column offset ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RelativeDecomposedOptions:
+    """`beyond`: the rule for other grids; resize, linear, is what the source does."""
+
+    beyond: Beyond = "resize"
+
+
+class RelativeDecomposed(AttentionEncoding):
+    """b_in = q_i^T R_y[dy] + q_i^T R_x[dx], not divided by sqrt(d): MViTv2 (arXiv:2112.01526), SAM (arXiv:2304.02643).
+
+    It is a value per query and row plus a value per query and column, so it factors into a dot product of width W + H.
+    Tables are (2H - 1, d) and (2W - 1, d), shared by the heads, zero at the start as in SAM; theirs run from n to i,
+    so they are ours upside down.
+    """
+
+    Options = RelativeDecomposedOptions
+    summary = "query times a vector per row offset and one per column offset (MViTv2, SAM)"
+    source = "arXiv:2112.01526, arXiv:2304.02643"
+    facts = Facts(content_dependent=True, translation=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(RelativeDecomposedOptions, "rpe_decomposed", options)
+        rows, columns = num_offsets(check_grid(grid))
+        self.table_y = nn.Parameter(torch.zeros(rows, head_dim))
+        self.table_x = nn.Parameter(torch.zeros(columns, head_dim))
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        check_tokens(q, grid)
+        queries, keys = [], []
+        with no_autocast(q):
+            for axis in ("x", "y"):
+                vectors = self._vectors(axis, grid)  # (S, S, d), from each place of a line to each
+                lines = to_lines(full_precision(q), grid, axis)  # (B, h, lines, S, d)
+                values = torch.einsum("bhlsd,smd->bhlsm", lines, vectors)
+                values = values.transpose(2, 3) if axis == "y" else values
+                queries.append(values.flatten(2, 3).to(q.dtype))  # (B, h, N, S)
+                keys.append(F.one_hot(line_coordinate(grid, axis, q.device), line_length(grid, axis)).to(q.dtype))
+        return AttentionBias(factors=(torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)))
+
+    def _vectors(self, axis: Literal["x", "y"], grid: Grid) -> Float[Tensor, "length length head_dim"]:
+        """R[m - s] for the places s and m of a line."""
+        table = full_precision(getattr(self, f"table_{axis}"))
+        length = line_length(grid, axis)
+        if self.options.beyond == "resize" and len(table) != 2 * length - 1:
+            table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear", align_corners=False)[0].T
+        place = torch.arange(length, device=table.device)
+        last = len(table) // 2
+        return table[(place[None] - place[:, None]).clamp(-last, last) + last]
+
+
+# --- no table --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ALiBiOptions:
+    """`metric`: the distance between two patches; `slopes`: as the source has them, or learned from there."""
+
+    metric: Literal["euclidean", "manhattan"] = "euclidean"
+    slopes: Literal["fixed", "learned"] = "fixed"
+
+
+class ALiBi(AttentionEncoding):
+    """b_in = -slope_head * distance(i, n): ALiBi (arXiv:2108.12409) with the distance of the plane, in patches.
+
+    Slopes are ALiBi's, a geometric sequence 2^(-8/h), 2^(-16/h), ... for h a power of two (else: `alibi_slopes`). ALiBi
+    fixes them; learned ones are free, so a head may come to prefer what is far.
+    """
+
+    Options = ALiBiOptions
+    summary = "a slope per head times the distance in the plane"
+    source = "arXiv:2108.12409, 2D here"
+    facts = Facts(translation=True, flip=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(ALiBiOptions, "alibi", options)
+        self.num_heads = num_heads
+        if self.options.slopes == "learned":
+            self.slopes = nn.Parameter(alibi_slopes(num_heads, torch.zeros(())))
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        check_tokens(q, grid)
+        like = full_precision(q)
+        learned = self.options.slopes == "learned"
+        slopes = full_precision(self.slopes) if learned else alibi_slopes(self.num_heads, like)
+        distance = self._distance(grid, like)
+        return AttentionBias(matrix=(-slopes[:, None, None] * distance).to(q.dtype))  # (h, N, N)
+
+    def _distance(self, grid: Grid, like: Tensor) -> Float[Tensor, "tokens tokens"]:
+        step = offsets(grid, like.device).to(like.dtype)
+        return step.abs().sum(-1) if self.options.metric == "manhattan" else step.square().sum(-1).sqrt()
+
+
+def alibi_slopes(num_heads: int, like: Tensor) -> Float[Tensor, " heads"]:
+    """2^(-8 m / h) for m = 1 to h. If h is no power of two: those of the power p below, then every second one of 2 p."""
+    power = 2 ** int(math.log2(num_heads))
+    own = torch.arange(1, power + 1, device=like.device) * (8 / power)
+    between = torch.arange(1, 2 * (num_heads - power) + 1, 2, device=like.device) * (4 / power)
+    return torch.exp2(-torch.cat([own, between]).to(like.dtype))

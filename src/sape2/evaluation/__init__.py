@@ -1,0 +1,14 @@
+"""Measurements by name: each is a function from (model, data) to rows (name, value, unit, n, protocol)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from sape2.evaluation.accuracy import LabelledImages, accuracy
+
+MEASURES: dict[str, Callable[[nn.Module, LabelledImages], list[dict[str, Any]]]] = {
+    "accuracy": accuracy,
+}

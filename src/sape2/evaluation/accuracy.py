@@ -1,0 +1,74 @@
+"""How often a model is right, per class too, and how far its confidence can be trusted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+
+class LabelledImages(Protocol):
+    """What a measurement needs of a data set; `sape2.data.ImageData` is one."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+
+
+def accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> list[dict[str, Any]]:
+    """Rows: accuracy, top5_accuracy, loss, calibration_error (15 bins), and class_accuracy for every class."""
+    try:
+        from torchmetrics.functional.classification import multiclass_calibration_error
+    except ImportError as error:
+        raise ImportError("accuracy needs torchmetrics: pip install 'sape2[train]'") from error
+    logits, labels = predict(model, data, batch_size), data.labels
+    correct = logits.argmax(1) == labels
+    n, num_classes = len(labels), logits.shape[1]
+    rows = [_row("accuracy", correct.double().mean().item(), "fraction", n, "top-1, one view")]
+    if num_classes > 5:
+        top5 = (logits.topk(5).indices == labels[:, None]).any(1)
+        rows.append(_row("top5_accuracy", top5.double().mean().item(), "fraction", n, "top-5, one view"))
+    rows.append(_row("loss", F.cross_entropy(logits, labels).item(), "nats", n, "cross-entropy, no smoothing"))
+    error = multiclass_calibration_error(logits.softmax(1), labels, num_classes, n_bins=15, norm="l1").item()
+    rows.append(_row("calibration_error", error, "fraction", n, "expected calibration error, 15 equal bins, l1"))
+    for label, name in enumerate(data.classes):
+        members = correct[labels == label]
+        if len(members):
+            row = _row("class_accuracy", members.double().mean().item(), "fraction", len(members), "top-1, one view")
+            rows.append(row | {"class": name})
+    return rows
+
+
+def quick_accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> tuple[float, float]:
+    """(top-1 accuracy, mean cross-entropy): what training asks of the validation set after every epoch."""
+    logits = predict(model, data, batch_size)
+    return (logits.argmax(1) == data.labels).double().mean().item(), F.cross_entropy(logits, data.labels).item()
+
+
+@torch.no_grad()
+def predict(model: nn.Module, data: LabelledImages, batch_size: int) -> Float[Tensor, "images classes"]:
+    """Logits for all images, in float32 on the CPU; the model is left in the mode it was in."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    logits = [model(images.to(device)).float().cpu() for images, _ in data.batches(batch_size)]
+    model.train(was_training)
+    return torch.cat(logits)
+
+
+def confusion(logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> Int[Tensor, "classes classes"]:
+    """How many images of class row were taken for class column."""
+    size = logits.shape[1]
+    return (labels * size + logits.argmax(1)).bincount(minlength=size * size).view(size, size)
+
+
+def _row(name: str, value: float, unit: str, n: int, protocol: str) -> dict[str, Any]:
+    return {"measure": "accuracy", "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol}

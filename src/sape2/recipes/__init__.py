@@ -1,0 +1,25 @@
+"""Recipes by name: functions without arguments that return a whole `RunConfig`. Options change it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sape2.config import RunConfig
+from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_paper, cifar100, cifar100_paper
+from sape2.recipes.digits import digits
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "cifar10_paper": cifar10_paper,
+    "cifar100_paper": cifar100_paper,
+    "cifar10_budget": cifar10_budget,
+}
+
+
+def get_recipe(name: str) -> RunConfig:
+    """Raises ValueError that lists the known recipes."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]()

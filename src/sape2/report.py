@@ -1,0 +1,68 @@
+"""Rows as people and programs read them. Imports nothing of ours: a row is a flat JSON object."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def format_value(value: Any) -> str:
+    """Numbers with as many digits as say something; everything else as text."""
+    if value is None:
+        return "not measured"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def print_table(rows: Iterable[Row], columns: list[str], title: str, file: Any = None) -> None:
+    """A table of the given columns; numbers stand to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = list(rows)
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(format_value(row[column]) if column in row else "" for column in columns))
+    console = Console(file=file)
+    if not console.is_terminal:
+        console.width = max(console.width, 120)
+    console.print(table)
+
+
+def print_json(rows: Iterable[Row]) -> None:
+    """One object a line on standard output."""
+    for row in rows:
+        print(json.dumps(row))
+
+
+def markdown_table(rows: Iterable[Row], columns: list[str]) -> str:
+    """The same table for a page."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(format_value(row[c]) if c in row else "" for c in columns) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def summarize(rows: Iterable[Row], by: tuple[str, ...] = ("encoding", "name")) -> list[Row]:
+    """Mean, sample standard deviation (None for one value) and n of `value`, for rows that agree in `by`."""
+    groups: dict[tuple, list[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in by), []).append(row["value"])
+    return [
+        dict(zip(by, key, strict=True))
+        | {
+            "mean": statistics.mean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "n": len(values),
+        }
+        for key, values in groups.items()
+    ]

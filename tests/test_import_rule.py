@@ -1,0 +1,89 @@
+"""The import rule of docs/decisions/0001-structure.md, read off the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parent.parent / "src" / "sape2"
+
+# Which of our modules each module may import at the top or inside functions. A folder stands for its files.
+ALLOWED = {
+    "__init__": {"adapters", "encodings", "vit"},  # names looked up when first used
+    "config": set(),
+    "grid": set(),
+    "reference": set(),
+    "report": set(),
+    "viz": set(),
+    "encodings": {"grid", "encodings.base"},
+    "attention": {"grid", "encodings.base"},
+    "vit": {"config", "grid", "encodings", "attention"},
+    "adapters": {"grid", "encodings", "attention"},
+    "data": {"config"},
+    "checkpoint": {"config"},
+    "train": {"config", "checkpoint", "data", "encodings"},
+    "recipes": {"config", "recipes"},
+    "evaluation": {"evaluation", "grid"},
+}
+OPTIONAL = {"accelerate", "datasets", "sklearn", "matplotlib", "torchmetrics", "tensorboard", "transformers", "gradio"}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Everything imported below the package, as "encodings.base"; other packages by their first name, marked "!"."""
+    found = set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.module == "sape2":
+                names = [f"sape2.{alias.name}" for alias in node.names]
+        for name in names:
+            inside = name == "sape2" or name.startswith("sape2.")
+            found.add(name.removeprefix("sape2").removeprefix(".") if inside else "!" + name.split(".")[0])
+    return found
+
+
+def broken_rules(module: str, tree: ast.AST) -> set[str]:
+    """Imports of ours that `module` ("encodings.sape2") must not have."""
+    folder = module.split(".")[0]
+    if folder == "cli":
+        return set()
+    allowed = ALLOWED[folder]
+    if module == "encodings":  # its __init__ joins the members
+        allowed = allowed | {"encodings"}
+    ours = {name for name in imports(tree) if name and not name.startswith("!")}
+    return {name for name in ours if name not in allowed and (name.split(".")[0] not in allowed or name == "cli")}
+
+
+def modules() -> list[tuple[str, ast.AST]]:
+    result = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        result.append((name, ast.parse(path.read_text())))
+    return result
+
+
+@pytest.mark.parametrize(("module", "tree"), modules(), ids=[name for name, _ in modules()])
+def test_imports_follow_the_rule(module, tree):
+    assert broken_rules(module, tree) == set()
+
+
+@pytest.mark.parametrize(("module", "tree"), modules(), ids=[name for name, _ in modules()])
+def test_optional_libraries_are_imported_inside_functions_only(module, tree):
+    top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    assert {name[1:] for name in imports(top)} & OPTIONAL == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("grid", "from sape2.config import RunConfig"),
+        ("encodings.rotary", "from sape2.encodings.sape2 import SaPE2"),
+        ("attention", "import sape2.encodings"),
+        ("evaluation.shift", "from sape2.cli import main"),
+        ("reference", "def f():\n    from sape2 import grid"),
+    ],
+)
+def test_the_checker_sees_a_broken_rule(module, code):
+    assert broken_rules(module, ast.parse(code))
