@@ -96,7 +96,7 @@ def test_sincos_against_timm(grid: Grid) -> None:
     theirs = theirs.unflatten(0, (grid[1], grid[0])).transpose(0, 1).flatten(0, 1)  # row-major
     sin_x, sin_y, cos_x, cos_y = theirs.chunk(4, dim=-1)
     ours = create_encoding("sincos", HEADS, HEAD_DIM, grid).table(grid)
-    torch.testing.assert_close(ours, torch.cat([sin_x, cos_x, sin_y, cos_y], dim=-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours.float(), torch.cat([sin_x, cos_x, sin_y, cos_y], dim=-1), rtol=1e-5, atol=1e-5)
 
 
 def published_cope(q: Tensor, k: Tensor, table: Tensor, causal: bool) -> Tensor:

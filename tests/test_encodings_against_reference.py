@@ -159,8 +159,7 @@ def test_tokens_equal_the_literal_loop(name: str, grid: Grid) -> None:
     encoding = make(name)
     x = torch.randn(BATCH, math.prod(grid), HEADS * HEAD_DIM, dtype=torch.float64)
     expected = torch.stack([expected_tokens(encoding, base, image, grid) for image in x])
-    close = {"rtol": 1e-5, "atol": 1e-5} if base == "sincos" else CLOSE  # its table is made in float32
-    torch.testing.assert_close(encoding(x, grid), expected, **close)
+    torch.testing.assert_close(encoding(x, grid), expected, **CLOSE)
 
 
 @pytest.mark.parametrize(("name", "grid"), cases(AttentionEncoding, TOGETHER), ids=str)

@@ -6,7 +6,7 @@ Axes: B batch, T = P + N tokens (class token, registers, then the grid in row-ma
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -62,6 +62,13 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
+def _draw(parameter: Tensor | None, init: Callable[..., Tensor], *arguments: float, **keywords: Any) -> None:
+    """Draws on the CPU, whatever the device of the parameter, so that a seed gives the same weights everywhere."""
+    if parameter is not None and not parameter.is_meta:
+        with torch.no_grad():
+            parameter.copy_(init(torch.empty(parameter.shape, device="cpu"), *arguments, **keywords))
+
+
 def _layer_scale(config: ModelConfig) -> nn.Module:
     return nn.Identity() if config.layer_scale is None else LayerScale(config.dim, init_values=config.layer_scale)
 
@@ -72,7 +79,7 @@ class ViT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        seed = int(torch.randint(2**62, ()))
+        seed = int(torch.randint(2**62, (), device="cpu"))
         tokens, layers = create_encodings(config.encoding, config.num_heads, config.head_dim, config.grid, config.depth)
         self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.dim)
         if config.pool == "class":
@@ -80,7 +87,7 @@ class ViT(nn.Module):
         if config.num_registers:
             self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, config.dim))
         self.token_encodings: nn.ModuleList | list[TokenEncoding] = nn.ModuleList(tokens)
-        rates = torch.linspace(0, config.drop_path, config.depth).tolist()
+        rates = [config.drop_path * layer / max(config.depth - 1, 1) for layer in range(config.depth)]
         self.blocks = nn.ModuleList(Block(config, layer, rate) for layer, rate in zip(layers, rates, strict=True))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6) if config.pool == "class" else nn.Identity()
         self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6) if config.pool == "mean" else nn.Identity()
@@ -103,17 +110,16 @@ class ViT(nn.Module):
         theirs = {id(part) for encoding in encodings for part in encoding.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear) and id(module) not in theirs:
-                nn.init.trunc_normal_(module.weight, std=0.02, generator=generator)
+                _draw(module.weight, nn.init.trunc_normal_, std=0.02, generator=generator)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         patches = self.patch_embed.proj
-        nn.init.kaiming_uniform_(patches.weight, a=5**0.5, generator=generator)
         bound = patches.weight[0].numel() ** -0.5
-        if patches.bias is not None:
-            nn.init.uniform_(patches.bias, -bound, bound, generator=generator)
+        for parameter in (patches.weight, patches.bias):
+            _draw(parameter, nn.init.uniform_, -bound, bound, generator=generator)
         for name in ("cls_token", "reg_token"):
             if hasattr(self, name):
-                nn.init.normal_(getattr(self, name), std=1e-6, generator=generator)
+                _draw(getattr(self, name), nn.init.normal_, std=1e-6, generator=generator)
 
     def no_weight_decay(self) -> set[str]:
         """Names of what must not decay besides norms and biases: tokens and everything of an encoding."""

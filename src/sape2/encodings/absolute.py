@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import Facts, TokenEncoding, make_options
+from sape2.encodings.base import Facts, TokenEncoding, full_precision, make_options
 from sape2.grid import Grid, check_grid, check_tokens, coordinates
 
 
@@ -46,7 +46,7 @@ class LearnedAbsolute(TokenEncoding):
     def resampled(self, grid: Grid) -> Float[Tensor, "height width dim"]:
         if tuple(grid) == self.grid:
             return self.table
-        image = self.table.float().permute(2, 0, 1)[None]  # (1, D, H, W)
+        image = full_precision(self.table).permute(2, 0, 1)[None]  # (1, D, H, W)
         image = F.interpolate(image, size=tuple(grid), mode=self.options.resize, antialias=True, align_corners=False)
         return image[0].permute(1, 2, 0)
 
@@ -78,8 +78,9 @@ class SinCos(TokenEncoding):
         return tokens + self.table(grid, tokens.device).to(tokens.dtype)
 
     def table(self, grid: Grid, device: torch.device | None = None) -> Float[Tensor, "tokens dim"]:
+        """All vectors, in float64."""
         frequencies = self.dim // 4
-        omega = self.options.temperature ** (-torch.arange(frequencies, device=device) / frequencies)
-        y, x = coordinates(grid, device).float().unbind(-1)
+        omega = self.options.temperature ** (-torch.arange(frequencies, device=device).double() / frequencies)
+        y, x = coordinates(grid, device).double().unbind(-1)
         angles = [x[:, None] * omega, y[:, None] * omega]
         return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1)

@@ -81,6 +81,7 @@ def _concatenate(sides: list[Tensor]) -> Tensor:
 class Facts:
     """What an encoding is by construction. Each field is tested both ways: a true one holds, a false one fails.
 
+    `content_dependent`: what the encoding adds changes with the content (a rotation, which is linear in q and k, does not).
     The symmetries speak of the logit map a(x)[i, n] that the encoding makes of the same content, moved:
     `translation` by a step without wrap-around (pairs that stay inside), the others as permutations of the grid.
     """
@@ -160,6 +161,13 @@ class Composite(AttentionEncoding):
     def __init__(self, parts: list[AttentionEncoding]) -> None:
         nn.Module.__init__(self)
         self.parts = nn.ModuleList(parts)
+        facts = [part.facts for part in parts]
+        symmetries = {field.name: all(getattr(fact, field.name) for fact in facts) for field in dataclasses.fields(Facts)}
+        self.facts = Facts(**symmetries | {"content_dependent": any(fact.content_dependent for fact in facts)})
+
+    def check_trainable(self) -> None:
+        for part in self._members():
+            part.check_trainable()
 
     def _members(self) -> Iterator[AttentionEncoding]:
         return (part for part in self.parts if isinstance(part, AttentionEncoding))
@@ -174,8 +182,9 @@ class Composite(AttentionEncoding):
     def bias(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> AttentionBias | None:
-        biases = [bias for part in self._members() if (bias := part.bias(q, k, grid)) is not None]
-        return functools.reduce(operator.add, biases) if biases else None
+        biases = [part.bias(q, k, grid) for part in self._members()]
+        given = [bias for bias in biases if bias is not None]
+        return functools.reduce(operator.add, given) if given else None
 
     def maps(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
@@ -197,6 +206,34 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     """Switches autocast off on the tensor's device, so that float32 products stay float32."""
     device = tensor.device.type
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
+
+
+# --- fractional positions --------------------------------------------------------------------------------------------
+
+
+def suffix_sum(gates: Float[Tensor, "*lead length length"]) -> Float[Tensor, "*lead length length"]:
+    """p_im, the sum of the gates g_ij over the places j from m to the end of the line."""
+    return gates.flip(-1).cumsum(-1).flip(-1)
+
+
+def between_sum(gates: Float[Tensor, "*lead length length"]) -> Float[Tensor, "*lead length length"]:
+    """p_im, the sum of the gates g_ij over the places j from i to m on either side, i itself left out, so p_ii = 0."""
+    return gates.triu(1).cumsum(-1) + suffix_sum(gates.tril(-1))
+
+
+def interpolate(
+    products: Float[Tensor, "*lead length positions"], positions: Float[Tensor, "*lead length places"]
+) -> Float[Tensor, "*lead length places"]:
+    """z_i at the fractional positions p_im, linear between floor(p) and the next integer, given z_i at all integers.
+
+    Positions beyond the last one are clamped to it. At an exact integer the value is that of the floor/ceil form of
+    CoPE and SaPE2; the gradient is the slope to the right rather than 0, so that saturated gates still learn.
+    """
+    last = products.shape[-1] - 1
+    positions = positions.clamp(0, last)
+    low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
+    z_low, z_high = products.gather(-1, low), products.gather(-1, low + 1)
+    return z_low + (positions - low) * (z_high - z_low)
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ class Conditional(TokenEncoding):
     """x + conv(x) after the first block, a depthwise 3x3 convolution over the grid: PEG of CPVT (arXiv:2102.10882).
 
     Content moved by a step meets the zeros outside the grid elsewhere, so no symmetry holds exactly: the padding is
-    what leaks the absolute place (CPVT, section 4.3). With circular padding the addition is exactly equivariant to
+    what leaks the absolute place. With circular padding the addition is exactly equivariant to
     circular shifts, and no place is told from another. Weights start as PyTorch starts a convolution, as in the source.
     """
 

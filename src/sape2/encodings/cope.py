@@ -13,7 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
+from sape2.encodings.base import (
+    AttentionBias,
+    AttentionEncoding,
+    Facts,
+    between_sum,
+    full_precision,
+    interpolate,
+    make_options,
+    no_autocast,
+    suffix_sum,
+)
 from sape2.grid import Grid, check_grid, check_tokens, num_tokens
 
 Count = Literal["suffix", "causal", "between"]
@@ -27,26 +37,8 @@ def cope_positions(gates: Float[Tensor, "*lead tokens tokens"], count: Count) ->
     between: from i to n on either side, i itself left out, so p_ii = 0.
     """
     if count == "between":
-        return gates.triu(1).cumsum(-1) + _suffix_sum(gates.tril(-1))
-    return _suffix_sum(gates.tril() if count == "causal" else gates)
-
-
-def _suffix_sum(gates: Tensor) -> Tensor:
-    return gates.flip(-1).cumsum(-1).flip(-1)
-
-
-def interpolate(
-    products: Float[Tensor, "*lead tokens positions"], positions: Float[Tensor, "*lead tokens places"]
-) -> Float[Tensor, "*lead tokens places"]:
-    """q_i^T e[p] at fractional p, linear between the integers around it, p clamped to the last row.
-
-    At an exact integer the value is that of the floor and ceil of the source; the gradient is the slope to the right.
-    """
-    last = products.shape[-1] - 1
-    positions = positions.clamp(0, last)
-    low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
-    at_low, at_high = products.gather(-1, low), products.gather(-1, low + 1)
-    return at_low + (positions - low) * (at_high - at_low)
+        return between_sum(gates)
+    return suffix_sum(gates.tril() if count == "causal" else gates)
 
 
 @dataclass(frozen=True)

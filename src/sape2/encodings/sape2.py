@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
+from sape2.encodings.base import (
+    AttentionBias,
+    AttentionEncoding,
+    Facts,
+    between_sum,
+    full_precision,
+    interpolate,
+    make_options,
+    no_autocast,
+    suffix_sum,
+)
 from sape2.grid import Axis, Grid, check_grid, check_tokens, from_lines, line_coordinate, line_length, num_tokens, to_lines
 
 Count = Literal["suffix", "prefix", "both", "between", "cyclic"]
@@ -50,43 +60,27 @@ def count_positions(gates: Float[Tensor, "*lead length length"], count: Count) -
     cyclic:  from i onwards to m, both included, going round at the end of the line.
     """
     if count == "suffix":
-        return _suffix_sum(gates)
+        return suffix_sum(gates)
     if count == "prefix":
         return gates.cumsum(-1)
     if count == "both":
-        return torch.cat([_suffix_sum(gates), gates.cumsum(-1)], dim=-1)
-    before = gates.tril(-1)  # j < i
+        return torch.cat([suffix_sum(gates), gates.cumsum(-1)], dim=-1)
     if count == "between":
-        return gates.triu(1).cumsum(-1) + _suffix_sum(before)
+        return between_sum(gates)
+    before = gates.tril(-1)  # j < i
     onwards = gates.triu()  # j >= i
     went_round = torch.ones_like(gates, dtype=torch.bool).tril(-1)  # m < i
     return torch.where(went_round, onwards.sum(-1, keepdim=True) + before.cumsum(-1), onwards.cumsum(-1))
 
 
-def _suffix_sum(gates: Tensor) -> Tensor:
-    return gates.flip(-1).cumsum(-1).flip(-1)
-
-
 def table_products(
     vector: Float[Tensor, "*lead length head_dim"], table: Float[Tensor, "positions head_dim"]
 ) -> Float[Tensor, "*lead length positions"]:
-    """Eq. 13: z_i[p] = v_i^T e[p] for every integer position p, where v is the query or the key."""
-    return vector @ table.transpose(-1, -2)
+    """Eq. 13: z_i[p] = v_i^T e[p] for every integer position p, where v is the query or the key.
 
-
-def interpolate(
-    products: Float[Tensor, "*lead length positions"], positions: Float[Tensor, "*lead length places"]
-) -> Float[Tensor, "*lead length places"]:
-    """Eq. 11 and 14: z_i at the fractional positions p_im, linear between floor(p) and the next integer.
-
-    Positions beyond the table are clamped to its last row (App. D). At an exact integer the value is that of the
-    paper's floor/ceil; the gradient is the slope to the right rather than 0, so that saturated gates still learn.
+    Eq. 11 and 14, the same at fractional positions, is `encodings.base.interpolate`.
     """
-    last = products.shape[-1] - 1
-    positions = positions.clamp(0, last)
-    low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
-    z_low, z_high = products.gather(-1, low), products.gather(-1, low + 1)
-    return z_low + (positions - low) * (z_high - z_low)
+    return vector @ table.transpose(-1, -2)
 
 
 class PairwiseDistance(torch.autograd.Function):
@@ -194,7 +188,7 @@ def _facts(o: SaPE2Options) -> Facts:
     offset_only = (o.count == "between" and not raster) or (static and o.count in ("between", "cyclic"))
     return Facts(
         content_dependent=True,
-        translation=direct and offset_only,
+        translation=(direct and offset_only) or (static and o.count == "cyclic"),
         row_permutation=o.axes == "x",  # P4: whole rows may be permuted for b^x, whole columns for b^y
         column_permutation=o.axes == "y",
         circular_shift=o.count == "cyclic" and not raster,  # P10
