@@ -8,6 +8,8 @@ import types
 from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+Real = int | float  # an int is accepted, and kept as a float
+
 # dim, depth, num_heads, mlp_ratio
 MODELS: dict[str, tuple[int, int, int, float]] = {
     "vit_nano": (96, 4, 3, 4.0),
@@ -34,15 +36,15 @@ class ModelConfig:
     dim: int = 384
     depth: int = 12
     num_heads: int = 6
-    mlp_ratio: float = 4.0
+    mlp_ratio: Real = 4.0
     pool: Literal["class", "mean"] = "class"
     num_registers: int = 0
     qkv_bias: bool = True
     qk_norm: bool = False
-    layer_scale: float | None = None
-    dropout: float = 0.0
-    attention_dropout: float = 0.0
-    drop_path: float = 0.0
+    layer_scale: Real | None = None
+    dropout: Real = 0.0
+    attention_dropout: Real = 0.0
+    drop_path: Real = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -104,7 +106,7 @@ class DataConfig:
     label_column: str | None = None
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
     std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
-    validation_fraction: float = 0.1
+    validation_fraction: Real = 0.1
     split_seed: int = 0
     train_limit: int | None = None
 
@@ -133,10 +135,10 @@ class AugmentConfig:
     policy: Literal["none", "randaugment", "autoaugment"] = "none"
     policy_magnitude: int = 9
     policy_group: int = 8
-    erase: float = 0.0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mix_probability: float = 1.0
+    erase: Real = 0.0
+    mixup: Real = 0.0
+    cutmix: Real = 0.0
+    mix_probability: Real = 1.0
     repeats: int = 1
 
     def __post_init__(self) -> None:
@@ -161,13 +163,13 @@ class TrainConfig:
 
     epochs: int = 100
     batch_size: int = 128
-    lr: float = 1e-3
-    min_lr: float = 1e-5
-    warmup_epochs: float = 5
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.1
-    clip_grad: float | None = None
-    ema_decay: float | None = None
+    lr: Real = 1e-3
+    min_lr: Real = 1e-5
+    warmup_epochs: Real = 5
+    weight_decay: Real = 0.05
+    label_smoothing: Real = 0.1
+    clip_grad: Real | None = None
+    ema_decay: Real | None = None
     accumulation: int = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpoint_every: int = 0

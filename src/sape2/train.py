@@ -104,16 +104,17 @@ class Trainer:
                 self._step(images.to(self.accelerator.device), labels.to(self.accelerator.device))
                 self.progress.step += 1
                 epoch, done = divmod(self.progress.step, steps_per_epoch)
-                if self.progress.step % CHECK_EVERY == 0 or done == 0 or caught:
+                every = self.config.train.checkpoint_every
+                save = bool(done == 0 or caught or (every and self.progress.step % every == 0))
+                if save or self.progress.step % CHECK_EVERY == 0:
                     self._look_at_losses()
                 now = time.perf_counter()
-                self._add(seconds=now - mark, wait_seconds=waited, steps=1)
+                self._add(seconds=now - mark, wait_seconds=waited)
                 mark = now
                 show(self.progress, epoch + (done > 0), self.config.train.epochs)
                 if done == 0:
                     self._end_epoch(epoch)
-                every = self.config.train.checkpoint_every
-                if done == 0 or caught or (every and self.progress.step % every == 0):
+                if save:
                     self._save_checkpoint()
                     mark = time.perf_counter()
                 if caught and self.progress.step < stream.total_steps:
