@@ -1,5 +1,6 @@
 """The loop: exact resume after a kill, averages, accumulation, schedules, and runs that go wrong."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -72,9 +73,10 @@ def test_a_run_that_breaks_at_any_step_ends_with_the_weights_of_one_that_did_not
             raise StopAt
         step(self, *batch)
 
-    with monkeypatch.context() as patch, pytest.raises(StopAt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", breaking)
-        run(tmp_path / "broken", config)
+        with pytest.raises(StopAt):
+            run(tmp_path / "broken", config)
     assert last_checkpoint(tmp_path / "broken").name == f"step-{stop:08d}"
     assert same(run(tmp_path / "broken", config), expected)
     whole, broken = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken"))
@@ -134,9 +136,10 @@ def test_sigterm_saves_a_checkpoint_and_stops(tmp_path, monkeypatch):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch, pytest.raises(TrainingStopped, match="stopped at step 7") as stopped:
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", signalling)
-        run(tmp_path / "run", tiny())
+        with pytest.raises(TrainingStopped, match="stopped at step 7") as stopped:
+            run(tmp_path / "run", tiny())
     assert stopped.value.signal_number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     assert last_checkpoint(tmp_path / "run").name == "step-00000007"
@@ -206,7 +209,7 @@ def test_the_schedule_warms_up_and_falls_to_the_minimum():
     assert rates[0] == pytest.approx(1e-4)
     assert rates[5] == pytest.approx((1e-4 + 1e-2) / 2)
     assert rates[10] == max(rates) == pytest.approx(0.01)
-    assert all(one >= other for one, other in zip(rates[10:], rates[11:], strict=False))
+    assert all(one >= other for one, other in itertools.pairwise(rates[10:]))
     assert rates[50] == pytest.approx(1e-4)
 
 
@@ -277,7 +280,7 @@ def test_weights_of_another_model_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"a.safetensors does not hold the weights of this model: .*weight"):
         load_weights(tmp_path / "a.safetensors", nn.Linear(3, 2))
     (tmp_path / "b.safetensors").write_bytes(b"half")
-    with pytest.raises(ValueError, match="b.safetensors does not hold"):
+    with pytest.raises(ValueError, match="does not hold"):
         load_weights(tmp_path / "b.safetensors", nn.Linear(2, 2))
 
 

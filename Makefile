@@ -1,0 +1,44 @@
+# Each command does its own set-up in .venv with nothing but Python (3.11 or newer) and pip.
+PYTHON ?= python3
+VENV ?= .venv
+# Installed together and first: a torch and a torchvision that were not made for each other do not import.
+TORCH ?= torch==2.14.1 torchvision==0.29.1
+BIN = $(VENV)/bin
+
+.PHONY: demo test slow lint clean
+
+demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
+	$(BIN)/sape2 train digits --out runs/demo
+
+test: $(VENV)/.test  ## all tests but the slow ones
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
+
+slow: $(VENV)/.test  ## the slow ones
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.lint  ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
+
+$(VENV)/.torch:
+	@$(PYTHON) -c 'import sys; sys.exit("sape2 needs Python 3.11 or newer; %s is %s. Try make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q $(TORCH)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install -q -e '.[train,data,viz]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(BIN)/python -m pip install -q --group test
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.demo
+	$(BIN)/python -m pip install -q --group lint
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info
