@@ -149,7 +149,7 @@ def expected_sape2(encoding: AttentionEncoding, q: Tensor, k: Tensor, head: int,
     )
 
 
-# The loop of ape has no resampling: test_encoding_facts looks at its other grids.
+# The loop of ape has no resampling: test_encoding_duties looks at its other grids.
 @pytest.mark.parametrize(
     ("name", "grid"), [c for c in cases(TokenEncoding) if not c[0].startswith("ape") or c[1] == TRAINED], ids=str
 )

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from sape2.checkpoint import Progress, last_checkpoint, load_weights, read_rows, save_checkpoint, save_weights, start_run
+from sape2.checkpoint import Progress, last_checkpoint, load_weights, read_rows, save_checkpoint, save_weights
 from sape2.cli import build_model
 from sape2.config import override
 from sape2.data import ImageData, TrainStream, epoch_order
@@ -44,7 +44,6 @@ def images(count=80):
 def run(folder, config, evaluate=None):
     data = images()
     model = build_model(config)
-    start_run(folder, config)
     train(model, data, evaluate or (lambda trained: quick_accuracy(trained, data)), config, folder, quiet=True)
     return load_file(folder / "model.safetensors")
 
@@ -180,7 +179,6 @@ def test_it_learns(tmp_path):
     data = replace(data, images=(data.labels * 25)[:, None, None, None].expand(-1, 1, 8, 8).to(torch.uint8).clone())
     config = tiny("train.epochs=40", "augment.mixup=0", "augment.erase=0", "train.lr=0.01", "model.drop_path=0")
     model = build_model(config)
-    start_run(tmp_path, config)
     train(model, data, lambda trained: quick_accuracy(trained, data), config, tmp_path, quiet=True)
     assert quick_accuracy(model, data)[0] > 0.8
 
@@ -243,6 +241,7 @@ def test_a_dead_table_is_refused_before_the_first_step(tmp_path):
     nn.init.zeros_(model.blocks[0].attn.encoding.table_y)
     with pytest.raises(ValueError, match="table_y is all zero"):
         train(model, images(), lambda _: (0.0, 0.0), config, tmp_path, quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_training_set_smaller_than_a_batch_is_named(tmp_path):

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from sape2.vit import ViT
 
 Row = dict[str, Any]
-RESULT_COLUMNS = ["name", "class", "value", "unit", "n", "split", "weights"]
+WEIGHTS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +99,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     config = resolve(arguments)
     folder = Path(arguments.out or Path("runs") / default_name(config))
-    from sape2.checkpoint import check_run, is_finished, read_rows, start_run
+    from sape2.checkpoint import check_run, is_finished, read_rows
 
     if not arguments.dry_run:
         check_run(folder, config)
@@ -112,7 +112,6 @@ def run_train(arguments: argparse.Namespace) -> int:
     splits = load_data(config.data, config.model)
     if arguments.dry_run:
         return _dry_run(model, splits, config, arguments.json)
-    start_run(folder, config)
     if not is_finished(folder):
         status = _train(model, splits, config, folder)
         if status:
@@ -163,12 +162,9 @@ def build_model(config: RunConfig) -> ViT:
 
 
 def _train(model: ViT, splits: Splits, config: RunConfig, folder: Path) -> int:
-    from sape2.checkpoint import last_checkpoint
     from sape2.evaluation.accuracy import quick_accuracy
     from sape2.train import TrainingStopped, train
 
-    checkpoint = last_checkpoint(folder)
-    _say(f"{folder}: going on from {checkpoint.name}" if checkpoint else f"{folder}: starting")
     try:
         train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), config, folder)
     except TrainingStopped as stopped:
@@ -193,7 +189,6 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> in
         start = time.perf_counter()
         quick_accuracy(trainer.model, splits.validation)
         evaluation_s = time.perf_counter() - start
-        trainer.accelerator.end_training()
     summary: Row = {
         "parameters": count_parameters(model),
         "macs_per_image": macs,
@@ -323,60 +318,74 @@ def draw_run(folder: Path, config: RunConfig, splits: Splits) -> None:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    rows = {"encodings": _encodings, "models": _models, "recipes": _recipes, "measures": _measures}[arguments.what]()
+    tables = {"encodings": _encodings, "models": _models, "recipes": _recipes, "measures": _measures}[arguments.what]()
     from sape2.report import print_json, print_table
 
-    if arguments.json:
-        print_json(rows)
-    else:
-        print_table(rows, list(rows[0]), arguments.what)
+    for title, rows in tables.items():
+        if arguments.json:
+            print_json({"list": title} | row for row in rows)
+        else:
+            print_table(rows, list(rows[0]), title)
     return 0
 
 
-def _encodings() -> list[Row]:
-    from sape2.encodings import TokenEncoding, find_encoding, list_encodings
-    from sape2.encodings.base import describe_options
+def _encodings() -> dict[str, list[Row]]:
+    from sape2.encodings import Schedule, find_encoding, list_encodings
+    from sape2.encodings.base import AttentionEncoding, describe_options
 
-    return [
-        {
-            "name": name,
-            "acts on": "tokens" if issubclass(encoding, TokenEncoding) else "attention",
-            "what it is": encoding.summary,
-            "source": encoding.source,
-            "options (default first)": "\n".join(
-                f"{key}={values}" for key, values in describe_options(encoding.Options).items()
-            ),
-        }
-        for name in list_encodings()
-        for encoding in [find_encoding(name)]
-    ]
+    known = {name: find_encoding(name) for name in list_encodings()}
+    attention = "every attention encoding"
+    options = [(attention, describe_options(Schedule))] + [(name, describe_options(e.Options)) for name, e in known.items()]
+    return {
+        "encodings": [
+            {
+                "name": name,
+                "slot": "attention" if issubclass(encoding, AttentionEncoding) else "tokens",
+                "summary": encoding.summary,
+                "source": encoding.source,
+            }
+            for name, encoding in known.items()
+        ],
+        "variants": [
+            {"name": f"{name}:{variant}", "summary": text}
+            for name, encoding in known.items()
+            for variant, text in encoding.variants.items()
+        ],
+        "options, the default first": [
+            {"encoding": name, "option": option, "values": values}
+            for name, described in options
+            for option, values in described.items()
+        ],
+    }
 
 
-def _models() -> list[Row]:
+def _models() -> dict[str, list[Row]]:
     columns = ("name", "dim", "depth", "num_heads", "mlp_ratio")
-    return [dict(zip(columns, (name, *sizes), strict=True)) for name, sizes in MODELS.items()]
+    return {"models": [dict(zip(columns, (name, *sizes), strict=True)) for name, sizes in MODELS.items()]}
 
 
-def _recipes() -> list[Row]:
+def _recipes() -> dict[str, list[Row]]:
     from sape2.recipes import RECIPES
 
-    return [
+    rows = [
         {
             "name": name,
             "model": config.model.name,
             "data": config.data.name,
             "epochs": config.train.epochs,
-            "what it is": " ".join((recipe.__doc__ or "").split("\n\n")[0].split()),
+            "summary": " ".join((recipe.__doc__ or "").split("\n\n")[0].split()),
         }
         for name, recipe in RECIPES.items()
         for config in [recipe()]
     ]
+    return {"recipes": rows}
 
 
-def _measures() -> list[Row]:
+def _measures() -> dict[str, list[Row]]:
     from sape2.evaluation import MEASURES
 
-    return [{"name": name, "what it gives": (function.__doc__ or "").split("\n")[0]} for name, function in MEASURES.items()]
+    rows = [{"name": name, "summary": (measure.__doc__ or "").split("\n")[0]} for name, measure in MEASURES.items()]
+    return {"measures": rows}
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
@@ -394,7 +403,14 @@ def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
         return 0
     first = rows[0]
     title = f"{first['data']}, {first['model']}, {first['encoding']}, {first['epochs']} epochs, seed {first['seed']}"
-    print_table(rows, [column for column in RESULT_COLUMNS if any(column in row for row in rows)], title)
+    table: dict[tuple, Row] = {}  # one line a number, one column for the weights it was measured with
+    for row in rows:
+        line = {"name": row["name"], "class": row.get("class", ""), "split": row["split"]}
+        table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})[WEIGHTS[row["weights"]]] = row[
+            "value"
+        ]
+    used = [heading for weights, heading in WEIGHTS.items() if any(row["weights"] == weights for row in rows)]
+    print_table(table.values(), ["name", "class", *used, "unit", "n", "split"], title)
     print(f"in {folder}: results.jsonl, metrics.jsonl, figures/")
     return 0
 

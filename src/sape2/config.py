@@ -116,11 +116,15 @@ class DataConfig:
             0 < self.validation_fraction < 1,
             f"data.validation_fraction must be in (0, 1): the test set is never selected on; got {self.validation_fraction}",
         )
-        _require(len(self.mean) == len(self.std), "data.mean and data.std need one value per channel each")
+        _require(
+            len(self.mean) == len(self.std),
+            f"data.mean and data.std need one value per channel each; got {self.mean} and {self.std}",
+        )
         _require(all(value > 0 for value in self.std), f"data.std must be above 0; got {self.std}")
         _require(
             self.train_limit is None or self.train_limit >= 1, f"data.train_limit must be at least 1; got {self.train_limit}"
         )
+        _require(0 <= self.split_seed < 2**63, f"data.split_seed must be in 0..2**63 - 1; got {self.split_seed}")
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,11 @@ class AugmentConfig:
             _require(0 <= getattr(self, name) <= 1, f"augment.{name} must be in [0, 1]; got {getattr(self, name)}")
         for name in ("mixup", "cutmix"):
             _require(getattr(self, name) >= 0, f"augment.{name} must not be negative; got {getattr(self, name)}")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed in pairs."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 @dataclass(frozen=True)
@@ -212,6 +221,11 @@ class RunConfig:
             len(self.data.mean) == self.model.in_channels,
             f"the model takes {self.model.in_channels} channels but data.mean has {len(self.data.mean)}",
         )
+        _require(self.seed >= 0, f"the seed must not be negative; got {self.seed}")
+        _require(
+            not self.augment.mixes or self.train.batch_size % 2 == 0,
+            f"mixup and cutmix need an even train.batch_size; got {self.train.batch_size}",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -245,6 +259,9 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
         path, equals, text = assignment.partition("=")
         _require(bool(equals), f"--set needs key=value; got {assignment!r}")
         section, key = _find_key(values, path)
+        _require(
+            (section, key) != ("model", "name"), "--set model.name would only rename the model; choose its size with --model"
+        )
         values[section][key] = _parse(text)
         if (section, key) == ("model", "image_size") and isinstance(values[section][key], int):
             values[section][key] = [values[section][key]] * 2
@@ -307,6 +324,7 @@ def _check_types(config: Any) -> None:
         if not _fits(value, hint):
             raise ValueError(f"{section}.{name} must be {_hint_text(hint)}; got {value!r}")
         if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *get_args(hint)):
+            _require(value.bit_length() < 1024, f"{section}.{name} is larger than any float; got {value}")
             object.__setattr__(config, name, float(value))
 
 

@@ -8,6 +8,7 @@ from what ran before. So a run that is resumed anywhere, or shared by several pr
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -71,10 +72,10 @@ def normalize(
 
 def load_data(config: DataConfig, model: ModelConfig) -> Splits:
     """The three splits, as the model takes them. Raises ValueError or FileNotFoundError naming file, row and reason."""
-    train, test = (_checked(split, raw, config, model) for split, raw in _read(config, model).items())
+    train, test = (_checked(raw, config, model) for raw in _read(config, model).values())
     train, validation = split_by_class(train, config.validation_fraction, config.split_seed)
     if config.train_limit is not None and config.train_limit < len(train):
-        _, train = split_by_class(train, config.train_limit / len(train), config.split_seed)
+        train = limit_by_class(train, config.train_limit, config.split_seed)
     return Splits(train, validation, test)
 
 
@@ -109,7 +110,8 @@ def _read(config: DataConfig, model: ModelConfig) -> dict[str, _Raw]:
     if any(folder.rglob("*.parquet")):
         return _read_hub(config, model, str(folder))
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
-    raise FileNotFoundError(f"--data {config.source} holds no parquet file and no {TORCHVISION_FOLDERS}; found {found}")
+    wanted = f"parquet file and no {TORCHVISION_FOLDERS[config.name]}" if config.name in TORCHVISION_FOLDERS else "parquet file"
+    raise FileNotFoundError(f"--data {config.source} holds no {wanted}; found {found}")
 
 
 def _read_digits(model: ModelConfig) -> dict[str, _Raw]:
@@ -141,7 +143,8 @@ def _read_torchvision(config: DataConfig, model: ModelConfig, folder: Path) -> d
             read = reader(str(folder), train=split == "train")
         except RuntimeError as error:
             raise ValueError(
-                f"{folder / TORCHVISION_FOLDERS[config.name]} is not the published {config.name}: {error}"
+                f"{folder / TORCHVISION_FOLDERS[config.name]} is not the published {config.name}: a file is missing or its MD5 "
+                f"sum differs; fetch it again, for example with torchvision.datasets.{reader.__name__}"
             ) from error
         images = np.stack([_to_array(Image.fromarray(image), model) for image in read.data])
         result[split] = _Raw(f"{folder} {split}", images, list(read.targets), tuple(read.classes))
@@ -158,6 +161,7 @@ def _read_hub(config: DataConfig, model: ModelConfig, source: str) -> dict[str, 
     if not local and not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         raise FileNotFoundError(f"--data {source} is neither a folder nor a hub id (owner/name)")
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # it logs every error that it also raises
     try:
         found: Any = datasets.load_dataset(source, streaming=local)
     except Exception as error:  # datasets raises many kinds; all mean that the source cannot be read
@@ -181,16 +185,24 @@ def _read_rows(rows: Any, where: str, config: DataConfig, model: ModelConfig) ->
     classes = tuple(getattr(rows.features[label_column], "names", None) or ())
     rows = rows.select_columns([image_column, label_column]).cast_column(image_column, datasets.Image(decode=False))
     images, labels = [], []
-    try:
-        for batch in rows.iter(batch_size=1000):
-            for entry, label in zip(batch[image_column], batch[label_column], strict=True):
-                images.append(decode(entry, model, f"{where} row {len(images)}"))
-                labels.append(label)
-    except (OSError, RuntimeError, TypeError) as error:
-        raise ValueError(f"{where} cannot be read after row {len(images)}: {error}") from error
+    for batch in _in_batches(rows, where):
+        for entry, label in zip(batch[image_column], batch[label_column], strict=True):
+            images.append(decode(entry, model, f"{where} row {len(images)}"))
+            labels.append(label)
     if not images:
         raise ValueError(f"{where} holds no rows")
     return _Raw(where, np.stack(images), labels, classes)
+
+
+def _in_batches(rows: Any, where: str) -> Iterator[dict[str, list[Any]]]:
+    """Columns of up to 1000 rows at a time. A file that is damaged, or a column of another type, shows only here."""
+    done = 0
+    try:
+        for batch in rows.iter(batch_size=1000):
+            yield batch
+            done += 1000
+    except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{where} cannot be read after row {done}: {error}") from error
 
 
 def _column(features: Any, wanted: str | None, usual: Iterable[str], where: str, what: str) -> str:
@@ -205,14 +217,14 @@ def _column(features: Any, wanted: str | None, usual: Iterable[str], where: str,
 def decode(entry: Any, model: ModelConfig, where: str) -> np.ndarray:
     """One image file as (height, width, C) uint8; raises ValueError that names it if it is missing or damaged."""
     data = entry.get("bytes") if isinstance(entry, dict) else None
-    if data is None and isinstance(entry, dict) and entry.get("path"):
-        data = Path(entry["path"]).read_bytes()
-    if data is None:
+    path = entry.get("path") if isinstance(entry, dict) else None
+    file = path if data is None else io.BytesIO(data)
+    if file is None:
         raise ValueError(f"{where}: there is no image in it")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(file) as image:
             return _to_array(image, model)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, NotImplementedError, Image.DecompressionBombError) as error:
         raise ValueError(f"{where}: the image cannot be decoded: {error}") from error
 
 
@@ -227,7 +239,7 @@ def _to_array(image: Image.Image, model: ModelConfig) -> np.ndarray:
     return np.asarray(image).reshape(height, width, model.in_channels)
 
 
-def _checked(split: str, raw: _Raw, config: DataConfig, model: ModelConfig) -> ImageData:
+def _checked(raw: _Raw, config: DataConfig, model: ModelConfig) -> ImageData:
     if raw.classes and len(raw.classes) != model.num_classes:
         raise ValueError(
             f"{raw.where} has {len(raw.classes)} classes but the model has {model.num_classes}; "
@@ -245,6 +257,18 @@ def split_by_class(data: ImageData, fraction: float, seed: int) -> tuple[ImageDa
     """(rest, part): `part` holds `fraction` of every class, at least one image of each, drawn with `seed`."""
     rest, part = _class_split(data.labels, fraction, seed)
     return data[rest], data[part]
+
+
+def limit_by_class(data: ImageData, size: int, seed: int) -> ImageData:
+    """`size` images, drawn with `seed`, with the classes in the shares that they have in `data`."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.empty(len(data), dtype=torch.float64)  # of an image in a random order of its class, from 0 to 1
+    for label in data.labels.unique().tolist():
+        members = (data.labels == label).nonzero().squeeze(1)
+        place[members[torch.randperm(len(members), generator=generator)]] = (
+            torch.arange(len(members), dtype=torch.float64) + 0.5
+        ) / len(members)
+    return data[place.argsort(stable=True)[:size].sort().values]
 
 
 def _class_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -289,6 +313,10 @@ class TrainStream(Dataset):
             raise ValueError(
                 f"train.batch_size must be divisible by processes x accumulation; got {train.batch_size}, {world} and "
                 f"{train.accumulation}"
+            )
+        if augment.mixes and train.batch_size // world % 2:
+            raise ValueError(
+                f"mixup and cutmix need an even number of images in every process; got {train.batch_size} / {world}"
             )
         self.data, self.augment, self.train, self.seed, self.rank, self.world = data, augment, train, seed, rank, world
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
@@ -342,7 +370,7 @@ def augment_images(
         flipped = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     if config.policy != "none":
-        images = _apply_policy(images, config, seed)
+        images = _apply_policy(images, config, derive_seed(seed, 1))
     return images
 
 
@@ -368,7 +396,7 @@ def _apply_policy(images: Tensor, config: AugmentConfig, seed: int) -> Tensor:
     else:
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         return torch.cat([policy(group) for group in images.split(config.policy_group)])
 
 
@@ -384,7 +412,6 @@ class BatchMixer:
 
         self.erase = RandomErasing(config.erase, mode="pixel", max_area=0.4, device="cpu") if config.erase else None
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        mixes = config.mixup > 0 or config.cutmix > 0
         self.mix = (
             Mixup(
                 config.mixup,
@@ -393,7 +420,7 @@ class BatchMixer:
                 label_smoothing=label_smoothing,
                 num_classes=num_classes,
             )
-            if mixes
+            if config.mixes
             else None
         )
 

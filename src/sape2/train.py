@@ -26,6 +26,7 @@ from sape2.checkpoint import (
     read_rows,
     save_checkpoint,
     save_weights,
+    start_run,
     write_rows,
 )
 from sape2.config import RunConfig, TrainConfig
@@ -49,7 +50,8 @@ def train(
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
-    Writes metrics.jsonl, TensorBoard events, checkpoints, best.safetensors, and last of all model.safetensors.
+    What could stop the first step is found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
+    events, checkpoints, best.safetensors, and last of all model.safetensors.
     Raises ValueError when the loss is no longer finite, TrainingStopped on SIGINT and SIGTERM.
     """
     Trainer(model, images, evaluate, config, folder, quiet).run()
@@ -62,7 +64,7 @@ class Trainer:
         self, model: nn.Module, images: ImageData, evaluate: Evaluate, config: RunConfig, folder: Path, quiet: bool
     ) -> None:
         self.config, self.folder, self.evaluate, self.quiet = config, folder, evaluate, quiet
-        self.accelerator = make_accelerator(config.train, folder)
+        self.accelerator = make_accelerator(config.train)
         for module in model.modules():
             if isinstance(module, AttentionEncoding):
                 module.check_trainable()
@@ -80,6 +82,7 @@ class Trainer:
         if optimizer_state is not None:
             self._load_optimizer(optimizer_state)
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at
+        self.board: Any = None
 
     @property
     def _ema_module(self) -> nn.Module | None:
@@ -94,7 +97,11 @@ class Trainer:
 
     def run(self) -> None:
         stream, steps_per_epoch = self.stream, self.stream.steps_per_epoch
+        if self.accelerator.is_main_process:
+            start_run(self.folder, self.config)
+        self.board = open_board(self.folder) if self.accelerator.is_main_process else None
         self._forget_later_epochs()
+        self._say(f"{self.folder}: {f'going on from step {self.progress.step}' if self.progress.step else 'starting'}")
         with catch_signals() as caught, progress_bar(stream.total_steps, self.progress.step, self.quiet) as show:
             batches = stream.batches(self.progress.step)
             mark = time.perf_counter()
@@ -119,7 +126,6 @@ class Trainer:
                     mark = time.perf_counter()
                 if caught and self.progress.step < stream.total_steps:
                     raise TrainingStopped(caught[0], self.progress.step)
-        self.accelerator.end_training()
         if self.accelerator.is_main_process:
             save_weights(self.folder / "model.safetensors", self.evaluated)
 
@@ -201,13 +207,17 @@ class Trainer:
         if self.accelerator.is_main_process:
             path = self.folder / "metrics.jsonl"
             write_rows(path, [*read_rows(path), row])
-            self.accelerator.log({name: value for name, value in row.items() if name not in ("epoch", "step")}, step=epoch)
-        if not self.quiet:
-            print(
-                f"epoch {epoch}/{self.config.train.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  "
-                f"validation {accuracy:.4f}  {row['images_per_s']:.0f} images/s",
-                file=sys.stderr,
-            )
+            for name in row.keys() - {"epoch", "step"}:
+                self.board.add_scalar(name, row[name], epoch)
+            self.board.flush()
+        self._say(
+            f"epoch {epoch}/{self.config.train.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  "
+            f"validation {accuracy:.4f}  {row['images_per_s']:.0f} images/s"
+        )
+
+    def _say(self, text: str) -> None:
+        if not self.quiet and self.accelerator.is_main_process:
+            print(text, file=sys.stderr)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -236,16 +246,21 @@ class Trainer:
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(config: TrainConfig, folder: Path) -> Any:
+def make_accelerator(config: TrainConfig) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision(config.precision), log_with="tensorboard", project_dir=str(folder)
-    )
-    accelerator.init_trackers("tensorboard")
-    return accelerator
+    return Accelerator(mixed_precision=mixed_precision(config.precision))
+
+
+def open_board(folder: Path) -> Any:
+    """TensorBoard events in folder/tensorboard."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("training writes TensorBoard events: pip install 'sape2[train]'") from error
+    return SummaryWriter(str(folder / "tensorboard"))
 
 
 def mixed_precision(precision: str) -> str:

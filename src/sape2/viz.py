@@ -56,7 +56,7 @@ def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None
     plt = _pyplot()
     share = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     figure, panel = plt.subplots(figsize=(0.5 * len(classes) + 2, 0.5 * len(classes) + 1.5))
-    image = panel.imshow(share, cmap=MAP_COLOURS, vmin=0, vmax=1)
+    image = panel.imshow(share.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1)
     panel.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
     panel.set_yticks(range(len(classes)), classes)
     panel.set_xlabel("answer")
@@ -82,14 +82,14 @@ def plot_bias(
     plt = _pyplot()
     height, width = grid
     figure, axes = plt.subplots(1, len(layers) + 1, figsize=(2.4 * (len(layers) + 1) + 0.8, 2.8))
-    axes[0].imshow(image.permute(1, 2, 0).squeeze(-1), cmap="gray")
+    axes[0].imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray")
     size = image.shape[-2] // height, image.shape[-1] // width
     corner = patch[1] * size[1] - 0.5, patch[0] * size[0] - 0.5
     axes[0].add_patch(plt.Rectangle(corner, size[1], size[0], fill=False, edgecolor=LINES[1], linewidth=2))
     axes[0].set_title("image and patch", fontsize=9)
     for panel, bias, title in zip(axes[1:], layers, titles, strict=True):
         values = bias.mean(0)[patch[0] * width + patch[1]].view(height, width)
-        shown = panel.imshow(values, cmap=MAP_COLOURS)
+        shown = panel.imshow(values.numpy(), cmap=MAP_COLOURS)
         panel.plot(patch[1], patch[0], "s", color=LINES[1], markersize=5)
         panel.set_title(title, fontsize=9)
         figure.colorbar(shown, ax=panel, fraction=0.046)

@@ -12,7 +12,7 @@ import functools
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 from jaxtyping import Float
@@ -96,11 +96,16 @@ class Facts:
 
 
 class TokenEncoding(nn.Module):
-    """Adds position to the tokens once: before the first block, or after block `after_block`."""
+    """Adds position to the tokens once: before the first block, or after block `after_block`.
+
+    A class says what it is (`summary`), where it comes from (`source`), and which settings of its options are worth a
+    comparison (`variants`: options -> what they are and where they come from); `sape2 list encodings` shows all three.
+    """
 
     Options: type = NoOptions
     summary: str
     source: str
+    variants: ClassVar[dict[str, str]] = {}
     facts = Facts()
     after_block: int | None = None
 
@@ -112,11 +117,15 @@ class TokenEncoding(nn.Module):
 
 
 class AttentionEncoding(nn.Module):
-    """Adds position inside attention. Both hooks see grid tokens only; `bias` sees q and k before rotation."""
+    """Adds position inside attention. Both hooks see grid tokens only; `bias` sees q and k before rotation.
+
+    `summary`, `source` and `variants` as in `TokenEncoding`.
+    """
 
     Options: type = NoOptions
     summary: str
     source: str
+    variants: ClassVar[dict[str, str]] = {}
     facts = Facts()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:

@@ -7,7 +7,7 @@ sequence is the grid in row-major order and nothing is masked, which is how it i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -69,6 +69,11 @@ class CoPE(AttentionEncoding):
     Options = CoPEOptions
     summary = "contextual positions: gated counts along the raster order"
     source = "arXiv:2405.18719"
+    variants: ClassVar[dict[str, str]] = {
+        "num_positions=10": "the table of SaPE2's comparison: most positions clamp at 64 tokens",
+        "count=causal": "with CoPE's causal mask on the counts",
+        "count=between": "from the patch itself to the other, either way",
+    }
     facts = Facts(content_dependent=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:

@@ -15,7 +15,7 @@ import math
 import operator
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -105,7 +105,7 @@ class PairwiseDistance(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
         s, distance = ctx.saved_tensors
-        w = (grad / distance).masked_fill(distance == 0, 0)
+        w = (grad / distance).masked_fill_(distance == 0, 0)
         row_sums = (w.sum(-1) + w.sum(-2)).unsqueeze(-1)
         return row_sums * s - w @ s - w.transpose(-1, -2) @ s
 
@@ -115,7 +115,7 @@ class PairwiseDistance(torch.autograd.Function):
         own = (s * tangent).sum(-1)
         cross = s @ tangent.transpose(-1, -2)
         change = own[..., :, None] + own[..., None, :] - cross - cross.transpose(-1, -2)
-        return (change / distance).masked_fill(distance == 0, 0)
+        return (change / distance).masked_fill_(distance == 0, 0)
 
 
 def distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
@@ -215,6 +215,28 @@ class SaPE2(AttentionEncoding):
     Options = SaPE2Options
     summary = "semantic positions: gated counts along rows and columns, compared by distance"
     source = "arXiv:2505.09466"
+    variants: ClassVar[dict[str, str]] = {
+        "preset=equations": "unscaled gates, bias divided by sqrt(d): eq. 9 and 16 instead of the listing of App. D",
+        "dot=key": "the key meets the table instead of the query: table 2, SaPE2(K)",
+        "num_positions=10": "ten positions on every grid: the development code, clamps long counts",
+        "gate_scale=learned": "one learned gate scale per head, between eq. 9 and App. D",
+        "gates=constant": "every gate 1/2: what is left without content (ablation)",
+        "gates=none": "every gate 1, plain counting (ablation)",
+        "gates=none,count=between,readout=direct": "no gates at all: contextual relative columns and rows (ablation)",
+        "axes=x": "rows only (ablation of the 2D decomposition)",
+        "axes=y": "columns only (ablation of the 2D decomposition)",
+        "axes=raster": "one line through the whole image, as in CoPE (ablation of the 2D decomposition)",
+        "count=prefix": "counts from the start of the line to the patch (ablation)",
+        "count=both": "counts from both ends, exact under flips (ours)",
+        "count=between": "counts from the patch itself to the other, either way (ours, after CoPE)",
+        "count=cyclic": "counts that go round at the end of the line, exact under circular shifts (ours)",
+        "readout=squared_distance": "squared distances, a dot product: no N x N map (ours)",
+        "readout=direct": "z_i at the column and row of the other patch, a dot product: CoPE's read-out on two axes (ours)",
+        "readout=direct,count=between": "CoPE carried to two axes, exact under translation (ours)",
+        "sign=minus": "similar patches attend to each other: the prose instead of eq. 16",
+        "sign=learned": "one learned gain per head decides (ours)",
+        "normalize=sqrt_length": "vectors divided by the root of the line length, so that larger grids are not sharper (ours)",
+    }
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, preset: str = "listing", **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid)

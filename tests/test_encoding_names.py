@@ -1,0 +1,115 @@
+"""Names: joined, with options, with a schedule over layers, and everything that contradicts itself."""
+
+import pytest
+import torch
+
+from sape2 import create_encoding, create_model, list_encodings
+from sape2.encodings import NoEncoding, SaPE2, create_encodings, find_encoding
+from sape2.encodings.base import Composite, describe_options
+
+VARIANTS = [f"{name}:{variant}" for name in list_encodings() for variant in find_encoding(name).variants]
+
+
+@pytest.mark.parametrize("name", [*list_encodings(), *VARIANTS])
+def test_every_listed_name_makes_an_encoding_that_says_what_it_is(name):
+    encoding = create_encoding(name, num_heads=2, head_dim=8, grid=(3, 4))
+    assert encoding.summary
+    assert encoding.source
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if "num_positions" not in name])
+def test_every_listed_variant_differs_from_the_plain_encoding(name):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 20, 8)
+    maps = []
+    for variant in (name, name.partition(":")[0]):
+        encoding = create_encoding(variant, num_heads=2, head_dim=8, grid=(4, 5))
+        with torch.no_grad():
+            for parameter in encoding.parameters():
+                parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).sin() + 0.5)
+        maps.append(encoding.bias(q, k, (4, 5)).dense())
+    assert (maps[0] - maps[1]).abs().max() > 1e-4
+
+
+def test_ten_positions_clamp_what_the_default_table_does_not():
+    sizes = {
+        name: create_encoding(name, 2, 8, (16, 16)).num_positions
+        for name in ("cope", "cope:num_positions=10", "sape2", "sape2:num_positions=10")
+    }
+    assert list(sizes.values()) == [257, 10, 17, 10]
+
+
+@pytest.mark.parametrize("name", ["ape+rope+sape2", "sape2+ape+rope", "rope+sape2+ape"])
+def test_order_does_not_matter(name):
+    models = []
+    for text in (name, "ape+rope+sape2"):
+        torch.manual_seed(0)
+        models.append(create_model("vit_nano", encoding=text, image_size=16, patch_size=4, dim=24, depth=2, num_heads=3).eval())
+    table = models[1].token_encodings[0].table
+    with torch.no_grad():
+        models[0].token_encodings[0].table.copy_(table)
+        for ours, theirs in zip(models[0].blocks, models[1].blocks, strict=True):
+            parts = [
+                next(part for part in block.attn.encoding.parts if isinstance(part, SaPE2)).parameters()
+                for block in (ours, theirs)
+            ]
+            for one, other in zip(*parts, strict=True):
+                one.copy_(other)
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(models[0](images), models[1](images))
+
+
+def test_a_schedule_puts_an_encoding_into_every_nth_layer_counted_from_one():
+    _, layers = create_encodings("rope+sape2:every=3", 2, 8, (3, 4), depth=7)
+    assert [isinstance(layer, Composite) for layer in layers] == [False, False, True, False, False, True, False]
+    _, layers = create_encodings("sape2:every=2", 2, 8, (3, 4), depth=4)
+    assert [type(layer) for layer in layers] == [NoEncoding, SaPE2, NoEncoding, SaPE2]
+    assert layers[1] is not layers[3]
+
+
+def test_shared_layers_have_one_table():
+    _, layers = create_encodings("sape2:share=true,every=2", 2, 8, (3, 4), depth=4)
+    assert layers[1] is layers[3]
+    model = create_model("vit_nano", encoding="sape2:share=true")
+    own = create_model("vit_nano", encoding="sape2")
+    count = [sum(p.numel() for p in m.parameters()) for m in (model, own)]
+    assert count[1] - count[0] == 3 * 2 * 9 * 32
+
+
+def test_options_are_described_with_the_default_first():
+    described = describe_options(SaPE2.Options)
+    assert described["count"] == "suffix|prefix|both|between|cyclic"
+    assert described["divide_bias"] == "false|true"
+    assert described["num_positions"] == "None (int)"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("", "unknown encoding ''"),
+        ("rope+", "unknown encoding ''"),
+        ("Sape2", "unknown encoding 'Sape2'; known encodings: none, ape, sincos"),
+        ("rope+rope", "has rope twice"),
+        ("sape2:dot=key+sape2", "has sape2 twice"),
+        ("rope+rope_mixed", "two rotations, rope and rope_mixed"),
+        ("ape+sape2+sincos", "two absolute tables, ape and sincos"),
+        ("none+sape2", "joins none with something"),
+        ("sape2:count=cyclic,count=both", "each key once"),
+        ("sape2:=3", "no option ''"),
+        ("sape2:every=0", "every must be at least 1"),
+        ("sape2:every=two", "sape2:every needs int; got 'two'"),
+        ("cpe:share=true", "acts once on the tokens"),
+        ("ape:count=both", "ape has no option 'count'; known options: resize"),
+        ("none:count=both", "none has no option 'count'; known options: none"),
+    ],
+)
+def test_contradictions_and_mistakes_are_named(name, message):
+    with pytest.raises(ValueError, match=message):
+        create_encodings(name, 2, 8, (3, 4), depth=2)
+
+
+def test_one_layer_has_no_schedule_and_no_tokens():
+    with pytest.raises(ValueError, match="speak of the layers of a model"):
+        create_encoding("sape2:every=2", 2, 8, (3, 4))
+    with pytest.raises(ValueError, match="ape acts on the tokens"):
+        create_encoding("ape+sape2", 2, 8, (3, 4))
