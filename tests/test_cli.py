@@ -387,7 +387,7 @@ def test_the_same_command_goes_on_to_the_same_weights(capfd, run):
     for name in ("model.safetensors", "results.jsonl"):
         (run / name).unlink()
     assert main(["train", "digits", *QUICK, "--out", str(run)]) == 0
-    assert "going on from step-00000040" in capfd.readouterr().err
+    assert "going on from step 40" in capfd.readouterr().err
     again = load_file(run / "model.safetensors")
     assert all((again[name] == weights[name]).all() for name in weights)
     assert (run / "results.jsonl").read_text() == rows

@@ -249,8 +249,10 @@ class Trainer:
 def make_accelerator(config: TrainConfig) -> Any:
     try:
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
+    AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
     return Accelerator(mixed_precision=mixed_precision(config.precision))
 
 
