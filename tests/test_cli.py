@@ -16,11 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sape2.checkpoint import Progress, save_checkpoint, save_weights, start_run
-from sape2.cli import build_model, build_parser, main, resolve
+from sape2.cli import build_parser, main, resolve
 from sape2.config import MODELS, RunConfig, override
 from sape2.encodings import list_encodings
 from sape2.evaluation import MEASURES
 from sape2.recipes import RECIPES
+from sape2.runs import build_model
 
 QUICK = ["--epochs", "2", "--set", "train.precision=fp32"]  # accelerate keeps one precision for the whole process
 CONDITIONS = {"name", "value", "unit", "n", "protocol", "encoding", "model", "data", "split", "seed"}

@@ -45,18 +45,8 @@ def test_order_does_not_matter(name):
     for text in (name, "ape+rope+sape2"):
         torch.manual_seed(0)
         models.append(create_model("vit_nano", encoding=text, image_size=16, patch_size=4, dim=24, depth=2, num_heads=3).eval())
-    table = models[1].token_encodings[0].table
-    with torch.no_grad():
-        models[0].token_encodings[0].table.copy_(table)
-        for ours, theirs in zip(models[0].blocks, models[1].blocks, strict=True):
-            parts = [
-                next(part for part in block.attn.encoding.parts if isinstance(part, SaPE2)).parameters()
-                for block in (ours, theirs)
-            ]
-            for one, other in zip(*parts, strict=True):
-                one.copy_(other)
     images = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(models[0](images), models[1](images))
+    assert torch.equal(models[0](images), models[1](images))
 
 
 def test_a_schedule_puts_an_encoding_into_every_nth_layer_counted_from_one():

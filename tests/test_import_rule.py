@@ -21,6 +21,7 @@ ALLOWED = {
     "adapters": {"grid", "encodings", "attention"},
     "data": {"config"},
     "checkpoint": {"config"},
+    "runs": {"config", "checkpoint", "data", "evaluation", "vit", "viz"},
     "train": {"config", "checkpoint", "data", "encodings"},
     "recipes": {"config", "recipes"},
     "evaluation": {"evaluation", "grid"},

@@ -14,12 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from sape2.checkpoint import Progress, last_checkpoint, load_weights, read_rows, save_checkpoint, save_weights
-from sape2.cli import build_model
 from sape2.config import override
-from sape2.data import ImageData, TrainStream, epoch_order
+from sape2.data import ImageData, TrainStream, derive_seed, epoch_order
 from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accuracy
 from sape2.evaluation.cost import count_macs, count_parameters
 from sape2.recipes import RECIPES, get_recipe
+from sape2.runs import build_model
 from sape2.train import Trainer, TrainingStopped, make_optimizer, make_schedule, mixed_precision, train
 from sape2.vit import ViT, create_model
 
@@ -79,7 +79,7 @@ def test_a_run_that_breaks_at_any_step_ends_with_the_weights_of_one_that_did_not
     assert last_checkpoint(tmp_path / "broken").name == f"step-{stop:08d}"
     assert same(run(tmp_path / "broken", config), expected)
     whole, broken = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken"))
-    timing = ("images_per_s", "wait_fraction", "seconds")
+    timing = ("images_per_s", "wait_fraction", "seconds", "precision", "device")
     for one, other in zip(whole, broken, strict=True):
         assert {k: v for k, v in one.items() if k not in timing} == pytest.approx(
             {k: v for k, v in other.items() if k not in timing}, rel=1e-6
@@ -124,6 +124,22 @@ def test_a_killed_process_resumes_exactly_early_and_in_a_late_epoch(tmp_path):
     assert start_process(folder).wait(timeout=120) == 0
     assert same(load_file(folder / "model.safetensors"), expected)
     assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+def test_a_signal_to_the_whole_group_saves_a_checkpoint_though_data_workers_get_it_too(tmp_path, number):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "sape2.cli", "train", "digits", "--out", str(folder), "--epochs", "400"]
+    command += ["--set", "train.workers=1", "--set", "train.precision=fp32", "--set", "train.checkpoint_every=1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    wait_for_step(process, folder, 5)
+    os.killpg(process.pid, number)
+    errors = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + number
+    assert "the same command goes on from there" in errors
+    stopped = int(errors.split("stopped at step ")[1].split(";")[0])
+    assert last_checkpoint(folder).name == f"step-{stopped:08d}"
 
 
 def test_sigterm_saves_a_checkpoint_and_stops(tmp_path, monkeypatch):
@@ -213,7 +229,19 @@ def test_the_schedule_warms_up_and_falls_to_the_minimum():
 
 def test_precision_auto_is_bf16_or_fp32():
     assert mixed_precision("auto") in ("bf16", "no")
-    assert [mixed_precision(name) for name in ("fp32", "bf16", "fp16")] == ["no", "bf16", "fp16"]
+    assert [mixed_precision(name) for name in ("fp32", "bf16")] == ["no", "bf16"]
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works on an accelerator")
+def test_fp16_without_an_accelerator_is_refused_rather_than_ignored():
+    with pytest.raises(ValueError, match="needs an accelerator"):
+        mixed_precision("fp16")
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="not supported yet"):
+        run(tmp_path, tiny())
 
 
 # --- runs that go wrong ----------------------------------------------------------------------------------------------
@@ -233,6 +261,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(t
     assert "--set train.lr" in str(error.value)
     weights = load_file(last_checkpoint(tmp_path) / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
+
+
+@pytest.mark.parametrize("step", [4, 14], ids=["end of an epoch", "end of the run"])
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, step):
+    """The loss of the step is finite; its gradient is not."""
+    one_step = Trainer._step
+
+    def breaking(self, pixels, labels):
+        one_step(self, pixels, labels)
+        if self.progress.step == step:
+            nn.init.constant_(self.model.head.bias, float("nan"))
+
+    monkeypatch.setattr(Trainer, "_step", breaking)
+    with pytest.raises(ValueError, match=f"the weights are no longer finite at step {step}"):
+        run(tmp_path, tiny())
+    for path in tmp_path.rglob("*.safetensors"):
+        assert all(value.isfinite().all() for value in load_file(path).values()), path
+    assert not (tmp_path / "model.safetensors").exists()
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == (0 if step == 4 else 2)
 
 
 def test_a_dead_table_is_refused_before_the_first_step(tmp_path):
@@ -340,6 +387,14 @@ def test_every_recipe_makes_a_model_and_says_where_it_comes_from(name):
     with torch.device("meta"):
         ViT(config.model)
     assert "Command:" in RECIPES[name].__doc__
+
+
+def test_derived_seeds_differ_with_every_part_and_their_number():
+    parts = [(0,), (0, 0), (0, 1), (1, 0), (0, "a"), (0, "a", 0), (2**32, 1), (0, 1, 1)]
+    seeds = [derive_seed(*part) for part in parts]
+    assert len(set(seeds)) == len(parts)
+    assert seeds == [derive_seed(*part) for part in parts]
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_epoch_order_is_a_permutation_that_changes_with_epoch_and_seed():

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shutil
 from collections.abc import Callable, Iterable
@@ -107,7 +108,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def check_run(folder: Path, config: RunConfig) -> None:
     """Raises ValueError if the folder holds another run, or something that is not a run. Changes nothing."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         return
     existing = read_config(folder)
     if existing.identity() != config.identity():
@@ -207,5 +208,6 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tupl
     try:
         progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
         return progress, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it to start again") from error
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged ({reason}); remove it to start again") from error

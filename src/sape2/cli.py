@@ -20,11 +20,11 @@ import sape2
 from sape2.config import MODELS, ModelConfig, RunConfig, model_config, override, with_epochs
 
 if TYPE_CHECKING:
-    from sape2.data import ImageData, Splits
+    from sape2.data import Splits
     from sape2.vit import ViT
 
 Row = dict[str, Any]
-WEIGHTS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
+COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         return arguments.run(arguments)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SAPE2_DEBUG"):
             raise
@@ -103,11 +106,12 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     if not arguments.dry_run:
         check_run(folder, config)
-        if is_finished(folder) and read_rows(folder / "results.jsonl"):
-            _say(f"{folder} is finished; choose another --out or --seed for a new run")
-            return _show_results(read_rows(folder / "results.jsonl"), folder, arguments.json)
     from sape2.data import load_data
+    from sape2.runs import build_model, is_measured, measure
 
+    if not arguments.dry_run and is_finished(folder) and is_measured(folder):
+        _say(f"{folder} is finished; choose another --out or --seed for a new run")
+        return _show_results(read_rows(folder / "results.jsonl"), folder, arguments.json)
     model = build_model(config)
     splits = load_data(config.data, config.model)
     if arguments.dry_run:
@@ -116,8 +120,8 @@ def run_train(arguments: argparse.Namespace) -> int:
         status = _train(model, splits, config, folder)
         if status:
             return status
-    rows = [row for weights in ("last", "best") for row in measure(folder, config, splits, ["accuracy"], "test", weights)]
-    draw_run(folder, config, splits)
+    rows = measure(folder, splits, ["accuracy"], "test", ["last", "best"])
+    _draw(folder, splits)
     return _show_results(rows, folder, arguments.json)
 
 
@@ -148,17 +152,6 @@ def _resized(model: ModelConfig, name: str) -> ModelConfig:
 def default_name(config: RunConfig) -> str:
     encoding = re.sub(r"[^\w+=.-]+", "_", config.model.encoding)
     return f"{config.recipe}-{config.model.name}-{encoding}-s{config.seed}"
-
-
-def build_model(config: RunConfig) -> ViT:
-    """A new model whose weights depend on the seed and, where shapes allow, on nothing else."""
-    import torch
-
-    from sape2.data import derive_seed
-    from sape2.vit import ViT
-
-    torch.manual_seed(derive_seed(config.seed, 3))
-    return ViT(config.model)
 
 
 def _train(model: ViT, splits: Splits, config: RunConfig, folder: Path) -> int:
@@ -231,10 +224,11 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     from sape2.data import load_data
+    from sape2.runs import measure
 
     splits = load_data(config.data, config.model)
-    rows = measure(folder, config, splits, measures, arguments.split, arguments.weights)
-    draw_run(folder, config, splits)
+    rows = measure(folder, splits, measures, arguments.split, [arguments.weights])
+    _draw(folder, splits)
     return _show_results(rows, folder, arguments.json)
 
 
@@ -248,70 +242,13 @@ def _chosen_measures(text: str) -> list[str]:
     return names
 
 
-def measure(folder: Path, config: RunConfig, splits: Splits, measures: list[str], split: str, weights: str) -> list[Row]:
-    """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl."""
-    from sape2.checkpoint import update_results
-    from sape2.evaluation import MEASURES
+def _draw(folder: Path, splits: Splits) -> None:
+    try:
+        from sape2.runs import draw
 
-    model = load_run_model(folder, config, weights)
-    data: ImageData = getattr(splits, split)
-    conditions = _conditions(config) | {"split": split, "weights": weights}
-    rows = [row | conditions for name in measures for row in MEASURES[name](model, data)]
-    update_results(folder, rows)
-    return rows
-
-
-def load_run_model(folder: Path, config: RunConfig, weights: str = "last") -> ViT:
-    """The trained model of a run folder, ready to be measured, on the accelerator if there is one."""
-    import torch
-
-    from sape2.checkpoint import load_weights
-
-    model = build_model(config)
-    load_weights(folder / {"last": "model.safetensors", "best": "best.safetensors"}[weights], model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return model.to(device).eval()
-
-
-def _conditions(config: RunConfig) -> Row:
-    """What a number was measured on, for every result row."""
-    import platform
-
-    import torch
-
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"
-    return {
-        "encoding": config.model.encoding,
-        "model": config.model.name,
-        "data": config.data.name,
-        "recipe": config.recipe,
-        "epochs": config.train.epochs,
-        "seed": config.seed,
-        "torch": torch.__version__,
-        "hardware": hardware,
-    }
-
-
-def draw_run(folder: Path, config: RunConfig, splits: Splits) -> None:
-    """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one."""
-    from sape2 import viz
-    from sape2.checkpoint import read_rows
-    from sape2.evaluation.accuracy import confusion, predict
-
-    figures = folder / "figures"
-    model = load_run_model(folder, config)
-    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, figures / "curves.png")
-    viz.plot_confusion(
-        confusion(predict(model, splits.test, 500), splits.test.labels), splits.test.classes, figures / "confusion.png"
-    )
-    image = splits.test[:1]
-    device = next(model.parameters()).device
-    layers = model.maps(next(image.batches(1))[0].to(device))
-    biased = {f"layer {i + 1}": maps["bias"][0].detach().float().cpu() for i, maps in enumerate(layers) if "bias" in maps}
-    if biased:
-        height, width = config.model.grid
-        patch = (height // 2, width // 2)
-        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, figures / "bias.png", list(biased))
+        draw(folder, splits)
+    except ImportError as error:
+        _say(f"no figures: {error}")
 
 
 # --- list ------------------------------------------------------------------------------------------------------------
@@ -406,10 +343,10 @@ def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
     table: dict[tuple, Row] = {}  # one line a number, one column for the weights it was measured with
     for row in rows:
         line = {"name": row["name"], "class": row.get("class", ""), "split": row["split"]}
-        table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})[WEIGHTS[row["weights"]]] = row[
+        table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})[COLUMNS[row["weights"]]] = row[
             "value"
         ]
-    used = [heading for weights, heading in WEIGHTS.items() if any(row["weights"] == weights for row in rows)]
+    used = [heading for weights, heading in COLUMNS.items() if any(row["weights"] == weights for row in rows)]
     print_table(table.values(), ["name", "class", *used, "unit", "n", "split"], title)
     print(f"in {folder}: results.jsonl, metrics.jsonl, figures/")
     return 0

@@ -62,6 +62,12 @@ class ModelConfig:
         check_image_size(self.image_size, self.patch_size)
 
     @property
+    def label(self) -> str:
+        """The name, marked with a star where the sizes are not those of the named model."""
+        sizes = (self.dim, self.depth, self.num_heads, self.mlp_ratio)
+        return self.name if MODELS.get(self.name) == sizes else f"{self.name}*"
+
+    @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
 
@@ -191,6 +197,7 @@ class TrainConfig:
         for name in ("min_lr", "warmup_epochs", "weight_decay", "checkpoint_every", "workers"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative; got {getattr(self, name)}")
         _require(self.lr > 0, f"train.lr must be above 0; got {self.lr}")
+        _require(self.min_lr <= self.lr, f"train.min_lr must not be above train.lr; got {self.min_lr} and {self.lr}")
         _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1); got {self.label_smoothing}")
         _require(self.clip_grad is None or self.clip_grad > 0, f"train.clip_grad must be above 0; got {self.clip_grad}")
         _require(self.ema_decay is None or 0 < self.ema_decay < 1, f"train.ema_decay must be in (0, 1); got {self.ema_decay}")

@@ -7,9 +7,11 @@ from what ran before. So a run that is resumed anywhere, or shared by several pr
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -286,14 +288,15 @@ def _class_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Te
 # --- training batches ------------------------------------------------------------------------------------------------
 
 
-def derive_seed(*parts: int) -> int:
-    """One seed from several numbers, such that different numbers give unrelated seeds."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+def derive_seed(*parts: int | str) -> int:
+    """One seed from several parts, such that different parts give unrelated seeds."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
 
 
 def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> Int[Tensor, " size"]:
     """Which image stands where in an epoch. With repeats, size/repeats distinct images, copies side by side."""
-    generator = torch.Generator().manual_seed(derive_seed(seed, epoch, 0))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
     return torch.randperm(size, generator=generator).repeat_interleave(repeats)[:size]
 
 
@@ -334,7 +337,7 @@ class TrainStream(Dataset):
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(len(self.data), self.seed, epoch, self.augment.repeats)
         batch = self._order[place * self.train.batch_size : (place + 1) * self.train.batch_size]
-        images = augment_images(self.data.images[batch], self.augment, derive_seed(self.seed, index, 1))
+        images = augment_images(self.data.images[batch], self.augment, derive_seed(self.seed, "images", index))
         mine = slice(self.rank, None, self.world)
         return images[mine], self.data.labels[batch][mine]
 
@@ -349,10 +352,17 @@ class TrainStream(Dataset):
             batch_size=None,
             sampler=range(start, self.total_steps),
             num_workers=workers,
+            worker_init_fn=_leave_signals_to_the_main_process,
             prefetch_factor=8 if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         return iter(loader)
+
+
+def _leave_signals_to_the_main_process(_: int) -> None:
+    """Ctrl-C reaches the whole process group; a worker that died of it would break the step that saves the run."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def augment_images(
@@ -370,7 +380,7 @@ def augment_images(
         flipped = torch.rand(len(images), generator=generator) < 0.5
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     if config.policy != "none":
-        images = _apply_policy(images, config, derive_seed(seed, 1))
+        images = _apply_policy(images, config, derive_seed(seed, "policy"))
     return images
 
 

@@ -6,6 +6,7 @@ same weights as one that never stopped.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -108,13 +109,16 @@ class Trainer:
             while self.progress.step < stream.total_steps:
                 images, labels = next(batches)
                 waited = time.perf_counter() - mark
-                self._step(images.to(self.accelerator.device), labels.to(self.accelerator.device))
+                self._step(*(t.to(self.accelerator.device, non_blocking=True) for t in (images, labels)))
                 self.progress.step += 1
                 epoch, done = divmod(self.progress.step, steps_per_epoch)
                 every = self.config.train.checkpoint_every
-                save = bool(done == 0 or caught or (every and self.progress.step % every == 0))
+                stop = bool(caught)  # read once: what is saved and what is said must agree
+                save = bool(done == 0 or stop or (every and self.progress.step % every == 0))
                 if save or self.progress.step % CHECK_EVERY == 0:
                     self._look_at_losses()
+                if save:
+                    self._check_weights()
                 now = time.perf_counter()
                 self._add(seconds=now - mark, wait_seconds=waited)
                 mark = now
@@ -124,7 +128,7 @@ class Trainer:
                 if save:
                     self._save_checkpoint()
                     mark = time.perf_counter()
-                if caught and self.progress.step < stream.total_steps:
+                if stop and self.progress.step < stream.total_steps:
                     raise TrainingStopped(caught[0], self.progress.step)
         if self.accelerator.is_main_process:
             save_weights(self.folder / "model.safetensors", self.evaluated)
@@ -134,7 +138,7 @@ class Trainer:
         from accelerate.utils import set_seed
 
         step, train = self.progress.step, self.config.train
-        set_seed(derive_seed(self.config.seed, step, 2, self.accelerator.process_index) % 2**32)
+        set_seed(derive_seed(self.config.seed, "step", step, self.accelerator.process_index) % 2**32)
         self.schedule.step_update(step)
         images, targets = self.mixer(normalize(images, self.stream.data.mean, self.stream.data.std), labels)
         self.wrapped.train()
@@ -164,17 +168,22 @@ class Trainer:
             return
         values = torch.stack([value for _, value in pending]).tolist()
         for (step, _), (loss, correct, count) in zip(pending, values, strict=True):
-            if not abs(loss) < float("inf"):
-                self._diverged(step, loss)
+            if not math.isfinite(loss):
+                self._diverged(step, f"the loss is {loss}")
             self._add(loss=loss * count, correct=correct, images=count)
 
-    def _diverged(self, step: int, loss: float) -> None:
+    def _check_weights(self) -> None:
+        """A step with a finite loss can still break the weights; such weights are never saved."""
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            self._diverged(self.progress.step - 1, "the weights are no longer finite")
+
+    def _diverged(self, step: int, what: str) -> NoReturn:
         last = last_checkpoint(self.folder)
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         raise ValueError(
-            f"the loss is {loss} at step {step} (epoch {step // self.stream.steps_per_epoch + 1}, learning rate "
+            f"{what} at step {step} (epoch {step // self.stream.steps_per_epoch + 1}, learning rate "
             f"{self._rate_at(step):.3g}); {kept}. "
-            "Try a lower --set train.lr, --set train.clip_grad=1, or --set train.precision=fp32"
+            "Try, with another --out, a lower --set train.lr, --set train.clip_grad=1, or --set train.precision=fp32"
         )
 
     def _rate_at(self, step: int) -> float:
@@ -185,7 +194,7 @@ class Trainer:
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
 
     def _end_epoch(self, epoch: int) -> None:
-        """Measures the validation set, writes the epoch's line, keeps the best weights."""
+        """Measures the validation set, in the precision of the training, writes the epoch's line, keeps the best weights."""
         sums, self.progress.sums = self.progress.sums, {}
         accuracy, loss = self.evaluate(self.evaluated)
         row = {
@@ -199,6 +208,8 @@ class Trainer:
             "images_per_s": sums["images"] * self.accelerator.num_processes / sums["seconds"],
             "wait_fraction": sums["wait_seconds"] / sums["seconds"],
             "seconds": sums["seconds"],
+            "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
+            "device": str(self.accelerator.device),
         }
         if accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = accuracy, epoch
@@ -207,7 +218,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             path = self.folder / "metrics.jsonl"
             write_rows(path, [*read_rows(path), row])
-            for name in row.keys() - {"epoch", "step"}:
+            for name in row.keys() - {"epoch", "step", "precision", "device"}:
                 self.board.add_scalar(name, row[name], epoch)
             self.board.flush()
         self._say(
@@ -252,6 +263,8 @@ def make_accelerator(config: TrainConfig) -> Any:
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("sape2 train runs in one process; training in several is not supported yet. Start it without torchrun")
     AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
     return Accelerator(mixed_precision=mixed_precision(config.precision))
 
@@ -269,6 +282,8 @@ def mixed_precision(precision: str) -> str:
     """accelerate's name for a precision; auto is bf16 where the machine computes in it, else fp32."""
     if precision == "auto":
         return "bf16" if _has_bf16() else "no"
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("train.precision=fp16 needs an accelerator, and there is none; choose bf16, fp32 or auto")
     return "no" if precision == "fp32" else precision
 
 
@@ -309,14 +324,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_p
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """A list that receives SIGINT and SIGTERM instead of their ending the process in the middle of a step."""
+    """A list that receives the first SIGINT or SIGTERM, instead of its ending the process in the middle of a step."""
     caught: list[int] = []
     previous = {}
-    owner = os.getpid()
 
     def remember(number: int, _: Any) -> None:
-        if os.getpid() != owner:  # a data worker inherited the handler
-            sys.exit(128 + number)
+        if caught:  # the second time: now
+            raise KeyboardInterrupt
         caught.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
+from sape2.encodings.base import full_precision
 from sape2.grid import Grid
 
 
@@ -148,6 +149,7 @@ class ViT(nn.Module):
     def embed(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
         """The tokens that enter the first block, prefix tokens first, and their grid."""
         x, grid = self.patch_embed(images)
+        x = full_precision(x)  # as in timm, autocast lowers the products, not the residual stream
         x = self._encode_tokens(x, grid, after_block=None)
         prefix = [getattr(self, name).expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if hasattr(self, name)]
         return torch.cat([*(token.to(x.dtype) for token in prefix), x], dim=1), grid

@@ -152,7 +152,7 @@ def create_encoding(name: str, num_heads: int, head_dim: int, grid: Grid) -> Tok
     `grid` is the training grid (H, W). Raises ValueError for a token encoding joined with anything: they have
     different places in a model, so `create_model` makes them.
     """
-    parts = parse_encoding(name)
+    parts = _in_order(parse_encoding(name))
     if len(parts) == 1 and parts[0].acts_on_tokens:
         return TOKEN_ENCODINGS[parts[0].name](num_heads, head_dim, grid, **parts[0].options)
     for part in parts:
@@ -167,7 +167,7 @@ def create_encodings(
     name: str, num_heads: int, head_dim: int, grid: Grid, depth: int
 ) -> tuple[list[TokenEncoding], list[AttentionEncoding]]:
     """All modules of a model: its token encodings, and one attention encoding for each of the `depth` layers."""
-    parts = parse_encoding(name)
+    parts = _in_order(parse_encoding(name))
     tokens = [TOKEN_ENCODINGS[p.name](num_heads, head_dim, grid, **p.options) for p in parts if p.acts_on_tokens]
     layers: list[list[AttentionEncoding]] = [[] for _ in range(depth)]
     for part in parts:
@@ -180,6 +180,11 @@ def create_encodings(
         for layer in chosen:
             layer.append(shared or _create(part, num_heads, head_dim, grid))
     return tokens, [_join(layer) for layer in layers]
+
+
+def _in_order(parts: list[Part]) -> list[Part]:
+    """However a name was written, its parts are made in one order, so that a seed gives the same parameters."""
+    return sorted(parts, key=lambda part: part.name)
 
 
 def _create(part: Part, num_heads: int, head_dim: int, grid: Grid) -> AttentionEncoding:

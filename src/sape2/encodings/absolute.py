@@ -57,6 +57,10 @@ class SinCosOptions:
 
     temperature: float = 10_000.0
 
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"sincos:temperature must be above 0; got {self.temperature}")
+
 
 class SinCos(TokenEncoding):
     """x_i + [sin(x w), cos(x w), sin(y w), cos(y w)], fixed, w = temperature^(-f / (D/4)) (MoCo v3, arXiv:2104.02057)."""
@@ -75,12 +79,12 @@ class SinCos(TokenEncoding):
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
         check_tokens(tokens, grid)
-        return tokens + self.table(grid, tokens.device).to(tokens.dtype)
+        return tokens + self.table(grid).to(tokens)
 
-    def table(self, grid: Grid, device: torch.device | None = None) -> Float[Tensor, "tokens dim"]:
-        """All vectors, in float64."""
+    def table(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
+        """All vectors, in float64 on the CPU."""
         frequencies = self.dim // 4
-        omega = self.options.temperature ** (-torch.arange(frequencies, device=device).double() / frequencies)
-        y, x = coordinates(grid, device).double().unbind(-1)
+        omega = self.options.temperature ** (-torch.arange(frequencies).double() / frequencies)
+        y, x = coordinates(grid).double().unbind(-1)
         angles = [x[:, None] * omega, y[:, None] * omega]
         return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1)

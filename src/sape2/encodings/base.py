@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -248,15 +249,16 @@ def interpolate(
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
-def make_options(options_class: type[Options], encoding: str, given: dict[str, Any]) -> Options:
+def make_options(options_class: type[Options], encoding: str, given: dict[str, Any], *further: str) -> Options:
     """`options_class(**given)` with every name and value checked; raises ValueError that lists what is known.
 
-    Values may be strings, as they come from the command line ("sape2:count=cyclic,num_positions=10").
+    Values may be strings, as they come from the command line ("sape2:count=cyclic,num_positions=10"). `further` names
+    what the encoding takes besides.
     """
     hints = get_type_hints(options_class)
     unknown = sorted(set(given) - set(hints))
     if unknown:
-        known = ", ".join(hints) or "none"
+        known = ", ".join([*further, *hints]) or "none"
         raise ValueError(f"{encoding} has no option {unknown[0]!r}; known options: {known}")
     return options_class(**{name: _convert(f"{encoding}:{name}", hints[name], value) for name, value in given.items()})
 
@@ -308,4 +310,7 @@ def _parse(kind: type, value: Any) -> Any:
         return {"true": True, "false": False}[str(value).lower()]
     if isinstance(value, bool) or (kind is int and isinstance(value, float)):
         raise ValueError
-    return kind(value)
+    parsed = kind(value)
+    if kind is float and not math.isfinite(parsed):
+        raise ValueError
+    return parsed

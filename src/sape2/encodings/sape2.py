@@ -242,7 +242,7 @@ class SaPE2(AttentionEncoding):
         super().__init__(num_heads, head_dim, grid)
         if preset not in PRESETS:
             raise ValueError(f"sape2:preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-        self.options = make_options(SaPE2Options, "sape2", PRESETS[preset] | options)
+        self.options = make_options(SaPE2Options, "sape2", PRESETS[preset] | options, "preset")
         self.num_heads, self.head_dim, self.grid = num_heads, head_dim, check_grid(grid)
         self.axes: tuple[Axis, ...] = ("x", "y") if self.options.axes == "xy" else (self.options.axes,)
         longest = num_tokens(grid) if self.options.axes == "raster" else max(grid)

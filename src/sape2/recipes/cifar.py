@@ -18,7 +18,8 @@ def cifar10() -> RunConfig:
 
     Command:  sape2 train cifar10 --data DIR --encoding ape
     Source:   aanna0701/SPT_LSA_ViT: 93.58 % with learned APE, best epoch on the test set; 300 passes over the images,
-              class token, drop path 0.1 in every layer (here it grows linearly up to 0.1).
+              class token, drop path 0.1 in every layer.
+    Differs:  drop path grows linearly up to 0.1; a tenth of the training images is the validation set.
     """
     return RunConfig(
         recipe="cifar10",
@@ -47,6 +48,8 @@ def cifar10_paper() -> RunConfig:
     Source:   arXiv:2505.09466, table 1: 93.98 % with SaPE2 + APE, 87.41 % with APE; no seeds, best epoch on the test set.
               400 epochs, batch 128 x 4, AdamW 5e-4 per 512, weight decay 0.05, cosine to 1e-5, 5 warm-up epochs, drop
               path 0.1, mixup 0.8, cutmix 1, smoothing 0.1, RandAugment 9, erasing 0.25, three repeats, fp16 there.
+    Differs:  RandAugment is torchvision's (magnitude 27 of 30 for 9 of 10; timm applies each operation with
+              probability 1/2), a tenth of the training images is the validation set, the precision is the machine's.
     Time:     not measured; made for a GPU.
     """
     return RunConfig(
@@ -54,7 +57,15 @@ def cifar10_paper() -> RunConfig:
         model=model_config("vit_small", encoding="ape+sape2:num_positions=10", drop_path=0.1),
         data=CIFAR10,
         augment=AugmentConfig(
-            crop_padding=4, flip=True, policy="randaugment", policy_group=1, erase=0.25, mixup=0.8, cutmix=1.0, repeats=3
+            crop_padding=4,
+            flip=True,
+            policy="randaugment",
+            policy_magnitude=27,
+            policy_group=1,
+            erase=0.25,
+            mixup=0.8,
+            cutmix=1.0,
+            repeats=3,
         ),
         train=TrainConfig(epochs=400, batch_size=512, lr=5e-4, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, workers=4),
     )

@@ -1,0 +1,90 @@
+"""A run folder taken up again: its model, the rows measured on it, its figures. What the commands share."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sape2 import viz
+from sape2.checkpoint import load_weights, read_config, read_rows, update_results
+from sape2.config import RunConfig
+from sape2.data import ImageData, Splits, derive_seed
+from sape2.evaluation import MEASURES
+from sape2.evaluation.accuracy import confusion, predict
+from sape2.vit import ViT
+
+Row = dict[str, Any]
+WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoch, best epoch on the validation set
+
+
+def build_model(config: RunConfig) -> ViT:
+    """A new model whose weights outside its encodings depend on the seed and on nothing else."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    return ViT(config.model)
+
+
+def load_run_model(folder: Path, weights: str = "last") -> ViT:
+    """The trained model of a run folder, ready to be measured, on the accelerator if there is one."""
+    model = ViT(read_config(folder).model)
+    load_weights(folder / WEIGHTS[weights], model)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return model.to(device).eval()
+
+
+def measure(folder: Path, splits: Splits, measures: list[str], split: str, weights: list[str]) -> list[Row]:
+    """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl."""
+    data: ImageData = getattr(splits, split)
+    rows = []
+    for which in weights:
+        model = load_run_model(folder, which)
+        conditions = describe(folder) | {"split": split, "weights": which}
+        rows += [row | conditions for name in measures for row in MEASURES[name](model, data)]
+    update_results(folder, rows)
+    return rows
+
+
+def is_measured(folder: Path) -> bool:
+    """Whether results.jsonl holds what `train` ends with: the test set with both weights."""
+    rows = read_rows(folder / "results.jsonl")
+    return set(WEIGHTS) <= {row.get("weights") for row in rows if row.get("split") == "test"}
+
+
+def describe(folder: Path) -> Row:
+    """What a number was measured on, for every result row; precision is that of the training."""
+    config = read_config(folder)
+    epochs = read_rows(folder / "metrics.jsonl")
+    return {
+        "encoding": config.model.encoding,
+        "model": config.model.label,
+        "data": config.data.name,
+        "recipe": config.recipe,
+        "epochs": config.train.epochs,
+        "seed": config.seed,
+        "precision": epochs[-1].get("precision") if epochs else None,
+        "torch": torch.__version__,
+        "hardware": hardware(),
+    }
+
+
+def hardware() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"
+
+
+def draw(folder: Path, splits: Splits) -> None:
+    """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one."""
+    config, figures, model = read_config(folder), folder / "figures", load_run_model(folder)
+    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, figures / "curves.png")
+    counts = confusion(predict(model, splits.test, 500), splits.test.labels)
+    viz.plot_confusion(counts, splits.test.classes, figures / "confusion.png")
+    image = splits.test[:1]
+    device = next(model.parameters()).device
+    layers = model.maps(next(image.batches(1))[0].to(device))
+    biased = {f"layer {i + 1}": maps["bias"][0].detach().float().cpu() for i, maps in enumerate(layers) if "bias" in maps}
+    if biased:
+        height, width = config.model.grid
+        patch = (height // 2, width // 2)
+        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, figures / "bias.png", list(biased))
