@@ -311,7 +311,7 @@ def test_the_bias_has_the_dtype_of_the_queries(dtype):
     ("options", "message"),
     [
         ({"count": "sideways"}, "must be one of suffix, prefix, both, between, cyclic"),
-        ({"colour": "red"}, "no option 'colour'; known options: dot"),
+        ({"colour": "red"}, "no option 'colour'; known options: preset, dot"),
         ({"num_positions": 1}, "at least 2"),
         ({"num_positions": 2.5}, "needs int"),
         ({"table_std": 0.0}, "never trains"),

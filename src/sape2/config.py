@@ -266,10 +266,10 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
         path, equals, text = assignment.partition("=")
         _require(bool(equals), f"--set needs key=value; got {assignment!r}")
         section, key = _find_key(values, path)
-        _require(
-            (section, key) != ("model", "name"), "--set model.name would only rename the model; choose its size with --model"
-        )
-        values[section][key] = _parse(text)
+        value = _parse(text)
+        if (section, key) == ("model", "name") and value != config.model.name:
+            raise ValueError("--set model.name would only rename the model; choose its size with --model")
+        values[section][key] = value
         if (section, key) == ("model", "image_size") and isinstance(values[section][key], int):
             values[section][key] = [values[section][key]] * 2
     return RunConfig.from_dict(values)
