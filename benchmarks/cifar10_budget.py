@@ -1,0 +1,53 @@
+"""Tables and curves of docs/results.md from run folders of `sape2 train cifar10_budget`.
+
+Command:  python benchmarks/cifar10_budget.py RUN [RUN ...]   keeps their rows in benchmarks/results/cifar10_budget.jsonl,
+          draws docs/figures/cifar10_budget.png and prints the table;
+          python benchmarks/cifar10_budget.py                 prints and draws from the rows that are kept.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+from sape2.checkpoint import read_config, read_rows, write_rows
+from sape2.report import markdown_table
+from sape2.viz import plot_curves
+
+ROOT = Path(__file__).parent.parent
+ROWS = ROOT / "benchmarks" / "results" / "cifar10_budget.jsonl"
+
+
+def collect(folder: Path) -> list[dict]:
+    """Epoch lines and result rows of a run, marked with its encoding and seed."""
+    config = read_config(folder)
+    mark = {"encoding": config.model.encoding, "seed": config.seed}
+    return [mark | row for name in ("metrics.jsonl", "results.jsonl") for row in read_rows(folder / name)]
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        write_rows(ROWS, [row for folder in sys.argv[1:] for row in collect(Path(folder))])
+    rows = read_rows(ROWS)
+    table = []
+    for encoding in dict.fromkeys(row["encoding"] for row in rows):
+        mine = [row for row in rows if row["encoding"] == encoding]
+        epochs = [row for row in mine if "validation_accuracy" in row]
+        line = {"encoding": encoding, "epochs": len(epochs), "validation, last epoch": epochs[-1]["validation_accuracy"]}
+        for row in mine:
+            if row.get("name") in ("accuracy", "calibration_error") and row.get("split") == "test":
+                line[f"test {row['name']}, {row['weights']}"] = row["value"]
+        line["waiting for data, median"] = f"{statistics.median(row['wait_fraction'] for row in epochs):.1%}"
+        table.append(line)
+    curves = {
+        e: [row for row in rows if row["encoding"] == e and "validation_accuracy" in row]
+        for e in {r["encoding"]: 0 for r in rows}
+    }
+    plot_curves(curves, ROOT / "docs" / "figures" / "cifar10_budget.png")
+    columns = list(dict.fromkeys(column for line in table for column in line))
+    print(markdown_table(table, columns))
+
+
+if __name__ == "__main__":
+    main()
