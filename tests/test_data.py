@@ -10,20 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from sape2.augment import BatchMixer, TrainStream, augment_images, epoch_order, random_crop
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
-from sape2.data import (
-    BatchMixer,
-    ImageData,
-    TrainStream,
-    augment_images,
-    decode,
-    epoch_order,
-    limit_by_class,
-    load_data,
-    normalize,
-    random_crop,
-    split_by_class,
-)
+from sape2.data import ImageData, decode, limit_by_class, load_data, normalize, split_by_class
 from sape2.recipes import get_recipe
 
 CLASSES = ["cat", "dog", "eel"]

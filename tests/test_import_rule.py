@@ -20,9 +20,10 @@ ALLOWED = {
     "vit": {"config", "grid", "encodings", "attention"},
     "adapters": {"grid", "encodings", "attention"},
     "data": {"config"},
+    "augment": {"config", "data"},
     "checkpoint": {"config"},
-    "runs": {"config", "checkpoint", "data", "evaluation", "vit", "viz"},
-    "train": {"config", "checkpoint", "data", "encodings"},
+    "runs": {"augment", "config", "checkpoint", "data", "evaluation", "vit", "viz"},
+    "train": {"augment", "config", "checkpoint", "data", "encodings"},
     "recipes": {"config", "recipes"},
     "evaluation": {"evaluation", "grid"},
 }

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from sape2.augment import TrainStream, derive_seed, epoch_order
 from sape2.checkpoint import Progress, last_checkpoint, load_weights, read_rows, save_checkpoint, save_weights
 from sape2.config import override
-from sape2.data import ImageData, TrainStream, derive_seed, epoch_order
+from sape2.data import ImageData
 from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accuracy
 from sape2.evaluation.cost import count_macs, count_parameters
 from sape2.recipes import RECIPES, get_recipe

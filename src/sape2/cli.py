@@ -167,7 +167,7 @@ def _train(model: ViT, splits: Splits, config: RunConfig, folder: Path) -> int:
 
 
 def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> int:
-    from sape2.data import TrainStream
+    from sape2.augment import TrainStream
     from sape2.evaluation.accuracy import quick_accuracy
     from sape2.evaluation.cost import count_macs, count_parameters, median_seconds
     from sape2.train import Trainer, mixed_precision

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from sape2 import viz
+from sape2.augment import derive_seed
 from sape2.checkpoint import load_weights, read_config, read_rows, update_results
 from sape2.config import RunConfig
-from sape2.data import ImageData, Splits, derive_seed
+from sape2.data import ImageData, Splits
 from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.vit import ViT

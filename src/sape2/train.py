@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sape2.augment import BatchMixer, TrainStream, derive_seed
 from sape2.checkpoint import (
     Progress,
     last_checkpoint,
@@ -31,7 +32,7 @@ from sape2.checkpoint import (
     write_rows,
 )
 from sape2.config import RunConfig, TrainConfig
-from sape2.data import BatchMixer, ImageData, TrainStream, derive_seed, normalize
+from sape2.data import ImageData, normalize
 from sape2.encodings import AttentionEncoding
 
 Evaluate = Callable[[nn.Module], tuple[float, float]]  # model -> (accuracy, loss) on the validation set

@@ -55,6 +55,22 @@ def check_temperature(name: str, temperature: float) -> None:
         raise ValueError(f"{name}:temperature must be above 0; got {temperature}")
 
 
+class Rotation(AttentionEncoding):
+    """Turns q and k by `angles`; what these are is for the subclass to say."""
+
+    def rotate(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+        check_tokens(q, grid)
+        with no_autocast(q):
+            angles = self.angles(grid, q)
+            return turn(q, angles), turn(k, angles)
+
+    def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "*heads tokens planes"]:
+        """The angle of every plane at every token, in radians, on the device of `like`, in float32 or better."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class RotaryOptions:
     """`temperature`: the longest wavelength is nearly 2 pi times it, in patches; `beyond`: see `places`."""
@@ -66,7 +82,7 @@ class RotaryOptions:
         check_temperature("rope", self.temperature)
 
 
-class Rotary(AttentionEncoding):
+class Rotary(Rotation):
     """Axial RoPE: the first half of the planes turns by x w_f, the second half by y w_f, w_f = temperature^(-f / (d/4)).
 
     Frequencies, order and temperature 100 as in RoPE-ViT (arXiv:2403.13298), so weights of timm's ViT-RoPE models
@@ -84,16 +100,7 @@ class Rotary(AttentionEncoding):
         check_head_dim("rope", num_heads, head_dim)
         self.head_dim, self.grid = head_dim, check_grid(grid)
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
-        check_tokens(q, grid)
-        with no_autocast(q):
-            angles = self.angles(grid, q)
-            return turn(q, angles), turn(k, angles)
-
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "tokens planes"]:
-        """The angle of every plane at every token, in radians."""
         x, y = places(grid, self.grid, self.options.beyond, like)
         per_axis = self.head_dim // 4
         frequencies = self.options.temperature ** (-torch.arange(per_axis, device=x.device).to(x.dtype) / per_axis)
@@ -112,7 +119,7 @@ class RotaryMixedOptions:
         check_temperature("rope_mixed", self.temperature)
 
 
-class RotaryMixed(AttentionEncoding):
+class RotaryMixed(Rotation):
     """RoPE-mixed (arXiv:2403.13298): plane f turns by x w^x_f + y w^y_f with learned w, (2, h, d/2), one per head and layer.
 
     At the start w has the lengths temperature^(-f / (d/4)), twice: along a direction drawn for every head, and along
@@ -142,16 +149,7 @@ class RotaryMixed(AttentionEncoding):
         along_y = torch.cat([length * angle.sin() for angle in directions], dim=-1)
         return torch.stack([along_x, along_y])
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
-        check_tokens(q, grid)
-        with no_autocast(q):
-            angles = self.angles(grid, q)
-            return turn(q, angles), turn(k, angles)
-
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "heads tokens planes"]:
-        """The angle of every plane at every token, in radians."""
         x, y = places(grid, self.grid, self.options.beyond, like)
         along_x, along_y = full_precision(self.frequencies)
         return x[:, None] * along_x[:, None] + y[:, None] * along_y[:, None]
