@@ -255,56 +255,58 @@ def _draw(folder: Path, splits: Splits) -> None:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    tables = {"encodings": _encodings, "models": _models, "recipes": _recipes, "measures": _measures}[arguments.what]()
+    rows = {"encodings": _encodings, "models": _models, "recipes": _recipes, "measures": _measures}[arguments.what]()
     from sape2.report import print_json, print_table
 
-    for title, rows in tables.items():
-        if arguments.json:
-            print_json({"list": title} | row for row in rows)
-        else:
-            print_table(rows, list(rows[0]), title)
+    if arguments.json:
+        print_json(rows)
+    elif arguments.what == "encodings":
+        for title, table in _encoding_tables(rows).items():
+            print_table(table, list(table[0]), title)
+    else:
+        print_table(rows, list(rows[0]), arguments.what)
     return 0
 
 
-def _encodings() -> dict[str, list[Row]]:
+def _encodings() -> list[Row]:
+    """One row an encoding, with its options (the default first), and one for each of its variants."""
     from sape2.encodings import Schedule, find_encoding, list_encodings
     from sape2.encodings.base import AttentionEncoding, describe_options
 
-    known = {name: find_encoding(name) for name in list_encodings()}
-    attention = "every attention encoding"
-    options = [(attention, describe_options(Schedule))] + [(name, describe_options(e.Options)) for name, e in known.items()]
+    rows = []
+    for name in list_encodings():
+        encoding = find_encoding(name)
+        in_attention = issubclass(encoding, AttentionEncoding)
+        about = {"slot": "attention" if in_attention else "tokens", "source": encoding.source}
+        options = describe_options(encoding.Options) | (describe_options(Schedule) if in_attention else {})
+        rows.append({"name": name, "summary": encoding.summary} | about | {"options": options})
+        rows += [{"name": f"{name}:{variant}", "summary": text} | about for variant, text in encoding.variants.items()]
+    return rows
+
+
+def _encoding_tables(rows: list[Row]) -> dict[str, list[Row]]:
+    """The same for people: encodings, variants, and options by encoding."""
+    plain = [row for row in rows if "options" in row]
     return {
-        "encodings": [
-            {
-                "name": name,
-                "slot": "attention" if issubclass(encoding, AttentionEncoding) else "tokens",
-                "summary": encoding.summary,
-                "source": encoding.source,
-            }
-            for name, encoding in known.items()
-        ],
-        "variants": [
-            {"name": f"{name}:{variant}", "summary": text}
-            for name, encoding in known.items()
-            for variant, text in encoding.variants.items()
-        ],
-        "options, the default first": [
-            {"encoding": name, "option": option, "values": values}
-            for name, described in options
-            for option, values in described.items()
+        "encodings": [{key: row[key] for key in ("name", "slot", "summary", "source")} for row in plain],
+        "variants worth comparing": [{"name": row["name"], "summary": row["summary"]} for row in rows if row not in plain],
+        "options": [
+            {"name": row["name"], "option": option, "values, the default first": values}
+            for row in plain
+            for option, values in row["options"].items()
         ],
     }
 
 
-def _models() -> dict[str, list[Row]]:
+def _models() -> list[Row]:
     columns = ("name", "dim", "depth", "num_heads", "mlp_ratio")
-    return {"models": [dict(zip(columns, (name, *sizes), strict=True)) for name, sizes in MODELS.items()]}
+    return [dict(zip(columns, (name, *sizes), strict=True)) for name, sizes in MODELS.items()]
 
 
-def _recipes() -> dict[str, list[Row]]:
+def _recipes() -> list[Row]:
     from sape2.recipes import RECIPES
 
-    rows = [
+    return [
         {
             "name": name,
             "model": config.model.name,
@@ -315,14 +317,12 @@ def _recipes() -> dict[str, list[Row]]:
         for name, recipe in RECIPES.items()
         for config in [recipe()]
     ]
-    return {"recipes": rows}
 
 
-def _measures() -> dict[str, list[Row]]:
+def _measures() -> list[Row]:
     from sape2.evaluation import MEASURES
 
-    rows = [{"name": name, "summary": (measure.__doc__ or "").split("\n")[0]} for name, measure in MEASURES.items()]
-    return {"measures": rows}
+    return [{"name": name, "summary": (measure.__doc__ or "").split("\n")[0]} for name, measure in MEASURES.items()]
 
 
 # --- output ----------------------------------------------------------------------------------------------------------
