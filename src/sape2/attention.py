@@ -88,8 +88,8 @@ def choose_path(q: Tensor, matrix: Tensor | None) -> Path:
     """How the products are computed. Both ways agree to rounding.
 
     fused:    PyTorch's scaled_dot_product_attention, on every accelerator, and on a CPU for long sequences.
-    products: plain matrix products, on a CPU up to 512 tokens, where the backward pass of the fused kernel is up to five
-              times slower in bf16 (benchmarks/results/attention_path.md), and for a map that needs a gradient, which would
+    products: plain matrix products, on a CPU up to 512 tokens, where the backward pass of the fused kernel is three to
+              five times slower in bf16 (benchmarks/results/attention_path.md), and for a map that needs a gradient, which would
               make the kernel fall back to products anyway.
     """
     if q.device.type not in ("cpu", "meta"):
