@@ -16,7 +16,7 @@ from pathlib import Path
 
 from sape2.checkpoint import read_rows, write_rows
 from sape2.cli import main as sape2
-from sape2.report import markdown_table
+from sape2.report import markdown_table, summarize
 
 ROWS = Path(__file__).parent / "results" / "digits_encodings.jsonl"
 ENCODINGS = [
@@ -51,18 +51,15 @@ def run(encoding: str, seed: int, folder: Path, epochs: int) -> list[dict]:
 
 def summary(rows: list[dict]) -> list[dict]:
     """Mean, spread and n per encoding, and the paired difference to the baseline over the seeds both have."""
-    by_encoding: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if row["weights"] == "last":
-            by_encoding.setdefault(row["encoding"], {})[row["seed"]] = row["value"]
+    last = [row for row in rows if row["weights"] == "last"]
+    values = {(row["encoding"], row["seed"]): row["value"] for row in last}
     table = []
-    for encoding, values in by_encoding.items():
-        seeds = sorted(set(values) & set(by_encoding[BASELINE]))
-        differences = [values[seed] - by_encoding[BASELINE][seed] for seed in seeds]
-        row = {"encoding": encoding, "test accuracy": statistics.mean(values.values()), "n": len(values)}
-        if len(values) > 1:
-            row["std"] = statistics.stdev(values.values())
+    for group in summarize(last):
+        encoding = group["encoding"]
+        row = {"encoding": encoding, "test accuracy": group["mean"], "std": group["std"], "n": group["n"]}
+        seeds = [seed for name, seed in values if name == encoding and (BASELINE, seed) in values]
         if encoding != BASELINE and len(seeds) > 1:
+            differences = [values[encoding, seed] - values[BASELINE, seed] for seed in seeds]
             half = STUDENT_95[len(seeds) - 1] * statistics.stdev(differences) / math.sqrt(len(seeds))
             mean = statistics.mean(differences)
             row |= {f"minus {BASELINE}": mean, "95 % interval": f"{mean - half:+.4f} to {mean + half:+.4f}"}

@@ -174,6 +174,8 @@ def save_checkpoint(
     """Writes checkpoint/step-N beside the last one, then removes that."""
     parent = folder / "checkpoint"
     final = parent / f"step-{progress.step:08d}"
+    if final.exists():  # the same step again: what it holds is the same
+        return
     temporary = parent / f".writing-{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -183,8 +185,6 @@ def save_checkpoint(
             save_weights(temporary / "ema.safetensors", ema)
         write_atomic(temporary / "optimizer.pt", lambda path: torch.save(optimizer_state, path))
         write_text(temporary / "progress.json", json.dumps(asdict(progress)))
-        if final.exists():  # the same step again: what it holds is the same
-            return
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
