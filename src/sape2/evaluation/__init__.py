@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from sape2.evaluation.accuracy import LabelledImages, accuracy
+from sape2.evaluation.accuracy import accuracy
+from sape2.evaluation.base import LabelledImages
 
 MEASURES: dict[str, Callable[[nn.Module, LabelledImages], list[dict[str, Any]]]] = {
     "accuracy": accuracy,

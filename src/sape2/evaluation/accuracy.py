@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-
-@runtime_checkable
-class LabelledImages(Protocol):
-    """What a measurement needs of a data set; `sape2.data.ImageData` is one."""
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    @property
-    def labels(self) -> Tensor: ...
-
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]: ...
+from sape2.evaluation.base import LabelledImages
 
 
 def accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> list[dict[str, Any]]:
