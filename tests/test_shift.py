@@ -192,7 +192,8 @@ def test_the_worst_case_is_right_under_every_shift():
     model, data = PixelReadout(), random_images(40)
     border, shifts = shift_sets((2, 2))["plus_minus"]
     predictions = predict_moved(model, data, same_for_all(shifts, 40), border, batch_size=9)
-    wrong_somewhere = [any(p != label for p in column) for column, label in zip(predictions.T, data.labels, strict=True)]
+    labels = data.labels.tolist()
+    wrong_somewhere = [set(found) != {label} for found, label in zip(predictions.T.tolist(), labels, strict=True)]
     rows = worst_case(model, data, "plus_minus", border, shifts, limit=40)
     assert values(rows, "worst_case_accuracy") == pytest.approx([1 - sum(wrong_somewhere) / 40])
 
@@ -388,7 +389,7 @@ def test_the_moved_order_is_that_of_a_roll():
 
 
 def test_every_row_names_its_transform_and_border_and_its_interval_holds_the_value():
-    model, data = random_vit("ape+sape2", torch.float32), random_images(40, dtype=torch.float32)
+    model, data = random_vit("ape+sape2", torch.float32, depth=1), random_images(40, dtype=torch.float32)
     rows = list(shift(model.train(), data, limit=24))
     assert model.training
     for row in rows:

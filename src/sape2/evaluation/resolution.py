@@ -32,7 +32,7 @@ from sape2.evaluation.base import (
 from sape2.evaluation.equivariance import centred
 from sape2.evaluation.views import AS_BUILT, Size, View, describe_rule, oblong_sizes, rules, views
 
-LIMIT = 500  # images of the accuracies
+LIMIT = 250  # images of the accuracies
 BIAS_LIMIT = 20  # images of `bias_size`
 FALL = 0.05  # of accuracy, for `size_at_5_points`
 Predictions = dict[View, Int[Tensor, " images"]]
@@ -41,7 +41,7 @@ Predictions = dict[View, Int[Tensor, " images"]]
 def resolution(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 100) -> Iterator[Row]:
     """Accuracy against test size without fine-tuning, drop, means over unseen sizes, size at 5 points, size of the bias.
 
-    `limit` images (None: 500). Measured under every rule that the encodings know for grids beyond the training grid, the
+    `limit` images (None: 250). Measured under every rule that the encodings know for grids beyond the training grid, the
     model's own first. Raises ValueError for a model that does not tell its patch, or does not run at its own size.
     """
     size, patch, images = image_size(data), patch_size(model, data), count_images(data, limit, LIMIT)
