@@ -6,6 +6,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from evaluation_cases import CentrePixel, Constant, Images, PixelReadout, random_images, random_vit, select, values
@@ -14,6 +15,7 @@ from torch import nn
 from sape2.evaluation import MEASURES
 from sape2.evaluation.base import bootstrap_interval
 from sape2.evaluation.equivariance import biases_by_layer
+from sape2.evaluation.lie import lie_derivative_error
 from sape2.evaluation.resolution import bias_size, fall_interval, predict_view, resolution, size_at_fall
 from sape2.evaluation.views import View, oblong_sizes, on_canvas, plain_sizes, rules, scaled, views, with_beyond
 
@@ -280,8 +282,8 @@ def test_the_spread_is_the_deviation_of_the_centred_bias_under_each_rule(measure
         bias = variant.maps(large)[0]["bias"]
         assert values(measured.rows, "bias_mean", size="16x16", layer=1, rule=rule) == pytest.approx([bias.mean().item()])
         bias = bias - bias.mean(-1, keepdim=True)
-        spread[rule] = sum(image.square().mean().sqrt().item() for image in bias) / 8
-        assert values(measured.rows, "bias_std", size="16x16", layer=1, rule=rule) == pytest.approx([spread[rule]])
+        spread[rule] = sum(head.square().mean().sqrt().item() for image in bias for head in image) / (8 * 2)
+        assert values(measured.rows, "bias_row_std", size="16x16", layer=1, rule=rule) == pytest.approx([spread[rule]])
     assert abs(spread["clamp"] - spread["rescale"]) > 0.01 * spread["clamp"]
 
 
@@ -299,3 +301,20 @@ def test_p8_the_bias_of_random_content_grows_with_the_root_of_the_line():
 def test_models_without_a_bias_have_no_spread():
     assert bias_size(random_vit("rope", depth=1), random_images(3), [View((8, 8), "scaled")]) == []
     assert bias_size(Constant(), random_images(3), [View((8, 8), "scaled")]) == []
+
+
+# --- models of others ------------------------------------------------------------------------------------------------
+
+
+def test_a_timm_model_is_measured_where_it_runs_and_differentiated_through_its_fused_attention():
+    model = timm.models.VisionTransformer(img_size=8, patch_size=2, embed_dim=16, depth=1, num_heads=2, num_classes=5).double()
+    data = random_images(10)
+    rows = list(resolution(model, data))
+    assert {row["size"] for row in select(rows, "accuracy_at_size")} == {"8x8"}
+    assert {row["rule"] for row in select(rows, "accuracy_at_size")} == {"as built"}
+    assert values(rows, "sizes_refused") == [7]
+    assert "Input height (4) doesn't match model (8)" in select(rows, "sizes_refused")[0]["protocol"]
+    assert model.training
+    (error, _) = lie_derivative_error(model, data, "x", "reflect")
+    assert error["method"] == "forward_mode"
+    assert error["value"] > 0

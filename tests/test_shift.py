@@ -125,6 +125,12 @@ def test_ranges_sizes_and_sets_of_a_cifar_model():
     assert len(shift_sets((16, 16))["patch"][1]) == 64
 
 
+def test_a_patch_of_one_pixel_has_no_shifts_within():
+    assert [r.label for r in consistency_ranges((6, 6), (1, 1))] == ["full", "patch_multiples", "crops"]
+    assert list(shift_sets((1, 1))) == ["plus_minus"]
+    assert consistency_ranges((6, 6), (1, 1))[-1].high == (1, 1)
+
+
 # --- predictions -----------------------------------------------------------------------------------------------------
 
 

@@ -85,8 +85,7 @@ def bootstrap_interval(
     values: Float[Tensor, " images"], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of the mean when whole images are drawn again with replacement (Efron)."""
-    mean = values.double().mean()
-    means = mean + resampled_means((values - mean)[None], resamples, seed)[:, 0].double()
+    means = resampled_means(values[None], resamples, seed)[:, 0]
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
@@ -97,7 +96,7 @@ def resampled_means(
 ) -> Float[Tensor, "resamples kinds"]:
     """The means of each kind of value over images drawn again with replacement, all kinds over the same images (paired)."""
     counts = _resampled_counts(values.shape[1], resamples, seed)
-    return counts @ values.T.to(counts) / values.shape[1]
+    return counts.double() @ values.double().T / values.shape[1]
 
 
 @functools.lru_cache(maxsize=1)

@@ -100,16 +100,20 @@ class ShiftRange:
 
 
 def consistency_ranges(size: tuple[int, int], patch: tuple[int, int]) -> list[ShiftRange]:
-    """Within one patch, over the whole torus, by whole patches; and the crops of the image padded by 1/8 of its size."""
+    """Within one patch, over the whole torus, by whole patches; and the crops of the image padded by 1/8 of its size.
+
+    What holds no shift but 0 (a patch of one pixel) is left out.
+    """
     height, width = size
     cells = (height // patch[0] - 1, width // patch[1] - 1)
-    pad = (height // 8, width // 8)
-    return [
+    pad = (max(height // 8, 1), max(width // 8, 1))
+    ranges = [
         ShiftRange("sub_patch", "circular", (0, 0), (patch[0] - 1, patch[1] - 1)),
         ShiftRange("full", "circular", (0, 0), (height - 1, width - 1)),
         ShiftRange("patch_multiples", "circular", (0, 0), cells, patch),
         ShiftRange("crops", "reflect", (-pad[0], -pad[1]), pad),
     ]
+    return [shifts for shifts in ranges if shifts.size > 1]
 
 
 def shift_sizes(size: tuple[int, int], patch: tuple[int, int]) -> list[int]:
@@ -123,11 +127,12 @@ def shift_sets(patch: tuple[int, int], reach: int = 2, phases: int = 8) -> dict[
     """The sets that the worst case is taken over: name -> (border, shifts).
 
     patch: every shift within one patch, on the torus (of a patch above `phases` pixels, that many of each axis at most,
-    evenly spaced). plus_minus: every shift of up to `reach` pixels either way, reflected border.
+    evenly spaced), if it has more than one pixel. plus_minus: every shift of up to `reach` pixels either way, reflected border.
     """
     rows, columns = (range(0, side, -(-side // phases)) for side in patch)
     near = range(-reach, reach + 1)
-    return {
+    sets: dict[str, tuple[Border, list[tuple[int, int]]]] = {
         "patch": ("circular", [(dy, dx) for dy in rows for dx in columns]),
         "plus_minus": ("reflect", [(dy, dx) for dy in near for dx in near]),
     }
+    return {name: (border, shifts) for name, (border, shifts) in sets.items() if len(shifts) > 1}
