@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
-
 from sape2.evaluation.accuracy import accuracy
-from sape2.evaluation.base import LabelledImages
+from sape2.evaluation.base import Measure
+from sape2.evaluation.resolution import resolution
+from sape2.evaluation.shift import shift
 
-MEASURES: dict[str, Callable[[nn.Module, LabelledImages], list[dict[str, Any]]]] = {
+MEASURES: dict[str, Measure] = {
     "accuracy": accuracy,
+    "shift": shift,
+    "resolution": resolution,
 }
