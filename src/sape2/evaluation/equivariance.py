@@ -46,7 +46,7 @@ def token_order(grid: Grid, steps: Steps, device: torch.device) -> Tensor:
 
 def relative_error(found: Float[Tensor, "batch ..."], expected: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
     """||found - expected||_F / ||expected||_F per image; NaN, undefined, where what is expected is all 0."""
-    difference, norm = ((t.flatten(1)).norm(dim=1) for t in (found - expected, expected))
+    difference, norm = (t.flatten(1).norm(dim=1) for t in (found - expected, expected))
     return torch.where(norm > 0, difference / norm, torch.full_like(norm, torch.nan))
 
 
@@ -56,7 +56,7 @@ def grid_steps(grid: Grid) -> list[tuple[str, Steps]]:
     return [(axis, steps(n)) for axis, (length, steps) in by_axis.items() for n in sorted({1, length // 2}) if 0 < n < length]
 
 
-def feature_equivariance(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 50) -> list[Row]:
+def feature_equivariance(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 20) -> list[Row]:
     """Rows: feature_equivariance_error, ||F_l(S x) - S F_l(x)||_F / ||F_l(x)||_F per layer and move."""
 
     def moved(tokens: Tensor, order: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def feature_equivariance(model: nn.Module, data: LabelledImages, limit: int | No
     return _error_rows("feature_equivariance_error", formula, tokens_by_layer, moved, model, data, limit, batch_size)
 
 
-def bias_equivariance(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 50) -> list[Row]:
+def bias_equivariance(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 20) -> list[Row]:
     """Rows: bias_equivariance_error, ||B'(S x) - S B'(x) S^T||_F / ||B'(x)||_F per layer with a bias, and move."""
 
     def moved(bias: Tensor, order: Tensor) -> Tensor:

@@ -59,10 +59,10 @@ def shift(model: nn.Module, data: LabelledImages, limit: int | None = None, batc
     yield from softmax_change(model, data, images["eq_t"], batch_size)
     for border in ("circular", "reflect"):
         for axis in ("x", "y"):
-            yield from lie_derivative_error(model, data, axis, border, images["lie"], batch_size)
+            yield from lie_derivative_error(model, data, axis, border, images["lie"])
     if as_mapped(model) is not None:
-        yield from feature_equivariance(model, data, images["layers"], batch_size)
-        yield from bias_equivariance(model, data, images["layers"], batch_size)
+        yield from feature_equivariance(model, data, images["layers"])
+        yield from bias_equivariance(model, data, images["layers"])
 
 
 # --- what a model says about moved images ----------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def read_moved(
         for images, _ in first_images(data, shifts.shape[1], batch_size):
             images, part = images.to(device), shifts[:, start : start + len(images)].to(device)
             logits = torch.stack([model(translate(images, draw, border)) for draw in part])
-            results.append(read(logits.float()).cpu())
+            results.append(read(logits.float().cpu()))
             start += len(images)
     return torch.cat(results, dim=-1)
 

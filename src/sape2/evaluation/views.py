@@ -86,7 +86,8 @@ def _nearest(length: float, step: int) -> int:
 
 def views(size: Size, patch: Size) -> list[View]:
     """The training size first; then every size scaled, and padded: the larger and the oblong ones with both borders."""
-    others = [other for other in [*plain_sizes(size, patch), *oblong_sizes(size, patch)] if other != size]
+    sizes = dict.fromkeys([*plain_sizes(size, patch), *oblong_sizes(size, patch)])
+    others = [other for other in sizes if other != size]
     shown = [View(other, "scaled") for other in [size, *others]]
     for other in others:
         grows = other[0] > size[0] or other[1] > size[1]
