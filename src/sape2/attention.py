@@ -132,3 +132,15 @@ def logits(q: Tensor, k: Tensor, matrix: Tensor | None) -> Float[Tensor, "batch 
     """q k^T + matrix of what `encode` gave."""
     scores = q @ k.transpose(-1, -2)
     return scores if matrix is None else scores + matrix
+
+
+def describe_path(q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding) -> str:
+    """In words how `attend` computes this, for tables and rows: "products, map (B, h, N, N)", "fused, factored (r=18)"."""
+    wide_q, _, matrix = encode(q, k, grid, encoding)
+    parts: list[str] = [choose_path(wide_q, matrix)]
+    rank = wide_q.shape[-1] - q.shape[-1]
+    if rank:
+        parts.append(f"factored (r={rank})")
+    if matrix is not None:
+        parts.append(f"map ({', '.join(['B', 'h', 'N', 'N'][-matrix.ndim :])})")
+    return ", ".join(parts)

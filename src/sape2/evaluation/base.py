@@ -51,9 +51,7 @@ def row(measure: str, name: str, value: float | None, unit: str, n: int, protoco
     return {"measure": measure, "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol} | conditions
 
 
-def mean_row(
-    measure: str, name: str, per_image: Float[Tensor, " images"], unit: str, protocol: str, **conditions: Any
-) -> Row:
+def mean_row(measure: str, name: str, per_image: Float[Tensor, " images"], unit: str, protocol: str, **conditions: Any) -> Row:
     """The mean over images with its 95 % bootstrap interval; images whose value is NaN (undefined there) are left out.
 
     Where it is undefined for all of them the value is None.
