@@ -11,8 +11,9 @@ from functools import partial
 
 import torch
 from peers import PLAIN, PLAIN_FUSED, contenders, random_tokens
-from timing import Row, compare, conditions, forward, forward_backward, parser, save
+from timing import Row, compare, conditions, parser, save
 
+from sape2.evaluation.cost import forward, forward_backward
 from sape2.grid import Grid
 from sape2.report import markdown_table
 

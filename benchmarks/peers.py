@@ -65,6 +65,12 @@ def sam(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, columns: Tensor, grid: Gr
     return output.unflatten(0, q.shape[:2])
 
 
+def straightforward_sape2(encoding: SaPE2, grid: Grid, **mode: str) -> Peer:
+    """With the tables of ours; `mode` is how torch.cdist computes."""
+    function = partial(straightforward.sape2, grid=grid, **mode)
+    return Peer(function, "products, maps (B, h, N, N)", table_x=encoding.table_x, table_y=encoding.table_y)
+
+
 PLAIN = "plain: products"
 PLAIN_FUSED = "plain: fused kernel"
 
@@ -73,27 +79,27 @@ def contenders(heads: int, head_dim: int, grid: Grid, table_std: float = 0.02) -
     """Every contender by name; peers have the tables of ours."""
     ours = partial(Ours, heads=heads, head_dim=head_dim, grid=grid, table_std=table_std)
     distance, decomposed, contextual, cope = map(ours, ("sape2", "rpe_decomposed", "rpe_contextual", "cope"))
-    tables = {"table_x": distance.encoding.table_x, "table_y": distance.encoding.table_y}
     sam_tables = {"rows": decomposed.encoding.table_y.flip(0), "columns": decomposed.encoding.table_x.flip(0)}
     irpe = partial(straightforward.irpe, index=straightforward.irpe_index(grid))
-    exact = "donot_use_mm_for_euclid_dist"
     return {
         PLAIN: Peer(straightforward.plain, "products"),
         PLAIN_FUSED: Peer(F.scaled_dot_product_attention, "fused"),
         "none: ours": ours("none"),
-        "sape2: straightforward": Peer(partial(straightforward.sape2, grid=grid), "products, maps", **tables),
-        "sape2: straightforward, exact cdist": Peer(
-            partial(straightforward.sape2, grid=grid, mode=exact), "products, maps", **tables
+        "sape2: straightforward": straightforward_sape2(distance.encoding, grid),
+        "sape2: straightforward, exact cdist": straightforward_sape2(
+            distance.encoding, grid, mode="donot_use_mm_for_euclid_dist"
         ),
         "sape2: ours": distance,
         "sape2 squared_distance: ours": ours("sape2:readout=squared_distance"),
         "sape2 direct: ours": ours("sape2:readout=direct"),
-        "rpe_decomposed: timm, products": Peer(partial(sam, grid=grid, fused=False), "products, map", **sam_tables),
+        "rpe_decomposed: timm, products": Peer(
+            partial(sam, grid=grid, fused=False), "products, map (B, h, N, N)", **sam_tables
+        ),
         "rpe_decomposed: timm, fused": Peer(partial(sam, grid=grid, fused=True), "fused with a map", **sam_tables),
         "rpe_decomposed: ours": decomposed,
-        "rpe_contextual: iRPE": Peer(irpe, "products, map", table=contextual.encoding.table.flatten(0, 2)),
+        "rpe_contextual: iRPE": Peer(irpe, "products, map (B, h, N, N)", table=contextual.encoding.table.flatten(0, 2)),
         "rpe_contextual: ours": contextual,
-        "cope: published listing": Peer(straightforward.cope, "products, map", table=cope.encoding.table),
+        "cope: published listing": Peer(straightforward.cope, "products, map (B, h, N, N)", table=cope.encoding.table),
         "cope: ours": cope,
     }
 
@@ -117,7 +123,9 @@ def make_straightforward(model: ViT) -> ViT:
     return model
 
 
-def random_tokens(images: int, heads: int, grid: Grid, head_dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def random_tokens(
+    images: int, heads: int, grid: Grid, head_dim: int, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> list[Tensor]:
     """q, k, v that need a gradient, and the gradient of the output."""
     shape = (images, heads, grid[0] * grid[1], head_dim)
-    return [torch.randn(shape, dtype=dtype, requires_grad=index < 3) for index in range(4)]
+    return [torch.randn(shape, dtype=dtype, device=device, requires_grad=index < 3) for index in range(4)]

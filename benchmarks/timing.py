@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from sape2.checkpoint import write_rows
 from sape2.evaluation.timing import alternate, spread
@@ -20,17 +19,6 @@ from sape2.evaluation.timing import alternate, spread
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
-
-
-def forward(module: nn.Module, inputs: list[Tensor]) -> None:
-    with torch.no_grad():
-        module(*inputs[:3])
-
-
-def forward_backward(module: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
-    """The gradients of q, k, v and of the module's own parameters; nothing is left behind in them."""
-    *tokens, gradient = inputs
-    return torch.autograd.grad(module(*tokens), [*tokens, *module.parameters()], gradient)
 
 
 def compare(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, Row]:

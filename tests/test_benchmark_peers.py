@@ -4,9 +4,9 @@ import pytest
 import straightforward
 import torch
 from peers import PLAIN, contenders, make_straightforward, random_tokens
-from timing import forward_backward
 
 from sape2 import create_model, reference
+from sape2.evaluation.cost import forward_backward
 
 HEADS, HEAD_DIM = 2, 8
 GRIDS = [(3, 4), (5, 2)]

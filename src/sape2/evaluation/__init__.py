@@ -9,7 +9,9 @@ from torch import nn
 
 from sape2.evaluation.accuracy import accuracy
 from sape2.evaluation.base import LabelledImages
+from sape2.evaluation.cost import cost
 
 MEASURES: dict[str, Callable[[nn.Module, LabelledImages], list[dict[str, Any]]]] = {
     "accuracy": accuracy,
+    "cost": cost,
 }

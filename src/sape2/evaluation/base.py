@@ -46,7 +46,7 @@ class MappedModel(Protocol):
     def maps(self, images: Tensor) -> list[dict[str, Tensor]]: ...
 
 
-def row(measure: str, name: str, value: float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
+def row(measure: str, name: str, value: int | float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
     """One result; `conditions` say what it was measured at (layer, size, shift_px, ...)."""
     return {"measure": measure, "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol} | conditions
 

@@ -72,31 +72,33 @@ def highest_sum(changes: list[int]) -> int:
 # --- predicted -------------------------------------------------------------------------------------------------------
 
 
-def predicted_peak(step: Callable[[nn.Module, list[Tensor]], object], module: nn.Module, inputs: list[Tensor]) -> int | None:
-    """The extra bytes of `step(module, inputs)`, counted on tensors that have a shape and a device but no memory.
+def predicted_peak(
+    step: Callable[[Any, list[Tensor]], object], module: nn.Module, inputs: list[Tensor], device: torch.device | str = "cpu"
+) -> int | None:
+    """The extra bytes of `step(module, inputs)` on `device`, counted on tensors that have a shape there but no memory.
 
     Every storage that an operator returns counts from then until nothing holds it, autograd included. Temporaries
-    inside an operator are not seen, so this is a little below `peak_bytes`. `inputs` may be on the device "meta"; they
-    are taken to be on that of the module. None if what the step does depends on values. The module is in eval mode.
+    inside an operator are not seen, so this is a little below `peak_bytes`. The module, taken in eval mode, and the
+    inputs may themselves be on the device "meta". None if what the step does depends on values.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     parts = [*module.parameters(), *module.buffers()]
-    memo = {id(part): mode.from_tensor(part) for part in parts}
-    shadow = copy.deepcopy(module, memo).eval()
-    device = parts[0].device if parts else torch.device("cpu")
-    with mode, LiveStorages() as live:
-        fakes = [
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device, requires_grad=t.requires_grad)
-            for t in inputs
-        ]
-        for tensor in fakes:
-            live.forget(tensor)
-        try:
-            result = step(shadow, fakes)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            return None
-        del result
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memo = {id(part): _without_memory(part, device) for part in parts}
+        shadow = copy.deepcopy(module, memo).eval()
+        fakes = [_without_memory(tensor, device) for tensor in inputs]
+        with LiveStorages() as live:
+            try:
+                result = step(shadow, fakes)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                return None
+            del result
     return live.highest
+
+
+def _without_memory(like: Tensor, device: torch.device | str) -> Tensor:
+    """Inside a FakeTensorMode: a tensor of this shape that believes to be on `device`."""
+    fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    return nn.Parameter(fake, like.requires_grad) if isinstance(like, nn.Parameter) else fake.requires_grad_(like.requires_grad)
 
 
 class LiveStorages(TorchDispatchMode):
@@ -119,12 +121,6 @@ class LiveStorages(TorchDispatchMode):
             self._add(tensor, tensor.untyped_storage().nbytes())
         self.highest = max(self.highest, sum(size for _, size in self._storages.values()))
         return output
-
-    def forget(self, tensor: Tensor) -> None:
-        """Counts the storage of `tensor` as having been there before, and starts again from now."""
-        storage = tensor.untyped_storage()
-        self._storages[storage._cdata] = (StorageWeakRef(storage), 0)
-        self.highest = 0
 
     def _add(self, tensor: Tensor, size: int) -> None:
         storage = tensor.untyped_storage()

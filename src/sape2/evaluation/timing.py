@@ -9,9 +9,12 @@ from collections.abc import Callable
 import torch
 
 
-def alternate(steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
+def alternate(
+    steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, on_round: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
     """Seconds of each step in each of `repeats` rounds. A round runs every step once, so what slows the machine for a
     while meets all of them; `warmup` rounds before are not kept. Synchronised with an accelerator if there is one.
+    `on_round` is called after every round.
     """
     if repeats < 1:
         raise ValueError(f"timing needs at least one repeat; got {repeats}")
@@ -21,6 +24,7 @@ def alternate(steps: dict[str, Callable[[], object]], repeats: int, warmup: int 
             seconds = time_once(step)
             if round_ >= warmup:
                 times[name].append(seconds)
+        on_round()
     return times
 
 
