@@ -98,3 +98,32 @@ def plot_bias(
         panel.set_yticks([])
     figure.suptitle("bias of the marked patch against all patches (logits, mean over heads)", fontsize=10)
     _save(figure, path)
+
+
+def plot_growth(panels: dict[str, dict[str, list[tuple[int | float, int | float]]]], path: Path, label: str) -> None:
+    """Points (tokens, value) of every named line, one panel a title, both axes logarithmic; grey: growth with N and N^2."""
+    plt = _pyplot()
+    figure, grid = plt.subplots(1, max(1, len(panels)), figsize=(4.6 * max(1, len(panels)) + 2.2, 4.2), squeeze=False)
+    for panel, (title, lines) in zip(grid[0], panels.items(), strict=False):
+        for index, (name, points) in enumerate(lines.items()):
+            style = {"color": LINES[index % len(LINES)], "linestyle": ("-", "--", ":")[index // len(LINES) % 3]}
+            panel.plot(*zip(*sorted(points), strict=True), marker="os^vDP*X"[index % 8], markersize=4, label=name, **style)
+        _mark_slopes(panel, [point for points in lines.values() for point in points])
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("tokens N")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    handles = {name: handle for panel in grid[0] for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.tight_layout()
+    _save(figure, path)
+
+
+def _mark_slopes(panel: Any, points: list[tuple[int | float, int | float]]) -> None:
+    """Thin lines of growth with N and with N^2 from the lowest point at the smallest N."""
+    first, last = min(points), max(x for x, _ in points)
+    for power, style in ((1, ":"), (2, "-.")):
+        ends = [first[1], first[1] * (last / first[0]) ** power]
+        panel.plot([first[0], last], ends, style, color="#999999", linewidth=1, label=f"growth with N{'²' * (power == 2)}")

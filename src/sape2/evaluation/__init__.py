@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sape2.evaluation.accuracy import accuracy
 from sape2.evaluation.base import Measure
+from sape2.evaluation.cost import cost
 from sape2.evaluation.resolution import resolution
 from sape2.evaluation.shift import shift
 
@@ -11,4 +12,5 @@ MEASURES: dict[str, Measure] = {
     "accuracy": accuracy,
     "shift": shift,
     "resolution": resolution,
+    "cost": cost,
 }

@@ -63,7 +63,7 @@ class Measure(Protocol):
     def __call__(self, model: nn.Module, data: LabelledImages, limit: int | None = None) -> Iterable[Row]: ...
 
 
-def row(measure: str, name: str, value: float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
+def row(measure: str, name: str, value: int | float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
     """One result; `conditions` say what it was measured at (layer, size, shift_px, ...)."""
     return {"measure": measure, "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol} | conditions
 
