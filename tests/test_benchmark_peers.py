@@ -1,11 +1,14 @@
 """The peers of the benchmarks compute what they stand for: the literal loops, and the same numbers as our encodings."""
 
+import importlib
+
 import pytest
 import straightforward
 import torch
 from peers import PLAIN, contenders, make_straightforward, random_tokens
 
 from sape2 import create_model, reference
+from sape2.checkpoint import read_rows
 from sape2.evaluation.cost import forward_backward
 
 HEADS, HEAD_DIM = 2, 8
@@ -90,3 +93,24 @@ def test_a_model_made_straightforward_gives_the_same_logits():
     expected = model(images)
     torch.testing.assert_close(make_straightforward(model)(images), expected, rtol=1e-6, atol=1e-6)
     assert {type(block.attn.encoding).__name__ for block in model.layers()} == {"StraightforwardSaPE2"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "smaller", "results"),
+    [
+        ("attention_cost", {"SHAPES": [(1, (2, 3))]}, 2 * 15),
+        ("model_cost", {"SHAPES": [(1, 32, 16)]}, 2 * 5),
+        ("memory", {"SIDES": [2, 4], "MAX_SIDE": 40}, 2 * 6 + 6 + 5),
+    ],
+)
+def test_benchmarks_run_from_end_to_end(module, smaller, results, tmp_path, monkeypatch, capsys):
+    benchmark = importlib.import_module(module)
+    for name, value in smaller.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr("sys.argv", [module, "--rounds", "1", "--threads", "1", "--out", str(tmp_path / "rows.jsonl")])
+    benchmark.main()
+    rows = read_rows(tmp_path / "rows.jsonl")
+    assert len(rows) == results
+    assert all({"date", "hardware", "torch", "threads", "commit"} <= row.keys() for row in rows)
+    assert "| form |" in capsys.readouterr().out.replace("encoding |", "form |")

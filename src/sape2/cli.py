@@ -275,7 +275,7 @@ def _draw(folder: Path, splits: Splits) -> None:
 
 
 def run_cost(arguments: argparse.Namespace) -> int:
-    from sape2.cost_rows import table
+    from sape2.cost_rows import count_table, time_table
     from sape2.report import print_json, print_table
 
     sweep, folder = _sweep(arguments), Path(arguments.out)
@@ -283,13 +283,14 @@ def run_cost(arguments: argparse.Namespace) -> int:
     for cell, found in _with_progress(sweep, folder / "results.jsonl"):
         rows += found
         if cell is not None:
-            tables[str(cell)] = table(found)
+            tables[f"{cell}: for one image"] = count_table(found)
+            tables[f"{cell}: measured"] = time_table(found)
     _draw_cost(rows, folder)
     if arguments.json:
         print_json(rows)
         return 0
     for title, lines in tables.items():
-        print_table(lines, list(dict.fromkeys(key for line in lines for key in line)), title)
+        print_table(lines, list(lines[0]), title)
     growth = [row for row in rows if row["name"].endswith("_growth") and row["timed_as"] == row["encoding"]]
     if growth:
         columns = ["name", "encoding", "level", "dtype", "batch", "grid", "value"]
@@ -303,6 +304,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
 
     from sape2.costing import LEVELS, Sweep, parse_grid, split_encodings
 
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if arguments.threads is not None:
         torch.set_num_threads(_whole_number("--threads", arguments.threads))
     return Sweep(
@@ -313,7 +315,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         model=arguments.model,
         levels=LEVELS[:1] if arguments.attention_only else LEVELS,
         repeats=_whole_number("--repeats", arguments.repeats),
-        device=torch.accelerator.current_accelerator() or torch.device("cpu"),
+        device=accelerator or torch.device("cpu"),
     )
 
 

@@ -12,6 +12,7 @@ from sape2.evaluation.timing import spread
 Row = dict[str, Any]
 LEVELS = ("attention", "model")
 PHASES = {"attention": ("forward", "forward_backward"), "model": ("inference", "training_step")}
+COUNTED = {"macs": "MACs, M", "elementwise": "element-wise, M", "copied": "copied, M"}
 YARDSTICKS = ("none", "plain")
 
 
@@ -84,28 +85,43 @@ def growth_rows(rows: list[Row]) -> list[Row]:
 # --- tables and lines ------------------------------------------------------------------------------------------------
 
 
-def table(rows: list[Row]) -> list[Row]:
-    """The rows of one cell as one line an encoding, for people; times with their 10th to 90th percentile."""
-    lines: dict[str, Row] = {}
+def count_table(rows: list[Row]) -> list[Row]:
+    """What was counted in one cell, in millions, and the path of the phase with gradients; one line an encoding."""
+    lines = _lines(rows)
     for row in rows:
-        same = "" if row["timed_as"] == row["encoding"] else f" (= {row['timed_as']})"
-        line = lines.setdefault(row["encoding"], {"encoding": row["encoding"] + same})
-        name, value = row["name"], row["value"]
-        if name in ("macs", "elementwise"):
-            line[{"macs": "MMACs", "elementwise": "element-wise, M"}[name]] = value / 1e6
-        elif name == "parameters":
-            line["parameters"] = value
-        elif name.endswith("_ms"):
-            phase = name.removesuffix("_ms").replace("_", "+" if "forward" in name else " ")
-            line[f"{phase}, ms"] = value if value is None else f"{value:.1f} ({row['p10']:.1f} to {row['p90']:.1f})"
-            line["path"] = row.get("path") or row.get("note")
-        elif name in ("forward_backward_memory", "training_step_memory"):
-            line["peak, MiB"] = value
-        elif name.startswith(("forward_backward_ms_to_", "training_step_ms_to_")):
-            line[f"/ {name.rpartition('_')[2]}"] = value
-        elif name in ("forward_backward_images_per_s", "training_step_images_per_s"):
-            line["images/s"] = value
+        line, name = lines[row["encoding"]], row["name"]
+        if name == "parameters":
+            line["parameters"] = row["value"]
+        elif name in COUNTED:
+            line[COUNTED[name]] = row["value"] / 1e6
+        elif name == f"{PHASES[row['level']][1]}_ms":
+            line["path"] = row.get("path") or row["note"]
     return list(lines.values())
+
+
+def time_table(rows: list[Row]) -> list[Row]:
+    """What was measured in one cell; spread, speed, memory and ratios are those of the phase with gradients."""
+    lines = _lines(rows)
+    for row in rows:
+        line, value, (short, long) = lines[row["encoding"]], row["value"], PHASES[row["level"]]
+        heading = short.replace("_", " "), "f + b" if long == "forward_backward" else "step"
+        if row["name"] == f"{short}_ms":
+            line[f"{heading[0]}, ms"] = value
+        elif row["name"] == f"{long}_ms":
+            line[f"{heading[1]}, ms"] = value
+            line["p10 to p90"] = None if value is None else f"{row['p10']:.1f} to {row['p90']:.1f}"
+        elif row["name"] == f"{long}_images_per_s":
+            line["images/s"] = value
+        elif row["name"] == f"{long}_memory":
+            line["peak, MiB"] = value
+        elif row["name"].startswith(f"{long}_ms_to_"):
+            line[f"/ {row['name'].rpartition('_')[2]}"] = value
+    return list(lines.values())
+
+
+def _lines(rows: list[Row]) -> dict[str, Row]:
+    names = {row["encoding"]: row["timed_as"] for row in rows}
+    return {name: {"encoding": name if timed == name else f"{name} (= {timed})"} for name, timed in names.items()}
 
 
 def lines_of_growth(rows: list[Row], quantity: str) -> dict[str, dict[str, list[tuple[int | float, int | float]]]]:

@@ -29,7 +29,7 @@ MAKING = {
 }  # fmt: skip
 MOVING = {
     aten.clone, aten.copy, aten.copy_, aten._to_copy, aten.cat, aten.stack, aten.constant_pad_nd, aten.flip, aten.roll,
-    aten.repeat, aten.tril, aten.triu, aten._unsafe_view,
+    aten.repeat, aten.tril, aten.triu,
 }  # fmt: skip
 # Operators that read more than they write: one operation for every number read.
 READING = {
@@ -39,6 +39,7 @@ READING = {
 # Operators that stand for several: operations for every number written.
 COMPOSITE = {
     aten._softmax: 5,  # largest, difference, exponential, sum, quotient
+    aten._safe_softmax: 5,
     aten._log_softmax: 5,
     aten.native_layer_norm: 8,  # mean 1, variance 3, centre, scale, weight, offset
     aten.gelu: 5,  # x / sqrt 2, error function, + 1, times x, / 2
@@ -116,7 +117,9 @@ def _operations(operator: Any, args: tuple, output: Any) -> int:
 
 def _is_view(func: Any) -> bool:
     """Whether the operator returns another look at what it was given."""
-    return any(value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns)
+    return func.overloadpacket is aten._unsafe_view or any(
+        value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns
+    )
 
 
 def _size(values: Any) -> int:
