@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from torch import nn
+from collections.abc import Callable, Iterable
 
 from sape2.evaluation.accuracy import accuracy
-from sape2.evaluation.base import LabelledImages
+from sape2.evaluation.base import Row
+from sape2.evaluation.grouping import grouping
+from sape2.evaluation.health import health
 
-MEASURES: dict[str, Callable[[nn.Module, LabelledImages], list[dict[str, Any]]]] = {
+MEASURES: dict[str, Callable[..., Iterable[Row]]] = {
     "accuracy": accuracy,
+    "grouping": grouping,
+    "health": health,
 }

@@ -7,6 +7,7 @@ into logits; one that looks inside also needs `embed` and `maps` (`MappedModel`)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,9 +52,7 @@ def row(measure: str, name: str, value: float | None, unit: str, n: int, protoco
     return {"measure": measure, "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol} | conditions
 
 
-def mean_row(
-    measure: str, name: str, per_image: Float[Tensor, " images"], unit: str, protocol: str, **conditions: Any
-) -> Row:
+def mean_row(measure: str, name: str, per_image: Float[Tensor, " images"], unit: str, protocol: str, **conditions: Any) -> Row:
     """The mean over images with its 95 % bootstrap interval; images whose value is NaN (undefined there) are left out.
 
     Where it is undefined for all of them the value is None.
@@ -70,13 +69,18 @@ def bootstrap_interval(
     values: Float[Tensor, " images"], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of the mean when whole images are drawn again with replacement (Efron)."""
-    generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
-    )
+    means = _resampling(len(values), resamples, seed) @ values.double()
     tail = (1 - level) / 2
-    low, high = torch.quantile(means.double(), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
+
+
+@functools.lru_cache(maxsize=1)  # most rows of a measurement are about the same number of images
+def _resampling(number: int, resamples: int, seed: int) -> Float[Tensor, "resamples images"]:
+    """The share of every image in every resample."""
+    generator = torch.Generator().manual_seed(seed)
+    draws = [torch.randint(number, (number,), generator=generator).bincount(minlength=number) for _ in range(resamples)]
+    return torch.stack(draws).double() / number
 
 
 def first_images(data: LabelledImages, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
