@@ -1,0 +1,190 @@
+"""Does attention join patches that belong together, and does the bias help? Always per layer, never an average of layers.
+
+Early layers attend to what is alike, late ones to what differs (arXiv:2405.14880), so a mean over layers would say
+nothing. The statistics are in `pairs`, the labels of the patches in `masks` and `scenes`; what every number can and cannot
+say is in docs/evaluation/grouping.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sape2.evaluation import pairs
+from sape2.evaluation.base import LabelledImages, MappedModel, Row, first_images, mean_row
+from sape2.evaluation.layers import Layer, check_mapped, embedded, layers_of
+from sape2.evaluation.masks import MaskedImages, colour_clusters, masked_batches
+from sape2.evaluation.scenes import make_scenes
+from sape2.grid import Grid
+
+SCENES = 256  # synthetic ones, fewer if `limit` is less
+LABELS = {
+    "given": "labels from the masks of the data set",
+    "colour clusters": "pseudo-mask, 2-means of patch mean colour: colour clusters, not objects",
+    "scenes": "synthetic scenes with true masks, out of distribution for a model trained on other images",
+}
+PATCHES_ONLY = "grid tokens only, attention rows scaled to sum to 1 again"
+
+
+@dataclass(frozen=True)
+class Key:
+    """Which number: its name, the distances of the pairs it counts, the sign of the bias, where it matters."""
+
+    name: str
+    distance: str | None = None
+    sign: str | None = None
+
+
+@dataclass(frozen=True)
+class About:
+    """What a number means: unit, protocol, the value that chance gives, whether single heads are told."""
+
+    unit: str
+    protocol: str
+    chance: float | None = None
+    per_head: bool = False
+
+
+ABOUT = {
+    "attention_distance": About("patches", f"mean Euclidean distance of what a patch attends to; {PATCHES_ONLY}", None, True),
+    "attention_entropy": About("nats", f"mean entropy of the attention rows; {PATCHES_ONLY}", None, True),
+    "bias_feature_correlation": About(
+        "partial correlation",
+        "bias with 1 - cos of the tokens that enter the layer, Euclidean distance controlled for, over all ordered pairs",
+        0.0,
+    ),
+    "same_label_lift": About(
+        "ratio",
+        f"share of attention that patches of the same label get over their share of the pairs; {PATCHES_ONLY}",
+        1.0,
+    ),
+    "grouping_index": About("index", f"(A_same - A_different) / (A_same + A_different), means over pairs; {PATCHES_ONLY}", 0.0),
+    "bias_auroc": About("AUROC", "signed bias as a score for 'same label', over the ordered pairs of an image", 0.5, True),
+    "bias_auroc_within_rows": About("AUROC", "the same within each row, which is all that the softmax sees; mean of rows", 0.5),
+    "bias_separation": About("d'", "(mean across labels - mean within) / root mean variance of the bias, ordered pairs", 0.0),
+}
+Statistics = dict[Key, Float[Tensor, "batch heads"]]
+
+
+def grouping(model: MappedModel, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
+    """Attention distance and entropy, same-label lift, what the bias tells of objects; per layer.
+
+    Labels come from the data set's masks if it has them (`MaskedImages`), else from colour clusters; the same once more on
+    synthetic scenes with true masks, where the grid has at least 3x3 patches. `limit`: the first so many images.
+    """
+    check_mapped(model, "grouping")
+    images, _ = next(first_images(data, 1, 1))
+    _, grid = embedded(model, images)
+    masks = "given" if isinstance(data, MaskedImages) else "colour clusters"
+    yield from _rows(_collect(model, _labelled(data, grid, limit, batch_size)), grid, masks)
+    if min(grid) >= 3:
+        patch = images.shape[-2] // grid[0], images.shape[-1] // grid[1]
+        scenes = make_scenes(SCENES if limit is None else min(limit, SCENES), images.shape[1], grid, patch)
+        found = _collect(model, masked_batches(scenes, grid, None, batch_size), labels_only=True)
+        yield from _rows(found, grid, "scenes")
+
+
+def _labelled(data: LabelledImages, grid: Grid, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels of the patches), by true masks where the data set has them."""
+    if isinstance(data, MaskedImages):
+        yield from masked_batches(data, grid, limit, batch_size)
+    else:
+        yield from ((images, colour_clusters(images, grid)) for images, _ in first_images(data, limit, batch_size))
+
+
+def _collect(model: MappedModel, batches: Iterator[tuple[Tensor, Tensor]], labels_only: bool = False) -> dict[int, Statistics]:
+    """Layer number -> every statistic of every image and head."""
+    found: dict[int, dict[Key, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for images, labels in batches:
+        _, grid = embedded(model, images)
+        for layer in layers_of(model, images):
+            statistics = with_labels(layer, grid, labels.to(layer.attention.device))
+            if not labels_only:
+                statistics |= without_labels(layer, grid)
+            for key, values in statistics.items():
+                found[layer.number][key].append(values.cpu())
+    return {number: {key: torch.cat(values) for key, values in layer.items()} for number, layer in found.items()}
+
+
+def without_labels(layer: Layer, grid: Grid) -> Statistics:
+    """What can be said of any image: how far and how widely a layer attends, whether its bias goes with its features."""
+    statistics = {
+        Key("attention_distance"): pairs.attention_distance(layer.attention, grid),
+        Key("attention_entropy"): pairs.attention_entropy(layer.attention),
+    }
+    if layer.bias is not None:
+        apart = pairs.distances(grid, layer.bias.device)
+        features = pairs.feature_distance(layer.entering)
+        correlation = pairs.partial_correlation(layer.bias, features, apart, apart > 0)
+        statistics[Key("bias_feature_correlation")] = correlation
+    return statistics
+
+
+def with_labels(layer: Layer, grid: Grid, labels: Int[Tensor, "batch tokens"]) -> Statistics:
+    """What needs to know which patches belong together; pairs of a patch with itself are never counted."""
+    same, labelled = pairs.label_pairs(labels)
+    strata = {name: labelled & stratum for name, stratum in pairs.distance_strata(grid, labels.device).items()}
+    statistics = {
+        Key("same_label_lift", name): pairs.same_label_lift(layer.attention, same, counted) for name, counted in strata.items()
+    }
+    statistics[Key("grouping_index", "all")] = pairs.grouping_index(layer.attention, same, strata["all"])
+    if layer.bias is not None:
+        statistics |= _of_bias(layer.bias, same, strata)
+    return statistics
+
+
+def _of_bias(bias: Tensor, same: Tensor, strata: dict[str, Tensor]) -> Statistics:
+    """-bias as a score says how well a small bias marks "same label"; +bias is the same from the other side."""
+    statistics: Statistics = {Key("bias_separation", "all"): pairs.separation(bias, same, strata["all"])}
+    ranking = pairs.rank(-bias.flatten(2))
+    for name, counted in strata.items():
+        minus = pairs.auroc(ranking, same.flatten(1)[:, None], counted.flatten(1)[:, None])
+        statistics |= {Key("bias_auroc", name, "minus"): minus, Key("bias_auroc", name, "plus"): 1 - minus}
+    rows = pairs.auroc(pairs.rank(-bias), same[:, None], strata["all"][:, None])
+    statistics[Key("bias_auroc_within_rows", "all", "minus")] = rows.nanmean(-1)
+    return statistics
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _rows(layers: dict[int, Statistics], grid: Grid, masks: str) -> Iterator[Row]:
+    for (number, statistics), name in itertools.product(layers.items(), ABOUT):
+        for key, values in statistics.items():
+            if key.name == name:
+                yield from _rows_of(key, values, grid, number, masks if key.distance else None)
+
+
+def _rows_of(key: Key, values: Float[Tensor, "images heads"], grid: Grid, layer: int, masks: str | None) -> Iterator[Row]:
+    """The mean over heads, then single heads where that is told; no masks for what needs no labels."""
+    about = ABOUT[key.name]
+    conditions = {"layer": layer} | _conditions(key, grid, masks)
+    protocol = about.protocol if masks is None else f"{about.protocol}; {LABELS[masks]}"
+    yield mean_row("grouping", key.name, values.nanmean(1), about.unit, f"{protocol}; mean of heads", **conditions)
+    if about.per_head and key.distance in (None, "all") and key.sign in (None, "minus"):
+        for head, single in enumerate(values.unbind(1), start=1):
+            yield mean_row("grouping", key.name, single, about.unit, protocol, head=head, **conditions)
+
+
+def _conditions(key: Key, grid: Grid, masks: str | None) -> Row:
+    """The fields beside layer and head: distance, sign, masks, and the value that chance gives."""
+    given = {"masks": masks, "distance": key.distance, "sign": key.sign, "chance": _chance(key.name, grid)}
+    if key.name == "attention_entropy":
+        given["maximum"] = given["chance"]
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _chance(name: str, grid: Grid) -> float | None:
+    """What attention that sees nothing gives: 1/N everywhere for distance and entropy."""
+    if name == "attention_distance":
+        return pairs.distances(grid).mean().item()
+    if name == "attention_entropy":
+        return math.log(grid[0] * grid[1])
+    return ABOUT[name].chance
