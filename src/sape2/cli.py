@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 COST_ENCODINGS = "none,rope,rpe,rpe_decomposed,cope,sape2,sape2:readout=squared_distance,sape2:readout=direct"
+CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
+              "data", "recipe", "epochs", "seed", "precision", "torch", "hardware"}  # fmt: skip
 COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
 
 
@@ -437,23 +439,31 @@ def _say(text: str) -> None:
 
 
 def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
-    from sape2.report import print_json, print_table
+    from sape2.report import print_json
 
     if as_json:
         print_json(rows)
         return 0
-    first = rows[0]
-    title = f"{first['data']}, {first['model']}, {first['encoding']}, {first['epochs']} epochs, seed {first['seed']}"
-    table: dict[tuple, Row] = {}  # one line a number, one column for the weights it was measured with
-    for row in rows:
-        line = {"name": row["name"], "class": row.get("class", ""), "split": row["split"]}
-        table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})[COLUMNS[row["weights"]]] = row[
-            "value"
-        ]
-    used = [heading for weights, heading in COLUMNS.items() if any(row["weights"] == weights for row in rows)]
-    print_table(table.values(), ["name", "class", *used, "unit", "n", "split"], title)
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        _print_measure([row for row in rows if row["measure"] == measure])
     print(f"in {folder}: results.jsonl, metrics.jsonl, figures/")
     return 0
+
+
+def _print_measure(rows: list[Row]) -> None:
+    """One line a number with what it was measured at, one column for the weights it was measured with."""
+    from sape2.report import print_table
+
+    first = rows[0]
+    title = f"{first['data']}, {first['model']}, {first['encoding']}, {first['epochs']} epochs, seed {first['seed']}"
+    details = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in CONDITIONS]
+    table: dict[tuple, Row] = {}
+    for row in rows:
+        line = {key: row.get(key, "") for key in ("name", *details, "split")}
+        line_of = table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})
+        line_of[COLUMNS[row["weights"]]] = row["value"]
+    used = [heading for weights, heading in COLUMNS.items() if any(row["weights"] == weights for row in rows)]
+    print_table(table.values(), ["name", *details, *used, "unit", "n", "split"], title)
 
 
 if __name__ == "__main__":

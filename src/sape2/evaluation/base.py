@@ -60,7 +60,7 @@ class Measure(Protocol):
     `limit` is the number of images, the first ones of `data`; None leaves it to the measure. Every row states its n.
     """
 
-    def __call__(self, model: nn.Module, data: LabelledImages, limit: int | None = None) -> Iterable[Row]: ...
+    def __call__(self, model: Any, data: LabelledImages, limit: int | None = None) -> Iterable[Row]: ...
 
 
 def row(measure: str, name: str, value: int | float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
