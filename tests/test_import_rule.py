@@ -18,7 +18,7 @@ ALLOWED = {
     "encodings": {"grid", "encodings.base"},
     "attention": {"grid", "encodings.base"},
     "vit": {"config", "grid", "encodings", "attention"},
-    "adapters": {"grid", "encodings", "attention"},
+    "adapters": {"adapters", "grid", "encodings", "attention"},
     "data": {"config"},
     "augment": {"config", "data"},
     "checkpoint": {"config"},
