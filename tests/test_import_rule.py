@@ -19,7 +19,7 @@ ALLOWED = {
     "encodings": {"grid", "bias", "encodings.base"},
     "attention": {"grid", "encodings.base"},
     "vit": {"config", "grid", "encodings", "attention"},
-    "adapters": {"grid", "bias", "encodings", "attention"},
+    "adapters": {"adapters", "grid", "bias", "encodings", "attention"},
     "data": {"config"},
     "augment": {"config", "data"},
     "checkpoint": {"config"},

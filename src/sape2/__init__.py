@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sape2.adapters import attach, attach_attention, detach, encoding_parameters, set_grid
+    from sape2.adapters.files import load_adapter, save_adapter
     from sape2.adapters.pytorch import SaPEAttention
     from sape2.encodings import create_encoding, list_encodings
     from sape2.vit import create_model
@@ -15,11 +17,30 @@ __version__ = "0.1.0"
 # Looked up when first used, so that `import sape2` and `sape2 --help` do not wait for torch.
 _HOMES = {
     "SaPEAttention": "sape2.adapters.pytorch",
+    "attach": "sape2.adapters",
+    "attach_attention": "sape2.adapters",
     "create_encoding": "sape2.encodings",
     "create_model": "sape2.vit",
+    "detach": "sape2.adapters",
+    "encoding_parameters": "sape2.adapters",
     "list_encodings": "sape2.encodings",
+    "load_adapter": "sape2.adapters.files",
+    "save_adapter": "sape2.adapters.files",
+    "set_grid": "sape2.adapters",
 }
-__all__ = ["SaPEAttention", "create_encoding", "create_model", "list_encodings"]
+__all__ = [
+    "SaPEAttention",
+    "attach",
+    "attach_attention",
+    "create_encoding",
+    "create_model",
+    "detach",
+    "encoding_parameters",
+    "list_encodings",
+    "load_adapter",
+    "save_adapter",
+    "set_grid",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,64 @@
+"""Encodings in the models of other libraries: `attach`, `detach`. To add a library: a file with `find`, an entry in `HOSTS`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TypeVar
+
+from torch import nn
+
+from sape2.adapters.attached import Host, Trainable, check_free, encoding_parameters, put_in, take_out
+from sape2.adapters.pytorch import SaPEAttention, attach_attention, set_grid
+from sape2.adapters.start import Start
+from sape2.grid import Grid
+
+__all__ = ["SaPEAttention", "attach", "attach_attention", "detach", "encoding_parameters", "set_grid"]
+
+# The package that a model's class comes from, and the file that knows it. Imported when such a model comes.
+HOSTS = {
+    "timm": "sape2.adapters.timm",
+    "torchvision": "sape2.adapters.torchvision",
+    "transformers": "sape2.adapters.transformers",
+    "sape2": "sape2.adapters.own",
+}
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def attach(
+    model: Model,
+    encoding: str = "sape2",
+    *,
+    trainable: Trainable = "all",
+    start: Start = "no_effect",
+    grid: Grid | None = None,
+) -> Model:
+    """Puts an encoding, or several joined ("sape2+rpe:every=2"), into the attention of a model, in place; returns the model.
+
+    Its outputs stay the same up to rounding until it is trained: a bias that is not 0 to begin with enters under one
+    learned gain per head that starts at 0. `start="as_is"` leaves the gain out, which is the only way for rotations.
+    `trainable="encoding"` freezes everything else. `grid`, (H, W), sizes the tables; by default that of the images for
+    which the model was made. The grid of a call is that of its images, whatever their size.
+
+    Raises ValueError for models and encodings that this cannot be done for, with the reason.
+    """
+    check_free(model)
+    put_in(model, find_host(model), encoding, trainable, start, grid)
+    return model
+
+
+def detach(model: Model) -> Model:
+    """Takes the encoding out: the classes, parameter names and trainable parameters are those before `attach`."""
+    take_out(model)
+    return model
+
+
+def find_host(model: nn.Module) -> Host:
+    """Where an encoding goes in a model. Raises ValueError if no file of this folder knows it."""
+    for each in type(model).__mro__:
+        library = each.__module__.partition(".")[0]
+        if library in HOSTS:
+            return importlib.import_module(HOSTS[library]).find(model)
+    raise ValueError(
+        f"attach knows models of {', '.join(HOSTS)}; got {type(model).__module__}.{type(model).__name__}. Attach before "
+        "wrapping or compiling a model; for blocks of your own there are attach_attention and SaPEAttention"
+    )

@@ -1,0 +1,136 @@
+"""Does an encoding help a ViT that is already trained? Fine-tuning with it against the same fine-tuning without it.
+
+Command:  python examples/attach_to_a_trained_vit.py RUN [RUN ...] --data DIR [--encoding sape2] [--epochs 5] [--seeds 3]
+          RUN is a finished run folder, for example of `sape2 train cifar10_budget --data DIR --encoding ape`.
+
+For every run and seed there are three arms, which see the same images in the same order:
+
+    without    everything is trained on, nothing attached: what more training alone gives
+    encoding   the encoding is attached, and it alone is trained
+    all        the encoding is attached, and everything is trained
+
+The learning rate of each arm is fixed beforehand (LR) and the test set is looked at once, after the last epoch. A seed
+decides the order and the augmentation; the spread over seeds says nothing about other trained models, for which give
+several runs. Each arm writes its own run folder and one row in OUT/results.jsonl when it is done; the same command goes on
+where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from sape2 import attach, save_adapter
+from sape2.checkpoint import is_finished, load_weights, read_config, read_rows, write_rows
+from sape2.config import RunConfig
+from sape2.data import Splits, load_data
+from sape2.evaluation.accuracy import quick_accuracy
+from sape2.report import print_table, summarize
+from sape2.train import TrainingStopped, train
+from sape2.vit import ViT
+
+LR = {"without": 2e-4, "encoding": 5e-3, "all": 2e-4}  # a tenth of cifar10_budget's for weights that are trained already
+
+
+def fine_tune(run: Path, arm: str, config: RunConfig, encoding: str, splits: Splits, folder: Path) -> ViT:
+    """The model of a run, trained on in one arm; taken up from its folder if that has been done."""
+    model = ViT(config.model)
+    load_weights(run / "model.safetensors", model)
+    torch.manual_seed(config.seed)  # of the new tables
+    if arm != "without":
+        attach(model, encoding, trainable="encoding" if arm == "encoding" else "all")
+    if is_finished(folder):
+        load_weights(folder / "model.safetensors", model)
+    else:
+        train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), config, folder)
+    if arm != "without":
+        save_adapter(model, folder / "adapter")
+    return model
+
+
+def measure(run: Path, arm: str, seed: int, options: argparse.Namespace) -> dict:
+    """One row: test accuracy after fine-tuning, and before."""
+    config = read_config(run)
+    if options.data is not None:
+        config = replace(config, data=replace(config.data, source=options.data))
+    splits = load_data(config.data, config.model)
+    warmup = min(1.0, options.epochs / 5)
+    schedule = replace(config.train, epochs=options.epochs, lr=LR[arm], min_lr=min(1e-5, LR[arm]), warmup_epochs=warmup)
+    before, _ = quick_accuracy(load(run, config), splits.test)
+    tuned = replace(config, recipe=f"attach_{arm}", seed=seed, train=schedule)
+    model = fine_tune(run, arm, tuned, options.encoding, splits, options.out / f"{run.name}-{arm}-s{seed}")
+    accuracy, loss = quick_accuracy(model, splits.test)
+    return {
+        "name": "accuracy",
+        "value": accuracy,
+        "unit": "fraction",
+        "n": len(splits.test),
+        "protocol": "top-1, one view, last epoch of fine-tuning",
+        "loss": loss,
+        "before": before,
+        "run": run.name,
+        "arm": arm,
+        "seed": seed,
+        "encoding": options.encoding,
+        "trained_with": config.model.encoding,
+        "model": config.model.label,
+        "data": config.data.name,
+        "epochs": options.epochs,
+        "lr": LR[arm],
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "torch": torch.__version__,
+    }
+
+
+def load(run: Path, config: RunConfig) -> ViT:
+    model = ViT(config.model)
+    load_weights(run / "model.safetensors", model)
+    return model
+
+
+def show(rows: list[dict]) -> None:
+    """Each arm, and its difference to `without` in pairs of the same run and seed."""
+    without = {(row["run"], row["seed"]): row["value"] for row in rows if row["arm"] == "without"}
+    pairs = [(row, without[row["run"], row["seed"]]) for row in rows if (row["run"], row["seed"]) in without]
+    differences = summarize([row | {"value": row["value"] - base} for row, base in pairs], by=("arm",))
+    means = {line["arm"]: line for line in summarize(rows, by=("arm",))}
+    table = [
+        {"arm": line["arm"], "test accuracy": means[line["arm"]]["mean"], "std": means[line["arm"]]["std"]}
+        | {"difference to without": line["mean"], "std of it": line["std"], "pairs": line["n"]}
+        for line in differences
+    ]
+    before = summarize([row | {"value": row["before"]} for row in rows], by=("data",))[0]["mean"]
+    print_table(table, list(table[0]), f"{rows[0]['encoding']} in a trained {rows[0]['model']}; before: {before:.4f}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    parser.add_argument("--encoding", default="sape2", metavar="NAME")
+    parser.add_argument("--epochs", type=int, default=5, metavar="N")
+    parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--out", type=Path, default=Path("runs/attach"), metavar="DIR")
+    options = parser.parse_args(arguments)
+    path = options.out / "results.jsonl"
+    for run in options.runs:
+        for seed in range(options.seeds):
+            for arm in LR:
+                rows = read_rows(path)
+                if any((row["run"], row["seed"], row["arm"]) == (run.name, seed, arm) for row in rows):
+                    continue
+                try:
+                    write_rows(path, [*rows, measure(run, arm, seed, options)])
+                except TrainingStopped as stopped:
+                    print(stopped, file=sys.stderr)
+                    return 128 + stopped.signal_number
+    show(read_rows(path))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,89 @@
+"""What was attached, as a folder of its own: adapter.safetensors, the parameters, and adapter.json, what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+from sape2.adapters import Model, attach, find_host
+from sape2.adapters.attached import Trainable, attached_encodings, attachment_of
+
+CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
+SIZES = ("depth", "num_heads", "head_dim")
+KEYS = ("format", "host", "encoding", "start", "grid", *SIZES)
+FORMAT = 1
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Writes the attached encodings alone, without the model; `load_adapter` puts them into another copy of it."""
+    attachment, folder = attachment_of(model), Path(folder)
+    config = {"format": FORMAT} | {key: getattr(attachment, key) for key in KEYS if key != "format"}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / WEIGHTS, lambda path: save_model(_encodings(model), str(path)))
+    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+
+
+def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "all") -> Model:
+    """Attaches what `save_adapter` wrote, in place; returns the model.
+
+    The model may be made for another image size: tables keep the grid that they were made for, and each encoding has its
+    rule for other grids. Raises ValueError if the number of layers, heads or channels differs, or a file is damaged; the
+    model is then as it was.
+    """
+    config = _read_config(Path(folder))
+    host = find_host(model)
+    sizes = {"depth": len(host.layers), "num_heads": host.num_heads, "head_dim": host.head_dim}
+    for name, here in sizes.items():
+        if config[name] != here:
+            raise ValueError(
+                f"the adapter in {folder} was made for {name}={config[name]} ({config['host']}); this model has {here}"
+            )
+    attach(model, config["encoding"], trainable=trainable, start=config["start"], grid=tuple(config["grid"]))
+    try:
+        load_model(_encodings(model), Path(folder) / WEIGHTS)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        from sape2.adapters import detach
+
+        detach(model)
+        raise ValueError(
+            f"{Path(folder) / WEIGHTS} does not hold this adapter: {str(error).splitlines()[-1].strip()}"
+        ) from error
+    return model
+
+
+def _encodings(model: nn.Module) -> nn.ModuleDict:
+    """By layer, counted from 0. A module that several layers share is written once."""
+    return nn.ModuleDict({str(index): encoding for index, encoding in attached_encodings(model).items()})
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    missing = [key for key in KEYS if key not in config] if isinstance(config, dict) else list(KEYS)
+    if missing:
+        raise ValueError(f"{path} is damaged: it has no {missing[0]!r}")
+    if config["format"] != FORMAT:
+        raise ValueError(f"{path} has format {config['format']}; this version of sape2 reads format {FORMAT}")
+    return config
+
+
+def _write(path: Path, write: Callable[[Path], Any]) -> None:
+    """Beside its place first, then renamed onto it, so that a reader sees a whole file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

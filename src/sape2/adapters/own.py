@@ -1,0 +1,56 @@
+"""Models of this package, whose encoding is chosen when they are made: a further one, attached to a trained model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sape2.adapters.attached import Attached, Host
+from sape2.adapters.start import rotates
+from sape2.attention import Attention, attend, logits
+from sape2.encodings.base import Composite
+from sape2.grid import Grid, num_prefix_tokens
+
+
+class AttachedOwn(Attached, Attention):
+    """`sape2.attention.Attention` with an encoding beside its own."""
+
+    host_class = Attention
+
+    def both(self) -> Composite:
+        """Its own encoding and the attached one; made once, and kept where state_dict does not see it."""
+        kept = self.__dict__.get("sape2_both")
+        if kept is None:
+            kept = self.__dict__["sape2_both"] = (Composite([self.encoding, self.sape2]),)
+        return kept[0]
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
+        q, k, v = self.project(x)
+        output = attend(q, k, v, grid, self.both(), self.attention_dropout if self.training else 0.0)
+        return self.dropout(self.proj(output.transpose(1, 2).flatten(2)))
+
+    def maps(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> dict[str, Tensor]:
+        q, k, _ = self.project(x)
+        num_prefix = num_prefix_tokens(x.shape[1], grid)
+        maps = self.both().maps(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
+        return maps | {"attention": logits(q, k, grid, self.both()).softmax(-1)}
+
+
+def find(model: nn.Module) -> Host:
+    blocks: Any = getattr(model, "blocks", [])
+    attentions = [getattr(block, "attn", None) for block in blocks]
+    if not attentions or any(type(attention) is not Attention for attention in attentions):
+        raise ValueError(f"attach knows the ViT of sape2; got {type(model).__name__}")
+    config: Any = model.config
+    return Host(
+        name="sape2 ViT",
+        layers=[(attention, AttachedOwn) for attention in attentions if attention is not None],
+        projection=model.patch_embed.proj,  # pyrefly: ignore
+        num_prefix=model.num_prefix_tokens,  # pyrefly: ignore
+        grid=config.grid,
+        num_heads=config.num_heads,
+        head_dim=config.head_dim,
+        rotates=any(rotates(attention.encoding) for attention in attentions if attention is not None),
+    )

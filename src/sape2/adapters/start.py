@@ -1,0 +1,114 @@
+"""How an encoding enters a trained model: without effect at the start, and able to learn from there."""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sape2.encodings.base import AttentionBias, AttentionEncoding, Composite, LineScores, bias_of, full_precision
+from sape2.grid import Grid, num_tokens
+
+Start = Literal["no_effect", "as_is"]
+PROBE: Grid = (2, 3)  # one row and one column would do; oblong, so that axes cannot be confused
+
+
+class Gained(AttentionEncoding):
+    """gain_h b_in: any bias under one learned gain per head, 0 at the start.
+
+    The tables inside stay as their encoding drew them, so the gain has a gradient at the first step and the tables have
+    one from the second on.
+    """
+
+    def __init__(self, inner: AttentionEncoding, num_heads: int) -> None:
+        nn.Module.__init__(self)
+        self.inner = inner
+        self.facts, self.score_axes = inner.facts, inner.score_axes
+        self.gain = nn.Parameter(torch.zeros(num_heads))
+
+    def check_trainable(self) -> None:
+        self.inner.check_trainable()
+
+    def bias(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        scores: LineScores | None = None,
+    ) -> AttentionBias | None:
+        bias = bias_of(self.inner, q, k, grid, scores)
+        return None if bias is None else bias.scaled(full_precision(self.gain)[:, None, None])
+
+    def maps(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> dict[str, Tensor]:
+        maps = self.inner.maps(q, k, grid)
+        return maps | {"bias": (full_precision(self.gain)[:, None, None] * maps["bias"]).to(q.dtype)}
+
+
+def prepare(layers: list[AttentionEncoding], start: Start, num_heads: int, head_dim: int) -> list[AttentionEncoding]:
+    """The encodings of all layers as they enter a model; a module that several layers share stays shared."""
+    if start not in get_args(Start):
+        raise ValueError(f"start must be one of {', '.join(get_args(Start))}; got {start!r}")
+    if start == "as_is":
+        return layers
+    ready: dict[int, AttentionEncoding] = {}
+    for layer in layers:
+        if id(layer) not in ready:
+            ready[id(layer)] = _without_effect(layer, num_heads, head_dim, ready)
+    return [ready[id(layer)] for layer in layers]
+
+
+def _without_effect(
+    encoding: AttentionEncoding, num_heads: int, head_dim: int, ready: dict[int, AttentionEncoding]
+) -> AttentionEncoding:
+    """An encoding whose tables start at zero already is nothing at the start; any other bias gets a gain of 0."""
+    if isinstance(encoding, Composite):
+        parts = [part for part in encoding.parts if isinstance(part, AttentionEncoding)]
+        for part in parts:
+            ready.setdefault(id(part), _without_effect(part, num_heads, head_dim, ready))
+        return Composite([ready[id(part)] for part in parts])
+    if rotates(encoding):
+        raise ValueError(
+            f"{type(encoding).__name__} turns q and k, which no gain can start from nothing: a trained model would change at "
+            'once. Attach a bias (sape2, rpe, cope, alibi, ...), or give start="as_is" to take the change and train on'
+        )
+    bias = encoding.bias(*_probe(num_heads, head_dim), PROBE)
+    return encoding if bias is None or not bias.dense().any() else Gained(encoding, num_heads)
+
+
+def rotates(encoding: AttentionEncoding) -> bool:
+    """Whether it turns q and k."""
+    if isinstance(encoding, Composite):
+        return any(rotates(part) for part in encoding.parts if isinstance(part, AttentionEncoding))
+    return type(encoding).rotate is not AttentionEncoding.rotate and not isinstance(encoding, Gained)
+
+
+def looks_beyond_pairs(encoding: AttentionEncoding, num_heads: int, head_dim: int) -> bool:
+    """Whether b_in changes with the content of patches other than i and n, as counts along a line do.
+
+    Found out on a copy with random parameters: in a batch, the query and key of another patch are changed in each image, and
+    the bias among the others is compared with that of the first image, in which none is.
+    """
+    copied = copy.deepcopy(encoding).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(False).normal_(generator=generator)
+    tokens = num_tokens(PROBE)
+    changed = torch.eye(tokens + 1, dtype=torch.bool)[:, 1:]  # image 0 none, image t + 1 token t
+    q, k = (tensor.double() + changed[:, None, :, None] for tensor in _probe(num_heads, head_dim))
+    bias = copied.bias(q, k, PROBE)
+    if bias is None:
+        return False
+    maps = bias.dense().expand(tokens + 1, num_heads, -1, -1)
+    others = ~(changed[:, None, :, None] | changed[:, None, None, :])
+    return bool(((maps - maps[:1]).abs() * others).max() > 1e-9)
+
+
+def _probe(num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, num_heads, num_tokens(PROBE), head_dim, generator=generator, device="cpu")
+    return q, k

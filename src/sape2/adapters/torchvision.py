@@ -1,0 +1,25 @@
+"""torchvision: VisionTransformer, whose attention is `nn.MultiheadAttention`."""
+
+from __future__ import annotations
+
+from torch import nn
+from torchvision.models import VisionTransformer
+
+from sape2.adapters.attached import Host
+from sape2.adapters.pytorch import AttachedMultihead, check_multihead
+
+
+def find(model: nn.Module) -> Host:
+    if not isinstance(model, VisionTransformer):
+        raise ValueError(f"attach knows torchvision's VisionTransformer; got {type(model).__name__}")
+    attentions = [check_multihead(block.self_attention) for block in model.encoder.layers]  # pyrefly: ignore
+    side = model.image_size // model.patch_size
+    return Host(
+        name="torchvision VisionTransformer",
+        layers=[(attention, AttachedMultihead) for attention in attentions],
+        projection=model.conv_proj,
+        num_prefix=1,
+        grid=(side, side),
+        num_heads=attentions[0].num_heads,
+        head_dim=attentions[0].head_dim,
+    )
