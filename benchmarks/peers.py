@@ -17,6 +17,7 @@ from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor, nn
 
 from sape2.attention import attend, describe_path
+from sape2.bias import Matrix
 from sape2.encodings import AttentionBias, AttentionEncoding, SaPE2, create_encoding
 from sape2.grid import Grid
 from sape2.vit import ViT
@@ -112,7 +113,7 @@ class StraightforwardSaPE2(AttentionEncoding):
         self.table_x, self.table_y = encoding.table_x, encoding.table_y
 
     def bias(self, q: Tensor, k: Tensor, grid: Grid) -> AttentionBias:
-        return AttentionBias(matrix=straightforward.sape2_bias(q, k, self.table_x, self.table_y, grid))
+        return AttentionBias(Matrix(straightforward.sape2_bias(q, k, self.table_x, self.table_y, grid)))
 
 
 def make_straightforward(model: ViT) -> ViT:

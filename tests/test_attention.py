@@ -237,3 +237,17 @@ def test_dropout_acts_in_training_only():
 def test_mistakes_are_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_checkpointing_over_two_sizes_changes_no_gradient():
+    encoding = create_encoding("sape2", num_heads=2, head_dim=8, grid=GRID).double()
+    inputs = {grid: torch.randn(3, 2, 2, grid[0] * grid[1], 8, dtype=torch.float64) for grid in (GRID, (2, 5))}
+
+    def gradients(call):
+        outputs = [call(lambda q, k, v, grid=grid: attend(q, k, v, grid, encoding), *qkv) for grid, qkv in inputs.items()]
+        return torch.autograd.grad(sum(output.square().sum() for output in outputs), list(encoding.parameters()))
+
+    def checkpointed(function, *tensors):
+        return torch.utils.checkpoint.checkpoint(function, *tensors, use_reentrant=False)
+
+    torch.testing.assert_close(gradients(checkpointed), gradients(lambda function, *tensors: function(*tensors)))

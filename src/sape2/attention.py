@@ -339,7 +339,8 @@ class _Chunk:
         if self.call.num_tensors == 3 and len(self.all_rows) == 1:
             for axis in encoding.score_axes:
                 lines[axis] = self._lines(scores, axis).clone().requires_grad_(with_graph)
-        with torch.set_grad_enabled(with_graph):
+        own = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)  # not those of a checkpoint around the call
+        with torch.set_grad_enabled(with_graph), own:
             bias = bias_of(encoding, content[0], content[1], self.call.grid, lines)
         return _BiasGraph(content, lines, bias)
 
@@ -399,6 +400,10 @@ class _Chunk:
         for target, value in zip(targets, found[:2], strict=False):
             if value is not None:
                 target[:, :, self.num_prefix :].add_(value)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Workspace(threading.local):
