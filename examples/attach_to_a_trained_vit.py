@@ -1,7 +1,9 @@
 """Does an encoding help a ViT that is already trained? Fine-tuning with it against the same fine-tuning without it.
 
 Command:  python examples/attach_to_a_trained_vit.py RUN [RUN ...] --data DIR [--encoding sape2] [--epochs 5] [--seeds 3]
-          RUN is a finished run folder, for example of `sape2 train cifar10_budget --data DIR --encoding ape`.
+          [--images N]
+          RUN is a finished run folder, for example of `sape2 train cifar10_budget --data DIR --encoding ape`; N is the
+          number of training images to fine-tune on, all by default.
 
 For every run and seed there are three arms, which see the same images in the same order:
 
@@ -18,6 +20,7 @@ where it stopped.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -55,13 +58,13 @@ def fine_tune(run: Path, arm: str, config: RunConfig, encoding: str, splits: Spl
 def measure(run: Path, arm: str, seed: int, options: argparse.Namespace) -> dict:
     """One row: test accuracy after fine-tuning, and before."""
     config = read_config(run)
-    if options.data is not None:
-        config = replace(config, data=replace(config.data, source=options.data))
-    splits = load_data(config.data, config.model)
+    data = replace(
+        config.data, source=options.data or config.data.source, train_limit=options.images or config.data.train_limit
+    )
+    splits, before = trained(run, replace(config, data=data))
     warmup = min(1.0, options.epochs / 5)
     schedule = replace(config.train, epochs=options.epochs, lr=LR[arm], min_lr=min(1e-5, LR[arm]), warmup_epochs=warmup)
-    before, _ = quick_accuracy(load(run, config), splits.test)
-    tuned = replace(config, recipe=f"attach_{arm}", seed=seed, train=schedule)
+    tuned = replace(config, recipe=f"attach_{arm}", seed=seed, train=schedule, data=data)
     model = fine_tune(run, arm, tuned, options.encoding, splits, options.out / f"{run.name}-{arm}-s{seed}")
     accuracy, loss = quick_accuracy(model, splits.test)
     return {
@@ -80,16 +83,20 @@ def measure(run: Path, arm: str, seed: int, options: argparse.Namespace) -> dict
         "model": config.model.label,
         "data": config.data.name,
         "epochs": options.epochs,
+        "images": len(splits.train),
         "lr": LR[arm],
         "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "torch": torch.__version__,
     }
 
 
-def load(run: Path, config: RunConfig) -> ViT:
+@functools.cache
+def trained(run: Path, config: RunConfig) -> tuple[Splits, float]:
+    """The images, and the test accuracy of the run before any fine-tuning."""
+    splits = load_data(config.data, config.model)
     model = ViT(config.model)
     load_weights(run / "model.safetensors", model)
-    return model
+    return splits, quick_accuracy(model, splits.test)[0]
 
 
 def show(rows: list[dict]) -> None:
@@ -114,6 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--encoding", default="sape2", metavar="NAME")
     parser.add_argument("--epochs", type=int, default=5, metavar="N")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--images", type=int, metavar="N", help="training images to fine-tune on (default all)")
     parser.add_argument("--out", type=Path, default=Path("runs/attach"), metavar="DIR")
     options = parser.parse_args(arguments)
     path = options.out / "results.jsonl"

@@ -73,7 +73,7 @@ def test_attention_is_the_host_s_own_under_the_bias_as_its_mask(case):
         for hook in hooks:
             hook.remove()
         (args, keywords), output = calls
-        encoding, q, k, grid = next(found for found in biases if found[0] is module.sape2)
+        encoding, q, k, grid = next(found[:4] for found in biases if found[0] is module.sape2)
         torch.testing.assert_close(torch.cat([q, k]), projected(module, args, q.shape[2]))
         assert tuple(grid) == (x.shape[-2] // 8, x.shape[-1] // 8)
         prefix = output_tokens(output) - grid[0] * grid[1]
@@ -238,7 +238,7 @@ def test_the_grid_is_that_of_the_images_not_a_square_root(case):
     seen = []
     encoding = attached_modules(model)[0].sape2
     original = encoding.bias
-    encoding.bias = lambda q, k, grid: (seen.append(tuple(grid)), original(q, k, grid))[1]
+    encoding.bias = lambda q, k, grid, *scores: (seen.append(tuple(grid)), original(q, k, grid, *scores))[1]
     for size in ((16, 32), (32, 16), (8, 64)):
         outputs(model, torch.randn(1, 3, *size).double())
     assert seen == [(2, 4), (4, 2), (1, 8)]

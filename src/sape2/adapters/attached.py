@@ -2,7 +2,7 @@
 
 `attach` gives each attention module of the host a submodule `sape2`, the encoding, and changes the class of the module
 to a subclass that overrides `forward` alone. The module, its parameters, names, hooks and training mode stay the same
-objects; `detach` changes the class back. Why so: docs/decisions/0003-attach.md.
+objects; `detach` changes the class back. Why so: docs/decisions/0004-attach.md.
 Axes: B batch, h heads, T = P + N tokens (P prefix tokens first), d head_dim.
 """
 
