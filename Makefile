@@ -11,7 +11,7 @@ demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digit
 	$(BIN)/sape2 train digits --out runs/demo
 
 test: $(VENV)/.test  ## all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q
 
 slow: $(VENV)/.test  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow

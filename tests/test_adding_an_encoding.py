@@ -74,6 +74,7 @@ def test_the_page_leads_to_an_encoding_that_passes_every_check(copy: Path) -> No
     assert example.stdout.strip() == "Gravity()", example.stderr[-1000:]
 
 
+@pytest.mark.slow
 def test_a_wrong_fact_on_the_page_would_be_found(copy: Path) -> None:
     """The same steps with `flip` left out of the declaration fail, so the check above means something."""
     for language, words, text in blocks():

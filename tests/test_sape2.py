@@ -75,8 +75,8 @@ def literal(encoding, q, k, grid, trained_grid=None):
             gain=gain, divide_bias=o.divide_bias, normalize=o.normalize, rescale=rescale,
         )  # fmt: skip
 
-    names = maps(q[0, 0], k[0, 0]).keys()
-    return {name: reference.over_heads(lambda a, b, n=name: maps(a, b)[n], q, k) for name in names}
+    found = [[maps(*head) for head in zip(*image, strict=True)] for image in zip(q, k, strict=True)]
+    return {name: torch.stack([torch.stack([m[name] for m in image]) for image in found]) for name in found[0][0]}
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)

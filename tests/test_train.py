@@ -92,12 +92,12 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_train import run, tiny
-run(Path({folder!r}), tiny("train.epochs=40", "train.checkpoint_every=3"))
+run(Path({folder!r}), tiny("train.epochs={epochs}", "train.checkpoint_every=3"))
 """
 
 
-def start_process(folder):
-    code = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder))
+def start_process(folder, epochs):
+    code = KILLED.format(tests=os.path.dirname(__file__), folder=str(folder), epochs=epochs)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -112,22 +112,26 @@ def wait_for_step(process, folder, step):
     raise AssertionError(f"the run did not reach step {step}: {process.communicate()[1]}")
 
 
-def test_a_killed_process_resumes_exactly_early_and_in_a_late_epoch(tmp_path):
-    assert start_process(tmp_path / "whole").wait(timeout=120) == 0
+@pytest.mark.parametrize(("epochs", "steps"), [(8, (30,)), pytest.param(40, (3, 150), marks=pytest.mark.slow)])
+def test_a_killed_process_resumes_exactly_early_and_in_a_late_epoch(tmp_path, epochs, steps):
+    """Five steps an epoch."""
+    assert start_process(tmp_path / "whole", epochs).wait(timeout=120) == 0
     expected = load_file(tmp_path / "whole" / "model.safetensors")
     folder = tmp_path / "killed"
-    for step in (3, 150):  # epochs 1 and 31 of 40, five steps each
-        process = start_process(folder)
+    for step in steps:
+        process = start_process(folder, epochs)
         wait_for_step(process, folder, step)
         process.kill()
         process.communicate()
         assert not (folder / "model.safetensors").exists()
-    assert start_process(folder).wait(timeout=120) == 0
+    assert start_process(folder, epochs).wait(timeout=120) == 0
     assert same(load_file(folder / "model.safetensors"), expected)
-    assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, 41))
+    assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, epochs + 1))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_signal_to_the_whole_group_saves_a_checkpoint_though_data_workers_get_it_too(tmp_path, number):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "sape2.cli", "train", "digits", "--out", str(folder), "--epochs", "400"]

@@ -28,7 +28,7 @@ from sape2.encodings.base import AttentionBias, AttentionEncoding, LineScores, N
 from sape2.grid import Axis, Grid, num_prefix_tokens, own_line
 
 Path = Literal["fused", "products", "blocks"]
-BLOCK_ELEMENTS = 2**20  # of all the maps that are worked on at a time: 4 MB of float32, so that they stay in the cache
+BLOCK_ELEMENTS = 2**21  # of a map that is worked on at a time: 8 MB of float32, so that it stays in the cache
 KEPT_ELEMENTS = 2**25  # of softmax weights kept for the backward pass: 128 MB of float32; more is computed again
 
 

@@ -26,7 +26,7 @@ from sape2.grid import Grid, line_coordinate, line_length
 
 Pair = tuple[Tensor, Tensor]
 PLACE_AXES: tuple[Literal["y", "x"], ...] = ("y", "x")
-BLOCK_ELEMENTS = 2**20  # of a map that is worked on at a time: 4 MB of float32, so that it stays in the cache
+BLOCK_ELEMENTS = 2**21  # of a map that is worked on at a time: 8 MB of float32, so that it stays in the cache
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ class Distances:
                 change = sides.distances(rows, work).mul_(grad).sum((-1, -2))  # (C,)
                 grads[-1].add_(change.view(-1, len(grads[-1])).sum(0)[:, None, None])
         for sides, target in zip(self._sides, grads, strict=False):
-            weights = sides.inverse_distances(rows, work).mul_(grad).mul_(gain)
-            sides.accumulate(weights, rows, target.flatten(0, -3))
+            weights = sides.inverse_distances(rows, work).mul_(grad)
+            sides.accumulate(weights, rows, target.flatten(0, -3), gain)
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,8 @@ class Sides:
     Features first throughout: the thin products (S, N) times (N, N) are several times faster than (N, N) times (N, S).
     """
 
-    queries: Tensor  # [-2 s, 1, |s|^2]
-    keys: Tensor  # [s, |s|^2, 1]
+    queries: Tensor  # [-2 s, |s|^2, 1]
+    keys: Tensor  # [s, 1, |s|^2]
 
     @classmethod
     def of(cls, vectors: Float[Tensor, "count tokens places"]) -> Sides:
@@ -193,7 +193,7 @@ class Sides:
         s = keys[:, :places]
         s.copy_(vectors.transpose(1, 2)).sub_(vectors.mean(1).unsqueeze(2))  # distances ignore a common shift
         norm = s.square().sum(1) * (1 - 8 * torch.finfo(s.dtype).eps)
-        keys[:, places] = queries[:, places + 1] = norm
+        keys[:, places + 1] = queries[:, places] = norm
         queries[:, :places].copy_(s).mul_(-2)
         return cls(queries, keys)
 
@@ -205,12 +205,15 @@ class Sides:
         squares = torch.bmm(self.queries[:, :, rows].transpose(1, 2), self.keys, out=work)
         return torch.threshold_(squares, 0.0, math.inf).rsqrt_()
 
-    def accumulate(self, weights: Float[Tensor, "count rows tokens"], rows: slice, grad: Tensor) -> None:
-        """Adds dL/ds to `grad`, (C, N, S), given w_in = dL/dD_in / D_in: ds_i = sum_n w_in (s_i - s_n), ds_n alike."""
-        s, grad = self.keys[:, :-2], grad.transpose(1, 2)
-        own, own_grad = s[:, :, rows], grad[:, :, rows]
-        grad.addcmul_(s, weights.sum(1).unsqueeze(1)).sub_(own @ weights)
-        own_grad.addcmul_(own, weights.sum(2).unsqueeze(1)).sub_(s @ weights.transpose(1, 2))
+    def accumulate(
+        self, weights: Float[Tensor, "count rows tokens"], rows: slice, grad: Tensor, gain: float | Tensor = 1.0
+    ) -> None:
+        """Adds dL/ds to `grad`, (C, N, S), given w_in = dL/dD_in / D_in: ds_i = gain sum_n w_in (s_i - s_n), ds_n alike."""
+        sides, grad = self.keys[:, :-1], grad.transpose(1, 2)  # [s, 1]: one product gives sum_n w_in s_n and sum_n w_in
+        own = sides[:, :, rows]
+        pairs = ((sides, own @ weights, grad), (own, sides @ weights.transpose(1, 2), grad[:, :, rows]))
+        for side, sums, target in pairs:
+            target.add_((side[:, :-1] * sums[:, -1:]).sub_(sums[:, :-1]).mul_(gain))
 
 
 class SumOfDistances(torch.autograd.Function):
