@@ -15,13 +15,15 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_blocks_run_in_order():
+def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     names = {}
     for block in blocks("python"):
         exec(block, names)
     assert names["y"].shape == (2, 197, 384)
     assert names["bias"].shape == (1, 6, 64, 64)
-    assert len(blocks("python")) == 2
+    assert (tmp_path / "adapter" / "adapter.safetensors").exists()
+    assert len(blocks("python")) == 3
 
 
 @pytest.mark.parametrize("line", [line for block in blocks("bash") for line in block.splitlines() if line.startswith("sape2")])
