@@ -357,8 +357,8 @@ class _Chunk:
 
     def backward(self, grad: Tensor, output: Tensor, kept: Tensor | None, targets: list[Tensor]) -> list[Tensor | None]:
         """Writes the gradients of the tensors into `targets`; returns those of the encoding's parameters."""
-        grad, output = (t.reshape(-1, *t.shape[-2:]) for t in (grad, output))
-        own = (full_precision(grad) * output).sum(-1, keepdim=True)  # (C, T, 1): sum over n of P_in dP_in
+        own = self._own(grad, output)
+        grad = grad.reshape(-1, *grad.shape[-2:])
         dq, dk, dv = (t.flatten(0, 1) for t in targets[:3])
         bias_grads: list[Tensor] = []
         found: list[Tensor | None] = []
@@ -370,10 +370,15 @@ class _Chunk:
             change.sub_(own[:, rows]).mul_(weights)  # dL
             found = self._to_bias(change, rows, bias_grads)
             change = change.to(dq.dtype)
-            dq[:, rows] = _WORKSPACE.product("values", change, self.k, self.scale)
+            torch.baddbmm(dq[:, rows], change, self.k, beta=0.0, alpha=self.scale, out=dq[:, rows])
             torch.baddbmm(dk, change.transpose(1, 2), self.q[:, rows], beta=beta, alpha=self.scale, out=dk)
         self._add_content(found, targets)
         return found[len(found) - len(self.call.parameters) :]
+
+    def _own(self, grad: Tensor, output: Tensor) -> Float[Tensor, "count tokens 1"]:
+        """The sum over n of P_in dP_in, which is dO_i . O_i."""
+        product = _WORKSPACE.buffer("values", output.shape, full_precision(output[:0]))
+        return torch.mul(full_precision(grad), output, out=product).sum(-1, keepdim=True).flatten(0, 1)
 
     def _to_bias(self, change: Tensor, rows: slice, bias_grads: list[Tensor]) -> list[Tensor | None]:
         """Carries dL on to the bias; at the last rows to its leaves, those that are scores back into dL."""

@@ -235,9 +235,10 @@ class SumOfDistances(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyrefly: ignore[bad-override]
-        grads = [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in ctx.saved_tensors]
+        saved = ctx.saved_tensors  # once: a checkpoint around the call allows no second look
+        grads = [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in saved]
         grad = grad.flatten(0, -3)
-        for vectors, target in zip(ctx.saved_tensors, grads, strict=True):
+        for vectors, target in zip(saved, grads, strict=True):
             sides, flat = Sides.of(vectors.flatten(0, -3)), target.flatten(0, -3)
             for count, rows in blocks(*grad.shape):
                 part = _part(sides, count)

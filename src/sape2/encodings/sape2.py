@@ -314,6 +314,7 @@ class SaPE2(AttentionEncoding):
         """The vectors of all axes, (B, h, N, S), from scores that are known: the same numbers as `_all_lines`, faster."""
         vector = q if self.options.dot == "query" else k
         tables = torch.cat([full_precision(getattr(self, f"table_{axis}")) for axis in self.axes])
+        tables = tables.expand(*vector.shape[:2], -1, -1)  # one product for each head is faster than one of all tokens
         products = (tables @ vector.transpose(-1, -2)).split(self.num_positions, dim=-2)  # (B, h, P, N) for each axis
         result: dict[Axis, Tensor] = {}
         for axis, of_axis in zip(self.axes, products, strict=True):
