@@ -85,6 +85,25 @@ def build_parser() -> Parser:
     _add_json(evaluate)
     evaluate.set_defaults(run=run_evaluate)
 
+    explain = commands.add_parser("explain", help="one page about what a finished run did with an image")
+    explain.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
+    explain.add_argument("image", metavar="IMAGE", help="any image file")
+    explain.add_argument("--out", metavar="FILE", help=".html page or .png figure (default RUN/figures/explain-IMAGE.html)")
+    explain.add_argument("--layer", type=int, metavar="N", help="one layer, from 1 (default all that have a bias)")
+    explain.add_argument("--head", type=int, metavar="N", help="one head, from 1 (default their mean)")
+    explain.add_argument(
+        "--patch",
+        action="append",
+        default=[],
+        metavar="Y,X",
+        help="row and column from 0, again for more (default centre, corner)",
+    )
+    explain.add_argument(
+        "--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set"
+    )
+    _add_json(explain)
+    explain.set_defaults(run=run_explain)
+
     list_ = commands.add_parser("list", help="what there is to choose from")
     list_.add_argument("what", choices=["encodings", "models", "recipes", "measures"])
     _add_json(list_)
@@ -249,6 +268,39 @@ def _draw(folder: Path, splits: Splits) -> None:
         draw(folder, splits)
     except ImportError as error:
         _say(f"no figures: {error}")
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    patches = tuple(_patch(text) for text in arguments.patch)
+    from sape2.explain import Choice, explain
+
+    choice = Choice(arguments.layer, arguments.head, patches)
+    out = None if arguments.out is None else Path(arguments.out)
+    written, rows = explain(Path(arguments.folder), Path(arguments.image), out, choice, arguments.weights)
+    from sape2.report import print_json, print_table
+
+    if arguments.json:
+        print_json(rows)
+        return 0
+    likely = [row for row in rows if row["name"] == "probability"]
+    print_table(
+        ({"class": row["class"], "probability": row["value"]} for row in likely), ["class", "probability"], arguments.image
+    )
+    for row in rows:
+        if "message" in row:
+            print(row["message"])
+    print(f"written: {written}")
+    return 0
+
+
+def _patch(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if match is None:
+        raise ValueError(f"--patch must be ROW,COLUMN, whole numbers from 0, such as 3,5; got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 # --- list ------------------------------------------------------------------------------------------------------------

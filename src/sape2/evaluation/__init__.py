@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 from sape2.evaluation.accuracy import accuracy
-from sape2.evaluation.base import Row
+from sape2.evaluation.base import Measure
 from sape2.evaluation.grouping import grouping
 from sape2.evaluation.health import health
 
-MEASURES: dict[str, Callable[..., Iterable[Row]]] = {
+MEASURES: dict[str, Measure] = {
     "accuracy": accuracy,
     "grouping": grouping,
     "health": health,

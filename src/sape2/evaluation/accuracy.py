@@ -9,16 +9,20 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages
+from sape2.evaluation.base import LabelledImages, count_images, first_images
 
 
-def accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> list[dict[str, Any]]:
-    """Rows: accuracy, top5_accuracy, loss, calibration_error (15 bins), and class_accuracy for every class."""
+def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 500) -> list[dict[str, Any]]:
+    """Rows: accuracy, top5_accuracy, loss, calibration_error (15 bins), and class_accuracy for every class.
+
+    Over the first `limit` images (None: all).
+    """
     try:
         from torchmetrics.functional.classification import multiclass_calibration_error
     except ImportError as error:
         raise ImportError("accuracy needs torchmetrics: pip install 'sape2[train]'") from error
-    logits, labels = predict(model, data, batch_size), data.labels
+    logits = predict(model, data, batch_size, count_images(data, limit))
+    labels = data.labels[: len(logits)]
     correct = logits.argmax(1) == labels
     n, num_classes = len(labels), logits.shape[1]
     rows = [_row("accuracy", correct.double().mean().item(), "fraction", n, "top-1, one view")]
@@ -43,12 +47,14 @@ def quick_accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: LabelledImages, batch_size: int) -> Float[Tensor, "images classes"]:
-    """Logits for all images, in float32 on the CPU; the model is left in the mode it was in."""
+def predict(
+    model: nn.Module, data: LabelledImages, batch_size: int, limit: int | None = None
+) -> Float[Tensor, "images classes"]:
+    """Logits for the first `limit` images (None: all), in float32 on the CPU; the model is left in the mode it was in."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    logits = [model(images.to(device)).float().cpu() for images, _ in data.batches(batch_size)]
+    logits = [model(images.to(device)).float().cpu() for images, _ in first_images(data, limit, batch_size)]
     model.train(was_training)
     return torch.cat(logits)
 

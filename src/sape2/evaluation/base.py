@@ -1,19 +1,21 @@
 """What every measurement shares: the models and data it takes, the rows it gives, intervals by bootstrap.
 
-A measurement is a function (model, data) -> rows. It sees a model as something that turns images (B, C, height, width)
-into logits; one that looks inside also needs `embed` and `maps` (`MappedModel`). A row is a flat JSON object with
-`measure`, `name`, `value`, `unit`, `n` and `protocol`; where the value is a mean over images, `ci_low` and `ci_high` too.
+A measurement (`Measure`) is a function (model, data) -> rows. It sees a model as something that turns images
+(B, C, height, width) into logits; one that looks inside also needs `embed` and `maps` (`MappedModel`). A row is a flat
+JSON object with `measure`, `name`, `value`, `unit`, `n` and `protocol`; where the value is a mean over images, `ci_low`
+and `ci_high` too; where guessing would give more than 0, `chance`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from sape2.grid import Grid
 
@@ -47,6 +49,20 @@ class MappedModel(Protocol):
     def maps(self, images: Tensor) -> list[dict[str, Tensor]]: ...
 
 
+def as_mapped(model: object) -> MappedModel | None:
+    """The model, if it can be looked into."""
+    return model if isinstance(model, MappedModel) else None
+
+
+class Measure(Protocol):
+    """What `MEASURES` holds. Rows may come as a list or be yielded as they are measured, for a caller that shows progress.
+
+    `limit` is the number of images, the first ones of `data`; None leaves it to the measure. Every row states its n.
+    """
+
+    def __call__(self, model: nn.Module, data: LabelledImages, limit: int | None = None) -> Iterable[Row]: ...
+
+
 def row(measure: str, name: str, value: float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
     """One result; `conditions` say what it was measured at (layer, size, shift_px, ...)."""
     return {"measure": measure, "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol} | conditions
@@ -69,18 +85,27 @@ def bootstrap_interval(
     values: Float[Tensor, " images"], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of the mean when whole images are drawn again with replacement (Efron)."""
-    means = _resampling(len(values), resamples, seed) @ values.double()
+    mean = values.double().mean()
+    means = mean + resampled_means((values - mean)[None], resamples, seed)[:, 0].double()
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
 
 
-@functools.lru_cache(maxsize=1)  # most rows of a measurement are about the same number of images
-def _resampling(number: int, resamples: int, seed: int) -> Float[Tensor, "resamples images"]:
-    """The share of every image in every resample."""
+def resampled_means(
+    values: Float[Tensor, "kinds images"], resamples: int = 1000, seed: int = 0
+) -> Float[Tensor, "resamples kinds"]:
+    """The means of each kind of value over images drawn again with replacement, all kinds over the same images (paired)."""
+    counts = _resampled_counts(values.shape[1], resamples, seed)
+    return counts @ values.T.to(counts) / values.shape[1]
+
+
+@functools.lru_cache(maxsize=1)
+def _resampled_counts(images: int, resamples: int, seed: int) -> Float[Tensor, "resamples images"]:
+    """How often each image is drawn; the rows of a measurement are over the same number of images, hence the cache."""
     generator = torch.Generator().manual_seed(seed)
-    draws = [torch.randint(number, (number,), generator=generator).bincount(minlength=number) for _ in range(resamples)]
-    return torch.stack(draws).double() / number
+    draws = (torch.randint(images, (images,), generator=generator) for _ in range(resamples))
+    return torch.stack([draw.bincount(minlength=images).float() for draw in draws])
 
 
 def first_images(data: LabelledImages, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -91,3 +116,68 @@ def first_images(data: LabelledImages, limit: int | None, batch_size: int) -> It
             return
         yield images[:left], labels[:left]
         left -= len(images)
+
+
+def count_images(data: LabelledImages, limit: int | None, default: int | None = None) -> int:
+    """How many images a limit means: `default` (None: all) where it is None, never more than there are.
+
+    Raises ValueError for a limit below 1.
+    """
+    wanted = default if limit is None else limit
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"the number of images to measure on must be at least 1; got {wanted}")
+    return len(data.labels) if wanted is None else min(wanted, len(data.labels))
+
+
+def image_size(data: LabelledImages) -> tuple[int, int]:
+    """(height, width) of the images."""
+    images, _ = next(data.batches(1))
+    return images.shape[-2], images.shape[-1]
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; gives the device of the model and puts every module back in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield device_of(model)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer of the model lies."""
+    tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
+    return torch.device("cpu") if tensor is None else tensor.device
+
+
+def chance_agreement(first: Int[Tensor, ...], second: Int[Tensor, ...]) -> float:
+    """sum_c p_c q_c: how often labels drawn independently with the frequencies found in `first` and `second` agree."""
+    size = int(max(first.max(), second.max())) + 1
+    p, q = (labels.flatten().bincount(minlength=size).double() / labels.numel() for labels in (first, second))
+    return (p @ q).item()
+
+
+def patch_size(model: nn.Module, data: LabelledImages) -> tuple[int, int]:
+    """(height, width) of a patch in pixels: from the grid that the model makes of an image, or from its attributes.
+
+    Raises ValueError for a model that does not tell; `model.patch_size = 1` makes any model tell.
+    """
+    mapped = as_mapped(model)
+    if mapped is not None:
+        images, _ = next(data.batches(1))
+        with evaluating(model) as device:
+            _, grid = mapped.embed(images.to(device))
+        return images.shape[-2] // grid[0], images.shape[-1] // grid[1]
+    for owner in (model, getattr(model, "patch_embed", None), getattr(model, "config", None)):
+        found = getattr(owner, "patch_size", None)
+        if found is not None:
+            height, width = found if isinstance(found, (tuple, list)) else (found, found)
+            return int(height), int(width)
+    raise ValueError(
+        f"shifts and sizes are chosen by the patch, and a {type(model).__name__} does not tell its own; set model.patch_size "
+        "(1 for a model without patches)"
+    )
