@@ -133,7 +133,7 @@ def _draw_curves(axis: Any, curves: dict[str, list[Point]]) -> None:
             continue
         place, value, low, high = np.array([point[:4] for point in curve]).T
         style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
-        axis.plot(place, value, marker=MARKERS[index % len(MARKERS)], markersize=4, label=run, **style)
+        axis.plot(place, value, marker=MARKERS[(index + index // len(LINES)) % len(MARKERS)], markersize=4, label=run, **style)
         axis.fill_between(place, low, high, color=style["color"], alpha=0.15, linewidth=0)
     chance = [point.chance for curve in curves.values() for point in curve if point.chance is not None]
     if chance and max(chance) - min(chance) < 0.05:  # chance that hangs on predictions differs a little between runs

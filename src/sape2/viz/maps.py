@@ -57,8 +57,7 @@ def plot_pairs(
     One column a layer, `columns` of them beside each other at most; one colour scale for all maps of a layer.
     """
     plt = pyplot()
-    names = list(layers)
-    blocks = [names[start : start + columns] for start in range(0, len(names), columns)]
+    blocks = _blocks(list(layers), columns)
     rows, width = 1 + len(patches), 1 + max(map(len, blocks))
     figure = plt.figure(figsize=(1.75 * width + 0.4, len(blocks) * (1.75 * rows + 0.9)), layout="constrained")
     for block, part in zip(blocks, np.atleast_1d(figure.subfigures(len(blocks), 1)), strict=True):
@@ -76,6 +75,12 @@ def plot_pairs(
         for panel in axes[:, 1 + len(block) :].flat:
             panel.set_axis_off()
     save(figure, path)
+
+
+def _blocks(names: list[str], columns: int) -> list[list[str]]:
+    """As few rows of at most `columns` as can be, of about equal length."""
+    width = math.ceil(len(names) / math.ceil(len(names) / columns))
+    return [names[start : start + width] for start in range(0, len(names), width)]
 
 
 def _pair_column(
@@ -129,33 +134,37 @@ def plot_counts(
     """
     plt = pyplot()
     heads, places = (max(found["gates"].shape[side] for found in maps.values()) for side in (0, 1))
-    heights = (3.4 / min(places, 12), 0.5 + 0.22 * heads, 0.5 + 0.22 * heads)
+    in_lines = all(axis in ("x", "y") for axis in maps)
+    heights = (3.4 / places if in_lines else 1.2, 0.5 + 0.22 * heads, 0.5 + 0.22 * heads)
     figure, axes = plt.subplots(
         3, len(maps), figsize=(4.8 * len(maps), 0.8 + sum(heights)), height_ratios=heights, layout="constrained", squeeze=False
     )
     figure.suptitle(title, fontsize=10)
     for column, (axis, found) in zip(axes.T, maps.items(), strict=True):
         _strip(column[0], image, grid, patch, axis)
-        _heads(column[1], found["gates"], 1.0, "gate")
-        _heads(column[2], found["positions"], None, "position (table rows)")
+        length = _length(grid, axis)
+        _heads(column[1], found["gates"], length, 1.0, "gate")
+        _heads(column[2], found["positions"], length, None, "position (table rows)")
         column[1].set_title(f"gates along {AXIS_NAMES.get(axis, axis)}", fontsize=9)
-        twice = ", once from each end" if found["positions"].shape[1] > _length(grid, axis) else ""
+        twice = ", once from each end" if found["positions"].shape[1] > length else ""
         column[2].set_title(f"positions along {AXIS_NAMES.get(axis, axis)}{twice}", fontsize=9)
         column[2].set_xlabel("place on the line", fontsize=8)
     save(figure, path)
 
 
-def _heads(panel: Any, maps: Tensor, largest: float | None, unit: str) -> None:
+def _heads(panel: Any, maps: Tensor, length: int, largest: float | None, unit: str) -> None:
     """One line a head, one cell a place, the number in the cell where there is room."""
     values = maps.double().numpy()
     largest = largest or max(values.max(), 1e-9)
     shown = panel.imshow(values, cmap=MAP_COLOURS, aspect="auto", vmin=0, vmax=largest)
     panel.set_yticks(range(len(values)), [str(head + 1) for head in range(len(values))])
     if values.shape[1] <= 16:
-        panel.set_xticks(range(values.shape[1]))
+        panel.set_xticks(range(values.shape[1]), [str(place % length) for place in range(values.shape[1])])
         for head, place in np.ndindex(*values.shape):
             colour = "black" if values[head, place] > 0.6 * largest else "white"
-            panel.text(place, head, f"{values[head, place]:.3g}"[:4], ha="center", va="center", fontsize=6, color=colour)
+            panel.text(
+                place, head, f"{values[head, place]:.2f}"[:4].rstrip("."), ha="center", va="center", fontsize=6, color=colour
+            )
     panel.tick_params(labelsize=7)
     panel.set_ylabel("head", fontsize=8)
     bar = panel.figure.colorbar(shown, ax=panel)
@@ -163,7 +172,7 @@ def _heads(panel: Any, maps: Tensor, largest: float | None, unit: str) -> None:
     bar.set_label(unit, fontsize=8)
 
 
-AXIS_NAMES = {"x": "the row", "y": "the column", "raster": "all patches", "sequence": "all patches"}
+AXIS_NAMES = {"x": "the row", "y": "the column", "raster": "the raster order", "sequence": "the raster order"}
 
 
 def _length(grid: tuple[int, int], axis: str) -> int:
@@ -200,7 +209,8 @@ def plot_distance(
     y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
     apart = np.hypot(y[:, None] - y, x[:, None] - x)
     bins = np.round(apart).astype(int)
-    width, rows = min(columns, len(layers)), math.ceil(len(layers) / columns)
+    blocks = _blocks(list(layers), columns)
+    rows, width = len(blocks), len(blocks[0])
     figure, axes = plt.subplots(
         rows,
         width,
@@ -218,6 +228,7 @@ def plot_distance(
         panel.plot(range(len(groups)), mean, color=LINES[0], marker="o", markersize=3)
         panel.fill_between(range(len(groups)), mean - spread, mean + spread, color=LINES[0], alpha=0.2, linewidth=0)
         panel.set_title(name, fontsize=9)
+        panel.tick_params(labelbottom=True, labelsize=8)
         panel.grid(alpha=0.3)
     figure.supxlabel("distance of the two patches (patches, rounded); band: one standard deviation of the pairs", fontsize=8)
     axes[0, 0].set_ylabel(quantity, fontsize=8)
