@@ -47,8 +47,7 @@ def test_added_macs_equal_the_documented_formula(name: str, formula: str, grid: 
         ("none", "1"),
         ("cpe", "2*9*N*h*d"),  # in every layer instead of once
         ("rpe_contextual", "N*N*h*d"),  # only the offsets that a query uses
-        ("rpe_decomposed", "N*(H+W)*h*d"),  # without the wider products of attention
-        ("rpe_decomposed", "N*(H+W)*h*d + 2*N*N*(H+W)*h"),  # with a wider v, as in the path fused
+        ("rpe_decomposed", "N*(H+W)*h*d + 2*N*N*(H+W)*h"),  # with wider q, k and v, as in the path fused
         ("sape2", "2*N*(max(H,W)+1)*h*d"),  # without gates
         ("sape2:axes=x", "N*(H+max(H,W)+1)*h*d"),  # rows and columns exchanged
     ],
@@ -59,9 +58,10 @@ def test_the_check_fails_on_a_wrong_formula(name: str, formula: str, grid: Grid,
 
 
 @pytest.mark.parametrize("name", ["rpe_decomposed", "sape2:readout=direct,count=between"])
-def test_factors_cost_a_second_time_in_the_fused_path(name: str) -> None:
-    """Above 512 tokens, where v is padded to the width of q and k."""
+def test_places_cost_wider_products_in_the_fused_path(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There they are channels of q and k, and v is padded to the same width."""
+    monkeypatch.setattr("sape2.attention.choose_path", lambda *_: "fused")
     grid, num_heads, head_dim = (8, 65), 2, 4
     (formula,) = [row.macs for row in documented() if row.name == name]
-    expected = evaluate(f"{formula} + N*N*(H+W)*h", num_heads, head_dim, grid)
+    expected = evaluate(f"{formula} + 2*N*N*(H+W)*h", num_heads, head_dim, grid)
     assert added_macs(name, grid, num_heads, head_dim, depth=1) == expected

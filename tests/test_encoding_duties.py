@@ -7,7 +7,7 @@ import torch
 from encoding_cases import DIM, HEAD_DIM, HEADS, VARIANTS, Encoding, content, documented, evaluate, make, queries_and_keys
 from torch import Tensor
 
-from sape2.attention import attend, encode, logits
+from sape2.attention import attend
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
 from sape2.grid import Grid, num_tokens
 
@@ -66,13 +66,12 @@ def test_bf16_drifts_from_float32_by_rounding_only(name: str) -> None:
 
 
 def handed_out(encoding: Encoding, x: Tensor, grid: Grid) -> list[Tensor]:
-    """Tokens, or rotated q and k and what the bias consists of."""
+    """Tokens, or rotated q and k and the bias."""
     if isinstance(encoding, TokenEncoding):
         return [encoding(x[..., :DIM], grid)]
     q, k = queries_and_keys(x)
     bias = encoding.bias(q, k, grid)
-    parts = [] if bias is None else [bias.matrix, *(bias.factors or ())]
-    return [*encoding.rotate(q, k, grid), *(part for part in parts if part is not None)]
+    return [*encoding.rotate(q, k, grid), *([] if bias is None else [bias.dense()])]
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "none"])
@@ -136,10 +135,11 @@ def test_every_encoding_says_what_it_is() -> None:
         assert encoding.source
 
 
-def test_rpe_decomposed_factors_and_equals_its_map() -> None:
-    """Attention with the factors is attention with the N x N map."""
+@pytest.mark.parametrize("name", ["rpe_decomposed", "sape2:readout=direct", "sape2:readout=squared_distance"])
+def test_a_dot_product_needs_no_map_and_its_factors_equal_it(name: str) -> None:
     torch.manual_seed(0)
-    encoding, (q, k) = make("rpe_decomposed", (3, 7)), queries_and_keys(content(2, 22))
-    assert encoding.bias(q[:, :, 1:], k[:, :, 1:], (3, 7)).matrix is None
-    expected = logits(*encode(q, k, (3, 7), encoding)).softmax(-1) @ k
-    torch.testing.assert_close(attend(q, k, k, (3, 7), encoding), expected, rtol=1e-10, atol=1e-10)
+    encoding, (q, k) = make(name, (3, 7)), queries_and_keys(content(2, 21))
+    bias = encoding.bias(q, k, (3, 7))
+    assert bias.unfactored() is None
+    query_side, key_side = bias.factored()
+    torch.testing.assert_close(query_side @ key_side.transpose(-1, -2), bias.dense(), rtol=1e-10, atol=1e-10)

@@ -16,7 +16,8 @@ import torch
 from encoding_cases import DIM, HEAD_DIM, HEADS, VARIANTS, Encoding, content, documented, make, queries_and_keys, randomised
 from torch import Tensor
 
-from sape2.attention import attend, encode, logits
+from sape2.attention import attend, logits
+from sape2.bias import Matrix
 from sape2.encodings import (
     AttentionBias,
     AttentionEncoding,
@@ -42,7 +43,7 @@ def logit_map(encoding: Encoding, x: Tensor, grid: Grid, num_prefix: int = 0) ->
         tokens = x[..., :DIM]
         tokens = torch.cat([tokens[:, :num_prefix], encoding(tokens[:, num_prefix:], grid)], dim=1)
         return tokens @ tokens.transpose(-1, -2) / math.sqrt(DIM)
-    return logits(*encode(*queries_and_keys(x), grid, encoding))
+    return logits(*queries_and_keys(x), grid, encoding)
 
 
 def permutations(fact: str, grid: Grid) -> list[Tensor]:
@@ -197,7 +198,7 @@ def test_the_checker_sees_an_encoding_that_takes_one_grid_only() -> None:
         def bias(self, q: Tensor, k: Tensor, grid: Grid) -> AttentionBias:
             if grid != (3, 7):
                 raise ValueError(f"made for 3x7; got {grid}")
-            return AttentionBias(matrix=torch.randn(21, 21, generator=torch.Generator().manual_seed(0), dtype=q.dtype))
+            return AttentionBias(Matrix(torch.randn(21, 21, generator=torch.Generator().manual_seed(0), dtype=q.dtype)))
 
     torch.manual_seed(0)
     check_facts(OneGrid(HEADS, HEAD_DIM, (3, 7)), (3, 7))

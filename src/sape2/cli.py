@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -20,10 +21,14 @@ import sape2
 from sape2.config import MODELS, ModelConfig, RunConfig, model_config, override, with_epochs
 
 if TYPE_CHECKING:
+    from sape2.costing import Cell, Sweep
     from sape2.data import Splits
     from sape2.vit import ViT
 
 Row = dict[str, Any]
+COST_ENCODINGS = "none,rope,rpe,rpe_decomposed,cope,sape2,sape2:readout=squared_distance,sape2:readout=direct"
+CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
+              "data", "recipe", "epochs", "seed", "precision", "torch", "hardware"}  # fmt: skip
 COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
 
 
@@ -103,6 +108,22 @@ def build_parser() -> Parser:
     )
     _add_json(explain)
     explain.set_defaults(run=run_explain)
+
+    cost = commands.add_parser("cost", help="what encodings cost: operations, time, memory, growth with the grid")
+    cost.add_argument("--encodings", default=COST_ENCODINGS, metavar="A,B", help=f"(default {COST_ENCODINGS})")
+    cost.add_argument("--grids", default="8x8,14x14,24x24", metavar="HxW,…", help="token grids (default 8x8,14x14,24x24)")
+    cost.add_argument("--batches", default="4", metavar="N,…", help="images at once (default 4)")
+    cost.add_argument(
+        "--dtypes", default="fp32", metavar="A,B", help="fp32, bf16, fp16; the last two are autocast (default fp32)"
+    )
+    scope = cost.add_mutually_exclusive_group()
+    scope.add_argument("--model", default="vit_small", metavar="NAME", help="see: sape2 list models (default vit_small)")
+    scope.add_argument("--attention-only", action="store_true", help="q, k, v to output only, with the heads of vit_small")
+    cost.add_argument("--repeats", default="7", metavar="N", help="rounds of timing after two of warm-up (default 7)")
+    cost.add_argument("--threads", metavar="N", help="processor threads (default: what PyTorch chooses)")
+    cost.add_argument("--out", default="runs/cost", metavar="DIR", help="for results.jsonl and figures (default runs/cost)")
+    _add_json(cost)
+    cost.set_defaults(run=run_cost)
 
     list_ = commands.add_parser("list", help="what there is to choose from")
     list_.add_argument("what", choices=["encodings", "models", "recipes", "measures"])
@@ -188,7 +209,8 @@ def _train(model: ViT, splits: Splits, config: RunConfig, folder: Path) -> int:
 def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> int:
     from sape2.augment import TrainStream
     from sape2.evaluation.accuracy import quick_accuracy
-    from sape2.evaluation.cost import count_macs, count_parameters, median_seconds
+    from sape2.evaluation.cost import count_macs, count_parameters
+    from sape2.evaluation.timing import median_seconds
     from sape2.train import Trainer, mixed_precision
 
     stream = TrainStream(splits.train, config.augment, config.train, config.seed)
@@ -302,6 +324,89 @@ def _patch(text: str) -> tuple[int, int]:
         raise ValueError(f"--patch must be ROW,COLUMN, whole numbers from 0, such as 3,5; got {text!r}")
     return int(match[1]), int(match[2])
 
+# --- cost ------------------------------------------------------------------------------------------------------------
+
+
+def run_cost(arguments: argparse.Namespace) -> int:
+    from sape2.cost_rows import count_table, time_table
+    from sape2.report import print_json, print_table
+
+    sweep, folder = _sweep(arguments), Path(arguments.out)
+    rows, tables = [], {}
+    for cell, found in _with_progress(sweep, folder / "results.jsonl"):
+        rows += found
+        if cell is not None:
+            tables[f"{cell}: for one image"] = count_table(found)
+            tables[f"{cell}: measured"] = time_table(found)
+    _draw_cost(rows, folder)
+    if arguments.json:
+        print_json(rows)
+        return 0
+    for title, lines in tables.items():
+        print_table(lines, list(lines[0]), title)
+    growth = [row for row in rows if row["name"].endswith("_growth") and row["timed_as"] == row["encoding"]]
+    if growth:
+        columns = ["name", "encoding", "level", "dtype", "batch", "grid", "value"]
+        print_table(growth, columns, "growth: exponent of the number of tokens")
+    print(f"in {folder}: results.jsonl, cost_time.png, cost_memory.png")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> Sweep:
+    import torch
+
+    from sape2.costing import LEVELS, Sweep, parse_grid, split_encodings
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if arguments.threads is not None:
+        torch.set_num_threads(_whole_number("--threads", arguments.threads))
+    return Sweep(
+        encodings=split_encodings(arguments.encodings),
+        grids=tuple(parse_grid(text) for text in arguments.grids.split(",")),
+        batches=tuple(_whole_number("--batches", text) for text in arguments.batches.split(",")),
+        dtypes=tuple(text.strip() for text in arguments.dtypes.split(",")),
+        model=arguments.model,
+        levels=LEVELS[:1] if arguments.attention_only else LEVELS,
+        repeats=_whole_number("--repeats", arguments.repeats),
+        device=accelerator or torch.device("cpu"),
+    )
+
+
+def _whole_number(option: str, text: str) -> int:
+    if not (text.strip().isascii() and text.strip().isdigit() and int(text) > 0):
+        raise ValueError(f"{option} needs whole numbers from 1 on; got {text.strip()!r}")
+    return int(text)
+
+
+def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list[Row]]]:
+    """The rows of the sweep as they come, with a progress bar on standard error."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from sape2.costing import run_sweep
+    from sape2.runs import hardware
+
+    conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=sweep.rounds)
+        for cell, rows in run_sweep(sweep, path, conditions, lambda: progress.advance(task)):
+            progress.update(task, description=f"measured {cell}" if cell else "done")
+            yield cell, rows
+
+
+def _draw_cost(rows: list[Row], folder: Path) -> None:
+    from sape2.cost_rows import lines_of_growth
+
+    try:
+        from sape2.viz import plot_growth
+
+        plot_growth(lines_of_growth(rows, "ms"), folder / "cost_time.png", "time (ms)")
+        plot_growth(lines_of_growth(rows, "memory"), folder / "cost_memory.png", "peak extra memory (MiB)")
+    except ImportError as error:
+        _say(f"no figures: {error}")
+
 
 # --- list ------------------------------------------------------------------------------------------------------------
 
@@ -385,23 +490,31 @@ def _say(text: str) -> None:
 
 
 def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
-    from sape2.report import print_json, print_table
+    from sape2.report import print_json
 
     if as_json:
         print_json(rows)
         return 0
-    first = rows[0]
-    title = f"{first['data']}, {first['model']}, {first['encoding']}, {first['epochs']} epochs, seed {first['seed']}"
-    table: dict[tuple, Row] = {}  # one line a number, one column for the weights it was measured with
-    for row in rows:
-        line = {"name": row["name"], "class": row.get("class", ""), "split": row["split"]}
-        table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})[COLUMNS[row["weights"]]] = row[
-            "value"
-        ]
-    used = [heading for weights, heading in COLUMNS.items() if any(row["weights"] == weights for row in rows)]
-    print_table(table.values(), ["name", "class", *used, "unit", "n", "split"], title)
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        _print_measure([row for row in rows if row["measure"] == measure])
     print(f"in {folder}: results.jsonl, metrics.jsonl, figures/")
     return 0
+
+
+def _print_measure(rows: list[Row]) -> None:
+    """One line a number with what it was measured at, one column for the weights it was measured with."""
+    from sape2.report import print_table
+
+    first = rows[0]
+    title = f"{first['data']}, {first['model']}, {first['encoding']}, {first['epochs']} epochs, seed {first['seed']}"
+    details = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in CONDITIONS]
+    table: dict[tuple, Row] = {}
+    for row in rows:
+        line = {key: row.get(key, "") for key in ("name", *details, "split")}
+        line_of = table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})
+        line_of[COLUMNS[row["weights"]]] = row["value"]
+    used = [heading for weights, heading in COLUMNS.items() if any(row["weights"] == weights for row in rows)]
+    print_table(table.values(), ["name", *details, *used, "unit", "n", "split"], title)
 
 
 if __name__ == "__main__":

@@ -85,3 +85,28 @@ def to_lines(
 def from_lines(lines: Shaped[Tensor, "*lead lines length features"], axis: Axis) -> Shaped[Tensor, "*lead tokens features"]:
     """Lines of `axis` put back into row-major token order."""
     return (lines.transpose(-3, -2) if axis == "y" else lines).flatten(-3, -2)
+
+
+def own_line(
+    pairs: Shaped[Tensor, "*lead tokens tokens"], grid: Grid, axis: Axis
+) -> Shaped[Tensor, "*lead length height width"]:
+    """Of a map over all pairs (i, n) of grid tokens those with n in i's own line of `axis`, as a view.
+
+    The place of n in the line comes first, then the row and the column of i.
+    """
+    if axis == "raster":
+        return pairs.unflatten(-2, grid).movedim(-1, -3)
+    by_coordinate = pairs.unflatten(-1, grid).unflatten(-3, grid)  # (..., y, x, y', x')
+    if axis == "x":
+        return by_coordinate.diagonal(dim1=-4, dim2=-2).movedim(-3, -1)  # (..., x, x', y) -> (..., x', y, x)
+    return by_coordinate.diagonal(dim1=-3, dim2=-1).transpose(-3, -2)  # (..., y, y', x) -> (..., y', y, x)
+
+
+def places_to_lines(
+    places: Shaped[Tensor, "*lead length height width"], axis: Axis
+) -> Shaped[Tensor, "*lead lines length length"]:
+    """What `own_line` gives, as (..., lines, place of i, place of n)."""
+    if axis == "raster":
+        return places.flatten(-2).transpose(-1, -2).unsqueeze(-3)
+    last = places.movedim(-3, -1)  # (..., y, x, place of n)
+    return last if axis == "x" else last.transpose(-3, -2)

@@ -43,8 +43,10 @@ def measure(folder: Path, splits: Splits, measures: list[str], split: str, weigh
     for which in weights:
         model = load_run_model(folder, which)
         conditions = describe(folder) | {"split": split, "weights": which}
-        rows += [row | conditions for name in measures for row in MEASURES[name](model, data)]
-    update_results(folder, rows)
+        for name in measures:
+            found = [row | conditions for row in MEASURES[name](model, data)]
+            update_results(folder, found)  # at once, so that a later measure cannot lose it
+            rows += found
     return rows
 
 

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,7 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.grid import Grid
+from sape2.bias import Distances, Factors, Matrix, Places
+from sape2.grid import Axis, Grid
 
 Options = TypeVar("Options")
 
@@ -29,48 +30,66 @@ class NoOptions:
     """For encodings that have nothing to choose."""
 
 
-@dataclass(frozen=True)
-class AttentionBias:
-    """A bias in logits, added after the 1/sqrt(d) scale: `matrix + query_side @ key_side^T`.
+Term = Matrix | Factors | Places | Distances
+LineScores = dict[Axis, Tensor]  # q.k / sqrt(d) of every token with those of its own line, (B, h, S, H, W): `grid.own_line`
 
-    `matrix` is (N, N), (h, N, N) or (B, h, N, N). `factors` are the (query_side, key_side) vectors, each (..., N, r),
-    whose dot product is the bias; with them attention keeps the fused kernel and needs no N x N map. Either may be None.
+
+class AttentionBias:
+    """A bias in logits, added after the 1/sqrt(d) scale: a sum of terms, see `sape2.bias` for the kinds.
+
+    `AttentionBias(Matrix(b))` is a map that is there already; the other kinds need no N x N map in memory.
     """
 
-    matrix: Float[Tensor, "*batch_heads tokens tokens"] | None = None
-    factors: tuple[Float[Tensor, "*#batch_heads tokens rank"], Float[Tensor, "*#batch_heads tokens rank"]] | None = None
-
-    def __post_init__(self) -> None:
-        if self.matrix is None and self.factors is None:
-            raise ValueError("an AttentionBias needs a matrix or factors")
+    def __init__(self, *terms: Term, dtype: torch.dtype | None = None) -> None:
+        if not terms:
+            raise ValueError("an AttentionBias needs at least one term")
+        self.terms, self.dtype = terms, dtype
 
     def dense(self) -> Float[Tensor, "*batch_heads tokens tokens"]:
-        """The whole bias as one map."""
-        maps = [] if self.matrix is None else [self.matrix]
-        if self.factors is not None:
-            query_side, key_side = self.factors
-            maps.append(query_side @ key_side.transpose(-1, -2))
-        return functools.reduce(operator.add, maps)
+        """The whole bias as one map, in `dtype` if one was given, else as precise as its terms."""
+        with no_autocast(self.tensors()[0]):
+            total = functools.reduce(operator.add, [term.dense() for term in self.terms])
+        return total if self.dtype is None else total.to(self.dtype)
 
     def __add__(self, other: AttentionBias) -> AttentionBias:
-        matrices = [bias.matrix for bias in (self, other) if bias.matrix is not None]
-        factors = [bias.factors for bias in (self, other) if bias.factors is not None]
-        return AttentionBias(
-            functools.reduce(operator.add, matrices) if matrices else None,
-            (_concatenate([f[0] for f in factors]), _concatenate([f[1] for f in factors])) if factors else None,
-        )
+        return AttentionBias(*self.terms, *other.terms, dtype=self.dtype or other.dtype)
 
-    def scaled(self, scale: float | Tensor, dtype: torch.dtype) -> AttentionBias:
-        """`scale` times the bias, in `dtype`; a tensor must broadcast against both a map and the query side."""
-        one = isinstance(scale, float) and scale == 1.0
-        matrix, query_side, key_side = self.matrix, *(self.factors or (None, None))
-        matrix, query_side = (t if t is None or one else scale * t for t in (matrix, query_side))
-        matrix, query_side, key_side = (t if t is None else t.to(dtype) for t in (matrix, query_side, key_side))
-        return AttentionBias(matrix, None if query_side is None or key_side is None else (query_side, key_side))
+    def scaled(self, scale: float | Tensor) -> AttentionBias:
+        """`scale` times the bias; a tensor must broadcast against both a map and its rows, (h, 1, 1) for one per head."""
+        if isinstance(scale, float) and scale == 1.0:
+            return self
+        return AttentionBias(*(term.scaled(scale) for term in self.terms), dtype=self.dtype)
+
+    def tensors(self) -> list[Tensor]:
+        """What the terms are made of, in their order."""
+        return [tensor for term in self.terms for tensor in term.tensors()]
 
     @property
     def requires_grad(self) -> bool:
-        return any(t.requires_grad for t in (self.matrix, *(self.factors or ())) if t is not None)
+        return any(tensor.requires_grad for tensor in self.tensors())
+
+    def factored(self) -> tuple[Tensor, Tensor] | None:
+        """(query_side, key_side), (..., N, r), of all terms that are dot products; None if none is."""
+        pairs = [pair for term in self.terms if (pair := term.factors()) is not None]
+        return (_concatenate([p[0] for p in pairs]), _concatenate([p[1] for p in pairs])) if pairs else None
+
+    def unfactored(self) -> AttentionBias | None:
+        """The terms that are no dot products; None if all are."""
+        rest = [term for term in self.terms if term.factors() is None]
+        return AttentionBias(*rest, dtype=self.dtype) if rest else None
+
+    def add_to(self, logits: Float[Tensor, "count rows tokens"], rows: slice, work: Tensor) -> None:
+        """Adds some rows of the bias to a block of logits, in place; `work` is space in its shape."""
+        for term in self.terms:
+            term.add_to(logits, rows, work)
+
+    def accumulate(self, grad: Float[Tensor, "count rows tokens"], rows: slice, grads: Sequence[Tensor], work: Tensor) -> None:
+        """Adds to `grads`, in the order of `tensors()`, what the gradient of a block of logits gives."""
+        start = 0
+        for term in self.terms:
+            count = len(term.tensors())
+            term.accumulate(grad, rows, grads[start : start + count], work)
+            start += count
 
 
 def _concatenate(sides: list[Tensor]) -> Tensor:
@@ -120,7 +139,10 @@ class TokenEncoding(nn.Module):
 class AttentionEncoding(nn.Module):
     """Adds position inside attention. Both hooks see grid tokens only; `bias` sees q and k before rotation.
 
-    `summary`, `source` and `variants` as in `TokenEncoding`.
+    `summary`, `source` and `variants` as in `TokenEncoding`. A bias may depend on q, k and the encoding's parameters, image
+    by image, and on nothing else. An encoding that reads the products q.k of the tokens of one line says so in
+    `score_axes`; its `bias` then takes a further argument, `scores`, and must give the same without it: attention hands
+    over what it has computed anyway.
     """
 
     Options: type = NoOptions
@@ -128,9 +150,14 @@ class AttentionEncoding(nn.Module):
     source: str
     variants: ClassVar[dict[str, str]] = {}
     facts = Facts()
+    score_axes: tuple[Axis, ...] = ()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__()
+
+    @property
+    def makes_bias(self) -> bool:
+        return type(self).bias is not AttentionEncoding.bias
 
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
@@ -151,6 +178,12 @@ class AttentionEncoding(nn.Module):
         """What the encoding computed on the way, each (B, h, N, ...); at least `bias` where there is one."""
         bias = self.bias(q, k, grid)
         return {} if bias is None else {"bias": bias.dense().expand(q.shape[0], q.shape[1], -1, -1)}
+
+
+def bias_of(encoding: AttentionEncoding, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None) -> AttentionBias | None:
+    """The bias, with the scores handed over to an encoding that reads such."""
+    hook: Any = encoding.bias
+    return hook(q, k, grid, scores) if scores and encoding.score_axes else hook(q, k, grid)
 
 
 class NoEncoding(AttentionEncoding):
@@ -174,6 +207,11 @@ class Composite(AttentionEncoding):
         facts = [part.facts for part in parts]
         symmetries = {field.name: all(getattr(fact, field.name) for fact in facts) for field in dataclasses.fields(Facts)}
         self.facts = Facts(**symmetries | {"content_dependent": any(fact.content_dependent for fact in facts)})
+        self.score_axes = tuple(dict.fromkeys(axis for part in parts for axis in part.score_axes))
+
+    @property
+    def makes_bias(self) -> bool:
+        return any(part.makes_bias for part in self._members())
 
     def check_trainable(self) -> None:
         for part in self._members():
@@ -190,9 +228,13 @@ class Composite(AttentionEncoding):
         return q, k
 
     def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        scores: LineScores | None = None,
     ) -> AttentionBias | None:
-        biases = [part.bias(q, k, grid) for part in self._members()]
+        biases = [bias_of(part, q, k, grid, scores) for part in self._members()]
         given = [bias for bias in biases if bias is not None]
         return functools.reduce(operator.add, given) if given else None
 
@@ -229,6 +271,42 @@ def suffix_sum(gates: Float[Tensor, "*lead length length"]) -> Float[Tensor, "*l
 def between_sum(gates: Float[Tensor, "*lead length length"]) -> Float[Tensor, "*lead length length"]:
     """p_im, the sum of the gates g_ij over the places j from i to m on either side, i itself left out, so p_ii = 0."""
     return gates.triu(1).cumsum(-1) + suffix_sum(gates.tril(-1))
+
+
+class CountedVectors(torch.autograd.Function):
+    """From the scores within lines to interpolated products in one step, with its gradient by hand.
+
+    g = sigmoid(scores), p_m = sum of g_j over j >= m (suffix) or j <= m (prefix), clamped to the last position, and
+    `interpolate`. Places come first and tokens last: scores (B, h, S, N), products (B, h, P, N) -> (B, h, S, N).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, scores: Tensor, products: Tensor, suffix: bool, position_scale: float) -> Tensor:
+        length, last = scores.shape[-2], products.shape[-2] - 1
+        gates = torch.sigmoid(scores)
+        counted = scores.new_full((length, length), position_scale)
+        counted = counted.triu() if suffix else counted.tril()
+        positions = counted @ gates
+        inside = positions <= last if length * position_scale > last else None  # else no position can lie beyond
+        low = positions.clamp_(max=last).floor().clamp_(max=last - 1)
+        index, fraction = low.long(), positions.sub_(low)
+        slope = (products[..., 1:, :] - products[..., :-1, :]).gather(-2, index)
+        values = products.gather(-2, index).addcmul_(fraction, slope)
+        if inside is not None:
+            slope.mul_(inside)
+        ctx.save_for_backward(gates, counted, index, fraction, slope)
+        ctx.num_positions = last + 1
+        return values
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        gates, counted, index, fraction, slope = ctx.saved_tensors
+        to_scores = torch.ops.aten.sigmoid_backward(counted.T @ (grad * slope), gates)
+        upper = grad * fraction
+        to_products = grad.new_zeros(*grad.shape[:-2], ctx.num_positions, grad.shape[-1])
+        to_products.scatter_add_(-2, index, grad - upper).scatter_add_(-2, index + 1, upper)
+        return to_scores, to_products, None, None
 
 
 def interpolate(

@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sape2.bias import Matrix
 from sape2.encodings.base import (
     AttentionBias,
     AttentionEncoding,
     Facts,
+    LineScores,
     between_sum,
     full_precision,
     interpolate,
@@ -75,6 +77,7 @@ class CoPE(AttentionEncoding):
         "count=between": "from the patch itself to the other, either way",
     }
     facts = Facts(content_dependent=True)
+    score_axes = ("raster",)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid)
@@ -84,24 +87,33 @@ class CoPE(AttentionEncoding):
         self.table = nn.Parameter(torch.zeros(self.num_positions, head_dim))
 
     def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        scores: LineScores | None = None,
     ) -> AttentionBias:
-        """The bias of every pair in logits, float32 or better inside, in the dtype of q."""
-        return AttentionBias(matrix=self.maps(q, k, grid)["bias"])
+        """The bias of every pair in logits, float32 or better inside."""
+        return AttentionBias(Matrix(self._maps(q, k, grid, scores)["bias"]), dtype=q.dtype)
 
     def maps(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> dict[str, Tensor]:
         """gates, positions (before they are clamped) and bias, each (B, h, N, N)."""
+        return self._maps(q, k, grid, None)
+
+    def _maps(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None) -> dict[str, Tensor]:
         check_tokens(q, grid)
-        dtype = q.dtype
         with no_autocast(q):
             q, k = full_precision(q), full_precision(k)
-            gates = torch.sigmoid(self.head_dim**-0.5 * (q @ k.transpose(-1, -2)))
+            products = (
+                scores["raster"].flatten(-2).transpose(-1, -2) if scores else self.head_dim**-0.5 * (q @ k.transpose(-1, -2))
+            )
+            gates = torch.sigmoid(products)
             positions = cope_positions(gates, self.options.count) * self._position_scale(grid)
             bias = interpolate(q @ full_precision(self.table).T, positions)
             divisor = self.head_dim**0.5 if self.options.divide_bias else 1.0
-            return {"gates": gates, "positions": positions, "bias": (bias / divisor).to(dtype)}
+            return {"gates": gates, "positions": positions, "bias": bias / divisor}
 
     def _position_scale(self, grid: Grid) -> float:
         return 1.0 if self.options.beyond == "clamp" else min(1.0, num_tokens(self.grid) / num_tokens(grid))

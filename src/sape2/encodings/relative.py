@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sape2.bias import PLACE_AXES, Matrix, Places
 from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
-from sape2.grid import Grid, check_grid, check_tokens, line_coordinate, line_length, offsets, to_lines
+from sape2.grid import Grid, check_grid, check_tokens, from_lines, line_length, offsets, to_lines
 
 Beyond = Literal["resize", "clamp"]
 
@@ -79,7 +80,7 @@ class RelativeTable(AttentionEncoding):
         if self.options.beyond == "resize":
             table = resized(table, grid)
         index = offset_index(grid, table.shape[1], table.shape[2], q.device)
-        return AttentionBias(matrix=table.flatten(1)[:, index].to(q.dtype))  # (h, N, N)
+        return AttentionBias(Matrix(table.flatten(1)[:, index]), dtype=q.dtype)  # (h, N, N)
 
 
 # --- one vector per offset -------------------------------------------------------------------------------------------
@@ -124,7 +125,7 @@ class RelativeContextual(AttentionEncoding):
             index = offset_index(grid, table.shape[1], table.shape[2], q.device)
             bias = products.gather(-1, index.expand(*q.shape[:2], -1, -1))  # (B, h, N, N)
             divisor = math.sqrt(q.shape[-1]) if self.options.divide_bias else 1.0
-            return AttentionBias(matrix=(bias / divisor).to(q.dtype))
+            return AttentionBias(Matrix(bias / divisor), dtype=q.dtype)
 
     def _table(self, grid: Grid) -> Float[Tensor, "tables rows columns head_dim"]:
         table = full_precision(self.table)
@@ -147,7 +148,7 @@ class RelativeDecomposedOptions:
 class RelativeDecomposed(AttentionEncoding):
     """b_in = q_i^T R_y[dy] + q_i^T R_x[dx], not divided by sqrt(d): MViTv2 (arXiv:2112.01526), SAM (arXiv:2304.02643).
 
-    It is a value per query and row plus a value per query and column, so it factors into a dot product of width W + H.
+    It is a value per query and row plus a value per query and column (`sape2.bias.Places`), so it needs no map.
     Tables are (2H - 1, d) and (2W - 1, d), shared by the heads, zero at the start as in SAM; theirs run from n to i,
     so they are ours upside down.
     """
@@ -168,16 +169,13 @@ class RelativeDecomposed(AttentionEncoding):
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> AttentionBias:
         check_tokens(q, grid)
-        queries, keys = [], []
         with no_autocast(q):
-            for axis in ("x", "y"):
-                vectors = self._vectors(axis, grid)  # (S, S, d), from each place of a line to each
-                lines = to_lines(full_precision(q), grid, axis)  # (B, h, lines, S, d)
-                values = torch.einsum("bhlsd,smd->bhlsm", lines, vectors)
-                values = values.transpose(2, 3) if axis == "y" else values
-                queries.append(values.flatten(2, 3).to(q.dtype))  # (B, h, N, S)
-                keys.append(F.one_hot(line_coordinate(grid, axis, q.device), line_length(grid, axis)).to(q.dtype))
-        return AttentionBias(factors=(torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)))
+            return AttentionBias(Places(*(self._values(full_precision(q), axis, grid) for axis in PLACE_AXES)), dtype=q.dtype)
+
+    def _values(self, q: Tensor, axis: Literal["x", "y"], grid: Grid) -> Float[Tensor, "batch heads tokens length"]:
+        """q_i^T R[m - s] for the place s of i in its line and every place m."""
+        lines = to_lines(q, grid, axis)  # (B, h, lines, S, d)
+        return from_lines(torch.einsum("bhlsd,smd->bhlsm", lines, self._vectors(axis, grid)), axis)
 
     def _vectors(self, axis: Literal["x", "y"], grid: Grid) -> Float[Tensor, "length length head_dim"]:
         """R[m - s] for the places s and m of a line."""
@@ -228,7 +226,7 @@ class ALiBi(AttentionEncoding):
         learned = self.options.slopes == "learned"
         slopes = full_precision(self.slopes) if learned else alibi_slopes(self.num_heads, like)
         distance = self._distance(grid, like)
-        return AttentionBias(matrix=(-slopes[:, None, None] * distance).to(q.dtype))  # (h, N, N)
+        return AttentionBias(Matrix(-slopes[:, None, None] * distance), dtype=q.dtype)  # (h, N, N)
 
     def _distance(self, grid: Grid, like: Tensor) -> Float[Tensor, "tokens tokens"]:
         step = offsets(grid, like.device).to(like.dtype)

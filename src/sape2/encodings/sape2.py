@@ -10,22 +10,22 @@ adds the bias undivided, `SaPE2.equations` uses unscaled gates and divides the b
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
 import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sape2.bias import PLACE_AXES, Distances, Factors, Matrix, Places
 from sape2.encodings.base import (
     AttentionBias,
     AttentionEncoding,
+    CountedVectors,
     Facts,
+    LineScores,
     between_sum,
     full_precision,
     interpolate,
@@ -33,7 +33,7 @@ from sape2.encodings.base import (
     no_autocast,
     suffix_sum,
 )
-from sape2.grid import Axis, Grid, check_grid, check_tokens, from_lines, line_coordinate, line_length, num_tokens, to_lines
+from sape2.grid import Axis, Grid, check_grid, check_tokens, from_lines, line_length, num_tokens, places_to_lines, to_lines
 
 Count = Literal["suffix", "prefix", "both", "between", "cyclic"]
 
@@ -83,44 +83,9 @@ def table_products(
     return vector @ table.transpose(-1, -2)
 
 
-class PairwiseDistance(torch.autograd.Function):
-    """Eq. 15: D_in = ||s_i - s_n||_2 for all pairs; (..., N, S) -> (..., N, N).
-
-    Forward sums squared differences one by one, so the diagonal and equal vectors give exactly 0 (a distance made of
-    a matrix product leaves up to 5e-3 there in float32). Backward needs products only: with w = G / D (0 where D is 0)
-    and w' = w + w^T, dL/ds = rowsum(w') s - w' s.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(s: Tensor) -> Tensor:
-        return torch.cdist(s, s, compute_mode="donot_use_mm_for_euclid_dist")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs, output)
-        ctx.save_for_forward(*inputs, output)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        s, distance = ctx.saved_tensors
-        w = (grad / distance).masked_fill_(distance == 0, 0)
-        row_sums = (w.sum(-1) + w.sum(-2)).unsqueeze(-1)
-        return row_sums * s - w @ s - w.transpose(-1, -2) @ s
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor) -> Tensor:  # pyrefly: ignore[bad-override]
-        s, distance = ctx.saved_tensors
-        own = (s * tangent).sum(-1)
-        cross = s @ tangent.transpose(-1, -2)
-        change = own[..., :, None] + own[..., None, :] - cross - cross.transpose(-1, -2)
-        return (change / distance).masked_fill_(distance == 0, 0)
-
-
 def distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
-    """Eq. 15: b_in = sum over the axes of ||s_i - s_n||_2. Needs the N x N map."""
-    return AttentionBias(matrix=functools.reduce(operator.add, [PairwiseDistance.apply(s) for s in vectors.values()]))
+    """Eq. 15: b_in = sum over the axes of ||s_i - s_n||_2."""
+    return AttentionBias(Distances(tuple(vectors.values())))
 
 
 def squared_distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
@@ -132,17 +97,19 @@ def squared_distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
     s = s - s.mean(-2, keepdim=True)  # distances ignore a common shift; smaller norms round less
     norm = (s * s).sum(-1, keepdim=True)
     one = torch.ones_like(norm)
-    return AttentionBias(factors=(torch.cat([-2 * s, one, norm], dim=-1), torch.cat([s, norm, one], dim=-1)))
+    return AttentionBias(Factors(torch.cat([-2 * s, one, norm], dim=-1), torch.cat([s, norm, one], dim=-1)))
 
 
 def direct_bias(vectors: dict[Axis, Tensor], grid: Grid) -> AttentionBias:
-    """b_in = z^x_i[column of n] + z^y_i[row of n], the read-out of CoPE (arXiv:2405.18719) along two axes; it factors."""
-    queries, keys = [], []
+    """b_in = z^x_i[column of n] + z^y_i[row of n], the read-out of CoPE (arXiv:2405.18719) along two axes."""
+    values = {}
     for axis, z in vectors.items():
-        length = line_length(grid, axis)
-        queries.append(z.unflatten(-1, (-1, length)).sum(-2))  # `both` has two values for every place
-        keys.append(F.one_hot(line_coordinate(grid, axis, z.device), length).to(z.dtype).expand(*z.shape[:-1], length))
-    return AttentionBias(factors=(torch.cat(queries, dim=-1), torch.cat(keys, dim=-1)))
+        values[axis] = z.unflatten(-1, (-1, line_length(grid, axis))).sum(-2)  # `both` has two values for every place
+    if "raster" in values:
+        return AttentionBias(Matrix(values["raster"]))
+    some = next(iter(values.values()))
+    lengths = {axis: line_length(grid, axis) for axis in PLACE_AXES}
+    return AttentionBias(Places(*(values.get(axis, some.new_zeros(*some.shape[:-1], n)) for axis, n in lengths.items())))
 
 
 # --- the encoding ----------------------------------------------------------------------------------------------------
@@ -247,6 +214,7 @@ class SaPE2(AttentionEncoding):
         self.axes: tuple[Axis, ...] = ("x", "y") if self.options.axes == "xy" else (self.options.axes,)
         longest = num_tokens(grid) if self.options.axes == "raster" else max(grid)
         self.num_positions = self.options.num_positions or longest + 1
+        self.score_axes = self.axes if self.options.gates == "content" else ()
         for axis in self.axes:
             table = nn.Parameter(torch.empty(self.num_positions, head_dim))
             self.register_parameter(f"table_{axis}", table)
@@ -277,12 +245,19 @@ class SaPE2(AttentionEncoding):
     # --- hooks -------------------------------------------------------------------------------------------------------
 
     def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        scores: LineScores | None = None,
     ) -> AttentionBias:
-        """The bias of every pair in logits, float32 or better inside, in the dtype of q."""
+        """The bias of every pair in logits, float32 or better inside."""
         self._check_input(q, grid)
         with no_autocast(q):
-            lines = self._all_lines(full_precision(q), full_precision(k), grid)
+            q_full, k_full = full_precision(q), full_precision(k)
+            if scores and self.options.count in ("suffix", "prefix"):
+                return self._read_out(self._counted_vectors(q_full, k_full, grid, scores), grid, q.dtype)
+            lines = self._all_lines(q_full, k_full, grid, scores)
             return self._read_out({axis: from_lines(maps.vectors, axis) for axis, maps in lines.items()}, grid, q.dtype)
 
     def maps(
@@ -320,26 +295,54 @@ class SaPE2(AttentionEncoding):
         if q.device.type == "cpu" and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _warn_if_dead(self)
 
-    def _all_lines(self, q: Tensor, k: Tensor, grid: Grid) -> dict[Axis, LineMaps]:
-        return {axis: self._line_maps(to_lines(q, grid, axis), to_lines(k, grid, axis), grid, axis) for axis in self.axes}
+    def _all_lines(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None = None) -> dict[Axis, LineMaps]:
+        """Equations 9 to 14 along every axis; `scores` are the products q.k / sqrt(d) within lines, if they are known."""
+        vector = q if self.options.dot == "query" else k
+        tables = torch.cat([full_precision(getattr(self, f"table_{axis}")) for axis in self.axes])
+        products = table_products(vector, tables).split(self.num_positions, dim=-1)  # of all axes at once, (B, h, N, P)
+        result: dict[Axis, LineMaps] = {}
+        for axis, of_axis in zip(self.axes, products, strict=True):
+            gates = self._gates(q, k, grid, axis, scores)
+            positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis)
+            vectors = interpolate(to_lines(of_axis, grid, axis), positions)
+            if self.options.normalize == "sqrt_length":
+                vectors = vectors / math.sqrt(line_length(grid, axis))
+            result[axis] = LineMaps(gates, positions, vectors)
+        return result
 
-    def _line_maps(self, q: Tensor, k: Tensor, grid: Grid, axis: Axis) -> LineMaps:
-        """Equations 9 to 14 along one axis; q and k are (B, h, lines, S, d)."""
-        gates = self._gates(q, k)
-        positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis)
-        table = full_precision(getattr(self, f"table_{axis}"))
-        products = table_products(q if self.options.dot == "query" else k, table)
-        vectors = interpolate(products, positions)
-        if self.options.normalize == "sqrt_length":
-            vectors = vectors / math.sqrt(line_length(grid, axis))
-        return LineMaps(gates, positions, vectors)
+    def _counted_vectors(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores) -> dict[Axis, Tensor]:
+        """The vectors of all axes, (B, h, N, S), from scores that are known: the same numbers as `_all_lines`, faster."""
+        vector = q if self.options.dot == "query" else k
+        tables = torch.cat([full_precision(getattr(self, f"table_{axis}")) for axis in self.axes])
+        products = (tables @ vector.transpose(-1, -2)).split(self.num_positions, dim=-2)  # (B, h, P, N) for each axis
+        result: dict[Axis, Tensor] = {}
+        for axis, of_axis in zip(self.axes, products, strict=True):
+            scale = self._position_scale(grid, axis)
+            of_line = self._relative(scores[axis].flatten(-2))
+            vectors = CountedVectors.apply(of_line, of_axis, self.options.count == "suffix", scale).transpose(-1, -2)
+            shorter = self.options.normalize == "sqrt_length"
+            result[axis] = vectors / math.sqrt(line_length(grid, axis)) if shorter else vectors
+        return result
 
-    def _gates(self, q: Tensor, k: Tensor) -> Tensor:
+    def _relative(self, scores: Tensor) -> Tensor:
+        """Scores, which are divided by sqrt(d), as the gates scale them."""
+        if self.options.gate_scale == "sqrt_dim":
+            return scores
+        scale = self._gate_scale()
+        scale = scale.view(-1, *[1] * (scores.dim() - 2)) if isinstance(scale, Tensor) else scale
+        return scale * self.head_dim**0.5 * scores
+
+    def _gates(
+        self, q: Tensor, k: Tensor, grid: Grid, axis: Axis, scores: LineScores | None
+    ) -> Float[Tensor, "batch heads lines length length"]:
         """Content gates, or what is left without content: sigmoid(0) = 1/2 (constant), or 1, plain counting (none)."""
-        if self.options.gates == "content":
-            return content_gates(q, k, self._gate_scale())
-        value = 0.5 if self.options.gates == "constant" else 1.0
-        return q.new_full((1, 1), value).expand(*q.shape[:-1], q.shape[-2])
+        if self.options.gates != "content":
+            lines, length = num_tokens(grid) // line_length(grid, axis), line_length(grid, axis)
+            value = 0.5 if self.options.gates == "constant" else 1.0
+            return q.new_full((1, 1), value).expand(*q.shape[:2], lines, length, length)
+        if scores is None:
+            return content_gates(to_lines(q, grid, axis), to_lines(k, grid, axis), self._gate_scale())
+        return torch.sigmoid(self._relative(places_to_lines(scores[axis], axis)))
 
     def _gate_scale(self) -> float | Tensor:
         if self.options.gate_scale == "learned":
@@ -360,7 +363,7 @@ class SaPE2(AttentionEncoding):
             bias = squared_distance_bias(vectors)
         else:
             bias = direct_bias(vectors, grid)
-        return bias.scaled(self._bias_scale(), dtype)
+        return AttentionBias(*bias.scaled(self._bias_scale()).terms, dtype=dtype)
 
     def _bias_scale(self) -> float | Tensor:
         divisor = math.sqrt(self.head_dim) if self.options.divide_bias else 1.0

@@ -60,10 +60,10 @@ class Measure(Protocol):
     `limit` is the number of images, the first ones of `data`; None leaves it to the measure. Every row states its n.
     """
 
-    def __call__(self, model: nn.Module, data: LabelledImages, limit: int | None = None) -> Iterable[Row]: ...
+    def __call__(self, model: Any, data: LabelledImages, limit: int | None = None) -> Iterable[Row]: ...
 
 
-def row(measure: str, name: str, value: float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
+def row(measure: str, name: str, value: int | float | None, unit: str, n: int, protocol: str, **conditions: Any) -> Row:
     """One result; `conditions` say what it was measured at (layer, size, shift_px, ...)."""
     return {"measure": measure, "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol} | conditions
 
@@ -85,8 +85,7 @@ def bootstrap_interval(
     values: Float[Tensor, " images"], level: float = 0.95, resamples: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
     """Percentile interval of the mean when whole images are drawn again with replacement (Efron)."""
-    mean = values.double().mean()
-    means = mean + resampled_means((values - mean)[None], resamples, seed)[:, 0].double()
+    means = resampled_means(values[None], resamples, seed)[:, 0]
     tail = (1 - level) / 2
     low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return low, high
@@ -97,7 +96,7 @@ def resampled_means(
 ) -> Float[Tensor, "resamples kinds"]:
     """The means of each kind of value over images drawn again with replacement, all kinds over the same images (paired)."""
     counts = _resampled_counts(values.shape[1], resamples, seed)
-    return counts @ values.T.to(counts) / values.shape[1]
+    return counts.double() @ values.double().T / values.shape[1]
 
 
 @functools.lru_cache(maxsize=1)

@@ -11,6 +11,7 @@ from sape2.viz.curves import (
     plot_rows,
     plot_shift,
 )
+from sape2.viz.growth import plot_growth
 from sape2.viz.maps import plot_bias, plot_counts, plot_distance, plot_pairs
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "plot_counts",
     "plot_curves",
     "plot_distance",
+    "plot_growth",
     "plot_layers",
     "plot_pairs",
     "plot_resolution",

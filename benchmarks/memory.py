@@ -1,0 +1,137 @@
+"""Memory and time of one layer's attention against the number of tokens, and the largest grid that trains in 8 GB.
+
+Command:  python benchmarks/memory.py        (about twenty minutes on two CPU cores; needs about 16 GB for the largest maps)
+One image, 6 heads of 64, float32, forward plus backward.
+
+Measured: peak extra memory (what PyTorch's allocator gives out above what was alive before, temporaries included) and
+time (medians of alternating rounds), for squares of 8x8 to 64x64 tokens; a form whose predicted memory the machine does
+not have is left out and says so. Largest grid: the side of the largest square whose *predicted* memory stays within the
+budget, found by bisection; predicted means that the step is run on tensors without memory, whose storages are added up
+while they live (`sape2.evaluation.memory.predicted_peak`). The rows hold both numbers where both exist, so that one can
+judge the prediction. Once for the attention of one layer alone, once for a ViT-Small (patch 16, one image, gradients and
+the two moments of AdamW included). Writes benchmarks/results/memory.jsonl and memory.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import straightforward
+import torch
+import torch.nn.functional as F
+from peers import PLAIN, PLAIN_FUSED, Ours, Peer, make_straightforward, random_tokens, straightforward_sape2
+from timing import Row, compare, conditions, parser, save
+from torch import Tensor, nn
+
+from sape2 import create_model, viz
+from sape2.evaluation.cost import forward_backward, growth_exponent, loss_gradients
+from sape2.evaluation.memory import available_bytes, peak_bytes, predicted_peak
+from sape2.report import markdown_table
+
+SIDES = [8, 16, 24, 32, 48, 64]
+HEADS, HEAD_DIM, PATCH = 6, 64, 16
+MAX_SIDE = 1024
+STRAIGHTFORWARD = "sape2: straightforward"
+OURS = {
+    "sape2: ours": "sape2",
+    "sape2 squared_distance: ours": "sape2:readout=squared_distance",
+    "sape2 direct: ours": "sape2:readout=direct",
+}
+FORMS = [PLAIN, PLAIN_FUSED, STRAIGHTFORWARD, *OURS]
+ENCODINGS = {"ape": "ape", STRAIGHTFORWARD: "ape+sape2"} | {form: f"ape+{name}" for form, name in OURS.items()}
+
+
+def attention(form: str, side: int, device: str = "cpu") -> tuple[nn.Module, list[Tensor]]:
+    """The form, and its q, k, v and gradient for one image; on "meta" without memory."""
+    grid = (side, side)
+    if form in OURS:
+        module = Ours(OURS[form], HEADS, HEAD_DIM, grid)
+    elif form == STRAIGHTFORWARD:
+        module = straightforward_sape2(Ours("sape2", HEADS, HEAD_DIM, grid).encoding, grid)
+    else:
+        module = Peer(straightforward.plain if form == PLAIN else F.scaled_dot_product_attention, form)
+    torch.manual_seed(0)
+    return module, random_tokens(1, HEADS, grid, HEAD_DIM, device=device)
+
+
+def attention_bytes(form: str, side: int) -> int | None:
+    return predicted_peak(forward_backward, *attention(form, side, "meta"))
+
+
+def model_bytes(form: str, side: int) -> int | None:
+    """Of a training step of ViT-Small: what lives during forward and backward, the parameters and their two moments."""
+    with torch.device("meta"):
+        model = create_model("vit_small", encoding=ENCODINGS[form], image_size=side * PATCH, patch_size=PATCH, num_classes=10)
+    if form == STRAIGHTFORWARD:
+        make_straightforward(model)
+    batch = [torch.empty(1, 3, side * PATCH, side * PATCH, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")]
+    extra = predicted_peak(loss_gradients, model, batch)
+    return None if extra is None else extra + 3 * sum(p.nbytes for p in model.parameters())
+
+
+def measure(side: int, rounds: int) -> list[Row]:
+    """One row for every form that fits."""
+    rows, steps = [], {}
+    for form in FORMS:
+        predicted, available = attention_bytes(form, side), available_bytes()
+        row = {"form": form, "side": side, "tokens": side * side, "predicted_bytes": predicted, "bytes": None, "ms": None}
+        if predicted is not None and predicted > 0.9 * available:
+            row["note"] = f"needs about {predicted / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
+        else:
+            steps[form] = partial(forward_backward, *attention(form, side))
+            row["bytes"] = peak_bytes(steps[form])
+        rows.append(row)
+    times = compare(steps, rounds)
+    return [row | times.get(row["form"], {}) for row in rows]
+
+
+def largest_side(predict: Callable[..., int | None], budget: int) -> int | None:
+    """The largest side whose predicted memory is within the budget, by bisection; None if it cannot be predicted."""
+    low, high = 1, MAX_SIDE  # fits, does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        needed = predict(side=middle)
+        if needed is None:
+            return None
+        low, high = (middle, high) if needed <= budget else (low, middle)
+    return low
+
+
+def growth(rows: list[Row], quantity: str) -> list[Row]:
+    """The exponent of every form from 24x24 tokens on, where what is constant no longer counts."""
+    points = {
+        form: [(r["tokens"], r[quantity]) for r in rows if r["form"] == form and r["side"] >= 24 and r[quantity]]
+        for form in FORMS
+    }
+    return [{"form": form, "exponent": growth_exponent(points[form])} for form in FORMS if len(points[form]) > 1]
+
+
+def main() -> None:
+    arguments_parser = parser(__doc__, "memory.jsonl", rounds=5)
+    arguments_parser.add_argument("--gigabytes", type=float, default=8.0, help="the budget of the largest grid (default 8)")
+    arguments_parser.add_argument("--max-side", type=int, default=64, help="the largest square that is measured (default 64)")
+    arguments = arguments_parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows = []
+    for side in (side for side in SIDES if side <= arguments.max_side):
+        rows += measure(side, arguments.rounds)
+        columns = ["form", "side", "bytes", "predicted_bytes", "ms", "p10", "p90", "note"]
+        print(markdown_table(rows[-len(FORMS) :], columns), flush=True)
+    for quantity in ("bytes", "ms"):
+        print(f"growth of {quantity} with N\n\n{markdown_table(growth(rows, quantity), ['form', 'exponent'])}")
+    budget = int(arguments.gigabytes * 1e9)
+    largest = [{"form": f, "scope": "attention", "side": largest_side(partial(attention_bytes, f), budget)} for f in FORMS]
+    largest += [{"form": f, "scope": "vit_small", "side": largest_side(partial(model_bytes, f), budget)} for f in ENCODINGS]
+    print(f"largest square in {arguments.gigabytes:g} GB\n\n{markdown_table(largest, ['form', 'scope', 'side'])}")
+    save(arguments.out, [row | {"budget_bytes": budget} | conditions() for row in rows + largest])
+    lines = {form: [(r["tokens"], r["bytes"] / 2**20) for r in rows if r["form"] == form and r["bytes"]] for form in FORMS}
+    viz.plot_growth(
+        {"attention of one image, 6 heads of 64, fp32": lines},
+        arguments.out.with_suffix(".png"),
+        "peak extra memory, forward plus backward (MiB)",
+    )
+
+
+if __name__ == "__main__":
+    main()

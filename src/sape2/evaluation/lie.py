@@ -1,0 +1,109 @@
+"""Local equivariance error: the derivative of the softmax outputs along the translation of the image (arXiv:2210.02984).
+
+L f(x) = d/ds softmax(f(S_s x)) at s = 0, S_s the translation by s pixels; class outputs do not move, so a model that is
+invariant has L f = 0. Taken by forward-mode differentiation; models that cannot be differentiated so get central
+differences in float64 instead, and their rows say it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sape2.evaluation.base import LabelledImages, Row, evaluating, first_images, mean_row
+from sape2.evaluation.translation import Border, ShiftAxis, shift_derivative
+
+Method = Literal["forward_mode", "central_difference"]
+DESCRIPTION: dict[Method, str] = {
+    "forward_mode": "forward-mode derivative",
+    "central_difference": "central difference in float64, as the model has no forward-mode derivative",
+}
+
+
+def lie_derivative(
+    model: nn.Module, images: Float[Tensor, "batch channels height width"], axis: ShiftAxis, border: Border
+) -> Float[Tensor, "batch classes"]:
+    """d/ds softmax(f(S_s x)) at s = 0, per pixel of translation.
+
+    S_s x and x + s * `shift_derivative(x)` have the same derivative at 0, so the second is differentiated. The fused
+    attention kernels have no forward derivative, hence the plain one. Raises RuntimeError or NotImplementedError where
+    the model has an operation without one.
+    """
+    direction = shift_derivative(images, axis, border)
+    start = images.new_zeros(())
+    with sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(lambda s: model(images + s * direction).softmax(-1), (start,), (torch.ones_like(start),))[1]
+
+
+def lie_difference(
+    model: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
+    axis: ShiftAxis,
+    border: Border,
+    step_px: float = 1e-4,
+) -> Float[Tensor, "batch classes"]:
+    """The same by a central difference along the same line; model and images should be in float64."""
+    step = step_px * shift_derivative(images, axis, border)
+    return (model(images + step).softmax(-1) - model(images - step).softmax(-1)) / (2 * step_px)
+
+
+def lie_derivative_error(
+    model: nn.Module,
+    data: LabelledImages,
+    axis: ShiftAxis,
+    border: Border,
+    limit: int | None = None,
+    batch_size: int = 50,
+) -> list[Row]:
+    """Rows: lie_derivative_error, the mean over images of ||L f||^2 / classes (the paper's norm), and
+
+    lie_derivative_magnitude, the mean over images and classes of |L f| (what the paper's code writes down).
+    Raises ValueError for a model that has neither kind of derivative.
+    """
+    derivative, method = _derivatives(model, data, axis, border, limit, batch_size)
+    where = f"softmax(f(S_s x)) along {axis}, bilinear translation, {border} border, {DESCRIPTION[method]}"
+    conditions = {"transform": "translation", "border": border, "axis": axis, "method": method}
+    squared, magnitude = derivative.square().mean(-1), derivative.abs().mean(-1)
+    return [
+        mean_row("shift", "lie_derivative_error", squared, "1/px^2", f"||d/ds {where}||^2 / classes", **conditions),
+        mean_row("shift", "lie_derivative_magnitude", magnitude, "1/px", f"mean over classes of |d/ds {where}|", **conditions),
+    ]
+
+
+def _derivatives(
+    model: nn.Module, data: LabelledImages, axis: ShiftAxis, border: Border, limit: int | None, batch_size: int
+) -> tuple[Float[Tensor, "images classes"], Method]:
+    with evaluating(model) as device:
+        try:
+            batches = [
+                lie_derivative(model, images.to(device), axis, border).float().cpu()
+                for images, _ in first_images(data, limit, batch_size)
+            ]
+            return torch.cat(batches), "forward_mode"
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).split("\n")[0]
+    return _differences(model, data, axis, border, limit, batch_size, reason), "central_difference"
+
+
+def _differences(
+    model: nn.Module, data: LabelledImages, axis: ShiftAxis, border: Border, limit: int | None, batch_size: int, reason: str
+) -> Float[Tensor, "images classes"]:
+    wide = copy.deepcopy(model).to("cpu", torch.float64)
+    try:
+        with evaluating(wide):
+            batches = [
+                lie_difference(wide, images.double(), axis, border) for images, _ in first_images(data, limit, batch_size)
+            ]
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(
+            f"a {type(model).__name__} has no forward-mode derivative ({reason}) and does not run in float64 on the CPU "
+            f"({str(error).splitlines()[0]}), so its Lie derivative cannot be measured"
+        ) from error
+    return torch.cat(batches)

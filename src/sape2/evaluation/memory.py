@@ -1,0 +1,155 @@
+"""Peak memory of a step: measured at the allocator, or predicted without allocating anything.
+
+Both speak of *extra* bytes: the most that is alive at one moment of the step, above what was alive before it.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+MEMORY_INFO = Path("/proc/meminfo")
+GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+
+
+# --- measured --------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The extra bytes of `step()` at their highest, temporaries inside operators and autograd functions included.
+
+    On a CPU every block that PyTorch's allocator gives out and takes back is recorded by the profiler; the highest
+    running sum of these records is exact and the same in every run. Memory that BLAS and oneDNN take from the system
+    for themselves is not in it, and memory from before that the step frees is not subtracted. On CUDA it is what
+    `torch.cuda.max_memory_allocated` counts. Raises ValueError for other devices.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return _cuda_peak(step, device)
+    if device.type != "cpu":
+        raise ValueError(f"peak memory can be measured on cpu and cuda; got {device.type}")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line about every start and stop otherwise
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    return highest_sum(_allocations(profiler))
+
+
+def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _allocations(profiler: Any) -> list[int]:
+    """Bytes given out (positive) and taken back (negative), in order of time."""
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def highest_sum(changes: list[int]) -> int:
+    """The highest running sum, 0 if it never rises above."""
+    total = highest = 0
+    for change in changes:
+        total += change
+        highest = max(highest, total)
+    return highest
+
+
+# --- predicted -------------------------------------------------------------------------------------------------------
+
+
+def predicted_peak(
+    step: Callable[[Any, list[Tensor]], object], module: nn.Module, inputs: list[Tensor], device: torch.device | str = "cpu"
+) -> int | None:
+    """The extra bytes of `step(module, inputs)` on `device`, counted on tensors that have a shape there but no memory.
+
+    Every storage that an operator returns counts from then until nothing holds it, autograd included. Temporaries
+    inside an operator are not seen, so this is a little below `peak_bytes`. The module, taken in eval mode, and the
+    inputs may themselves be on the device "meta". None if what the step does depends on values.
+    """
+    parts = [*module.parameters(), *module.buffers()]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        memo = {id(part): _without_memory(part, device) for part in parts}
+        shadow = copy.deepcopy(module, memo).eval()
+        fakes = [_without_memory(tensor, device) for tensor in inputs]
+        with LiveStorages() as live:
+            try:
+                result = step(shadow, fakes)
+            except (DataDependentOutputException, DynamicOutputShapeException):
+                return None
+            del result
+    return live.highest
+
+
+def _without_memory(like: Tensor, device: torch.device | str) -> Tensor:
+    """Inside a FakeTensorMode: a tensor of this shape that believes to be on `device`."""
+    fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
+    return nn.Parameter(fake, like.requires_grad) if isinstance(like, nn.Parameter) else fake.requires_grad_(like.requires_grad)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Adds up the bytes of the storages that operators return, for as long as anything holds them.
+
+    `highest` is the most there was after any operator. What an operator is given and did not come from one counts 0.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.highest = 0
+        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        for tensor in _tensors((args, kwargs)):
+            self._add(tensor, 0)
+        output = func(*args, **(kwargs or {}))
+        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
+        for tensor in _tensors(output):
+            self._add(tensor, tensor.untyped_storage().nbytes())
+        self.highest = max(self.highest, sum(size for _, size in self._storages.values()))
+        return output
+
+    def _add(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._storages:
+            self._storages[storage._cdata] = (StorageWeakRef(storage), size)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+# --- available -------------------------------------------------------------------------------------------------------
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """What can still be allocated: on CUDA what the driver says, else what the system, or the container's limit, leaves."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_system_available()]
+    if GROUP_LIMIT.exists() and GROUP_USE.exists() and (limit := GROUP_LIMIT.read_text().strip()) != "max":
+        limits.append(max(0, int(limit) - int(GROUP_USE.read_text())))
+    return min(limits)
+
+
+def _system_available() -> int:
+    """With what the system would give back from its caches, where it says that; else the free pages."""
+    if MEMORY_INFO.exists():
+        for line in MEMORY_INFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,55 @@
+"""How long steps take: wall time, the steps of a comparison taken in turn, with spread."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def alternate(
+    steps: dict[str, Callable[[], object]], repeats: int, warmup: int = 2, on_round: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of each step in each of `repeats` rounds. A round runs every step once, so what slows the machine for a
+    while meets all of them; `warmup` rounds before are not kept. Synchronised with an accelerator if there is one.
+    `on_round` is called after every round.
+    """
+    if repeats < 1:
+        raise ValueError(f"timing needs at least one repeat; got {repeats}")
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for round_ in range(warmup + repeats):
+        for name, step in steps.items():
+            seconds = time_once(step)
+            if round_ >= warmup:
+                times[name].append(seconds)
+        on_round()
+    return times
+
+
+def time_once(step: Callable[[], object]) -> float:
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def synchronize() -> None:
+    """Waits for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def median_seconds(step: Callable[[], object], warmup: int = 2, repeats: int = 5) -> float:
+    """Median wall time of `step`."""
+    return statistics.median(alternate({"step": step}, repeats, warmup)["step"])
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """The 10th and the 90th percentile, linear between order statistics; of one value, that value twice."""
+    if len(values) == 1:
+        return values[0], values[0]
+    deciles = statistics.quantiles(values, n=10, method="inclusive")
+    return deciles[0], deciles[-1]
