@@ -324,6 +324,7 @@ def _patch(text: str) -> tuple[int, int]:
         raise ValueError(f"--patch must be ROW,COLUMN, whole numbers from 0, such as 3,5; got {text!r}")
     return int(match[1]), int(match[2])
 
+
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 

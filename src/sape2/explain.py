@@ -102,7 +102,7 @@ class Explanation:
 
     def number(self, name: str, layer: int, axis: str | None = None) -> float | None:
         """A value of the health rows."""
-        found = (r["value"] for r in self.rows if (r["name"], r["layer"], r.get("axis")) == (name, layer, axis))
+        found = (r["value"] for r in self.rows if (r["name"], r.get("layer"), r.get("axis")) == (name, layer, axis))
         return next(found, None)
 
 
