@@ -7,12 +7,13 @@ what the user can put right (one line on standard error; SAPE2_DEBUG=1 shows the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -83,6 +84,7 @@ def build_parser() -> Parser:
     evaluate.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
     evaluate.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
     evaluate.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    evaluate.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
     evaluate.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     evaluate.add_argument(
         "--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set"
@@ -147,11 +149,12 @@ def run_train(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         check_run(folder, config)
     from sape2.data import load_data
-    from sape2.runs import build_model, is_measured, measure
+    from sape2.runs import build_model, draw, is_measured, measure
 
     if not arguments.dry_run and is_finished(folder) and is_measured(folder):
         _say(f"{folder} is finished; choose another --out or --seed for a new run")
-        return _show_results(read_rows(folder / "results.jsonl"), folder, arguments.json)
+        figures = sorted((folder / "figures").glob("*.png"))
+        return _show_results(read_rows(folder / "results.jsonl"), folder, arguments.json, figures)
     model = build_model(config)
     splits = load_data(config.data, config.model)
     if arguments.dry_run:
@@ -161,8 +164,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         if status:
             return status
     rows = measure(folder, splits, ["accuracy"], "test", ["last", "best"])
-    _draw(folder, splits)
-    return _show_results(rows, folder, arguments.json)
+    return _show_results(rows, folder, arguments.json, _draw(lambda: draw(folder, splits)))
 
 
 def resolve(arguments: argparse.Namespace) -> RunConfig:
@@ -256,6 +258,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     config = read_config(folder)
     measures = _chosen_measures(arguments.measures)
+    limit = None if arguments.limit is None else _whole_number("--limit", arguments.limit)
     if not is_finished(folder):
         at = last_checkpoint(folder)
         raise ValueError(
@@ -265,12 +268,13 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     from sape2.data import load_data
-    from sape2.runs import measure
+    from sape2.runs import draw, draw_measures, measure
 
     splits = load_data(config.data, config.model)
-    rows = measure(folder, splits, measures, arguments.split, [arguments.weights])
-    _draw(folder, splits)
-    return _show_results(rows, folder, arguments.json)
+    with _watching() as watch:
+        rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch)
+    files = _draw(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if "accuracy" in measures else ())])
+    return _show_results(rows, folder, arguments.json, files)
 
 
 def _chosen_measures(text: str) -> list[str]:
@@ -283,13 +287,34 @@ def _chosen_measures(text: str) -> list[str]:
     return names
 
 
-def _draw(folder: Path, splits: Splits) -> None:
-    try:
-        from sape2.runs import draw
+@contextlib.contextmanager
+def _watching() -> Iterator[Callable[[str, int, bool], None]]:
+    """Progress on standard error: in a terminal a line a measure that counts its rows, elsewhere one when it is done."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        draw(folder, splits)
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def watch(name: str, rows: int, finished: bool) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=None)
+            progress.update(tasks[name], completed=rows, total=rows if finished else None)
+            if finished and not console.is_terminal:
+                _say(f"{name}: {rows} rows, {progress.tasks[tasks[name]].elapsed:.0f} s")
+
+        yield watch
+
+
+def _draw(draw: Callable[[], list[Path]]) -> list[Path]:
+    """The files that `draw` wrote; none, and a line that says why, without matplotlib."""
+    try:
+        return draw()
     except ImportError as error:
         _say(f"no figures: {error}")
+        return []
 
 
 # --- explain ---------------------------------------------------------------------------------------------------------
@@ -490,7 +515,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
+def _show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path]) -> int:
     from sape2.report import print_json
 
     if as_json:
@@ -498,7 +523,7 @@ def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
         return 0
     for measure in dict.fromkeys(row["measure"] for row in rows):
         _print_measure([row for row in rows if row["measure"] == measure])
-    print(f"in {folder}: results.jsonl, metrics.jsonl, figures/")
+    print(f"in {folder}: {', '.join(['results.jsonl', 'metrics.jsonl', *(f'figures/{path.name}' for path in figures)])}")
     return 0
 
 

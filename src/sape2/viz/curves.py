@@ -14,22 +14,25 @@ from sape2.viz.base import DASHES, LINES, MAP_COLOURS, MARKERS, pyplot, save
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 
 
-def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_curves(runs: Runs, path: Path) -> None:
     """Loss and accuracy against the epoch, for the metrics.jsonl rows of each named run."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6))
-    panels = (("loss", "validation_loss", "cross-entropy (nats)"), ("accuracy", "validation_accuracy", "accuracy"))
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    from matplotlib.lines import Line2D
+
+    panels = (("loss", "validation_loss", "cross-entropy (nats)"), ("accuracy", "validation_accuracy", "accuracy (fraction)"))
     for panel, (train, validation, label) in zip(axes, panels, strict=True):
         for index, (name, rows) in enumerate(runs.items()):
             epochs = [row["epoch"] for row in rows]
-            colour = LINES[index % len(LINES)]
-            panel.plot(epochs, [row[validation] for row in rows], color=colour, label=f"{name}, validation")
-            panel.plot(epochs, [row[train] for row in rows], color=colour, linestyle=":", label=f"{name}, training")
+            style = {"color": LINES[index % len(LINES)], "linewidth": 1.3}
+            marker = {"marker": MARKERS[index // len(LINES) % len(MARKERS)], "markersize": 4} if index >= len(LINES) else {}
+            panel.plot(epochs, [row[validation] for row in rows], label=name, markevery=0.1, **style, **marker)
+            panel.plot(epochs, [row[train] for row in rows], linestyle=":", **style)
         panel.set_xlabel("epoch")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    axes[1].legend(fontsize=8)
-    axes[0].set_title("training targets are smoothed and mixed, so their loss is higher", fontsize=8, loc="left")
+    axes[0].set_title("training targets may be smoothed and mixed, which raises their loss", fontsize=8, loc="left")
+    kinds = [Line2D([], [], color="black", label="validation"), Line2D([], [], color="black", ls=":", label="training")]
+    figure.legend(handles=[*axes[0].get_legend_handles_labels()[0], *kinds], loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
@@ -55,68 +58,176 @@ def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None
 # --- curves of rows --------------------------------------------------------------------------------------------------
 
 
-class Panel(NamedTuple):
-    """One picture of curves: the field that runs along x, its label with the unit, and which rows are meant."""
+class NothingToDraw(ValueError):
+    """No row has what a picture would show."""
 
+
+class Panel(NamedTuple):
+    """One picture of curves: which rows, the field that runs along x, and what stands at the axes, with units."""
+
+    name: str
+    value: str  # label of the y axis
     title: str
     along: str
-    label: str
+    label: str  # of the x axis
     where: dict[str, Any]
 
 
-def plot_rows(runs: Runs, name: str, label: str, panels: Sequence[Panel], path: Path) -> None:
-    """The rows called `name` of every run, one line a run, with their 95 % intervals and the level of chance.
+def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, band: str = "95 % over images") -> None:
+    """The rows that each panel names, one line a run, with their intervals (`band` says which) and the level of chance.
 
-    `label` is that of the y axis, with its unit. A size "32x48" stands at its height, and of several proportions the most
-    common one is shown. Raises ValueError if no run has such a row.
+    Panels that no run has rows for are left out. A size "32x48" stands at its height, and of several proportions the most
+    common one is shown. Raises NothingToDraw, a ValueError, if no panel is left.
     """
-    plt = pyplot()
-    found = [{run: _curve(rows, name, panel) for run, rows in runs.items()} for panel in panels]
-    if not any(curve for curves in found for curve in curves.values()):
-        wanted = " or ".join(str(panel.where) for panel in panels)
-        raise ValueError(f"no run has a row {name} with {wanted} to draw; measure it first")
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1.2 + 4.2 * len(panels), 3.6), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axis, panel, curves in zip(axes[0], panels, found, strict=True):
+    found = [(panel, {run: _curve(rows, panel) for run, rows in runs.items()}) for panel in panels]
+    found = [(panel, curves) for panel, curves in found if any(curves.values())]
+    if not found:
+        names = " or ".join(dict.fromkeys(panel.name for panel in panels))
+        raise NothingToDraw(f"no run has a row {names} to draw; measure it first")
+    width = len(found) if len(found) <= 3 else 2
+    height = -(-len(found) // width)
+    alike = len({panel.value for panel, _ in found}) == 1
+    size = (1.6 + 4.0 * width, 0.4 + 3.1 * height)
+    figure, axes = pyplot().subplots(height, width, figsize=size, sharey=alike, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (panel, curves) in zip(axes.flat, found, strict=False):  # the last row may be longer
         _draw_curves(axis, curves)
         axis.set_xlabel(panel.label)
+        axis.set_ylabel(panel.value)
         axis.set_title(panel.title, fontsize=9)
-    axes[0, 0].set_ylabel(label)
-    handles = {text: handle for axis in axes[0] for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, title="band: 95 %", title_fontsize=7)
+    named = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = sorted(named, key=lambda text: [*runs, CHANCE].index(text))
+    handles = [named[text] for text in order]
+    figure.legend(handles, order, loc="outside right upper", fontsize=8, title=f"band: {band}", title_fontsize=7)
     save(figure, path)
 
 
-def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", border: str = "circular") -> None:
-    """Accuracy (or shift_agreement) against the shift, along both axes."""
+def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", band: str = "95 % over images") -> None:
+    """Accuracy (or shift_agreement) against the shift, along both axes, with both borders."""
+    value = name.replace("_", " ") + " (fraction)"
     panels = [
-        Panel(f"shifted along {axis}, {border} border", "shift_px", "shift (px)", {"axis": axis, "border": border})
+        Panel(name, value, f"moved along {axis}, {border} border", "shift_px", "shift (px)", {"axis": axis, "border": border})
+        for border in ("circular", "reflect")
         for axis in ("x", "y")
     ]
-    plot_rows(runs, name, name.replace("_", " ") + " (fraction)", panels, path)
+    plot_rows(runs, panels, path, band)
 
 
-def plot_resolution(runs: Runs, path: Path, name: str = "accuracy_at_size") -> None:
-    """Accuracy against the test size, content scaled and canvas padded; of every run the rule that it was built with."""
-    own = {run: _first_rule(rows, name) for run, rows in runs.items()}
+def plot_equivariance(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """How far features and biases are from moving with an image that moves by one patch around the torus, by layer."""
+    shortest = {run: _shortest_shift(rows) for run, rows in runs.items()}
     panels = [
-        Panel(f"content {transform}", "size", "height of the image (px)", {"transform": transform})
-        for transform in ("scaled", "padded")
-        if any(row["name"] == name and row.get("transform") == transform for rows in own.values() for row in rows)
+        Panel(
+            f"{what}_equivariance_error", "error (relative)", f"{title}, moved along {axis}", "layer", "layer", {"axis": axis}
+        )
+        for what, title in (("feature", "features"), ("bias", "bias, row-centred"))
+        for axis in ("x", "y")
     ]
-    plot_rows(own, name, "accuracy (fraction)", panels or [Panel("", "size", "height (px)", {})], path)
+    plot_rows(shortest, panels, path, band)
 
 
-def plot_layers(runs: Runs, path: Path, name: str, label: str, title: str = "", **where: Any) -> None:
-    """A number of `grouping` or `health` against the layer, mean of heads; `where` as in masks="scenes", distance="far"."""
-    plot_rows(runs, name, label, [Panel(title, "layer", "layer", {"head": None} | where)], path)
+def _shortest_shift(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The equivariance errors of the smallest shift, which is one patch."""
+    errors = [row for row in rows if row["name"].endswith("_equivariance_error")]
+    smallest = min((row["shift_px"] for row in errors), default=None)
+    return [row for row in errors if row["shift_px"] == smallest]
 
 
-def _first_rule(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """The rows of the rule that comes first, which is the model's own."""
-    named = [row for row in rows if row["name"] == name]
-    return [row for row in named if row.get("rule") == named[0].get("rule")]
+def plot_resolution(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """Accuracy against the test size, content scaled and canvas padded; of every run the rule that it was built with."""
+    shown = {run: _by_canvas(rows) for run, rows in runs.items()}
+    trained = sorted({str(row["size"]) for rows in shown.values() for row in rows if row["trained"]})
+    label = f"height of the image (px), trained at {', '.join(trained)}" if trained else "height of the image (px)"
+    panels = [
+        Panel("accuracy_at_size", "accuracy (fraction)", canvas, "size", label, {"canvas": canvas}) for canvas in CANVASES
+    ]
+    plot_rows(shown, panels, path, band)
+
+
+CANVASES = {  # title -> (transform, border)
+    "content scaled": ("scaled", "none"),
+    "canvas padded, reflected border": ("padded", "reflect"),
+    "canvas padded, mean colour": ("padded", "mean"),
+}
+
+
+def _by_canvas(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The accuracies under the model's own rule, with the `canvas` they belong to; the size trained at belongs to all.
+
+    Sizes below that are cut out of the image whatever the border.
+    """
+    own = _own_rule(rows)
+    changed = {row["size"] for row in own if row["name"] == "accuracy_drop"}
+    found = []
+    for row in (row for row in own if row["name"] == "accuracy_at_size"):
+        trained = row["size"] not in changed
+        for canvas, (transform, border) in CANVASES.items():
+            if trained or (row["transform"] == transform and row["border"] in (border, "none")):
+                found.append(row | {"canvas": canvas, "trained": trained})
+    return found
+
+
+def _own_rule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `resolution` under the rule that comes first, which is the model's own."""
+    ruled = [row for row in rows if "rule" in row]
+    return [row for row in ruled if row["rule"] == ruled[0]["rule"]]
+
+
+def plot_grouping(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """What attention and bias know of objects, by layer, mean of heads: on true masks, else on scenes, else on colours."""
+    masks = next((m for m in MASKS if any(row.get("masks") == m for rows in runs.values() for row in rows)), MASKS[0])
+    kinds = (
+        ("same_label_lift", "lift (ratio)", "attention to the same label", "far", {}),
+        ("bias_separation", "d' (standard deviations)", "separation by the bias", "all", {}),
+        ("bias_auroc", "AUROC", "minus the bias as a mark of the same label", "near", {"sign": "minus"}),
+        ("bias_auroc", "AUROC", "minus the bias as a mark of the same label", "far", {"sign": "minus"}),
+    )
+    panels = [
+        Panel(
+            name,
+            value,
+            f"{title}\n{far} pairs, {masks}",
+            "layer",
+            "layer",
+            {"head": None, "masks": masks, "distance": far} | more,
+        )
+        for name, value, title, far, more in kinds
+    ]
+    plot_rows(runs, panels, path, band)
+
+
+MASKS = ("given", "scenes", "colour clusters")  # the first that there is
+
+
+def plot_health(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """Whether the encoding is at work, by layer: share of the bias, gates and positions at their ends, position in tokens."""
+    kinds = (
+        ("bias_variance_share", "share (fraction)", "variance of the logits that is the bias", {}),
+        ("gate_saturated_share", "share (fraction)", "gates outside 0.01..0.99, mean of axes", {}),
+        ("position_clamped_share", "share (fraction)", "positions beyond the table, mean of axes", {}),
+        ("position_r2", "R²", "row and column read from tokens, mean of axes,\npatches shuffled", {"patches": "shuffled"}),
+    )
+    panels = [Panel(name, value, title, "layer", "layer", where) for name, value, title, where in kinds]
+    plot_rows({run: _mean_of_axes(rows) for run, rows in runs.items()}, panels, path, band)
+
+
+def _mean_of_axes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a layer for the numbers that come once an axis; without an interval, which theirs do not give."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("layer") is not None and row["value"] is not None:
+            groups.setdefault((row["name"], row["layer"], row.get("patches")), []).append(row)
+    return [
+        group[0]
+        if len(group) == 1
+        else {"name": name, "layer": layer, "patches": patches, "value": sum(row["value"] for row in group) / len(group)}
+        | {"chance": group[0].get("chance")}
+        for (name, layer, patches), group in groups.items()
+    ]
+
+
+CHANCE = "chance"
 
 
 class Point(NamedTuple):
@@ -137,19 +248,19 @@ def _draw_curves(axis: Any, curves: dict[str, list[Point]]) -> None:
         axis.fill_between(place, low, high, color=style["color"], alpha=0.15, linewidth=0)
     chance = [point.chance for curve in curves.values() for point in curve if point.chance is not None]
     if chance and max(chance) - min(chance) < 0.05:  # chance that hangs on predictions differs a little between runs
-        axis.axhline(sum(chance) / len(chance), color="0.4", linestyle=":", linewidth=1, label="chance")
+        axis.axhline(sum(chance) / len(chance), color="0.4", linestyle=":", linewidth=1, label=CHANCE)
     places = sorted({point.place for curve in curves.values() for point in curve})
     if len(places) <= 12 and all(place.is_integer() for place in places):
         axis.set_xticks(places, [f"{place:.0f}" for place in places])
     axis.grid(alpha=0.3)
 
 
-def _curve(rows: Sequence[dict[str, Any]], name: str, panel: Panel) -> list[Point]:
+def _curve(rows: Sequence[dict[str, Any]], panel: Panel) -> list[Point]:
     """The points in the order of their places."""
     chosen = [
         row
         for row in rows
-        if row["name"] == name
+        if row["name"] == panel.name
         and panel.along in row
         and row["value"] is not None
         and all(row.get(key) == value for key, value in panel.where.items())
