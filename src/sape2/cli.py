@@ -111,6 +111,17 @@ def build_parser() -> Parser:
     _add_json(explain)
     explain.set_defaults(run=run_explain)
 
+    report = commands.add_parser("report", help="many runs in one table and one set of figures")
+    report.add_argument(
+        "folders", metavar="RUN", nargs="+", help="run folders; those that differ in the seed only share a line"
+    )
+    report.add_argument("--measures", metavar="A,B", help="which to show (default all that any run has)")
+    report.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
+    report.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
+    report.add_argument("--out", default="runs/report", metavar="DIR", help="for tables and figures (default runs/report)")
+    _add_json(report)
+    report.set_defaults(run=run_report)
+
     cost = commands.add_parser("cost", help="what encodings cost: operations, time, memory, growth with the grid")
     cost.add_argument("--encodings", default=COST_ENCODINGS, metavar="A,B", help=f"(default {COST_ENCODINGS})")
     cost.add_argument("--grids", default="8x8,14x14,24x24", metavar="HxW,…", help="token grids (default 8x8,14x14,24x24)")
@@ -348,6 +359,31 @@ def _patch(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--patch must be ROW,COLUMN, whole numbers from 0, such as 3,5; got {text!r}")
     return int(match[1]), int(match[2])
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    measures = None if arguments.measures is None else _chosen_measures(arguments.measures)
+    from sape2.comparison import compare, read_runs, write_figures, write_tables
+    from sape2.report import print_json, print_table
+
+    runs, unfinished = read_runs(map(Path, arguments.folders), arguments.split, arguments.weights)
+    comparison = compare(runs, measures, arguments.split, arguments.weights)
+    for folder in unfinished:
+        _say(f"left out: the run in {folder} is not finished")
+    folder = Path(arguments.out)
+    files = write_tables(comparison, folder)
+    files += _draw(lambda: write_figures(comparison, folder))
+    if arguments.json:
+        print_json(comparison.rows())
+        return 0
+    print_table(comparison.table(), comparison.headings(), comparison.title)
+    for note in comparison.notes():
+        print(note)
+    print(f"in {folder}: {', '.join(path.name for path in files)}")
+    return 0
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
