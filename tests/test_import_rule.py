@@ -29,6 +29,8 @@ ALLOWED = {
     "runs": {"augment", "config", "checkpoint", "data", "evaluation", "vit", "viz"},
     "picture": {"config"},
     "explain": {"checkpoint", "config", "data", "evaluation", "grid", "picture", "report", "runs", "viz"},
+    "headlines": {"checkpoint", "config"},
+    "comparison": {"checkpoint", "headlines", "report", "viz"},
     "train": {"augment", "config", "checkpoint", "data", "encodings"},
     "recipes": {"config", "recipes"},
     "evaluation": {"evaluation", "grid"},

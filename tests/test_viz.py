@@ -38,18 +38,18 @@ SHIFTS = [
 
 
 def test_a_curve_holds_the_rows_that_are_meant_in_the_order_of_their_places():
-    panel = Panel("", "shift_px", "", {"axis": "x", "border": "circular"})
-    assert _curve(SHIFTS, "shift_accuracy", panel) == [Point(0, 0.8, 0.75, 0.85, 0.1), Point(2, 0.7, 0.6, 0.8, 0.1)]
+    panel = Panel("shift_accuracy", "", "", "shift_px", "", {"axis": "x", "border": "circular"})
+    assert _curve(SHIFTS, panel) == [Point(0, 0.8, 0.75, 0.85, 0.1), Point(2, 0.7, 0.6, 0.8, 0.1)]
 
 
 def test_of_several_proportions_the_most_common_is_drawn_at_its_height():
     sizes = [row("accuracy_at_size", 0.5, size=size) for size in ("48x48", "32x32", "32x48", "24x24")]
-    assert [point.place for point in _curve(sizes, "accuracy_at_size", Panel("", "size", "", {}))] == [24, 32, 48]
+    assert [point.place for point in _curve(sizes, Panel("accuracy_at_size", "", "", "size", "", {}))] == [24, 32, 48]
 
 
 def test_shift_curves_show_every_run_along_both_axes_with_its_interval(drawn):
     viz.plot_shift({"ape": SHIFTS, "sape2": SHIFTS[:2]}, "unused")
-    along_x, along_y = drawn[0].axes
+    along_x, along_y, reflected = (axis for axis in drawn[0].axes if axis.axison)
     lines = [line for line in along_x.lines if len(line.get_xdata()) == 2 and line.get_label() != "chance"]
     assert [line.get_label() for line in lines] == ["ape", "sape2"]
     assert lines[0].get_xydata().tolist() == [[0, 0.8], [2, 0.7]]
@@ -58,33 +58,90 @@ def test_shift_curves_show_every_run_along_both_axes_with_its_interval(drawn):
     assert {(0.0, 0.75), (0.0, 0.85), (2.0, 0.6), (2.0, 0.8)} <= {(x, round(y, 9)) for x, y in band.tolist()}
     assert along_x.get_xlabel() == "shift (px)"
     assert [line.get_label() for line in along_y.lines] == ["ape"]
+    assert reflected.lines[0].get_xydata().tolist() == [[4, 0.1]]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ape", "sape2", "chance"]
 
 
-def test_resolution_curves_show_the_rule_that_a_run_was_built_with(drawn):
-    rows = [
-        row("accuracy_at_size", value, size=size, transform=transform, rule=rule)
-        for rule, value in (("clamp", 0.5), ("rescale", 0.9))
-        for transform in ("scaled", "padded")
-        for size in ("16x16", "32x32")
-    ]
+def test_resolution_curves_show_one_rule_and_one_border_each_from_the_size_trained_at(drawn):
+    """A point a size: what the border is matters above the size trained at only."""
+    rows = []
+    for rule, value in (("clamp", 0.5), ("rescale", 0.9)):
+        rows.append(row("accuracy_at_size", value, size="32x32", transform="scaled", border="none", rule=rule))
+        for size, transform, border, less in (
+            ("16x16", "scaled", "none", 0.1),
+            ("64x64", "scaled", "none", 0.2),
+            ("16x16", "padded", "none", 0.3),
+            ("64x64", "padded", "reflect", 0.35),
+            ("64x64", "padded", "mean", 0.4),
+        ):
+            at = {"size": size, "transform": transform, "border": border, "rule": rule}
+            rows += [row("accuracy_at_size", value - less, **at), row("accuracy_drop", less, **at)]
     viz.plot_resolution({"sape2": rows}, "unused")
-    assert [axis.get_title() for axis in drawn[0].axes] == ["content scaled", "content padded"]
-    assert all(line.get_ydata().tolist() == [0.5, 0.5] for axis in drawn[0].axes for line in axis.lines)
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert titles == ["content scaled", "canvas padded, reflected border", "canvas padded, mean colour"]
+    found = [[(x, round(y, 9)) for x, y in axis.lines[0].get_xydata()] for axis in drawn[0].axes]
+    assert found == [
+        [(16, 0.4), (32, 0.5), (64, 0.3)],
+        [(16, 0.2), (32, 0.5), (64, 0.15)],
+        [(16, 0.2), (32, 0.5), (64, 0.1)],
+    ]
+    assert drawn[0].axes[0].get_xlabel() == "height of the image (px), trained at 32x32"
+
+
+LIFT = {"masks": "scenes", "distance": "far", "chance": 1.0}
 
 
 def test_a_number_is_shown_by_layer_for_the_mean_of_heads(drawn):
-    rows = [row("same_label_lift", 1.0 + layer, layer=layer, masks="scenes", distance="far", chance=1.0) for layer in (2, 1)]
-    rows += [row("same_label_lift", 9.0, layer=1, masks="scenes", distance="far", head=1)]
-    viz.plot_layers({"none": rows}, "unused", "same_label_lift", "lift (ratio)", masks="scenes", distance="far")
-    line, chance = drawn[0].axes[0].lines
+    rows = [row("same_label_lift", 1.0 + layer, layer=layer, **LIFT) for layer in (2, 1)]
+    rows += [row("same_label_lift", 9.0, layer=1, head=1, **LIFT)]
+    rows += [row("same_label_lift", 9.0, layer=1, **LIFT | {"masks": "colour clusters"})]
+    viz.plot_grouping({"none": rows}, "unused")
+    (panel,) = drawn[0].axes
+    line, chance = panel.lines
     assert line.get_xydata().tolist() == [[1, 2], [2, 3]]
     assert chance.get_ydata() == [1.0, 1.0]
+    assert "scenes" in panel.get_title()
+
+
+def test_numbers_that_come_once_an_axis_are_averaged(drawn):
+    rows = [row("gate_saturated_share", value, layer=1, axis=axis) for axis, value in (("x", 0.2), ("y", 0.4))]
+    rows += [row("position_r2", value, layer=1, axis="x", patches=p) for p, value in (("in place", 0.9), ("shuffled", 0.1))]
+    viz.plot_health({"sape2": rows}, "unused")
+    assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == [[pytest.approx(0.3)], [0.1]]
+
+
+def test_equivariance_errors_are_those_of_the_shortest_shift(drawn):
+    rows = [
+        row("feature_equivariance_error", px / 10, layer=1, axis=axis, shift_px=px) for px in (16, 4) for axis in ("x", "y")
+    ]
+    viz.plot_equivariance({"none": rows}, "unused")
+    assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == [[0.4], [0.4]]
+
+
+def test_a_measure_has_its_pictures_and_none_where_there_are_no_rows(tmp_path):
+    rows = [row(name, 0.5, measure="shift", **at) for name, at in (
+        ("shift_accuracy", {"shift_px": 1, "axis": "x", "border": "circular"}),
+        ("shift_accuracy", {"shift_px": 0, "axis": "x", "border": "circular"}),
+    )]  # fmt: skip
+    written = viz.plot_measures({"a": rows}, ["accuracy", "shift", "grouping"], tmp_path, "-best")
+    assert written == [tmp_path / "shift-best.png"]
+    assert Image.open(written[0]).size[0] > 300
+
+
+def test_training_curves_name_every_run_once_and_stay_apart_beyond_the_colours(drawn):
+    names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
+    epochs = [dict.fromkeys(names, 1.0), dict.fromkeys(names, 2.0)]
+    runs = [f"run {number}" for number in range(10)]
+    viz.plot_curves(dict.fromkeys(runs, epochs), "unused")
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*runs, "validation", "training"]
+    solid = [line for line in drawn[0].axes[0].lines if line.get_linestyle() == "-"]
+    assert len({(line.get_color(), line.get_marker()) for line in solid}) == 10
 
 
 def test_more_runs_than_colours_differ_in_their_dashes(drawn):
-    viz.plot_layers({str(run): [row("n", 1.0, layer=1)] for run in range(12)}, "unused", "n", "n (unit)")
-    styles = [(line.get_color(), line.get_linestyle()) for line in drawn[0].axes[0].lines]
-    assert len(set(styles)) == 12
+    viz.plot_grouping({str(run): [row("same_label_lift", 1.5, layer=1, **LIFT)] for run in range(12)}, "unused")
+    lines = [line for line in drawn[0].axes[0].lines if line.get_label() != "chance"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
 
 
 def test_rows_that_are_not_there_are_named():

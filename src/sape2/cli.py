@@ -366,7 +366,8 @@ def _patch(text: str) -> tuple[int, int]:
 
 def run_report(arguments: argparse.Namespace) -> int:
     measures = None if arguments.measures is None else _chosen_measures(arguments.measures)
-    from sape2.comparison import compare, read_runs, write_figures, write_tables
+    from sape2.comparison import compare, write_figures, write_tables
+    from sape2.headlines import read_runs
     from sape2.report import print_json, print_table
 
     runs, unfinished = read_runs(map(Path, arguments.folders), arguments.split, arguments.weights)
