@@ -284,7 +284,8 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     splits = load_data(config.data, config.model)
     with _watching() as watch:
         rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch)
-    files = _draw(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if "accuracy" in measures else ())])
+    whole = "accuracy" in measures and limit is None  # confusion is of all images
+    files = _draw(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if whole else ())])
     return _show_results(rows, folder, arguments.json, files)
 
 
