@@ -118,6 +118,16 @@ def test_equivariance_errors_are_those_of_the_shortest_shift(drawn):
     assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == [[0.4], [0.4]]
 
 
+def test_errors_and_shares_start_at_zero_unless_one_is_negative(drawn):
+    for values in ((0.5, 0.51), (0.0, 0.0), (-0.2, 0.5)):
+        rows = [row("bias_variance_share", value, layer=layer) for layer, value in enumerate(values)]
+        viz.plot_health({"a": rows}, "unused")
+    limits = [figure.axes[0].get_ylim() for figure in drawn]
+    assert limits[0] == pytest.approx((-0.03 * 1.08 * 0.51, 1.08 * 0.51))
+    assert limits[1] == (-0.03, 1.0)
+    assert limits[2][0] < -0.2
+
+
 def test_a_measure_has_its_pictures_and_none_where_there_are_no_rows(tmp_path):
     rows = [row(name, 0.5, measure="shift", **at) for name, at in (
         ("shift_accuracy", {"shift_px": 1, "axis": "x", "border": "circular"}),

@@ -94,13 +94,24 @@ def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, band: str = "95 %
     for axis, (panel, curves) in zip(axes.flat, found, strict=False):  # the last row may be longer
         _draw_curves(axis, curves)
         axis.set_xlabel(panel.label)
-        axis.set_ylabel(panel.value)
         axis.set_title(panel.title, fontsize=9)
+        if axis in axes[:, 0] or not alike:
+            axis.set_ylabel(panel.value)
+        if "(fraction)" in panel.value or "error" in panel.value:
+            _start_at_zero(axis, [curves for _, curves in found] if alike else [curves])
     named = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(named, key=lambda text: [*runs, CHANCE].index(text))
     handles = [named[text] for text in order]
     figure.legend(handles, order, loc="outside right upper", fontsize=8, title=f"band: {band}", title_fontsize=7)
     save(figure, path)
+
+
+def _start_at_zero(axis: Any, shown: Sequence[dict[str, list[Point]]]) -> None:
+    """So that what is small looks small, unless something is negative; zeros lie at the bottom of 0 to 1."""
+    points = [point for curves in shown for curve in curves.values() for point in curve]
+    top = 1.08 * max(point.high for point in points) or 1.0
+    if min(point.low for point in points) >= 0:
+        axis.set_ylim(-0.03 * top, top)
 
 
 def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", band: str = "95 % over images") -> None:
