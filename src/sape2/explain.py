@@ -250,7 +250,7 @@ def _about(found: Explanation) -> str:
     config = found.config
     return (
         f"{config.model.label} with {config.model.encoding}, trained on {config.data.name} for {config.train.epochs} epochs "
-        f"(seed {config.seed}), {config.model.grid[0]}x{config.model.grid[1]} patches. The image: {found.picture.notes}."
+        f"(seed {config.seed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. The image: {found.picture.notes}."
     )
 
 
@@ -273,7 +273,9 @@ def _figures(found: Explanation) -> Iterator[str]:
             if found.choice.layer or share is None
             else f", whose bias makes up most of its logits ({share:.0%} of their variance)"
         )
-        about += ". A gate says how much a patch counts; a position is the sum of gates up to there."
+        about += (
+            ". A gate says how much a patch counts; a position is a sum of gates along the line, counted as the encoding does."
+        )
         yield "<h2>Gates and positions</h2>"
         yield _figure(
             lambda path: _draw_counts(found, layer, path),
