@@ -289,7 +289,7 @@ class CountedVectors(torch.autograd.Function):
         positions = counted @ gates
         inside = positions <= last if length * position_scale > last else None  # else no position can lie beyond
         low = positions.clamp_(max=last).floor().clamp_(max=last - 1)
-        index, fraction = low.long(), positions.sub_(low)
+        index, fraction = low.long().clamp_(0), positions.sub_(low)  # as in `interpolate`, for a NaN position
         slope = (products[..., 1:, :] - products[..., :-1, :]).gather(-2, index)
         values = products.gather(-2, index).addcmul_(fraction, slope)
         if inside is not None:
