@@ -250,7 +250,8 @@ def _about(found: Explanation) -> str:
     config = found.config
     return (
         f"{config.model.label} with {config.model.encoding}, trained on {config.data.name} for {config.train.epochs} epochs "
-        f"(seed {config.seed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. The image: {found.picture.notes}."
+        f"(seed {config.seed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. "
+        f"The image: {found.picture.notes}."
     )
 
 
