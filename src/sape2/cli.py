@@ -381,7 +381,8 @@ def run_report(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(comparison.rows())
         return 0
-    print_table(comparison.table(), comparison.headings(), comparison.title)
+    for part in comparison.headings(most=6):  # what a terminal is wide enough for
+        print_table(comparison.table(), part, comparison.title)
     for note in comparison.notes():
         print(note)
     print(f"in {folder}: {', '.join(path.name for path in files)}")

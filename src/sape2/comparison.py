@@ -169,8 +169,11 @@ class Comparison:
             for group in self.groups
         ]
 
-    def headings(self) -> list[str]:
-        return ["encoding", "seeds", *(column.heading for column in self.columns())]
+    def headings(self, most: int = len(COLUMNS)) -> list[list[str]]:
+        """The columns of the table, in parts of at most `most` numbers, each beginning with what tells the lines apart."""
+        numbers = [column.heading for column in self.columns()]
+        parts = range(0, len(numbers), most)
+        return [["encoding", "seeds", *numbers[start : start + most]] for start in parts]
 
     def notes(self) -> list[str]:
         """What a reader must know before comparing."""
@@ -180,8 +183,7 @@ class Comparison:
                 "± is the standard deviation over seeds, not an interval; (n) where fewer runs than seeds were measured."
             )
         for measure in self.measures:
-            first = (next((row["n"] for row in run.rows if row["measure"] == measure), None) for run in self._runs())
-            numbers = sorted({number for number in first if number is not None})
+            numbers = sorted({max(n) for run in self._runs() if (n := [r["n"] for r in run.rows if r["measure"] == measure])})
             if len(numbers) > 1 and measure != "cost":
                 notes.append(f"{measure} was measured on different numbers of images: {', '.join(map(str, numbers))}.")
             lacking = [group.label for group in self.groups if any(measure not in run.measures() for run in group.runs)]
@@ -215,7 +217,8 @@ def _cell(values: list[float], runs: int) -> str:
     if not values:
         return ""
     mean, std = mean_and_std(values)
-    digits = 0 if all(float(value).is_integer() for value in values) and not std else 4 if abs(mean) < 10 else 1
+    counts = all(float(value).is_integer() for value in values)
+    digits = (1 if std else 0) if counts else 4 if abs(mean) < 10 else 1
     text = f"{mean:.{digits}f}" + ("" if std is None or not digits else f" ± {std:.{digits}f}")
     return text if len(values) == runs else f"{text} ({len(values)})"
 
@@ -269,9 +272,9 @@ def page(comparison: Comparison, figures: list[Path]) -> str:
         for run in group.runs
     ]
     parts = [
-        f"# Comparison of {len(folders)} runs\n\n{comparison.title}. An empty cell was not measured.\n",
-        markdown_table(comparison.table(), comparison.headings()),
-        "\n".join(f"- {note}" for note in comparison.notes()),
+        f"# Comparison of {len(folders)} runs\n\n{comparison.title}. An empty cell was not measured, or the model has nothing to measure there.\n",
+        markdown_table(comparison.table(), *comparison.headings()),
+        "".join(f"- {note}\n" for note in comparison.notes()),
         "## Columns\n",
         markdown_table(meanings, ["column", "measure", "unit", "meaning"]),
         *(f"![{path.stem}]({path.name})\n" for path in figures),
