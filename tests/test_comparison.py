@@ -166,6 +166,7 @@ def test_lines_are_named_by_what_differs(make):
 def test_differing_numbers_of_images_are_told(make):
     runs, _ = read_runs([make("a", rows=results(0.5, n=100)), make("b", "none", rows=results(0.5, n=20))])
     assert "shift was measured on different numbers of images: 20, 100." in compare(runs, None).notes()
+    assert not any(note.startswith("health was") for note in compare(runs, None).notes())
     assert compare(runs[:1], None).notes() == []
 
 

@@ -183,7 +183,7 @@ class Comparison:
                 "± is the standard deviation over seeds, not an interval; (n) where fewer runs than seeds were measured."
             )
         for measure in self.measures:
-            numbers = sorted({max(n) for run in self._runs() if (n := [r["n"] for r in run.rows if r["measure"] == measure])})
+            numbers = self._images(measure)
             if len(numbers) > 1 and measure != "cost":
                 notes.append(f"{measure} was measured on different numbers of images: {', '.join(map(str, numbers))}.")
             lacking = [group.label for group in self.groups if any(measure not in run.measures() for run in group.runs)]
@@ -193,6 +193,16 @@ class Comparison:
         if len(machines) > 1:
             notes.append("ms per step is not comparable: runs were trained on different devices or in different precision.")
         return notes
+
+    def _images(self, measure: str) -> list[int]:
+        """The different n of the first number of the measure that all runs have which have any."""
+        found: list[dict[str, int]] = []
+        for run in (run for run in self._runs() if measure in run.measures()):
+            found.append({})
+            for row in (row for row in run.rows if row["measure"] == measure):
+                found[-1].setdefault(row["name"], row["n"])
+        shared = next((name for name in (found[0] if found else ()) if all(name in numbers for numbers in found)), None)
+        return sorted({numbers[shared] for numbers in found}) if shared else []
 
     def _runs(self) -> list[Run]:
         return [run for group in self.groups for run in group.runs]
@@ -272,7 +282,8 @@ def page(comparison: Comparison, figures: list[Path]) -> str:
         for run in group.runs
     ]
     parts = [
-        f"# Comparison of {len(folders)} runs\n\n{comparison.title}. An empty cell was not measured, or the model has nothing to measure there.\n",
+        f"# Comparison of {len(folders)} runs\n\n{comparison.title}. An empty cell was not measured, or the model "
+        "has nothing to measure there.\n",
         markdown_table(comparison.table(), *comparison.headings()),
         "".join(f"- {note}\n" for note in comparison.notes()),
         "## Columns\n",
