@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import jaxtyping
 import pytest
@@ -65,7 +66,7 @@ def make(tmp_path):
 
     def folder_of(name, encoding="ape", seed=0, rows=(), finished=True, settings=()):
         folder = tmp_path / name
-        config = override(get_recipe("digits"), [f"model.encoding={encoding}", f"seed={seed}", *settings])
+        config = replace(override(get_recipe("digits"), [f"model.encoding={encoding}", *settings]), seed=seed)
         start_run(folder, config)
         speed = {"images_per_s": 100 * config.train.batch_size, "device": "cpu", "precision": "fp32"}
         losses = {"loss": 2.0, "accuracy": 0.5, "validation_loss": 1.0, "validation_accuracy": 0.5}

@@ -1,6 +1,9 @@
 """Pictures of rows: which points are drawn, where, with which intervals; and that every picture can be made."""
 
+from pathlib import Path
+
 import matplotlib as mpl
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
@@ -11,6 +14,7 @@ from sape2.viz.base import LINES
 from sape2.viz.curves import Panel, Point, _curve
 
 mpl.use("Agg")
+UNUSED = Path("unused.png")
 
 
 def row(name, value, **conditions):
@@ -24,7 +28,7 @@ def drawn(monkeypatch):
     monkeypatch.setattr("sape2.viz.curves.save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("sape2.viz.maps.save", lambda figure, path: figures.append(figure))
     yield figures
-    mpl.pyplot.close("all")
+    plt.close("all")
 
 
 SHIFTS = [
@@ -48,7 +52,7 @@ def test_of_several_proportions_the_most_common_is_drawn_at_its_height():
 
 
 def test_shift_curves_show_every_run_along_both_axes_with_its_interval(drawn):
-    viz.plot_shift({"ape": SHIFTS, "sape2": SHIFTS[:2]}, "unused")
+    viz.plot_shift({"ape": SHIFTS, "sape2": SHIFTS[:2]}, UNUSED)
     along_x, along_y, reflected = (axis for axis in drawn[0].axes if axis.axison)
     lines = [line for line in along_x.lines if len(line.get_xdata()) == 2 and line.get_label() != "chance"]
     assert [line.get_label() for line in lines] == ["ape", "sape2"]
@@ -76,7 +80,7 @@ def test_resolution_curves_show_one_rule_and_one_border_each_from_the_size_train
         ):
             at = {"size": size, "transform": transform, "border": border, "rule": rule}
             rows += [row("accuracy_at_size", value - less, **at), row("accuracy_drop", less, **at)]
-    viz.plot_resolution({"sape2": rows}, "unused")
+    viz.plot_resolution({"sape2": rows}, UNUSED)
     titles = [axis.get_title() for axis in drawn[0].axes]
     assert titles == ["content scaled", "canvas padded, reflected border", "canvas padded, mean colour"]
     found = [[(x, round(y, 9)) for x, y in axis.lines[0].get_xydata()] for axis in drawn[0].axes]
@@ -95,7 +99,7 @@ def test_a_number_is_shown_by_layer_for_the_mean_of_heads(drawn):
     rows = [row("same_label_lift", 1.0 + layer, layer=layer, **LIFT) for layer in (2, 1)]
     rows += [row("same_label_lift", 9.0, layer=1, head=1, **LIFT)]
     rows += [row("same_label_lift", 9.0, layer=1, **LIFT | {"masks": "colour clusters"})]
-    viz.plot_grouping({"none": rows}, "unused")
+    viz.plot_grouping({"none": rows}, UNUSED)
     (panel,) = drawn[0].axes
     line, chance = panel.lines
     assert line.get_xydata().tolist() == [[1, 2], [2, 3]]
@@ -106,7 +110,7 @@ def test_a_number_is_shown_by_layer_for_the_mean_of_heads(drawn):
 def test_numbers_that_come_once_an_axis_are_averaged(drawn):
     rows = [row("gate_saturated_share", value, layer=1, axis=axis) for axis, value in (("x", 0.2), ("y", 0.4))]
     rows += [row("position_r2", value, layer=1, axis="x", patches=p) for p, value in (("in place", 0.9), ("shuffled", 0.1))]
-    viz.plot_health({"sape2": rows}, "unused")
+    viz.plot_health({"sape2": rows}, UNUSED)
     assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == [[pytest.approx(0.3)], [0.1]]
 
 
@@ -114,14 +118,14 @@ def test_equivariance_errors_are_those_of_the_shortest_shift(drawn):
     rows = [
         row("feature_equivariance_error", px / 10, layer=1, axis=axis, shift_px=px) for px in (16, 4) for axis in ("x", "y")
     ]
-    viz.plot_equivariance({"none": rows}, "unused")
+    viz.plot_equivariance({"none": rows}, UNUSED)
     assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == [[0.4], [0.4]]
 
 
 def test_errors_and_shares_start_at_zero_unless_one_is_negative(drawn):
     for values in ((0.5, 0.51), (0.0, 0.0), (-0.2, 0.5)):
         rows = [row("bias_variance_share", value, layer=layer) for layer, value in enumerate(values)]
-        viz.plot_health({"a": rows}, "unused")
+        viz.plot_health({"a": rows}, UNUSED)
     limits = [figure.axes[0].get_ylim() for figure in drawn]
     assert limits[0] == pytest.approx((-0.03 * 1.08 * 0.51, 1.08 * 0.51))
     assert limits[1] == (-0.03, 1.0)
@@ -142,28 +146,28 @@ def test_training_curves_name_every_run_once_and_stay_apart_beyond_the_colours(d
     names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
     epochs = [dict.fromkeys(names, 1.0), dict.fromkeys(names, 2.0)]
     runs = [f"run {number}" for number in range(10)]
-    viz.plot_curves(dict.fromkeys(runs, epochs), "unused")
+    viz.plot_curves(dict.fromkeys(runs, epochs), UNUSED)
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*runs, "validation", "training"]
     solid = [line for line in drawn[0].axes[0].lines if line.get_linestyle() == "-"]
     assert len({(line.get_color(), line.get_marker()) for line in solid}) == 10
 
 
 def test_more_runs_than_colours_differ_in_their_dashes(drawn):
-    viz.plot_grouping({str(run): [row("same_label_lift", 1.5, layer=1, **LIFT)] for run in range(12)}, "unused")
+    viz.plot_grouping({str(run): [row("same_label_lift", 1.5, layer=1, **LIFT)] for run in range(12)}, UNUSED)
     lines = [line for line in drawn[0].axes[0].lines if line.get_label() != "chance"]
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
 
 
 def test_rows_that_are_not_there_are_named():
     with pytest.raises(ValueError, match=r"no run has a row shift_accuracy .*measure it first"):
-        viz.plot_shift({"ape": []}, "unused")
+        viz.plot_shift({"ape": []}, UNUSED)
 
 
 def test_all_pairs_and_each_patch_are_where_they_belong(drawn):
     """The map of a patch is its row of the pairs, on the grid; both on one scale."""
     pairs = torch.randn(12, 12)
     image = torch.randint(0, 256, (3, 6, 8), dtype=torch.uint8)
-    viz.plot_pairs(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)}, "unused")
+    viz.plot_pairs(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)}, UNUSED)
     images = [artist for axis in drawn[0].subfigs[0].axes for artist in axis.images]
     maps = [np.asarray(artist.get_array()) for artist in images if np.asarray(artist.get_array()).ndim == 2]
     assert [found.shape for found in maps] == [(12, 12), (3, 4)]
@@ -174,7 +178,7 @@ def test_all_pairs_and_each_patch_are_where_they_belong(drawn):
 
 def test_the_bias_against_distance_is_mean_and_spread_of_the_pairs(drawn):
     maps = torch.randn(2, 4, 4)  # two heads, four patches in a row
-    viz.plot_distance({"layer 1": maps}, (1, 4), "unused")
+    viz.plot_distance({"layer 1": maps}, (1, 4), UNUSED)
     (line,) = drawn[0].axes[0].lines
     apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
     expected = [maps[:, apart == step].mean().item() for step in range(4)]

@@ -121,7 +121,7 @@ def _frame(x: float, y: float, width: float, height: float, colour: str) -> Any:
 
 def plot_counts(
     image: UInt8[Tensor, "channels height width"],
-    maps: dict[str, dict[str, Float[Tensor, "heads places"]]],
+    maps: dict[str, dict[str, Float[Tensor, "heads _"]]],
     grid: tuple[int, int],
     patch: tuple[int, int],
     path: Path,
