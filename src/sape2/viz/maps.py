@@ -93,7 +93,7 @@ def _pair_column(
     panels[0].set_title(f"{title}\nall {len(values)} x {len(values)} pairs", fontsize=9)
     for panel, (y, x) in zip(panels[1:], patches, strict=True):
         panel.imshow(values[y * grid[1] + x].reshape(grid), **limits)
-        panel.add_patch(_frame(x - 0.5, y - 0.5, 1, 1, LINES[1]))
+        panel.add_patch(_frame(x - 0.5, y - 0.5, 1.0, 1.0, LINES[1]))
     bar = panels[0].figure.colorbar(shown, ax=list(panels), location="bottom", shrink=0.9, aspect=18, pad=0.02)
     bar.ax.tick_params(labelsize=7)
     bar.set_label(quantity, fontsize=8)
