@@ -13,7 +13,7 @@ from typing import Any
 
 from sape2 import viz
 from sape2.checkpoint import write_text
-from sape2.headlines import COLUMNS, Column, Run, telling_layer
+from sape2.headlines import COLUMNS, COUNTS, Column, Run, telling_layer
 from sape2.report import csv_table, markdown_table
 
 Row = dict[str, Any]
@@ -165,7 +165,7 @@ class Comparison:
         """For people: one line a group, "mean ± std" over seeds; cells that were not measured are not there."""
         return [
             {"encoding": group.label, "seeds": group.seeds}
-            | {column.heading: text for column in self.columns() if (text := _cell(group.numbers(column), len(group.runs)))}
+            | {column.heading: text for column in self.columns() if (text := _cell(column, group))}
             for group in self.groups
         ]
 
@@ -223,14 +223,19 @@ def compare(runs: list[Run], measures: list[str] | None, split: str = "test", we
     return Comparison(group_runs(runs), wanted, split, weights)
 
 
-def _cell(values: list[float], runs: int) -> str:
+def _cell(column: Column, group: Group) -> str:
+    """ "0.8121 ± 0.0031", with the number of runs behind it if not all of them have the number; "" if none has."""
+    values = group.numbers(column)
     if not values:
         return ""
     mean, std = mean_and_std(values)
-    counts = all(float(value).is_integer() for value in values)
-    digits = (1 if std else 0) if counts else 4 if abs(mean) < 10 else 1
-    text = f"{mean:.{digits}f}" + ("" if std is None or not digits else f" ± {std:.{digits}f}")
-    return text if len(values) == runs else f"{text} ({len(values)})"
+    if column.unit in COUNTS:
+        digits = 1 if std else 0
+    else:
+        digits = 4 if abs(mean) < 10 else 1
+    spread = f" ± {std:.{digits}f}" if std is not None and digits else ""
+    runs = "" if len(values) == len(group.runs) else f" ({len(values)})"
+    return f"{mean:.{digits}f}{spread}{runs}"
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ def _of_bias(name: str, distance: str, **where: Any) -> Callable[[Run, int | Non
     return pick
 
 
+COUNTS = ("number", "warnings")  # units of whole numbers
 COLUMNS = (
     Column("accuracy", "accuracy", "fraction", "top-1, one view", lambda run, _: run.value("accuracy", "accuracy")),
     Column(
