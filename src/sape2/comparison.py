@@ -229,10 +229,7 @@ def _cell(column: Column, group: Group) -> str:
     if not values:
         return ""
     mean, std = mean_and_std(values)
-    if column.unit in COUNTS:
-        digits = 1 if std else 0
-    else:
-        digits = 4 if abs(mean) < 10 else 1
+    digits = int(bool(std)) if column.unit in COUNTS else 4 if abs(mean) < 10 else 1
     spread = f" ± {std:.{digits}f}" if std is not None and digits else ""
     runs = "" if len(values) == len(group.runs) else f" ({len(values)})"
     return f"{mean:.{digits}f}{spread}{runs}"
