@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -401,7 +402,7 @@ def test_evaluate_again_gives_the_same_rows_and_keeps_one_copy(capfd, run):
     rows = [json.loads(line) for line in before.splitlines()]
     assert [json.loads(line) for line in out.splitlines()] == [row for row in rows if row["weights"] == "last"]
     assert sorted((run / "results.jsonl").read_text().splitlines()) == sorted(before.splitlines())
-    assert err == ""
+    assert re.fullmatch(r"accuracy: 14 rows, \d+ s\n", err)
 
 
 def test_evaluate_measures_another_split_and_keeps_both(capfd, run):

@@ -10,7 +10,7 @@ from sape2 import create_model
 from sape2.data import ImageData
 from sape2.evaluation import pairs
 from sape2.evaluation.grouping import grouping
-from sape2.evaluation.layers import check_mapped, embedded, layers_of
+from sape2.evaluation.layers import embedded, layers_of, mapped
 from sape2.evaluation.scenes import make_scenes
 
 GRID = (3, 4)
@@ -382,4 +382,4 @@ def test_the_class_token_changes_no_number():
 
 def test_a_model_that_cannot_be_looked_into_is_refused():
     with pytest.raises(ValueError, match=r"grouping looks into the layers of a model.*Linear has not"):
-        check_mapped(torch.nn.Linear(2, 2), "grouping")
+        mapped(torch.nn.Linear(2, 2), "grouping")

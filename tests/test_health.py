@@ -9,7 +9,7 @@ import torch
 from sape2 import create_model
 from sape2.data import ImageData
 from sape2.encodings import create_encoding
-from sape2.evaluation.base import bootstrap_interval, row
+from sape2.evaluation.base import row
 from sape2.evaluation.findings import RULES, findings
 from sape2.evaluation.health import (
     TableUse,
@@ -484,11 +484,3 @@ def test_shuffling_keeps_every_patch_whole():
     assert shuffled.shape == pictures.shape
     assert patches(shuffled) == patches(pictures)
     assert not torch.equal(shuffled, pictures)
-
-
-def test_the_bootstrap_interval_is_that_of_drawing_images_one_resample_after_the_other():
-    values = torch.randn(30, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    means = [values[torch.randint(30, (30,), generator=generator)].mean() for _ in range(1000)]
-    expected = torch.quantile(torch.stack(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    assert bootstrap_interval(values) == pytest.approx(expected, rel=1e-12)

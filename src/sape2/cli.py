@@ -7,12 +7,13 @@ what the user can put right (one line on standard error; SAPE2_DEBUG=1 shows the
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -83,12 +84,43 @@ def build_parser() -> Parser:
     evaluate.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
     evaluate.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
     evaluate.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    evaluate.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
     evaluate.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     evaluate.add_argument(
         "--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set"
     )
     _add_json(evaluate)
     evaluate.set_defaults(run=run_evaluate)
+
+    explain = commands.add_parser("explain", help="one page about what a finished run did with an image")
+    explain.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
+    explain.add_argument("image", metavar="IMAGE", help="any image file")
+    explain.add_argument("--out", metavar="FILE", help=".html page or .png figure (default RUN/figures/explain-IMAGE.html)")
+    explain.add_argument("--layer", type=int, metavar="N", help="one layer, from 1 (default all that have a bias)")
+    explain.add_argument("--head", type=int, metavar="N", help="one head, from 1 (default their mean)")
+    explain.add_argument(
+        "--patch",
+        action="append",
+        default=[],
+        metavar="Y,X",
+        help="row and column from 0, again for more (default centre, corner)",
+    )
+    explain.add_argument(
+        "--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set"
+    )
+    _add_json(explain)
+    explain.set_defaults(run=run_explain)
+
+    report = commands.add_parser("report", help="many runs in one table and one set of figures")
+    report.add_argument(
+        "folders", metavar="RUN", nargs="+", help="run folders; those that differ in the seed only share a line"
+    )
+    report.add_argument("--measures", metavar="A,B", help="which to show (default all that any run has)")
+    report.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
+    report.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
+    report.add_argument("--out", default="runs/report", metavar="DIR", help="for tables and figures (default runs/report)")
+    _add_json(report)
+    report.set_defaults(run=run_report)
 
     cost = commands.add_parser("cost", help="what encodings cost: operations, time, memory, growth with the grid")
     cost.add_argument("--encodings", default=COST_ENCODINGS, metavar="A,B", help=f"(default {COST_ENCODINGS})")
@@ -128,11 +160,12 @@ def run_train(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         check_run(folder, config)
     from sape2.data import load_data
-    from sape2.runs import build_model, is_measured, measure
+    from sape2.runs import build_model, draw, is_measured, measure
 
     if not arguments.dry_run and is_finished(folder) and is_measured(folder):
         _say(f"{folder} is finished; choose another --out or --seed for a new run")
-        return _show_results(read_rows(folder / "results.jsonl"), folder, arguments.json)
+        figures = sorted((folder / "figures").glob("*.png"))
+        return _show_results(read_rows(folder / "results.jsonl"), folder, arguments.json, figures)
     model = build_model(config)
     splits = load_data(config.data, config.model)
     if arguments.dry_run:
@@ -142,8 +175,7 @@ def run_train(arguments: argparse.Namespace) -> int:
         if status:
             return status
     rows = measure(folder, splits, ["accuracy"], "test", ["last", "best"])
-    _draw(folder, splits)
-    return _show_results(rows, folder, arguments.json)
+    return _show_results(rows, folder, arguments.json, _draw(lambda: draw(folder, splits)))
 
 
 def resolve(arguments: argparse.Namespace) -> RunConfig:
@@ -237,6 +269,7 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.folder)
     config = read_config(folder)
     measures = _chosen_measures(arguments.measures)
+    limit = None if arguments.limit is None else _whole_number("--limit", arguments.limit)
     if not is_finished(folder):
         at = last_checkpoint(folder)
         raise ValueError(
@@ -246,12 +279,14 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     from sape2.data import load_data
-    from sape2.runs import measure
+    from sape2.runs import draw, draw_measures, measure
 
     splits = load_data(config.data, config.model)
-    rows = measure(folder, splits, measures, arguments.split, [arguments.weights])
-    _draw(folder, splits)
-    return _show_results(rows, folder, arguments.json)
+    with _watching() as watch:
+        rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch)
+    whole = "accuracy" in measures and limit is None  # confusion is of all images
+    files = _draw(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if whole else ())])
+    return _show_results(rows, folder, arguments.json, files)
 
 
 def _chosen_measures(text: str) -> list[str]:
@@ -264,13 +299,94 @@ def _chosen_measures(text: str) -> list[str]:
     return names
 
 
-def _draw(folder: Path, splits: Splits) -> None:
-    try:
-        from sape2.runs import draw
+@contextlib.contextmanager
+def _watching() -> Iterator[Callable[[str, int, bool], None]]:
+    """Progress on standard error: in a terminal a line a measure that counts its rows, elsewhere one when it is done."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        draw(folder, splits)
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def watch(name: str, rows: int, finished: bool) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=None)
+            progress.update(tasks[name], completed=rows, total=rows if finished else None)
+            if finished and not console.is_terminal:
+                _say(f"{name}: {rows} rows, {progress.tasks[tasks[name]].elapsed:.0f} s")
+
+        yield watch
+
+
+def _draw(draw: Callable[[], list[Path]]) -> list[Path]:
+    """The files that `draw` wrote; none, and a line that says why, without matplotlib."""
+    try:
+        return draw()
     except ImportError as error:
         _say(f"no figures: {error}")
+        return []
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    patches = tuple(_patch(text) for text in arguments.patch)
+    from sape2.explain import Choice, explain
+
+    choice = Choice(arguments.layer, arguments.head, patches)
+    out = None if arguments.out is None else Path(arguments.out)
+    written, rows = explain(Path(arguments.folder), Path(arguments.image), out, choice, arguments.weights)
+    from sape2.report import print_json, print_table
+
+    if arguments.json:
+        print_json(rows)
+        return 0
+    likely = [row for row in rows if row["name"] == "probability"]
+    print_table(
+        ({"class": row["class"], "probability": row["value"]} for row in likely), ["class", "probability"], arguments.image
+    )
+    for row in rows:
+        if "message" in row:
+            print(row["message"])
+    print(f"written: {written}")
+    return 0
+
+
+def _patch(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
+    if match is None:
+        raise ValueError(f"--patch must be ROW,COLUMN, whole numbers from 0, such as 3,5; got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+# --- report ----------------------------------------------------------------------------------------------------------
+
+
+def run_report(arguments: argparse.Namespace) -> int:
+    measures = None if arguments.measures is None else _chosen_measures(arguments.measures)
+    from sape2.comparison import compare, write_figures, write_tables
+    from sape2.headlines import read_runs
+    from sape2.report import print_json, print_table
+
+    runs, unfinished = read_runs(map(Path, arguments.folders), arguments.split, arguments.weights)
+    comparison = compare(runs, measures, arguments.split, arguments.weights)
+    for folder in unfinished:
+        _say(f"left out: the run in {folder} is not finished")
+    folder = Path(arguments.out)
+    files = write_tables(comparison, folder)
+    files += _draw(lambda: write_figures(comparison, folder))
+    if arguments.json:
+        print_json(comparison.rows())
+        return 0
+    for part in comparison.headings(most=6):  # what a terminal is wide enough for
+        print_table(comparison.table(), part, comparison.title)
+    for note in comparison.notes():
+        print(note)
+    print(f"in {folder}: {', '.join(path.name for path in files)}")
+    return 0
 
 
 # --- cost ------------------------------------------------------------------------------------------------------------
@@ -438,7 +554,7 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
+def _show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path]) -> int:
     from sape2.report import print_json
 
     if as_json:
@@ -446,7 +562,7 @@ def _show_results(rows: list[Row], folder: Path, as_json: bool) -> int:
         return 0
     for measure in dict.fromkeys(row["measure"] for row in rows):
         _print_measure([row for row in rows if row["measure"] == measure])
-    print(f"in {folder}: results.jsonl, metrics.jsonl, figures/")
+    print(f"in {folder}: {', '.join(['results.jsonl', 'metrics.jsonl', *(f'figures/{path.name}' for path in figures)])}")
     return 0
 
 

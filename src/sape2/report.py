@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import statistics
 from collections.abc import Iterable
@@ -50,6 +52,16 @@ def markdown_table(rows: Iterable[Row], columns: list[str]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(format_value(row[c]) if c in row else "" for c in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
+
+
+def csv_table(rows: Iterable[Row]) -> str:
+    """Comma-separated, all digits; the columns are those of the rows in the order they come, None is an empty cell."""
+    rows = list(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def summarize(rows: Iterable[Row], by: tuple[str, ...] = ("encoding", "name")) -> list[Row]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +37,33 @@ def load_run_model(folder: Path, weights: str = "last") -> ViT:
     return model.to(device).eval()
 
 
-def measure(folder: Path, splits: Splits, measures: list[str], split: str, weights: list[str]) -> list[Row]:
-    """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl."""
+def measure(
+    folder: Path,
+    splits: Splits,
+    measures: list[str],
+    split: str,
+    weights: list[str],
+    limit: int | None = None,
+    watch: Callable[[str, int, bool], None] = lambda name, rows, finished: None,
+) -> list[Row]:
+    """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl.
+
+    `limit` images (None: what each measure takes by default). `watch` is told the measure, how many rows it has given so
+    far, and whether it has finished.
+    """
     data: ImageData = getattr(splits, split)
     rows = []
     for which in weights:
         model = load_run_model(folder, which)
         conditions = describe(folder) | {"split": split, "weights": which}
         for name in measures:
-            found = [row | conditions for row in MEASURES[name](model, data)]
+            watch(name, 0, False)
+            found: list[Row] = []
+            for row in MEASURES[name](model, data, limit):
+                found.append(row | conditions)
+                watch(name, len(found), False)
             update_results(folder, found)  # at once, so that a later measure cannot lose it
+            watch(name, len(found), True)
             rows += found
     return rows
 
@@ -77,12 +95,13 @@ def hardware() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"
 
 
-def draw(folder: Path, splits: Splits) -> None:
+def draw(folder: Path, splits: Splits) -> list[Path]:
     """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one."""
     config, figures, model = read_config(folder), folder / "figures", load_run_model(folder)
-    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, figures / "curves.png")
+    written = [figures / "curves.png", figures / "confusion.png"]
+    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, written[0])
     counts = confusion(predict(model, splits.test, 500), splits.test.labels)
-    viz.plot_confusion(counts, splits.test.classes, figures / "confusion.png")
+    viz.plot_confusion(counts, splits.test.classes, written[1])
     image = splits.test[:1]
     device = next(model.parameters()).device
     layers = model.maps(next(image.batches(1))[0].to(device))
@@ -90,4 +109,13 @@ def draw(folder: Path, splits: Splits) -> None:
     if biased:
         height, width = config.model.grid
         patch = (height // 2, width // 2)
-        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, figures / "bias.png", list(biased))
+        written.append(figures / "bias.png")
+        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, written[2], list(biased))
+    return written
+
+
+def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
+    """figures/: the curves of the rows just measured; names say which split and weights if not test and last epoch."""
+    ending = "".join(f"-{rows[0][key]}" for key, usual in (("split", "test"), ("weights", "last")) if rows[0][key] != usual)
+    measures = dict.fromkeys(row["measure"] for row in rows)
+    return viz.plot_measures({rows[0]["encoding"]: rows}, measures, folder / "figures", ending)

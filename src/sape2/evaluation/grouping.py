@@ -15,16 +15,17 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from sape2.evaluation import pairs
-from sape2.evaluation.base import LabelledImages, MappedModel, Row, first_images, mean_row
-from sape2.evaluation.layers import Layer, check_mapped, embedded, layers_of
+from sape2.evaluation.base import LabelledImages, Row, count_images, first_images, image_size, mean_row
+from sape2.evaluation.layers import Layer, embedded, layers_of, mapped
 from sape2.evaluation.masks import MaskedImages, colour_clusters, masked_batches
 from sape2.evaluation.scenes import make_scenes
 from sape2.grid import Grid
 
-SCENES = 256  # synthetic ones, fewer if `limit` is less
+LIMIT = 1000  # images
+SCENES = 256  # synthetic ones, fewer if there are fewer images
 LABELS = {
     "given": "labels from the masks of the data set",
     "colour clusters": "pseudo-mask, 2-means of patch mean colour: colour clusters, not objects",
@@ -73,25 +74,27 @@ ABOUT = {
 Statistics = dict[Key, Float[Tensor, "batch heads"]]
 
 
-def grouping(model: MappedModel, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
+def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
     """Attention distance and entropy, same-label lift, what the bias tells of objects; per layer.
 
     Labels come from the data set's masks if it has them (`MaskedImages`), else from colour clusters; the same once more on
-    synthetic scenes with true masks, where the grid has at least 3x3 patches. `limit`: the first so many images.
+    synthetic scenes with true masks, where the grid has at least 3x3 patches. `limit`: the first so many images (None: 1,000).
     """
-    check_mapped(model, "grouping")
-    images, _ = next(first_images(data, 1, 1))
+    mapped(model, "grouping")
+    number = count_images(data, limit, LIMIT)
+    images, _ = next(data.batches(1))
     _, grid = embedded(model, images)
     masks = "given" if isinstance(data, MaskedImages) else "colour clusters"
-    yield from _rows(_collect(model, _labelled(data, grid, limit, batch_size)), grid, masks)
+    yield from _rows(_collect(model, _labelled(data, grid, number, batch_size)), grid, masks)
     if min(grid) >= 3:
-        patch = images.shape[-2] // grid[0], images.shape[-1] // grid[1]
-        scenes = make_scenes(SCENES if limit is None else min(limit, SCENES), images.shape[1], grid, patch)
+        height, width = image_size(data)
+        patch = height // grid[0], width // grid[1]
+        scenes = make_scenes(min(number, SCENES), images.shape[1], grid, patch)
         found = _collect(model, masked_batches(scenes, grid, None, batch_size), labels_only=True)
         yield from _rows(found, grid, "scenes")
 
 
-def _labelled(data: LabelledImages, grid: Grid, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _labelled(data: LabelledImages, grid: Grid, limit: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels of the patches), by true masks where the data set has them."""
     if isinstance(data, MaskedImages):
         yield from masked_batches(data, grid, limit, batch_size)
@@ -99,7 +102,7 @@ def _labelled(data: LabelledImages, grid: Grid, limit: int | None, batch_size: i
         yield from ((images, colour_clusters(images, grid)) for images, _ in first_images(data, limit, batch_size))
 
 
-def _collect(model: MappedModel, batches: Iterator[tuple[Tensor, Tensor]], labels_only: bool = False) -> dict[int, Statistics]:
+def _collect(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], labels_only: bool = False) -> dict[int, Statistics]:
     """Layer number -> every statistic of every image and head."""
     found: dict[int, dict[Key, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for images, labels in batches:

@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, MappedModel, Row, first_images, mean_row, row
+from sape2.evaluation.base import LabelledImages, Row, count_images, evaluating, first_images, mean_row, row
 from sape2.evaluation.findings import findings
-from sape2.evaluation.layers import Layer, check_mapped, device_of, evaluating, layers_of
+from sape2.evaluation.layers import Layer, layers_of, mapped
 from sape2.evaluation.position import position_content
 
+LIMIT = 1000  # images
 LOW, HIGH = 0.01, 0.99  # a gate beyond these hardly learns
 GRADIENT_IMAGES = 64
 GATES = "all gates of the layer, mean of heads"
@@ -45,15 +46,16 @@ UNITS = {
 }
 
 
-def health(model: MappedModel, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
+def health(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
     """Gates, positions, table use, bias against content, gradients, position probe; warnings in words.
 
-    `limit`: the first so many images; gradients are those of the first 64 of them.
+    `limit`: the first so many images (None: 1,000); gradients are those of the first 64 of them.
     """
-    check_mapped(model, "health")
-    rows = [*layer_rows(model, data, limit, batch_size), *parameter_rows(model, data, limit)]
+    mapped(model, "health")
+    number = count_images(data, limit, LIMIT)
+    rows = [*layer_rows(model, data, number, batch_size), *parameter_rows(model, data, number)]
     yield from rows
-    yield from position_content("health", model, data, limit, batch_size)
+    yield from position_content("health", model, data, number, batch_size)
     if rows:
         yield from findings(rows)
 
@@ -61,7 +63,7 @@ def health(model: MappedModel, data: LabelledImages, limit: int | None = None, b
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def layer_rows(model: MappedModel, data: LabelledImages, limit: int | None, batch_size: int) -> Iterator[Row]:
+def layer_rows(model: nn.Module, data: LabelledImages, limit: int, batch_size: int) -> Iterator[Row]:
     """What the maps of every layer say, means over images; and of the tables, which rows are read at all."""
     found: dict[tuple, list[Tensor]] = defaultdict(list)
     tables: dict[tuple, TableUse] = {}
@@ -176,10 +178,9 @@ class TableUse:
 # --- encodings -------------------------------------------------------------------------------------------------------
 
 
-def encodings_of(model: MappedModel) -> dict[int, nn.Module]:
+def encodings_of(model: nn.Module) -> dict[int, nn.Module]:
     """Layer -> its attention encoding: whatever the modules of the model call their `encoding`, in order, from 1."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = (getattr(module, "encoding", None) for module in modules)
+    found = (getattr(module, "encoding", None) for module in model.modules())
     return dict(enumerate((encoding for encoding in found if isinstance(encoding, nn.Module)), start=1))
 
 
@@ -204,7 +205,7 @@ def _by_axis(maps: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {axis or RASTER: values for axis, values in found.items()}
 
 
-def parameter_rows(model: MappedModel, data: LabelledImages, limit: int | None) -> Iterator[Row]:
+def parameter_rows(model: nn.Module, data: LabelledImages, limit: int) -> Iterator[Row]:
     """Size and gradient of every parameter of the attention encodings, single numbers per head, and dead points."""
     gradients = _gradients(model, data, limit)
     for layer, encoding in encodings_of(model).items():
@@ -236,15 +237,15 @@ def _dead(encoding: Any, layer: int) -> Row:
     return row("health", "dead", 0.0, "yes or no", 1, protocol, layer=layer)
 
 
-def _gradients(model: MappedModel, data: LabelledImages, limit: int | None) -> dict[int, tuple[float, int]]:
+def _gradients(model: nn.Module, data: LabelledImages, limit: int) -> dict[int, tuple[float, int]]:
     """id of each parameter of the attention encodings -> (root mean square gradient, images it was taken on)."""
     parameters = {id(p): p for encoding in encodings_of(model).values() for p in encoding.parameters() if p.requires_grad}
     if not parameters:
         return {}
-    number = GRADIENT_IMAGES if limit is None else min(limit, GRADIENT_IMAGES)
+    number = min(limit, GRADIENT_IMAGES)
     images, labels = next(first_images(data, number, number))
-    with evaluating(model), torch.enable_grad():
-        loss = F.cross_entropy(model(images.to(device_of(model))), labels.to(device_of(model)))
+    with evaluating(model) as device, torch.enable_grad():
+        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         key: (0.0 if gradient is None else gradient.double().square().mean().sqrt().item(), len(images))

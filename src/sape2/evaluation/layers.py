@@ -6,15 +6,13 @@ is scaled to sum to 1 again (ViT, arXiv:2010.11929, does so before it measures d
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.evaluation.base import MappedModel
+from sape2.evaluation.base import MappedModel, as_mapped, evaluating
 from sape2.grid import Grid
 
 
@@ -29,47 +27,32 @@ class Layer(NamedTuple):
     maps: dict[str, Tensor]
 
 
-def check_mapped(model: Any, measure: str) -> None:
-    """Raises ValueError for a model that cannot be looked into."""
-    if not isinstance(model, MappedModel):
+def mapped(model: nn.Module, measure: str = "this measurement") -> MappedModel:
+    """The model, which can be looked into; raises ValueError for one that cannot."""
+    found = as_mapped(model)
+    if found is None:
         raise ValueError(
             f"{measure} looks into the layers of a model, which must have embed, maps and num_prefix_tokens "
             f"(sape2.evaluation.base.MappedModel); {type(model).__name__} has not"
         )
+    return found
 
 
-def device_of(model: MappedModel) -> torch.device:
-    """Where images must go."""
-    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
-
-
-@contextlib.contextmanager
-def evaluating(model: MappedModel) -> Iterator[None]:
-    """Evaluation mode inside, the mode that was before afterwards."""
-    if not isinstance(model, nn.Module) or not model.training:
-        yield
-        return
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train()
-
-
-def embedded(model: MappedModel, images: Tensor) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
+def embedded(model: nn.Module, images: Tensor) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
     """The grid tokens that enter the first layer, and their grid."""
-    with evaluating(model), torch.no_grad():
-        tokens, grid = model.embed(images.to(device_of(model)))
-    return double(tokens[:, model.num_prefix_tokens :]), grid
+    seen = mapped(model)
+    with evaluating(model) as device:
+        tokens, grid = seen.embed(images.to(device))
+    return double(tokens[:, seen.num_prefix_tokens :]), grid
 
 
-def layers_of(model: MappedModel, images: Tensor) -> Iterator[Layer]:
+def layers_of(model: nn.Module, images: Tensor) -> Iterator[Layer]:
     """The layers one after the other; only one at a time is held in float64."""
     entering, _ = embedded(model, images)
-    with evaluating(model), torch.no_grad():
-        maps = model.maps(images.to(device_of(model)))
-    first = model.num_prefix_tokens
+    seen = mapped(model)
+    with evaluating(model) as device:
+        maps = seen.maps(images.to(device))
+    first = seen.num_prefix_tokens
     for number, layer in enumerate(maps, start=1):
         attention = double(layer["attention"][:, :, first:, first:])
         bias = double(layer["bias"]) if "bias" in layer else None

@@ -8,6 +8,7 @@ differences in float64 instead, and their rows say it.
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Literal
 
 import torch
@@ -36,7 +37,8 @@ def lie_derivative(
     """
     direction = shift_derivative(images, axis, border)
     start = images.new_zeros(())
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)  # torch's own use of it
         return torch.func.jvp(lambda s: model(images + s * direction).softmax(-1), (start,), (torch.ones_like(start),))[1]
 
 

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, MappedModel, Row, first_images, mean_row
+from sape2.evaluation.base import LabelledImages, Row, count_images, first_images, mean_row
 from sape2.evaluation.layers import embedded, layers_of
 from sape2.grid import Grid, coordinates
 
@@ -63,13 +63,13 @@ def ridge(moments: Moments, penalty: float = PENALTY) -> tuple[Float[Tensor, "fe
 
 
 def position_content(
-    measure: str, model: MappedModel, data: LabelledImages, limit: int | None = None, batch_size: int = 32
+    measure: str, model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 32
 ) -> Iterator[Row]:
     """Rows position_r2 and position_error per axis and layer; layer 0 is what enters the first block.
 
     Raises ValueError for less than two images: one half is for fitting, the other for measuring.
     """
-    number = len(data.labels) if limit is None else min(limit, len(data.labels))
+    number = count_images(data, limit)
     if number < 2:
         raise ValueError(f"the position probe needs at least 2 images, to fit on one and measure on the other; got {number}")
     batch_size += batch_size % 2  # so that every batch starts with an image of the first half
@@ -84,7 +84,7 @@ def _half(data: LabelledImages, limit: int | None, batch_size: int, start: int) 
             yield images[start::2]
 
 
-def _fit(model: MappedModel, batches: Iterator[Tensor], shuffled: bool) -> list[tuple[Tensor, Tensor]]:
+def _fit(model: nn.Module, batches: Iterator[Tensor], shuffled: bool) -> list[tuple[Tensor, Tensor]]:
     """One probe a layer."""
     sums: dict[int, Moments] = {}
     generator = torch.Generator().manual_seed(0)
@@ -96,7 +96,7 @@ def _fit(model: MappedModel, batches: Iterator[Tensor], shuffled: bool) -> list[
 
 
 def _measure(
-    measure: str, model: MappedModel, batches: Iterator[Tensor], shuffled: bool, probes: list[tuple[Tensor, Tensor]]
+    measure: str, model: nn.Module, batches: Iterator[Tensor], shuffled: bool, probes: list[tuple[Tensor, Tensor]]
 ) -> Iterator[Row]:
     squared, absolute = ([[] for _ in probes] for _ in range(2))
     generator = torch.Generator().manual_seed(1)
@@ -120,7 +120,7 @@ def _measure(
 
 
 def _tokens(
-    model: MappedModel, images: Tensor, generator: torch.Generator | None
+    model: nn.Module, images: Tensor, generator: torch.Generator | None
 ) -> Iterator[tuple[int, Float[Tensor, "batch tokens dim"], Grid]]:
     """(layer, grid tokens, grid): 0 for what enters the first block, then what leaves each layer."""
     tokens, grid = embedded(model, images)

@@ -1,0 +1,292 @@
+"""Pictures of runs: training curves, the confusion of classes, and results against shift, size or layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from sape2.viz.base import DASHES, LINES, MAP_COLOURS, MARKERS, pyplot, save
+
+Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
+
+
+def plot_curves(runs: Runs, path: Path) -> None:
+    """Loss and accuracy against the epoch, for the metrics.jsonl rows of each named run."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    from matplotlib.lines import Line2D
+
+    panels = (("loss", "validation_loss", "cross-entropy (nats)"), ("accuracy", "validation_accuracy", "accuracy (fraction)"))
+    for panel, (train, validation, label) in zip(axes, panels, strict=True):
+        for index, (name, rows) in enumerate(runs.items()):
+            epochs = [row["epoch"] for row in rows]
+            style = {"color": LINES[index % len(LINES)], "linewidth": 1.3}
+            marker = {"marker": MARKERS[index // len(LINES) % len(MARKERS)], "markersize": 4} if index >= len(LINES) else {}
+            panel.plot(epochs, [row[validation] for row in rows], label=name, markevery=0.1, **style, **marker)
+            panel.plot(epochs, [row[train] for row in rows], linestyle=":", **style)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    axes[0].set_title("training targets may be smoothed and mixed, which raises their loss", fontsize=8, loc="left")
+    kinds = [Line2D([], [], color="black", label="validation"), Line2D([], [], color="black", ls=":", label="training")]
+    figure.legend(handles=[*axes[0].get_legend_handles_labels()[0], *kinds], loc="outside right upper", fontsize=8)
+    save(figure, path)
+
+
+def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None:
+    """Rows: the true class; columns: the model's answer; shades: the share of the row."""
+    plt = pyplot()
+    share = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
+    figure, panel = plt.subplots(figsize=(0.5 * len(classes) + 2, 0.5 * len(classes) + 1.5))
+    image = panel.imshow(share.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1)
+    panel.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    panel.set_yticks(range(len(classes)), classes)
+    panel.set_xlabel("answer")
+    panel.set_ylabel("true class")
+    if len(classes) <= 20:
+        for row, column in np.ndindex(*counts.shape):
+            if counts[row, column]:
+                colour = "black" if share[row, column] > 0.6 else "white"
+                panel.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
+    figure.colorbar(image, ax=panel, label="share of the true class", fraction=0.046)
+    save(figure, path)
+
+
+# --- curves of rows --------------------------------------------------------------------------------------------------
+
+
+class NothingToDraw(ValueError):
+    """No row has what a picture would show."""
+
+
+class Panel(NamedTuple):
+    """One picture of curves: which rows, the field that runs along x, and what stands at the axes, with units."""
+
+    name: str
+    value: str  # label of the y axis
+    title: str
+    along: str
+    label: str  # of the x axis
+    where: dict[str, Any]
+
+
+def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, band: str = "95 % over images") -> None:
+    """The rows that each panel names, one line a run, with their intervals (`band` says which) and the level of chance.
+
+    Panels that no run has rows for are left out. A size "32x48" stands at its height, and of several proportions the most
+    common one is shown. Raises NothingToDraw, a ValueError, if no panel is left.
+    """
+    found = [(panel, {run: _curve(rows, panel) for run, rows in runs.items()}) for panel in panels]
+    found = [(panel, curves) for panel, curves in found if any(curves.values())]
+    if not found:
+        names = " or ".join(dict.fromkeys(panel.name for panel in panels))
+        raise NothingToDraw(f"no run has a row {names} to draw; measure it first")
+    width = len(found) if len(found) <= 3 else 2
+    height = -(-len(found) // width)
+    alike = len({panel.value for panel, _ in found}) == 1
+    size = (1.6 + 4.0 * width, 0.4 + 3.1 * height)
+    figure, axes = pyplot().subplots(height, width, figsize=size, sharey=alike, squeeze=False, layout="constrained")
+    for axis in axes.flat[len(found) :]:
+        axis.set_axis_off()
+    for axis, (panel, curves) in zip(axes.flat, found, strict=False):  # the last row may be longer
+        _draw_curves(axis, curves)
+        axis.set_xlabel(panel.label)
+        axis.set_title(panel.title, fontsize=9)
+        if axis in axes[:, 0] or not alike:
+            axis.set_ylabel(panel.value)
+        if "(fraction)" in panel.value or "error" in panel.value:
+            _start_at_zero(axis, [curves for _, curves in found] if alike else [curves])
+    named = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
+    order = sorted(named, key=lambda text: [*runs, CHANCE].index(text))
+    handles = [named[text] for text in order]
+    figure.legend(handles, order, loc="outside right upper", fontsize=8, title=f"band: {band}", title_fontsize=7)
+    save(figure, path)
+
+
+def _start_at_zero(axis: Any, shown: Sequence[dict[str, list[Point]]]) -> None:
+    """So that what is small looks small, unless something is negative; zeros lie at the bottom of 0 to 1."""
+    points = [point for curves in shown for curve in curves.values() for point in curve]
+    top = 1.08 * max(point.high for point in points) or 1.0
+    if min(point.low for point in points) >= 0:
+        axis.set_ylim(-0.03 * top, top)
+
+
+def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", band: str = "95 % over images") -> None:
+    """Accuracy (or shift_agreement) against the shift, along both axes, with both borders."""
+    value = name.replace("_", " ") + " (fraction)"
+    panels = [
+        Panel(name, value, f"moved along {axis}, {border} border", "shift_px", "shift (px)", {"axis": axis, "border": border})
+        for border in ("circular", "reflect")
+        for axis in ("x", "y")
+    ]
+    plot_rows(runs, panels, path, band)
+
+
+def plot_equivariance(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """How far features and biases are from moving with an image that moves by one patch around the torus, by layer."""
+    shortest = {run: _shortest_shift(rows) for run, rows in runs.items()}
+    panels = [
+        Panel(
+            f"{what}_equivariance_error", "error (relative)", f"{title}, moved along {axis}", "layer", "layer", {"axis": axis}
+        )
+        for what, title in (("feature", "features"), ("bias", "bias, row-centred"))
+        for axis in ("x", "y")
+    ]
+    plot_rows(shortest, panels, path, band)
+
+
+def _shortest_shift(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The equivariance errors of the smallest shift, which is one patch."""
+    errors = [row for row in rows if row["name"].endswith("_equivariance_error")]
+    smallest = min((row["shift_px"] for row in errors), default=None)
+    return [row for row in errors if row["shift_px"] == smallest]
+
+
+def plot_resolution(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """Accuracy against the test size, content scaled and canvas padded; of every run the rule that it was built with."""
+    shown = {run: _by_canvas(rows) for run, rows in runs.items()}
+    trained = sorted({str(row["size"]) for rows in shown.values() for row in rows if row["trained"]})
+    label = f"height of the image (px), trained at {', '.join(trained)}" if trained else "height of the image (px)"
+    panels = [
+        Panel("accuracy_at_size", "accuracy (fraction)", canvas, "size", label, {"canvas": canvas}) for canvas in CANVASES
+    ]
+    plot_rows(shown, panels, path, band)
+
+
+CANVASES = {  # title -> (transform, border)
+    "content scaled": ("scaled", "none"),
+    "canvas padded, reflected border": ("padded", "reflect"),
+    "canvas padded, mean colour": ("padded", "mean"),
+}
+
+
+def _by_canvas(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The accuracies under the model's own rule, with the `canvas` they belong to; the size trained at belongs to all.
+
+    Sizes below that are cut out of the image whatever the border.
+    """
+    own = _own_rule(rows)
+    changed = {row["size"] for row in own if row["name"] == "accuracy_drop"}
+    found = []
+    for row in (row for row in own if row["name"] == "accuracy_at_size"):
+        trained = row["size"] not in changed
+        for canvas, (transform, border) in CANVASES.items():
+            if trained or (row["transform"] == transform and row["border"] in (border, "none")):
+                found.append(row | {"canvas": canvas, "trained": trained})
+    return found
+
+
+def _own_rule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of `resolution` under the rule that comes first, which is the model's own."""
+    ruled = [row for row in rows if "rule" in row]
+    return [row for row in ruled if row["rule"] == ruled[0]["rule"]]
+
+
+def plot_grouping(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """What attention and bias know of objects, by layer, mean of heads: on true masks, else on scenes, else on colours."""
+    masks = next((m for m in MASKS if any(row.get("masks") == m for rows in runs.values() for row in rows)), MASKS[0])
+    kinds = (
+        ("same_label_lift", "lift (ratio)", "attention to the same label", "far", {}),
+        ("bias_separation", "d' (standard deviations)", "separation by the bias", "all", {}),
+        ("bias_auroc", "AUROC", "minus the bias as a mark of the same label", "near", {"sign": "minus"}),
+        ("bias_auroc", "AUROC", "minus the bias as a mark of the same label", "far", {"sign": "minus"}),
+    )
+    panels = [
+        Panel(
+            name,
+            value,
+            f"{title}\n{far} pairs, {masks}",
+            "layer",
+            "layer",
+            {"head": None, "masks": masks, "distance": far} | more,
+        )
+        for name, value, title, far, more in kinds
+    ]
+    plot_rows(runs, panels, path, band)
+
+
+MASKS = ("given", "scenes", "colour clusters")  # the first that there is
+
+
+def plot_health(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+    """Whether the encoding is at work, by layer: share of the bias, gates and positions at their ends, position in tokens."""
+    kinds = (
+        ("bias_variance_share", "share (fraction)", "variance of the logits that is the bias", {}),
+        ("gate_saturated_share", "share (fraction)", "gates outside 0.01..0.99, mean of axes", {}),
+        ("position_clamped_share", "share (fraction)", "positions beyond the table, mean of axes", {}),
+        ("position_r2", "R²", "row and column read from tokens, mean of axes,\npatches shuffled", {"patches": "shuffled"}),
+    )
+    panels = [Panel(name, value, title, "layer", "layer", where) for name, value, title, where in kinds]
+    plot_rows({run: _mean_of_axes(rows) for run, rows in runs.items()}, panels, path, band)
+
+
+def _mean_of_axes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a layer for the numbers that come once an axis; without an interval, which theirs do not give."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row.get("layer") is not None and row["value"] is not None:
+            groups.setdefault((row["name"], row["layer"], row.get("patches")), []).append(row)
+    return [
+        group[0]
+        if len(group) == 1
+        else {"name": name, "layer": layer, "patches": patches, "value": sum(row["value"] for row in group) / len(group)}
+        | {"chance": group[0].get("chance")}
+        for (name, layer, patches), group in groups.items()
+    ]
+
+
+CHANCE = "chance"
+
+
+class Point(NamedTuple):
+    place: float
+    value: float
+    low: float
+    high: float
+    chance: float | None
+
+
+def _draw_curves(axis: Any, curves: dict[str, list[Point]]) -> None:
+    for index, (run, curve) in enumerate(curves.items()):
+        if not curve:
+            continue
+        place, value, low, high = np.array([point[:4] for point in curve]).T
+        style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
+        axis.plot(place, value, marker=MARKERS[(index + index // len(LINES)) % len(MARKERS)], markersize=4, label=run, **style)
+        axis.fill_between(place, low, high, color=style["color"], alpha=0.15, linewidth=0)
+    chance = [point.chance for curve in curves.values() for point in curve if point.chance is not None]
+    if chance and max(chance) - min(chance) < 0.05:  # chance that hangs on predictions differs a little between runs
+        axis.axhline(sum(chance) / len(chance), color="0.4", linestyle=":", linewidth=1, label=CHANCE)
+    places = sorted({point.place for curve in curves.values() for point in curve})
+    if len(places) <= 12 and all(place.is_integer() for place in places):
+        axis.set_xticks(places, [f"{place:.0f}" for place in places])
+    axis.grid(alpha=0.3)
+
+
+def _curve(rows: Sequence[dict[str, Any]], panel: Panel) -> list[Point]:
+    """The points in the order of their places."""
+    chosen = [
+        row
+        for row in rows
+        if row["name"] == panel.name
+        and panel.along in row
+        and row["value"] is not None
+        and all(row.get(key) == value for key, value in panel.where.items())
+    ]
+    shapes = [_proportion(row[panel.along]) for row in chosen]
+    common = max(shapes, key=shapes.count, default=None)
+    points = []
+    for row, shape in zip(chosen, shapes, strict=True):
+        if shape == common:
+            place, value = float(str(row[panel.along]).split("x")[0]), row["value"]
+            points.append(Point(place, value, row.get("ci_low", value), row.get("ci_high", value), row.get("chance")))
+    return sorted(points)
+
+
+def _proportion(place: Any) -> float | None:
+    """Height over width of "32x48"; None for a number."""
+    height, cross, width = str(place).partition("x")
+    return float(height) / float(width) if cross else None

@@ -1,0 +1,40 @@
+"""How costs grow with the number of tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sape2.viz.base import DASHES, LINES, MARKERS, pyplot, save
+
+Points = list[tuple[int | float, int | float]]
+
+
+def plot_growth(panels: dict[str, dict[str, Points]], path: Path, label: str) -> None:
+    """Points (tokens, value) of every named line, one panel a title, both axes logarithmic; grey: growth with N and N^2."""
+    plt = pyplot()
+    number = max(1, len(panels))
+    figure, grid = plt.subplots(1, number, figsize=(4.6 * number + 2.2, 4.2), squeeze=False, layout="constrained")
+    for panel, (title, lines) in zip(grid[0], panels.items(), strict=False):
+        for index, (name, points) in enumerate(lines.items()):
+            style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
+            marker = MARKERS[(index + index // len(LINES)) % len(MARKERS)]
+            panel.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=name, **style)
+        _mark_slopes(panel, [point for points in lines.values() for point in points])
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log")
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel("tokens N")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.3)
+    handles = {name: handle for panel in grid[0] for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
+    save(figure, path)
+
+
+def _mark_slopes(panel: Any, points: Points) -> None:
+    """Thin lines of growth with N and with N^2 from the lowest point at the smallest N."""
+    first, last = min(points), max(x for x, _ in points)
+    for power, style in ((1, ":"), (2, "-.")):
+        ends = [first[1], first[1] * (last / first[0]) ** power]
+        panel.plot([first[0], last], ends, style, color="#999999", linewidth=1, label=f"growth with N{'²' * (power == 2)}")

@@ -1,0 +1,40 @@
+"""Which pictures the rows of each measure make, for one run or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sape2.viz.curves import (
+    NothingToDraw,
+    Runs,
+    plot_equivariance,
+    plot_grouping,
+    plot_health,
+    plot_resolution,
+    plot_shift,
+)
+
+PICTURES: dict[str, dict[str, Callable[..., None]]] = {
+    "shift": {"shift": plot_shift, "equivariance": plot_equivariance},
+    "resolution": {"resolution": plot_resolution},
+    "grouping": {"grouping": plot_grouping},
+    "health": {"health": plot_health},
+}
+
+
+def plot_measures(
+    runs: Runs, measures: Iterable[str], folder: Path, ending: str = "", band: str = "95 % over images"
+) -> list[Path]:
+    """Draws what there is to draw of the named measures; returns the files, NAME + `ending` + .png."""
+    written = []
+    for measure in measures:
+        rows = {run: [row for row in found if row["measure"] == measure] for run, found in runs.items()}
+        for name, plot in PICTURES.get(measure, {}).items():
+            path = folder / f"{name}{ending}.png"
+            try:
+                plot(rows, path, band=band)
+            except NothingToDraw:  # a model that cannot be looked into has no rows by layer
+                continue
+            written.append(path)
+    return written

@@ -1,0 +1,106 @@
+"""`sape2 evaluate` with several measures: progress, figures, how many images, and nothing lost."""
+
+import json
+import sys
+
+import jaxtyping
+import pytest
+from PIL import Image
+
+from sape2 import evaluation
+from sape2.checkpoint import read_rows, save_weights, start_run, write_rows
+from sape2.cli import main
+from sape2.config import override
+from sape2.evaluation.base import row
+from sape2.recipes import get_recipe
+from sape2.runs import build_model
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_users_run_it():
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A finished run of one layer, untrained."""
+    config = override(get_recipe("digits"), ["model.depth=1", "model.encoding=sape2"])
+    start_run(tmp_path / "run", config)
+    save_weights(tmp_path / "run" / "model.safetensors", build_model(config))
+    return tmp_path / "run"
+
+
+def test_measures_draw_their_figures_and_the_last_line_names_them(run, capfd):
+    assert main(["evaluate", str(run), "--measures", "shift,resolution,grouping,health", "--limit", "4"]) == 0
+    out, err = capfd.readouterr()
+    names = ["shift", "equivariance", "resolution", "grouping", "health"]
+    assert sorted(path.stem for path in (run / "figures").iterdir()) == sorted(names)
+    assert " ".join(out.split()).endswith(", ".join(f"figures/{name}.png" for name in names))
+    for name in names:
+        assert Image.open(run / "figures" / f"{name}.png").size[0] > 400
+    rows = read_rows(run / "results.jsonl")
+    told = [f"{measure}: {sum(row['measure'] == measure for row in rows)} rows, " for measure in names if measure[0] != "e"]
+    lines = err.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith(text) for line, text in zip(lines, told, strict=True))
+    assert max(row["n"] for row in rows if row["name"] == "accuracy_at_size") == 4
+
+
+def given(name, value, fails=False):
+    """A measure of two rows, that may fail after the first."""
+
+    def measure(model, data, limit=None):
+        yield row(name, "number", value, "unit", limit, "protocol")
+        if fails:
+            raise ValueError(f"{name} cannot be measured")
+        yield row(name, "another", value, "unit", limit, "protocol")
+
+    return measure
+
+
+def test_measuring_again_replaces_the_rows_of_that_measure_only(run, monkeypatch, capfd):
+    other = {"measure": "first", "name": "number", "value": 7.0, "split": "validation", "weights": "last"}
+    write_rows(run / "results.jsonl", [other])
+    monkeypatch.setitem(evaluation.MEASURES, "first", given("first", 1.0))
+    monkeypatch.setitem(evaluation.MEASURES, "second", given("second", 2.0))
+    assert main(["evaluate", str(run), "--measures", "first,second", "--limit", "3"]) == 0
+    monkeypatch.setitem(evaluation.MEASURES, "first", given("first", 5.0))
+    assert main(["evaluate", str(run), "--measures", "first", "--json"]) == 0
+    found = [(r["measure"], r["split"], r["value"]) for r in read_rows(run / "results.jsonl")]
+    assert sorted(found) == sorted([("first", "validation", 7.0), *[("first", "test", 5.0), ("second", "test", 2.0)] * 2])
+
+
+def test_what_was_measured_before_a_measure_fails_is_kept(run, monkeypatch, capfd):
+    write_rows(run / "results.jsonl", [])
+    for name, fails in (("first", False), ("second", False), ("second", True)):
+        monkeypatch.setitem(evaluation.MEASURES, name, given(name, float(fails), fails))
+        if name == "second":
+            status = main(["evaluate", str(run), "--measures", "first,second"])
+            assert status == (2 if fails else 0)
+    assert "sape2: second cannot be measured" in capfd.readouterr().err
+    assert [(r["measure"], r["value"]) for r in read_rows(run / "results.jsonl")] == [
+        *[("second", 0.0)] * 2,
+        *[("first", 0.0)] * 2,
+    ]
+
+
+def test_without_matplotlib_there_are_rows_and_one_line_that_says_why(run, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["evaluate", str(run), "--measures", "grouping", "--limit", "2", "--json"]) == 0
+    out, err = capfd.readouterr()
+    assert json.loads(out.splitlines()[0])["n"] == 2
+    assert err.splitlines()[1:] == ["no figures: pictures need matplotlib: pip install 'sape2[viz]'"]
+    assert not (run / "figures").exists()
+
+
+def test_figures_of_another_split_have_names_of_their_own(run, capfd):
+    assert main(["evaluate", str(run), "--measures", "grouping", "--limit", "2", "--split", "validation"]) == 0
+    assert [path.name for path in (run / "figures").iterdir()] == ["grouping-validation.png"]
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "many"])
+def test_a_limit_that_is_no_number_of_images_is_told(run, capfd, limit):
+    assert main(["evaluate", str(run), f"--limit={limit}"]) == 2
+    assert f"--limit needs whole numbers from 1 on; got '{limit}'" in capfd.readouterr().err

@@ -1,0 +1,202 @@
+"""Pictures of rows: which points are drawn, where, with which intervals; and that every picture can be made."""
+
+from pathlib import Path
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sape2 import viz
+from sape2.viz.base import LINES
+from sape2.viz.curves import Panel, Point, _curve
+
+mpl.use("Agg")
+UNUSED = Path("unused.png")
+
+
+def row(name, value, **conditions):
+    return {"name": name, "value": value} | conditions
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were saved, kept open."""
+    figures = []
+    monkeypatch.setattr("sape2.viz.curves.save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("sape2.viz.maps.save", lambda figure, path: figures.append(figure))
+    yield figures
+    plt.close("all")
+
+
+SHIFTS = [
+    row("shift_accuracy", 0.7, ci_low=0.6, ci_high=0.8, shift_px=2, axis="x", border="circular", chance=0.1),
+    row("shift_accuracy", 0.8, ci_low=0.75, ci_high=0.85, shift_px=0, axis="x", border="circular", chance=0.1),
+    row("shift_accuracy", 0.3, shift_px=2, axis="y", border="circular"),
+    row("shift_accuracy", 0.1, shift_px=4, axis="x", border="reflect"),
+    row("shift_agreement", 0.9, shift_px=2, axis="x", border="circular"),
+    row("shift_accuracy", None, shift_px=6, axis="x", border="circular"),
+]
+
+
+def test_a_curve_holds_the_rows_that_are_meant_in_the_order_of_their_places():
+    panel = Panel("shift_accuracy", "", "", "shift_px", "", {"axis": "x", "border": "circular"})
+    assert _curve(SHIFTS, panel) == [Point(0, 0.8, 0.75, 0.85, 0.1), Point(2, 0.7, 0.6, 0.8, 0.1)]
+
+
+def test_of_several_proportions_the_most_common_is_drawn_at_its_height():
+    sizes = [row("accuracy_at_size", 0.5, size=size) for size in ("48x48", "32x32", "32x48", "24x24")]
+    assert [point.place for point in _curve(sizes, Panel("accuracy_at_size", "", "", "size", "", {}))] == [24, 32, 48]
+
+
+def test_shift_curves_show_every_run_along_both_axes_with_its_interval(drawn):
+    viz.plot_shift({"ape": SHIFTS, "sape2": SHIFTS[:2]}, UNUSED)
+    along_x, along_y, reflected = (axis for axis in drawn[0].axes if axis.axison)
+    lines = [line for line in along_x.lines if len(line.get_xdata()) == 2 and line.get_label() != "chance"]
+    assert [line.get_label() for line in lines] == ["ape", "sape2"]
+    assert lines[0].get_xydata().tolist() == [[0, 0.8], [2, 0.7]]
+    assert [line.get_color() for line in lines] == list(LINES[:2])
+    band = along_x.collections[0].get_paths()[0].vertices
+    assert {(0.0, 0.75), (0.0, 0.85), (2.0, 0.6), (2.0, 0.8)} <= {(x, round(y, 9)) for x, y in band.tolist()}
+    assert along_x.get_xlabel() == "shift (px)"
+    assert [line.get_label() for line in along_y.lines] == ["ape"]
+    assert reflected.lines[0].get_xydata().tolist() == [[4, 0.1]]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["ape", "sape2", "chance"]
+
+
+def test_resolution_curves_show_one_rule_and_one_border_each_from_the_size_trained_at(drawn):
+    """A point a size: what the border is matters above the size trained at only."""
+    rows = []
+    for rule, value in (("clamp", 0.5), ("rescale", 0.9)):
+        rows.append(row("accuracy_at_size", value, size="32x32", transform="scaled", border="none", rule=rule))
+        for size, transform, border, less in (
+            ("16x16", "scaled", "none", 0.1),
+            ("64x64", "scaled", "none", 0.2),
+            ("16x16", "padded", "none", 0.3),
+            ("64x64", "padded", "reflect", 0.35),
+            ("64x64", "padded", "mean", 0.4),
+        ):
+            at = {"size": size, "transform": transform, "border": border, "rule": rule}
+            rows += [row("accuracy_at_size", value - less, **at), row("accuracy_drop", less, **at)]
+    viz.plot_resolution({"sape2": rows}, UNUSED)
+    titles = [axis.get_title() for axis in drawn[0].axes]
+    assert titles == ["content scaled", "canvas padded, reflected border", "canvas padded, mean colour"]
+    found = [[(x, round(y, 9)) for x, y in axis.lines[0].get_xydata()] for axis in drawn[0].axes]
+    assert found == [
+        [(16, 0.4), (32, 0.5), (64, 0.3)],
+        [(16, 0.2), (32, 0.5), (64, 0.15)],
+        [(16, 0.2), (32, 0.5), (64, 0.1)],
+    ]
+    assert drawn[0].axes[0].get_xlabel() == "height of the image (px), trained at 32x32"
+
+
+LIFT = {"masks": "scenes", "distance": "far", "chance": 1.0}
+
+
+def test_a_number_is_shown_by_layer_for_the_mean_of_heads(drawn):
+    rows = [row("same_label_lift", 1.0 + layer, layer=layer, **LIFT) for layer in (2, 1)]
+    rows += [row("same_label_lift", 9.0, layer=1, head=1, **LIFT)]
+    rows += [row("same_label_lift", 9.0, layer=1, **LIFT | {"masks": "colour clusters"})]
+    viz.plot_grouping({"none": rows}, UNUSED)
+    (panel,) = drawn[0].axes
+    line, chance = panel.lines
+    assert line.get_xydata().tolist() == [[1, 2], [2, 3]]
+    assert chance.get_ydata() == [1.0, 1.0]
+    assert "scenes" in panel.get_title()
+
+
+def test_numbers_that_come_once_an_axis_are_averaged(drawn):
+    rows = [row("gate_saturated_share", value, layer=1, axis=axis) for axis, value in (("x", 0.2), ("y", 0.4))]
+    rows += [row("position_r2", value, layer=1, axis="x", patches=p) for p, value in (("in place", 0.9), ("shuffled", 0.1))]
+    viz.plot_health({"sape2": rows}, UNUSED)
+    assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == [[pytest.approx(0.3)], [0.1]]
+
+
+def test_equivariance_errors_are_those_of_the_shortest_shift(drawn):
+    rows = [
+        row("feature_equivariance_error", px / 10, layer=1, axis=axis, shift_px=px) for px in (16, 4) for axis in ("x", "y")
+    ]
+    viz.plot_equivariance({"none": rows}, UNUSED)
+    assert [axis.lines[0].get_ydata().tolist() for axis in drawn[0].axes] == [[0.4], [0.4]]
+
+
+def test_errors_and_shares_start_at_zero_unless_one_is_negative(drawn):
+    for values in ((0.5, 0.51), (0.0, 0.0), (-0.2, 0.5)):
+        rows = [row("bias_variance_share", value, layer=layer) for layer, value in enumerate(values)]
+        viz.plot_health({"a": rows}, UNUSED)
+    limits = [figure.axes[0].get_ylim() for figure in drawn]
+    assert limits[0] == pytest.approx((-0.03 * 1.08 * 0.51, 1.08 * 0.51))
+    assert limits[1] == (-0.03, 1.0)
+    assert limits[2][0] < -0.2
+
+
+def test_a_measure_has_its_pictures_and_none_where_there_are_no_rows(tmp_path):
+    rows = [row(name, 0.5, measure="shift", **at) for name, at in (
+        ("shift_accuracy", {"shift_px": 1, "axis": "x", "border": "circular"}),
+        ("shift_accuracy", {"shift_px": 0, "axis": "x", "border": "circular"}),
+    )]  # fmt: skip
+    written = viz.plot_measures({"a": rows}, ["accuracy", "shift", "grouping"], tmp_path, "-best")
+    assert written == [tmp_path / "shift-best.png"]
+    assert Image.open(written[0]).size[0] > 300
+
+
+def test_training_curves_name_every_run_once_and_stay_apart_beyond_the_colours(drawn):
+    names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
+    epochs = [dict.fromkeys(names, 1.0), dict.fromkeys(names, 2.0)]
+    runs = [f"run {number}" for number in range(10)]
+    viz.plot_curves(dict.fromkeys(runs, epochs), UNUSED)
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*runs, "validation", "training"]
+    solid = [line for line in drawn[0].axes[0].lines if line.get_linestyle() == "-"]
+    assert len({(line.get_color(), line.get_marker()) for line in solid}) == 10
+
+
+def test_more_runs_than_colours_differ_in_their_dashes(drawn):
+    viz.plot_grouping({str(run): [row("same_label_lift", 1.5, layer=1, **LIFT)] for run in range(12)}, UNUSED)
+    lines = [line for line in drawn[0].axes[0].lines if line.get_label() != "chance"]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 12
+
+
+def test_rows_that_are_not_there_are_named():
+    with pytest.raises(ValueError, match=r"no run has a row shift_accuracy .*measure it first"):
+        viz.plot_shift({"ape": []}, UNUSED)
+
+
+def test_all_pairs_and_each_patch_are_where_they_belong(drawn):
+    """The map of a patch is its row of the pairs, on the grid; both on one scale."""
+    pairs = torch.randn(12, 12)
+    image = torch.randint(0, 256, (3, 6, 8), dtype=torch.uint8)
+    viz.plot_pairs(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)}, UNUSED)
+    images = [artist for axis in drawn[0].subfigs[0].axes for artist in axis.images]
+    maps = [np.asarray(artist.get_array()) for artist in images if np.asarray(artist.get_array()).ndim == 2]
+    assert [found.shape for found in maps] == [(12, 12), (3, 4)]
+    np.testing.assert_allclose(maps[0], pairs.numpy())
+    np.testing.assert_allclose(maps[1], pairs[6].view(3, 4).numpy())
+    assert len({artist.get_clim() for artist in images if np.asarray(artist.get_array()).ndim == 2}) == 1
+
+
+def test_the_bias_against_distance_is_mean_and_spread_of_the_pairs(drawn):
+    maps = torch.randn(2, 4, 4)  # two heads, four patches in a row
+    viz.plot_distance({"layer 1": maps}, (1, 4), UNUSED)
+    (line,) = drawn[0].axes[0].lines
+    apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
+    expected = [maps[:, apart == step].mean().item() for step in range(4)]
+    np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "depth"), [(1, 1), (3, 7)])  # 7: two rows of layers
+def test_every_picture_of_an_image_can_be_made(tmp_path, channels, depth):
+    image = torch.randint(0, 256, (channels, 6, 8), dtype=torch.uint8)
+    layers = {
+        f"layer {layer}": torch.zeros(2, 12, 12) if layer == 1 else torch.randn(2, 12, 12) for layer in range(1, depth + 1)
+    }
+    line = {"gates": torch.rand(2, 4), "positions": 3 * torch.rand(2, 8)}
+    column = {"gates": torch.rand(2, 3), "positions": torch.zeros(2, 3)}
+    sequence = {"gates": torch.rand(2, 12), "positions": torch.rand(2, 12)}
+    viz.plot_pairs(image, {n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}, tmp_path / "pairs.png")
+    viz.plot_distance(layers, (3, 4), tmp_path / "distance.png")
+    viz.plot_counts(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2), tmp_path / "counts.png", "title")
+    for path in sorted(tmp_path.iterdir()):
+        assert Image.open(path).size[0] > 300
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["counts.png", "distance.png", "pairs.png"]
