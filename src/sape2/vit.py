@@ -151,7 +151,7 @@ class ViT(nn.Module):
         x, grid = self.patch_embed(images)
         x = full_precision(x)  # as in timm, autocast lowers the products, not the residual stream
         x = self._encode_tokens(x, grid, after_block=None)
-        prefix = [getattr(self, name).expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if hasattr(self, name)]
+        prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in ("cls_token", "reg_token") if hasattr(self, name)]
         return torch.cat([*(token.to(x.dtype) for token in prefix), x], dim=1), grid
 
     def _encode_tokens(self, x: Tensor, grid: Grid, after_block: int | None) -> Tensor:
