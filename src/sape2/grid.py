@@ -23,7 +23,9 @@ Axis = Literal["x", "y", "raster"]
 def check_grid(grid: Grid) -> Grid:
     """The grid as a tuple of two positive ints (symbolic ones in a traced graph); raises ValueError for anything else."""
     height_width = tuple(grid)
-    if len(height_width) != 2 or any(not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 1 for n in height_width):
+    if len(height_width) != 2 or any(
+        not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 1 for n in height_width
+    ):
         raise ValueError(f"grid needs two positive integers (H, W); got {grid!r}")
     return height_width
 

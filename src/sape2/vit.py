@@ -7,7 +7,8 @@ Axes: B batch, T = P + N tokens (class token, registers, then the grid in row-ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
@@ -15,6 +16,7 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sape2 import hub
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
@@ -167,6 +169,15 @@ class ViT(nn.Module):
     def pool(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         pooled = x[:, 0] if self.config.pool == "class" else x[:, self.num_prefix_tokens :].mean(1)
         return self.fc_norm(pooled)
+
+    def save_pretrained(self, folder: str | Path, run: str | Path | None = None) -> None:
+        """Writes config.json, model.safetensors and a model card, filled from a run folder if one is given."""
+        hub.save_pretrained(self, folder, run)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
+        """The model of a folder or of a hub id, in evaluation mode; raises FileNotFoundError or ValueError in one line."""
+        return hub.load_pretrained(cls, source, revision)
 
     def maps(self, images: Float[Tensor, "batch channels height width"]) -> list[dict[str, Tensor]]:
         """For every layer a dict: `tokens` that leave it, (B, T, D), `attention`, (B, h, T, T), and the encoding's maps."""
