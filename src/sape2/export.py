@@ -127,7 +127,7 @@ def export_run(
     weights: str = "last",
     normalize: bool = False,
 ) -> tuple[Path, list[Row]]:
-    """The model of a run folder as a file (default RUN/export/NAME.onnx) or, for "hub", as a folder; where, and what was compared.
+    """The model of a run folder as a file (default RUN/export/NAME.onnx) or, for "hub", as a folder: (path, comparison).
 
     `normalize` puts the mean and standard deviation of the training images into the graph. Raises as `export_model`.
     """
@@ -166,8 +166,8 @@ def _check_rows(path: Path, rows: list[Row]) -> None:
     wrong = [row for row in rows if not row["agrees"]]
     if wrong:
         raise ParityError(
-            f"{path} was not written: on {wrong[0]['batch']} images of {wrong[0]['height']}x{wrong[0]['width']} its logits differ "
-            f"by {wrong[0]['max_abs_difference']:.2g} from those of the model, more than {wrong[0]['tolerance']:.2g}",
+            "{} was not written: on {batch} images of {height}x{width} its logits differ by {max_abs_difference:.2g} from "
+            "those of the model, more than {tolerance:.2g}".format(path, **wrong[0]),
             rows,
         )
 
@@ -236,8 +236,13 @@ def _cases(model: nn.Module, start: Size, size: Size | None) -> list[tuple[int, 
         return [(1, size), (3, size)]
     height, width = _patch_size(model)
     rows, columns = max(2, start[0] // height), max(2, start[1] // width)
-    grids = [(3, (rows, columns)), (1, (rows + 1, columns + 2)), (2, (max(2, rows // 2), columns + 3)), (2, (rows + 3, max(2, columns // 2)))]  # fmt: skip
-    return [(batch, (height * grid[0], width * grid[1])) for batch, grid in grids]
+    grids = {
+        3: (rows, columns),
+        1: (rows + 1, columns + 2),
+        2: (max(2, rows // 2), columns + 3),
+        4: (rows + 3, max(2, columns // 2)),
+    }
+    return [(batch, (height * grid[0], width * grid[1])) for batch, grid in grids.items()]
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------
