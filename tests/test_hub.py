@@ -127,7 +127,7 @@ def test_a_hub_that_does_not_answer_gives_one_line(monkeypatch):
         raise RuntimeError("no route\nto the host")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-    with pytest.raises(OSError, match="the hub did not give it: no route$"):
+    with pytest.raises(OSError, match=r"the hub did not give it: no route$"):
         ViT.from_pretrained("someone/model")
 
 

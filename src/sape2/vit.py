@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -175,7 +175,7 @@ class ViT(nn.Module):
         hub.save_pretrained(self, folder, run)
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> Self:
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> ViT:
         """The model of a folder or of a hub id, in evaluation mode; raises FileNotFoundError or ValueError in one line."""
         return hub.load_pretrained(cls, source, revision)
 
