@@ -214,9 +214,10 @@ def load_exported(path: str | Path, model_class: type[Model]) -> Model:
 
 def _graph(model: nn.Module, size: Size, *, frozen: bool) -> ExportedProgram:
     if frozen:
-        return trace(freeze(model, size), size, any_size=False)
+        return trace(freeze(model, size), example(model, size))
     height, width = _patch_size(model)
-    return trace(model, (size[0] + height, size[1] + 2 * width), any_size=True)  # oblong, and not the size of training
+    other = (size[0] + height, size[1] + 2 * width)  # not the size of training, where tables need no resampling
+    return trace(model, example(model, other), (height, width))
 
 
 def _patch_size(model: nn.Module) -> tuple[int, int]:

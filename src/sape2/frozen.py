@@ -50,7 +50,8 @@ def freeze(model: nn.Module, size: int | Size) -> Frozen:
     take, and for a model that `torch.export` cannot trace, with the reason.
     """
     size = (size, size) if isinstance(size, int) else (size[0], size[1])
-    program = trace(copy.deepcopy(model).eval().requires_grad_(False), size, any_size=False)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    program = trace(model, example(model, size))
     if any(_writes(node) for node in program.graph.nodes):
         program = program.run_decompositions({})  # the same operations without writing in place
     graph = program.module(check_guards=False)
@@ -61,45 +62,42 @@ def freeze(model: nn.Module, size: int | Size) -> Frozen:
 # --- tracing ---------------------------------------------------------------------------------------------------------
 
 
-def trace(model: nn.Module, size: Size, *, any_size: bool) -> ExportedProgram:
-    """The graph of a model for any number of images, of `size`, or of any size of whole patches, at least two along each side.
+def trace(model: nn.Module, images: Tensor, step: Size | None = None) -> ExportedProgram:
+    """The graph of a model for any number of images of that size; with `step`, for any size in such steps, from two on.
 
     Raises ValueError where the model does not take images of that size, or of any size, with the first line of the reason.
     """
-    patches = patch_projection(model)
     shapes: dict[int, Any] = {0: Dim("batch")}
-    if any_size:
-        step = cast("tuple[int, int]", patches.stride)
+    if step is not None:
         shapes |= {2: step[0] * Dim("rows", min=2), 3: step[1] * Dim("columns", min=2)}
     try:
         with torch.no_grad():
-            model(example(model, size))
-            program = torch.export.export(model, (example(model, size),), dynamic_shapes=(shapes,))
+            program = torch.export.export(model, (images,), dynamic_shapes=(shapes,))
     except Exception as error:
-        raise ValueError(_cannot_trace(model, size, any_size, error)) from error
-    _check_dynamic(program, model, any_size)
+        raise ValueError(_cannot_trace(model, images, step, error)) from error
+    _check_open(program, model, shapes)
     return program
 
 
-def _cannot_trace(model: nn.Module, size: Size, any_size: bool, error: Exception) -> str:
-    reason = " ".join(next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).split())
-    what = "for images of any size; give one size" if any_size else f"for images of {size[0]}x{size[1]} pixels"
+def _cannot_trace(model: nn.Module, images: Tensor, step: Size | None, error: Exception) -> str:
+    lines = (" ".join(line.split()) for line in str(error).splitlines())
+    reason = next((line for line in lines if line), type(error).__name__)
+    what = (
+        f"for images of {images.shape[-2]}x{images.shape[-1]} pixels"
+        if step is None
+        else "for images of any size; give one size"
+    )
     return f"{type(model).__name__} cannot be traced {what}: {reason}"
 
 
-def _check_dynamic(program: ExportedProgram, model: nn.Module, any_size: bool) -> None:
+def _check_open(program: ExportedProgram, model: nn.Module, shapes: dict[int, Any]) -> None:
     """Raises ValueError if a dimension that should stay open became a number in the graph."""
-    images = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in program_inputs(program))
-    shape = images.meta["val"].shape
-    for dim, name in {0: "batch", 2: "height", 3: "width"}.items():
-        if (dim == 0 or any_size) and isinstance(shape[dim], int):
-            raise ValueError(
-                f"{type(model).__name__} fixes the {name} of its images to {shape[dim]} when it is traced; give one size"
-            )
-
-
-def program_inputs(program: ExportedProgram) -> tuple[str, ...]:
-    return tuple(str(name) for name in program.graph_signature.user_inputs)
+    names = program.graph_signature.user_inputs
+    images = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in names)
+    fixed = [dim for dim in shapes if isinstance(images.meta["val"].shape[dim], int)]
+    if fixed:
+        what = ", ".join({0: "number", 2: "height", 3: "width"}[dim] for dim in fixed)
+        raise ValueError(f"{type(model).__name__} fixes the {what} of its images when it is traced; give one size")
 
 
 def patch_projection(model: nn.Module) -> nn.Conv2d:
