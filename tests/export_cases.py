@@ -14,7 +14,8 @@ from sape2.checkpoint import save_weights, start_run, write_rows
 from sape2.config import DataConfig, ModelConfig, RunConfig
 from sape2.vit import ViT
 
-SIZES: dict[str, Any] = {"dim": 8, "depth": 1, "num_heads": 2, "num_classes": 5}
+# Mean pooling: prefix tokens have no bias, so a class token would not see the bias of the last layer.
+SIZES: dict[str, Any] = {"dim": 8, "depth": 1, "num_heads": 2, "num_classes": 5, "pool": "mean"}
 # Every encoding in as few graphs as names can join.
 EVERYTHING = ["ape+cpe+rope+rpe+rpe_contextual+rpe_decomposed+alibi+cope+sape2", "sincos+rope_mixed+sape2:count=cyclic"]
 
