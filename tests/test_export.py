@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import sys
 
 import pytest
 import timm
@@ -251,10 +250,6 @@ def test_a_missing_library_names_the_extra(run, library, monkeypatch, capsys):
     monkeypatch.setattr(module.importlib, "import_module", without)
     assert main(["export", str(run[0]), "--format", "onnx"]) == 2
     assert f"needs {library}: pip install 'sape2[export]'" in capsys.readouterr().err
-
-
-def test_the_command_line_imports_no_exporter():
-    assert "sape2.export" not in sys.modules["sape2.cli"].__dict__.values()
 
 
 # --- one by one ------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ SHOWN = ("accuracy", "top5_accuracy", "loss", "calibration_error")
 # --- what a model is -------------------------------------------------------------------------------------------------
 
 
-def describe(config: ModelConfig, run: str | Path | None = None, weights: str | None = None) -> Description:
+def describe(config: ModelConfig, run: str | Path | None = None, weights: str = "last") -> Description:
     """All that is needed to build a model and to give it images; from a run folder also what it was trained on."""
     description: Description = {"library_name": "sape2", "format": FORMAT, "sape2_version": sape2.__version__}
     description |= {"licence": LICENCE, "paper": PAPER, "encoding": config.encoding, "model": asdict(config)}
@@ -71,8 +71,10 @@ def read_description(text: str, where: str) -> Description:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None = None, weights: str | None = None) -> None:
+def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None = None, weights: str = "last") -> None:
     """Writes config.json, model.safetensors and a model card; `run`, a run folder, fills the card with what was measured.
+
+    `weights` says which of the run the model has, "last" or "best"; the card shows what was measured with these.
 
     Raises ValueError for a model with an encoding attached.
     """
@@ -159,9 +161,8 @@ def command(config: RunConfig) -> str:
     return " ".join(words if config.data.name == "digits" else [*words, "--data DIR"])
 
 
-def _shown_rows(run: Path, weights: str | None) -> list[dict[str, Any]]:
-    rows = [row for row in read_rows(run / "results.jsonl") if row.get("name") in SHOWN]
-    return [row for row in rows if weights is None or row.get("weights") == weights]
+def _shown_rows(run: Path, weights: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(run / "results.jsonl") if row.get("name") in SHOWN and row.get("weights") == weights]
 
 
 def _front_matter(description: Description, rows: list[dict[str, Any]]) -> str:
