@@ -83,9 +83,8 @@ def test_a_graph_with_normalisation_takes_pixels(run, onnx_file):
 # --- pt2 -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("encoding", EVERYTHING)
-def test_pt2_agrees_for_every_encoding_on_other_batches_and_sizes(encoding, tmp_path):
-    rows = export_model(tiny(encoding), tmp_path / "model.pt2", "pt2")
+def test_pt2_agrees_on_other_batches_and_sizes(tmp_path):
+    rows = export_model(tiny("ape+rope+sape2"), tmp_path / "model.pt2", "pt2")
     assert len(sizes(rows)) == len(rows) == 4
     assert max(row["max_abs_difference"] for row in rows) < 1e-4
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
