@@ -3,6 +3,7 @@
 import importlib
 import json
 
+import jaxtyping
 import pytest
 import timm
 import torch
@@ -18,7 +19,13 @@ from sape2.encodings import list_encodings
 from sape2.export import ParityError, compare, export_model, load_exported, write_checked
 from sape2.vit import ViT
 
-pytestmark = pytest.mark.usefixtures("as_users_call_it")  # symbolic sizes are no ints
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_users_call_it():
+    """Without the type checks of the tests: the sizes of a graph that is being traced are no ints."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def sizes(rows):
@@ -34,7 +41,7 @@ def run_onnx(path, images):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, _as_users_call_it):
     return finished_run(tmp_path_factory.mktemp("runs") / "mine")
 
 

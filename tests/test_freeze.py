@@ -2,6 +2,7 @@
 
 import copy
 
+import jaxtyping
 import pytest
 import timm
 import torch
@@ -13,13 +14,20 @@ import sape2
 from sape2.encodings import list_encodings
 from sape2.frozen import Frozen, fold_constants, trace
 
-pytestmark = pytest.mark.usefixtures("as_users_call_it")  # symbolic sizes are no ints
+
+@pytest.fixture(autouse=True, scope="module")
+def _as_users_call_it():
+    """Without the type checks of the tests: the sizes of a graph that is being traced are no ints."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 GRID_ARITHMETIC = {"arange", "upsample_bicubic2d", "_upsample_bicubic2d_aa", "upsample_linear1d", "index", "cos", "sin", "exp2"}
 
 
 @pytest.fixture(scope="module")
-def frozen():
+def frozen(_as_users_call_it):
     """(model, frozen) for an oblong size that is not that of training."""
     model = tiny(EVERYTHING[0])
     return model, sape2.freeze(model, (8, 20))
