@@ -35,7 +35,7 @@ def frozen(_as_users_call_it):
 
 def operations(model: Frozen) -> list[str]:
     """Names of operations, without "aten." and the overload."""
-    return [str(node.target).split(".")[1] for node in model.graph.graph.nodes if str(node.target).startswith("aten.")]
+    return [str(node.target).split(".")[1] for node in model.traced.graph.nodes if str(node.target).startswith("aten.")]
 
 
 def test_logits_are_those_of_the_original_for_any_number_of_images(frozen):
@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_original_for_any_number_of_images(frozen):
 def test_nothing_that_depends_on_the_grid_alone_is_computed(frozen):
     assert GRID_ARITHMETIC & set(operations(frozen[1])) == set()
     assert {"gather", "sigmoid"} <= set(operations(frozen[1]))  # positions that depend on the content
-    assert any(name.startswith("constant_") for name, _ in frozen[1].graph.named_buffers())
+    assert any(name.startswith("constant_") for name, _ in frozen[1].traced.named_buffers())
 
 
 def test_the_check_for_grid_arithmetic_sees_it():

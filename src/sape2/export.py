@@ -67,6 +67,9 @@ class ParityError(ValueError):
 class Normalized(nn.Module):
     """A model that takes pixels / 255 and normalises them itself: model((images - mean) / std)."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
         self.model = model

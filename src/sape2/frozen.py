@@ -27,7 +27,7 @@ class Frozen(nn.Module):
 
     def __init__(self, graph: fx.GraphModule, size: Size) -> None:
         super().__init__()
-        self.graph, self.size = graph, size
+        self.traced, self.size = graph, size
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Any:
         if tuple(images.shape[-2:]) != self.size:
@@ -36,10 +36,10 @@ class Frozen(nn.Module):
                 f"this model was frozen for images of {height}x{width} pixels; got {images.shape[-2]}x{images.shape[-1]}. "
                 "Freeze the original again for another size"
             )
-        return self.graph(images)
+        return self.traced(images)
 
     def extra_repr(self) -> str:
-        return f"size={self.size}, constants={sum(name.startswith('constant_') for name, _ in self.graph.named_buffers())}"
+        return f"size={self.size}, constants={sum(name.startswith('constant_') for name, _ in self.traced.named_buffers())}"
 
 
 def freeze(model: nn.Module, size: int | Size) -> Frozen:
@@ -94,7 +94,8 @@ def _check_open(program: ExportedProgram, model: nn.Module, shapes: dict[int, An
     """Raises ValueError if a dimension that should stay open became a number in the graph."""
     names = program.graph_signature.user_inputs
     images = next(node for node in program.graph.nodes if node.op == "placeholder" and node.name in names)
-    fixed = [dim for dim in shapes if isinstance(images.meta["val"].shape[dim], int)]
+    shape = images.meta["val"].shape
+    fixed = [dim for dim in shapes if isinstance(shape[dim], int) or shape[dim].node.maybe_as_int() is not None]
     if fixed:
         what = ", ".join({0: "number", 2: "height", 3: "width"}[dim] for dim in fixed)
         raise ValueError(f"{type(model).__name__} fixes the {what} of its images when it is traced; give one size")

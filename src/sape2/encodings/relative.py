@@ -184,7 +184,7 @@ class RelativeDecomposed(AttentionEncoding):
         if self.options.beyond == "resize" and (is_symbolic(grid) or len(table) != 2 * length - 1):
             table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear", align_corners=False)[0].T
         place = torch.arange(length, device=table.device)
-        last = len(table) // 2
+        last = table.shape[0] // 2
         return table[(place[None] - place[:, None]).clamp(-last, last) + last]
 
 
