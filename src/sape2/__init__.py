@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from sape2.adapters.files import load_adapter, save_adapter
     from sape2.adapters.pytorch import SaPEAttention
     from sape2.encodings import create_encoding, list_encodings
+    from sape2.export import export_model
+    from sape2.frozen import freeze
     from sape2.vit import create_model
 
 __version__ = "0.1.0"
@@ -23,6 +25,8 @@ _HOMES = {
     "create_model": "sape2.vit",
     "detach": "sape2.adapters",
     "encoding_parameters": "sape2.adapters",
+    "export_model": "sape2.export",
+    "freeze": "sape2.frozen",
     "list_encodings": "sape2.encodings",
     "load_adapter": "sape2.adapters.files",
     "save_adapter": "sape2.adapters.files",
@@ -36,6 +40,8 @@ __all__ = [
     "create_model",
     "detach",
     "encoding_parameters",
+    "export_model",
+    "freeze",
     "list_encodings",
     "load_adapter",
     "save_adapter",

@@ -138,7 +138,10 @@ class Distances:
         return (*self.vectors, self.gain) if isinstance(self.gain, Tensor) else self.vectors
 
     def dense(self) -> Tensor:
-        total = SumOfDistances.apply(*self.vectors)
+        if torch.compiler.is_exporting():
+            total = functools.reduce(operator.add, [_exported_distances(vectors) for vectors in self.vectors])
+        else:
+            total = SumOfDistances.apply(*self.vectors)
         return total if isinstance(self.gain, float) and self.gain == 1.0 else self.gain * total
 
     def scaled(self, scale: float | Tensor) -> Distances:
@@ -255,6 +258,15 @@ class SumOfDistances(torch.autograd.Function):
         size = info.batch_size
         moved = [v.expand(size, *v.shape) if d is None else v.movedim(d, 0) for v, d in zip(vectors, in_dims, strict=True)]
         return SumOfDistances.apply(*moved), 0
+
+
+def _exported_distances(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead tokens tokens"]:
+    """The product of `Sides` in operations that every graph format has; `cdist` has no form in ONNX."""
+    s = s - s.mean(-2, keepdim=True)
+    norm = s.square().sum(-1, keepdim=True) * (1 - 8 * torch.finfo(s.dtype).eps)
+    one = torch.ones_like(norm)
+    squares = torch.cat([-2 * s, one, norm], dim=-1) @ torch.cat([s, norm, one], dim=-1).transpose(-1, -2)
+    return squares.clamp_min(0).sqrt()
 
 
 def _distance_tangent(s: Tensor, tangent: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import sape2
-from sape2.config import MODELS, ModelConfig, RunConfig, model_config, override, with_epochs
+from sape2.config import MODELS, ModelConfig, RunConfig, check_image_size, model_config, override, with_epochs
 
 if TYPE_CHECKING:
     from sape2.costing import Cell, Sweep
@@ -137,6 +137,17 @@ def build_parser() -> Parser:
     cost.add_argument("--out", default="runs/cost", metavar="DIR", help="for results.jsonl and figures (default runs/cost)")
     _add_json(cost)
     cost.set_defaults(run=run_cost)
+
+    export = commands.add_parser("export", help="write a trained model for other programs, and check the file")
+    export.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
+    formats = ["onnx", "pt2", "safetensors", "hub"]
+    export.add_argument("--format", choices=formats, required=True, help="hub is a folder with a model card")
+    export.add_argument("--out", metavar="FILE", help="(default RUN/export/NAME.FORMAT)")
+    export.add_argument("--size", metavar="HxW", help="a graph for this image size alone, positions as constants (default any)")
+    export.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
+    export.add_argument("--normalize", action="store_true", help="mean and std go into the graph: it takes pixels / 255")
+    _add_json(export)
+    export.set_defaults(run=run_export)
 
     list_ = commands.add_parser("list", help="what there is to choose from")
     list_.add_argument("what", choices=["encodings", "models", "recipes", "measures"])
@@ -264,18 +275,13 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> in
 
 
 def run_evaluate(arguments: argparse.Namespace) -> int:
-    from sape2.checkpoint import is_finished, last_checkpoint, read_config
+    from sape2.checkpoint import read_config
 
     folder = Path(arguments.folder)
     config = read_config(folder)
     measures = _chosen_measures(arguments.measures)
     limit = None if arguments.limit is None else _whole_number("--limit", arguments.limit)
-    if not is_finished(folder):
-        at = last_checkpoint(folder)
-        raise ValueError(
-            f"the run in {folder} is not finished ({at.name if at else 'no checkpoint yet'} of its "
-            f"{config.train.epochs} epochs); give its sape2 train command again to go on"
-        )
+    _check_finished(folder, config)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     from sape2.data import load_data
@@ -287,6 +293,17 @@ def run_evaluate(arguments: argparse.Namespace) -> int:
     whole = "accuracy" in measures and limit is None  # confusion is of all images
     files = _draw(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if whole else ())])
     return _show_results(rows, folder, arguments.json, files)
+
+
+def _check_finished(folder: Path, config: RunConfig) -> None:
+    from sape2.checkpoint import is_finished, last_checkpoint
+
+    if not is_finished(folder):
+        at = last_checkpoint(folder)
+        raise ValueError(
+            f"the run in {folder} is not finished ({at.name if at else 'no checkpoint yet'} of its "
+            f"{config.train.epochs} epochs); give its sape2 train command again to go on"
+        )
 
 
 def _chosen_measures(text: str) -> list[str]:
@@ -471,6 +488,53 @@ def _draw_cost(rows: list[Row], folder: Path) -> None:
         plot_growth(lines_of_growth(rows, "memory"), folder / "cost_memory.png", "peak extra memory (MiB)")
     except ImportError as error:
         _say(f"no figures: {error}")
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    from sape2.checkpoint import read_config
+
+    folder, size = Path(arguments.folder), None if arguments.size is None else _image_size(arguments.size)
+    config = read_config(folder)
+    _check_finished(folder, config)
+    if size is not None:
+        check_image_size(size, config.model.patch_size)
+    from sape2.export import ParityError, export_run, needed
+
+    needed(arguments.format)
+    out = None if arguments.out is None else Path(arguments.out)
+    options = {"size": size, "weights": arguments.weights, "normalize": arguments.normalize}
+    try:
+        path, rows = export_run(folder, arguments.format, out, **options)
+    except ParityError as error:
+        _show_parity(error.rows, arguments)
+        _say(f"sape2: {error}")
+        return 1
+    _show_parity([row | {"file": str(path)} for row in rows], arguments)
+    if not arguments.json:
+        print(f"written: {path}")
+    return 0
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip(), re.ASCII)
+    if not found:
+        raise ValueError(f"--size needs HxW in pixels, for example 32x48; got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _show_parity(rows: list[Row], arguments: argparse.Namespace) -> None:
+    """How the logits of the file differ from those of the model, for each number and size of images."""
+    from sape2.report import print_json, print_table
+
+    if arguments.json:
+        print_json(row | {"format": arguments.format} for row in rows)
+        return
+    table = [row | {key: f"{row[key]:.1e}" for key in ("max_abs_difference", "tolerance")} for row in rows]
+    columns = ["batch", "height", "width", "max_abs_difference", "tolerance", "largest_logit", "agrees"]
+    print_table(table, columns, f"{arguments.format} against the model")
 
 
 # --- list ------------------------------------------------------------------------------------------------------------

@@ -21,11 +21,18 @@ Axis = Literal["x", "y", "raster"]
 
 
 def check_grid(grid: Grid) -> Grid:
-    """The grid as a tuple of two positive ints; raises ValueError for anything else."""
+    """The grid as a tuple of two positive ints (symbolic ones in a traced graph); raises ValueError for anything else."""
     height_width = tuple(grid)
-    if len(height_width) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in height_width):
+    if len(height_width) != 2 or any(
+        not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 1 for n in height_width
+    ):
         raise ValueError(f"grid needs two positive integers (H, W); got {grid!r}")
     return height_width
+
+
+def is_symbolic(grid: Grid) -> bool:
+    """Whether a graph for any size is being traced: then no branch may ask how large the grid is."""
+    return any(isinstance(n, torch.SymInt) for n in grid)
 
 
 def num_tokens(grid: Grid) -> int:
@@ -49,8 +56,8 @@ def check_tokens(tokens: Tensor, grid: Grid) -> None:
 def coordinates(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "tokens 2"]:
     """(y, x) of every grid token, in patches."""
     height, width = grid
-    index = torch.arange(height * width, device=device)
-    return torch.stack([index // width, index % width], dim=-1)
+    y, x = torch.arange(height, device=device), torch.arange(width, device=device)
+    return torch.stack([y[:, None].expand(grid), x.expand(grid)], dim=-1).flatten(0, 1)
 
 
 def offsets(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "tokens tokens 2"]:

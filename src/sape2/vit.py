@@ -7,6 +7,7 @@ Axes: B batch, T = P + N tokens (class token, registers, then the grid in row-ma
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from timm.layers import DropPath, LayerScale, Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sape2 import hub
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
@@ -151,7 +153,7 @@ class ViT(nn.Module):
         x, grid = self.patch_embed(images)
         x = full_precision(x)  # as in timm, autocast lowers the products, not the residual stream
         x = self._encode_tokens(x, grid, after_block=None)
-        prefix = [getattr(self, name).expand(len(x), -1, -1) for name in ("cls_token", "reg_token") if hasattr(self, name)]
+        prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in ("cls_token", "reg_token") if hasattr(self, name)]
         return torch.cat([*(token.to(x.dtype) for token in prefix), x], dim=1), grid
 
     def _encode_tokens(self, x: Tensor, grid: Grid, after_block: int | None) -> Tensor:
@@ -167,6 +169,15 @@ class ViT(nn.Module):
     def pool(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         pooled = x[:, 0] if self.config.pool == "class" else x[:, self.num_prefix_tokens :].mean(1)
         return self.fc_norm(pooled)
+
+    def save_pretrained(self, folder: str | Path, run: str | Path | None = None, weights: str = "last") -> None:
+        """Writes config.json, model.safetensors and a model card, filled from a run folder and one of its weights if given."""
+        hub.save_pretrained(self, folder, run, weights)
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, revision: str | None = None) -> ViT:
+        """The model of a folder or of a hub id, in evaluation mode; raises FileNotFoundError or ValueError in one line."""
+        return hub.load_pretrained(cls, source, revision)
 
     def maps(self, images: Float[Tensor, "batch channels height width"]) -> list[dict[str, Tensor]]:
         """For every layer a dict: `tokens` that leave it, (B, T, D), `attention`, (B, h, T, T), and the encoding's maps."""

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.base import Facts, TokenEncoding, full_precision, make_options
-from sape2.grid import Grid, check_grid, check_tokens, coordinates
+from sape2.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class LearnedAbsolute(TokenEncoding):
         return tokens + self.resampled(grid).flatten(0, 1).to(tokens.dtype)
 
     def resampled(self, grid: Grid) -> Float[Tensor, "height width dim"]:
-        if tuple(grid) == self.grid:
+        if not is_symbolic(grid) and tuple(grid) == self.grid:
             return self.table
         image = full_precision(self.table).permute(2, 0, 1)[None]  # (1, D, H, W)
         image = F.interpolate(image, size=tuple(grid), mode=self.options.resize, antialias=True, align_corners=False)

@@ -255,8 +255,13 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Switches autocast off on the tensor's device, so that float32 products stay float32."""
+    """Switches autocast off on the tensor's device, so that float32 products stay float32.
+
+    Not in an exported graph: a region there hides its operations from what reads the graph. Such a graph has its own precision.
+    """
     device = tensor.device.type
+    if torch.compiler.is_exporting():
+        return contextlib.nullcontext()
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sape2.bias import PLACE_AXES, Matrix, Places
 from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
-from sape2.grid import Grid, check_grid, check_tokens, from_lines, line_length, offsets, to_lines
+from sape2.grid import Grid, check_grid, check_tokens, from_lines, is_symbolic, line_length, offsets, to_lines
 
 Beyond = Literal["resize", "clamp"]
 
@@ -39,7 +39,7 @@ def offset_index(grid: Grid, rows: int, columns: int, device: torch.device) -> I
 
 def resized(table: Float[Tensor, "channels rows columns"], grid: Grid) -> Float[Tensor, "channels new_rows new_columns"]:
     """The table resampled as an image to the offsets of `grid`, bicubic, as Swin and timm do for other windows."""
-    if table.shape[-2:] == num_offsets(grid):
+    if not is_symbolic(grid) and table.shape[-2:] == num_offsets(grid):
         return table
     return F.interpolate(table[None], size=num_offsets(grid), mode="bicubic", align_corners=False)[0]
 
@@ -181,10 +181,10 @@ class RelativeDecomposed(AttentionEncoding):
         """R[m - s] for the places s and m of a line."""
         table = full_precision(getattr(self, f"table_{axis}"))
         length = line_length(grid, axis)
-        if self.options.beyond == "resize" and len(table) != 2 * length - 1:
+        if self.options.beyond == "resize" and (is_symbolic(grid) or len(table) != 2 * length - 1):
             table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear", align_corners=False)[0].T
         place = torch.arange(length, device=table.device)
-        last = len(table) // 2
+        last = table.shape[0] // 2
         return table[(place[None] - place[:, None]).clamp(-last, last) + last]
 
 
