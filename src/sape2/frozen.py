@@ -72,6 +72,7 @@ def trace(model: nn.Module, images: Tensor, step: Size | None = None) -> Exporte
         shapes |= {2: step[0] * Dim("rows", min=2), 3: step[1] * Dim("columns", min=2)}
     try:
         with torch.no_grad():
+            model(images)  # a size that is refused is refused at once, and in the words of the model
             program = torch.export.export(model, (images,), dynamic_shapes=(shapes,))
     except Exception as error:
         raise ValueError(_cannot_trace(model, images, step, error)) from error
