@@ -138,8 +138,9 @@ def fold_constants(module: fx.GraphModule) -> None:
             constant = module.graph.get_attr(_store(module, constants, value))
         constant.meta = dict(node.meta)
         node.replace_all_uses_with(constant, delete_user_cb=lambda user: user not in known)
-    for check in [node for node, value in known.items() if value is None and not node.users]:
-        module.graph.erase_node(check)  # an assertion about constants, which has just held
+    for node, value in known.items():
+        if value is None and not node.users:  # an assertion about constants, which held just now
+            module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()
 
