@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from encoding_cases import VARIANTS
-from export_cases import EVERYTHING, finished_run, largest, rows_of, tiny
+from export_cases import EVERYTHING, assert_same_weights, finished_run, largest, rows_of, tiny
 from host_cases import TIMM, open_gains, randomised
 from torch import nn
 
@@ -133,9 +133,10 @@ def test_a_host_model_for_one_size_says_so(tmp_path):
 
 def test_safetensors_holds_the_model_and_how_to_build_it(run, tmp_path):
     path, rows = module.export_run(run[0], "safetensors", tmp_path / "model.safetensors")
-    assert max(row["max_abs_difference"] for row in rows) == 0.0
-    images = torch.randn(2, 1, 16, 12)
-    assert torch.equal(load_exported(path, ViT)(images), run[1](images))
+    assert max(row["max_abs_difference"] for row in rows) < 1e-6  # not 0: rounding depends on where tensors lie in memory
+    loaded = load_exported(path, ViT)
+    assert loaded.config == run[1].config
+    assert_same_weights(loaded, run[1])
 
 
 def test_safetensors_of_something_else_is_refused_in_one_line(run, tmp_path):
