@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from host_cases import randomised
-from torch import Tensor
+from torch import Tensor, nn
 
 from sape2 import create_model
 from sape2.checkpoint import save_weights, start_run, write_rows
@@ -46,6 +47,13 @@ def finished_run(folder: Path, encoding: str = "ape+sape2") -> tuple[Path, ViT]:
 
 def largest(difference: Tensor) -> float:
     return difference.detach().abs().max().item()
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    """Bit for bit."""
+    first, second = one.state_dict(), other.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def rows_of(text: str) -> list[dict[str, Any]]:
