@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sape2.config import RunConfig
-from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_paper, cifar100, cifar100_paper
+from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_paper, cifar10_short, cifar100, cifar100_paper
 from sape2.recipes.digits import digits
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
@@ -15,6 +15,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cifar10_paper": cifar10_paper,
     "cifar100_paper": cifar100_paper,
     "cifar10_budget": cifar10_budget,
+    "cifar10_short": cifar10_short,
 }
 
 
