@@ -1,21 +1,26 @@
 """Memory and time of one layer's attention against the number of tokens, and the largest grid that trains in 8 GB.
 
-Command:  python benchmarks/memory.py        (about twenty minutes on two CPU cores; needs about 16 GB for the largest maps)
+Command:  python benchmarks/memory.py        (about half an hour on two CPU cores; needs about 16 GB for the largest maps)
 One image, 6 heads of 64, float32, forward plus backward.
 
 Measured: peak extra memory (what PyTorch's allocator gives out above what was alive before, temporaries included) and
 time (medians of alternating rounds), for squares of 8x8 to 64x64 tokens; a form whose predicted memory the machine does
 not have is left out and says so. Largest grid: the side of the largest square whose *predicted* memory stays within the
-budget, found by bisection; predicted means that the step is run on tensors without memory, whose storages are added up
-while they live (`sape2.evaluation.memory.predicted_peak`). The rows hold both numbers where both exist, so that one can
-judge the prediction. Once for the attention of one layer alone, once for a ViT-Small (patch 16, one image, gradients and
-the two moments of AdamW included). Writes benchmarks/results/memory.jsonl and memory.png.
+budget; predicted means that the step is run on tensors without memory, whose storages are added up while they live
+(`sape2.evaluation.memory.predicted_peak`). Forms that keep whole maps: by bisection. Forms in blocks: by the straight line
+in N through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block, too.
+The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the attention
+of one layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included; predicted
+for one and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl and memory.png.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 from functools import partial
+from unittest.mock import patch
 
 import straightforward
 import torch
@@ -24,7 +29,9 @@ from peers import PLAIN, PLAIN_FUSED, Ours, Peer, make_straightforward, random_t
 from timing import Row, compare, conditions, parser, save
 from torch import Tensor, nn
 
+from sape2 import attention as sape2_attention
 from sape2 import create_model, viz
+from sape2.encodings import AttentionEncoding
 from sape2.evaluation.cost import forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.memory import available_bytes, peak_bytes, predicted_peak
 from sape2.report import markdown_table
@@ -32,6 +39,8 @@ from sape2.report import markdown_table
 SIDES = [8, 16, 24, 32, 48, 64]
 HEADS, HEAD_DIM, PATCH = 6, 64, 16
 MAX_SIDE = 1024
+LINE = (50, 56)  # sides: from 49 on, six maps exceed `sape2.attention.KEPT_ELEMENTS`
+LAYERS = 12
 STRAIGHTFORWARD = "sape2: straightforward"
 OURS = {
     "sape2: ours": "sape2",
@@ -39,6 +48,7 @@ OURS = {
     "sape2 direct: ours": "sape2:readout=direct",
 }
 FORMS = [PLAIN, PLAIN_FUSED, STRAIGHTFORWARD, *OURS]
+CHOOSE_PATH = sape2_attention.choose_path
 ENCODINGS = {"ape": "ape", STRAIGHTFORWARD: "ape+sape2"} | {form: f"ape+{name}" for form, name in OURS.items()}
 
 
@@ -55,26 +65,56 @@ def attention(form: str, side: int, device: str = "cpu") -> tuple[nn.Module, lis
     return module, random_tokens(1, HEADS, grid, HEAD_DIM, device=device)
 
 
+def along_real_paths(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> str:
+    """The path that tensors with memory take, for tensors without (`choose_path` gives those the readable form)."""
+    return "blocks" if encoding.makes_bias else CHOOSE_PATH(q, encoding, dropout)
+
+
+@functools.cache
 def attention_bytes(form: str, side: int) -> int | None:
-    return predicted_peak(forward_backward, *attention(form, side, "meta"))
+    with patch.object(sape2_attention, "choose_path", along_real_paths):
+        return predicted_peak(forward_backward, *attention(form, side, "meta"))
 
 
+@functools.cache
 def model_bytes(form: str, side: int) -> int | None:
     """Of a training step of ViT-Small: what lives during forward and backward, the parameters and their two moments."""
+    one, two = (shallow_model_bytes(form, side, depth) for depth in (1, 2))
+    return None if one is None or two is None else one + (LAYERS - 1) * (two - one)
+
+
+def shallow_model_bytes(form: str, side: int, depth: int) -> int | None:
+    size = {"image_size": side * PATCH, "patch_size": PATCH, "num_classes": 10, "depth": depth}
     with torch.device("meta"):
-        model = create_model("vit_small", encoding=ENCODINGS[form], image_size=side * PATCH, patch_size=PATCH, num_classes=10)
+        model = create_model("vit_small", encoding=ENCODINGS[form], **size)
     if form == STRAIGHTFORWARD:
         make_straightforward(model)
     batch = [torch.empty(1, 3, side * PATCH, side * PATCH, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")]
-    extra = predicted_peak(loss_gradients, model, batch)
+    with patch.object(sape2_attention, "choose_path", along_real_paths):
+        extra = predicted_peak(loss_gradients, model, batch)
     return None if extra is None else extra + 3 * sum(p.nbytes for p in model.parameters())
+
+
+def line(predict: Callable[..., int | None]) -> tuple[float, float] | None:
+    """(bytes at no token, bytes a token) of the straight line through the predictions at the two sides of `LINE`."""
+    (near, far), (low, high) = ([side * side for side in LINE], [predict(side=side) for side in LINE])
+    if low is None or high is None:
+        return None
+    slope = (high - low) / (far - near)
+    return low - slope * near, slope
+
+
+def predicted_bytes(form: str, side: int) -> int | None:
+    """Of the attention of one layer: along the line where it holds, else by a run without memory."""
+    found = line(partial(attention_bytes, form)) if form in OURS and side > LINE[1] else None
+    return attention_bytes(form, side) if found is None else round(found[0] + found[1] * side * side)
 
 
 def measure(side: int, rounds: int) -> list[Row]:
     """One row for every form that fits."""
     rows, steps = [], {}
     for form in FORMS:
-        predicted, available = attention_bytes(form, side), available_bytes()
+        predicted, available = predicted_bytes(form, side), available_bytes()
         row = {"form": form, "side": side, "tokens": side * side, "predicted_bytes": predicted, "bytes": None, "ms": None}
         if predicted is not None and predicted > 0.9 * available:
             row["note"] = f"needs about {predicted / 1e9:.1f} GB, {available / 1e9:.1f} GB are available"
@@ -86,8 +126,16 @@ def measure(side: int, rounds: int) -> list[Row]:
     return [row | times.get(row["form"], {}) for row in rows]
 
 
-def largest_side(predict: Callable[..., int | None], budget: int) -> int | None:
-    """The largest side whose predicted memory is within the budget, by bisection; None if it cannot be predicted."""
+def largest_side(form: str, bytes_of: Callable[..., int | None], budget: int) -> int | None:
+    """The largest side whose predicted memory is within the budget; None if it cannot be predicted."""
+    predict = partial(bytes_of, form)
+    if form not in OURS:
+        return bisected_side(predict, budget)
+    found = line(predict)
+    return found and math.isqrt(max(0, int((budget - found[0]) / found[1])))
+
+
+def bisected_side(predict: Callable[..., int | None], budget: int) -> int | None:
     low, high = 1, MAX_SIDE  # fits, does not
     while high - low > 1:
         middle = (low + high) // 2
@@ -121,8 +169,8 @@ def main() -> None:
     for quantity in ("bytes", "ms"):
         print(f"growth of {quantity} with N\n\n{markdown_table(growth(rows, quantity), ['form', 'exponent'])}")
     budget = int(arguments.gigabytes * 1e9)
-    largest = [{"form": f, "scope": "attention", "side": largest_side(partial(attention_bytes, f), budget)} for f in FORMS]
-    largest += [{"form": f, "scope": "vit_small", "side": largest_side(partial(model_bytes, f), budget)} for f in ENCODINGS]
+    largest = [{"form": f, "scope": "attention", "side": largest_side(f, attention_bytes, budget)} for f in FORMS]
+    largest += [{"form": f, "scope": "vit_small", "side": largest_side(f, model_bytes, budget)} for f in ENCODINGS]
     print(f"largest square in {arguments.gigabytes:g} GB\n\n{markdown_table(largest, ['form', 'scope', 'side'])}")
     save(arguments.out, [row | {"budget_bytes": budget} | conditions() for row in rows + largest])
     lines = {form: [(r["tokens"], r["bytes"] / 2**20) for r in rows if r["form"] == form and r["bytes"]] for form in FORMS}
