@@ -65,15 +65,20 @@ def attention(form: str, side: int, device: str = "cpu") -> tuple[nn.Module, lis
     return module, random_tokens(1, HEADS, grid, HEAD_DIM, device=device)
 
 
-def along_real_paths(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> str:
-    """The path that tensors with memory take, for tensors without (`choose_path` gives those the readable form)."""
-    return "blocks" if encoding.makes_bias else CHOOSE_PATH(q, encoding, dropout)
+def predict(step: Callable, module: nn.Module, inputs: list[Tensor]) -> int | None:
+    """`predicted_peak` along the path of tensors with memory (`choose_path` gives those without the readable form)."""
+
+    def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> str:
+        return "blocks" if encoding.makes_bias else CHOOSE_PATH(q, encoding, dropout)
+
+    own_buffers = patch.object(sape2_attention, "_WORKSPACE", type(sape2_attention._WORKSPACE)())
+    with patch.object(sape2_attention, "choose_path", choose_path), own_buffers:
+        return predicted_peak(step, module, inputs)
 
 
 @functools.cache
 def attention_bytes(form: str, side: int) -> int | None:
-    with patch.object(sape2_attention, "choose_path", along_real_paths):
-        return predicted_peak(forward_backward, *attention(form, side, "meta"))
+    return predict(forward_backward, *attention(form, side, "meta"))
 
 
 @functools.cache
@@ -90,14 +95,13 @@ def shallow_model_bytes(form: str, side: int, depth: int) -> int | None:
     if form == STRAIGHTFORWARD:
         make_straightforward(model)
     batch = [torch.empty(1, 3, side * PATCH, side * PATCH, device="meta"), torch.zeros(1, dtype=torch.long, device="meta")]
-    with patch.object(sape2_attention, "choose_path", along_real_paths):
-        extra = predicted_peak(loss_gradients, model, batch)
+    extra = predict(loss_gradients, model, batch)
     return None if extra is None else extra + 3 * sum(p.nbytes for p in model.parameters())
 
 
-def line(predict: Callable[..., int | None]) -> tuple[float, float] | None:
+def line(bytes_of: Callable[..., int | None]) -> tuple[float, float] | None:
     """(bytes at no token, bytes a token) of the straight line through the predictions at the two sides of `LINE`."""
-    (near, far), (low, high) = ([side * side for side in LINE], [predict(side=side) for side in LINE])
+    (near, far), (low, high) = ([side * side for side in LINE], [bytes_of(side=side) for side in LINE])
     if low is None or high is None:
         return None
     slope = (high - low) / (far - near)
@@ -128,18 +132,17 @@ def measure(side: int, rounds: int) -> list[Row]:
 
 def largest_side(form: str, bytes_of: Callable[..., int | None], budget: int) -> int | None:
     """The largest side whose predicted memory is within the budget; None if it cannot be predicted."""
-    predict = partial(bytes_of, form)
     if form not in OURS:
-        return bisected_side(predict, budget)
-    found = line(predict)
+        return bisected_side(partial(bytes_of, form), budget)
+    found = line(partial(bytes_of, form))
     return found and math.isqrt(max(0, int((budget - found[0]) / found[1])))
 
 
-def bisected_side(predict: Callable[..., int | None], budget: int) -> int | None:
+def bisected_side(bytes_of: Callable[..., int | None], budget: int) -> int | None:
     low, high = 1, MAX_SIDE  # fits, does not
     while high - low > 1:
         middle = (low + high) // 2
-        needed = predict(side=middle)
+        needed = bytes_of(side=middle)
         if needed is None:
             return None
         low, high = (middle, high) if needed <= budget else (low, middle)
