@@ -33,6 +33,7 @@ LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, DataConfig], An
     "parquet": (parquet.find, parquet.read),
     "webdataset": (webdataset.find, lambda path, _: webdataset.read(path)),
 }
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
 MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
 
 
@@ -75,7 +76,7 @@ def open_sources(config: DataConfig, model: ModelConfig) -> dict[str, Source] | 
         raise ValueError(
             f"{config.name} needs --data: a folder in hub parquet layout, a folder that holds torchvision's "
             f"{TORCHVISION_FOLDERS.get(config.name, 'files')}, an image folder (train/CLASS/*.jpg), webdataset shards (*.tar), "
-            f"or a hub id such as uoft-cs/{config.name}"
+            f"or a hub id such as {HUB_IDS.get(config.name, 'owner/name')}"
         )
     path = Path(config.source).expanduser()
     if path.is_file():

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms import functional as TF
 
 from sape2.config import ModelConfig
 
@@ -33,12 +32,13 @@ def decode(entry: Any, model: ModelConfig, where: str, crop: Crop | None = None)
     """One image file as (height, width, C) uint8; raises ValueError that names it if it is missing, damaged or a bomb."""
     data = entry.get("bytes") if isinstance(entry, dict) else None
     path = entry.get("path") if isinstance(entry, dict) else None
-    if data is None and path is None:
+    file = path if data is None else io.BytesIO(data)
+    if file is None:
         raise ValueError(f"{where}: there is no image in it")
     if data is not None and len(data) > MAX_BYTES:
         raise ValueError(f"{where}: the image cannot be decoded: {len(data)} bytes are more than {MAX_BYTES}")
     try:
-        with Image.open(path if data is None else io.BytesIO(data)) as image:
+        with Image.open(file) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
             return to_array(image, model, crop)
@@ -94,7 +94,9 @@ class CenterCrop(Crop):
         height, width = model.image_size
         scale = max(height / image.height, width / image.width) / self.share
         sides = [max(side, int(length * scale + 1e-6)) for side, length in ((height, image.height), (width, image.width))]
-        return TF.center_crop(image.resize(sides[::-1], Image.Resampling.BICUBIC), [height, width])
+        resized = image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
+        top, left = (round((side - cut) / 2) for side, cut in zip(sides, (height, width), strict=True))
+        return resized.crop((left, top, left + width, top + height))
 
 
 def to_array(image: Image.Image, model: ModelConfig, crop: Crop | None = None) -> np.ndarray:

@@ -15,7 +15,7 @@ PEEK = 20  # folders and files looked at to tell the layout
 
 
 class FolderImages:
-    """The images below DIR/SPLIT/CLASS, sorted by class, then path."""
+    """The images below DIR/SPLIT/CLASS, sorted by file name, so that files named by number keep their order."""
 
     layout = "folder"
 
@@ -25,6 +25,7 @@ class FolderImages:
         self.root, self.where, self.classes = folder / split, f"{folder} {split}", classes
         numbers = {name: number for number, name in enumerate(classes)}
         found = make_dataset(str(self.root), numbers, IMAGE_ENDINGS, allow_empty=True)
+        found.sort(key=lambda image: (os.path.basename(image[0]), image[0]))
         self.labels: list[Any] = [label for _, label in found]
         start = len(str(self.root)) + 1
         self._paths = np.array([os.fsencode(path[start:]) for path, _ in found], dtype=bytes)  # far smaller than a list of str
@@ -54,7 +55,7 @@ class FolderImages:
 def find(folder: Path) -> bool:
     """Whether DIR/train/*/ holds image files; looks at a few names only."""
     return any(
-        any(file.name.lower().endswith(IMAGE_ENDINGS) for file in _some(path))
+        any(file.name.lower().endswith(IMAGE_ENDINGS) for file in _some(path.path))
         for split in _split_names(folder)
         for path in _some(folder / split)
         if path.is_dir()
@@ -65,7 +66,7 @@ def _split_names(folder: Path) -> list[str]:
     return [name for name in (*TRAIN_NAMES, *TEST_NAMES) if (folder / name).is_dir()]
 
 
-def _some(folder: Path) -> Iterator[os.DirEntry[str]]:
+def _some(folder: str | Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         for entry, _ in zip(entries, range(PEEK), strict=False):
             yield entry

@@ -34,6 +34,7 @@ class ParquetImages:
         self.labels: list[Any] = []
         self.classes: tuple[str, ...] = ()
         groups: list[tuple[int, int, int, int]] = []  # file, row group, rows, bytes
+        label = ""
         for number, file in enumerate(files):
             try:
                 opened = waiting_for(str(file), lambda file=file: pyarrow.parquet.ParquetFile(file))
