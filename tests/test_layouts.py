@@ -18,6 +18,7 @@ from sape2.cli import main
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, override
 from sape2.data import ImageData, ImageFiles, base, decode, open_sources
 from sape2.data.decoding import MAX_PIXELS, CenterCrop, random_box
+from sape2.data.parquet import HubImages
 from sape2.data.webdataset import index_shard
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.recipes import get_recipe
@@ -341,6 +342,16 @@ def test_the_shards_are_what_datasets_reads(whole):
         assert source.read(number)["bytes"] == sample["png"]["bytes"]
         assert source.labels[number] == sample["cls"]
         assert source.name(number).endswith(f":{sample['__key__']}")
+
+
+def test_rows_from_the_cache_of_datasets_are_read_by_number():
+    files = [file_of(picture(row)) for row in range(5)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+    columns = {"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 2, 1, 0]}
+    source = HubImages("owner/name train", datasets.Dataset.from_dict(columns, features=features), DataConfig("tiny"))
+    assert (source.labels, source.classes) == ([0, 1, 2, 1, 0], tuple(CLASSES))
+    assert [source.read(number)["bytes"] for number in (4, 0)] == [files[4], files[0]]
+    assert source.name(3) == "owner/name train row 3"
 
 
 def test_labels_can_be_in_json(tmp_path):

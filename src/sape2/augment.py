@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, Dataset
 from sape2.config import AugmentConfig, TrainConfig
 from sape2.data import ImageData, ImageFiles
 
+PREFETCH_BYTES = 2**28  # of prepared batches of one worker, but never fewer than two batches
+
 
 def derive_seed(*parts: int | str) -> int:
     """One seed from several parts, such that different parts give unrelated seeds."""
@@ -100,13 +102,14 @@ class TrainStream(Dataset):
         What a worker could not read is counted here, so that the limit holds for all workers together.
         """
         workers = self.train.workers
+        ahead = PREFETCH_BYTES // (self.data.image_bytes * self.train.batch_size // self.world)
         loader = DataLoader(
             _Prepared(self),
             batch_size=None,
             sampler=range(start, self.total_steps),
             num_workers=workers,
             worker_init_fn=_leave_signals_to_the_main_process,
-            prefetch_factor=8 if workers else None,
+            prefetch_factor=min(8, max(2, ahead)) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
         for batch, unreadable, error in loader:

@@ -54,6 +54,11 @@ class ImageFiles:
         return part
 
     @property
+    def image_bytes(self) -> int:
+        height, width = self.model.image_size
+        return self.model.in_channels * height * width
+
+    @property
     def images(self) -> Tensor:
         """All of them, decoded now: for a few."""
         return self.take(torch.arange(len(self)))[0]

@@ -28,6 +28,10 @@ class ImageData:
     def __getitem__(self, index: Tensor | slice) -> ImageData:
         return replace(self, images=self.images[index], labels=self.labels[index])
 
+    @property
+    def image_bytes(self) -> int:
+        return self.images[:1].numel()
+
     def take(self, index: Tensor, crop_area: float | None = None, seeds: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """The images and labels at `index`. Raises ValueError for a crop, which needs the files."""
         if crop_area is not None:

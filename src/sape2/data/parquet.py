@@ -183,7 +183,7 @@ def find(folder: Path) -> bool:
 def read(folder: Path, config: DataConfig) -> dict[str, Source]:
     """Which files are which split is told by `datasets`: from names, folders, or a README.md with `configs:`."""
     builder = _quietly("load_dataset_builder", str(folder), str(folder), "the folder")
-    files = {name: [Path(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
+    files = {str(name): [Path(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
     others = [file for found in files.values() for file in found if file.suffix != ".parquet"]
     if others:
         raise ValueError(f"--data {folder}: the folder cannot be read: {others[0].name} is not a parquet file")
@@ -199,7 +199,7 @@ def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
 
 def _labelled(found: Any, where: str, open_split: Any) -> dict[str, Source]:
     """{"train": ..., "test": ...}; of several test sets the first whose labels are not all -1."""
-    train, tests = find_splits(list(found), where)
+    train, tests = find_splits([str(name) for name in found], where)
     sources = [open_split(train)]
     for name in tests:
         sources.append(open_split(name))
