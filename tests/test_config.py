@@ -381,9 +381,13 @@ CHANGES = {
     "augment.erase": 0.1, "augment.mixup": 0.1, "augment.cutmix": 0.1, "augment.mix_probability": 0.5, "augment.repeats": 2,
     "train.epochs": 50, "train.batch_size": 64, "train.lr": 0.5, "train.min_lr": 0, "train.warmup_epochs": 1,
     "train.weight_decay": 0, "train.label_smoothing": 0, "train.clip_grad": 1, "train.ema_decay": 0.9,
-    "train.accumulation": 2, "train.precision": "fp32",
+    "train.accumulation": 2, "train.precision": "fp32", "train.shuffle_window": 64, "augment.crop_area": 0.1,
+    "data.center_crop": 0.9,
 }  # fmt: skip
-NO_CHANGE_OF_THE_RESULT = {"data.source": "elsewhere", "train.workers": 3, "train.checkpoint_every": 7}
+NO_CHANGE_OF_THE_RESULT = {
+    "data.source": "elsewhere", "data.layout": "folder", "data.in_memory": False, "data.max_bad_samples": 3,
+    "train.workers": 3, "train.checkpoint_every": 7,
+}  # fmt: skip
 WITH_OTHERS = {"model.in_channels": ["model.in_channels=1", "data.mean=[0]", "data.std=[1]"]}
 
 

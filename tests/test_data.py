@@ -335,7 +335,7 @@ def test_more_than_one_batch_of_rows_is_read_and_named_by_its_own_row(tmp_path):
     write_folder(tmp_path)
     good = file_of(picture())
     write_split(tmp_path, "train", [good] * 1002 + [b"bad"], [0] * 1003)
-    assert "train row 1002: " in refusal(config_of(tmp_path), MODEL)
+    assert "train row 1002: " in refusal(config_of(tmp_path, max_bad_samples=0), MODEL)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sape2.config import AugmentConfig, TrainConfig
-from sape2.data import ImageData
+from sape2.data import ImageData, ImageFiles
+
+PREFETCH_BYTES = 2**28  # of prepared batches of one worker, but never fewer than two batches
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -26,21 +29,36 @@ def derive_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1) -> Int[Tensor, " size"]:
-    """Which image stands where in an epoch. With repeats, size/repeats distinct images, copies side by side."""
+def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1, window: int = 0) -> Int[Tensor, " size"]:
+    """Which image stands where in an epoch. With repeats, size/repeats distinct images, copies side by side.
+
+    With a window, blocks of window/16 neighbours are put in random order, then images are shuffled within windows.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "order", epoch))
-    return torch.randperm(size, generator=generator).repeat_interleave(repeats)[:size]
+    if window and window < size:
+        blocks = torch.arange(size).split(max(1, window // 16))
+        order = torch.cat([blocks[block] for block in torch.randperm(len(blocks), generator=generator).tolist()])
+        order = torch.cat([part[torch.randperm(len(part), generator=generator)] for part in order.split(window)])
+    else:
+        order = torch.randperm(size, generator=generator)
+    return order.repeat_interleave(repeats)[:size]
 
 
 class TrainStream(Dataset):
     """Batch number `step` of a run: (uint8 images, labels). The last, incomplete batch of an epoch is dropped.
 
-    Of several processes, number `rank` of `world` gets every world-th image of the batch. Raises ValueError if the
-    training set is smaller than one batch.
+    Of several processes, number `rank` of `world` gets every world-th image of the batch, and reads no other. Raises
+    ValueError if the training set is smaller than one batch.
     """
 
     def __init__(
-        self, data: ImageData, augment: AugmentConfig, train: TrainConfig, seed: int, rank: int = 0, world: int = 1
+        self,
+        data: ImageData | ImageFiles,
+        augment: AugmentConfig,
+        train: TrainConfig,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if len(data) < train.batch_size:
             raise ValueError(f"a batch of {train.batch_size} needs that many training images; there are {len(data)}")
@@ -67,28 +85,57 @@ class TrainStream(Dataset):
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
         epoch, place = divmod(index, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(len(self.data), self.seed, epoch, self.augment.repeats)
-        batch = self._order[place * self.train.batch_size : (place + 1) * self.train.batch_size]
-        images = augment_images(self.data.images[batch], self.augment, derive_seed(self.seed, "images", index))
-        mine = slice(self.rank, None, self.world)
-        return images[mine], self.data.labels[batch][mine]
+            window = self.train.shuffle_window
+            self._epoch, self._order = epoch, epoch_order(len(self.data), self.seed, epoch, self.augment.repeats, window)
+        size, rank, world = self.train.batch_size, self.rank, self.world
+        batch = self._order[place * size : (place + 1) * size][rank::world]
+        seeds = [derive_seed(self.seed, "box", index, image) for image in range(rank, size, world)]
+        images, labels = self.data.take(batch, self.augment.crop_area, seeds)
+        return augment_images(images, self.augment, derive_seed(self.seed, "images", index), rank, world), labels
 
     def __len__(self) -> int:
         return self.total_steps
 
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """All batches from step `start` to the end of the run, prepared ahead by worker processes."""
+        """All batches from step `start` to the end of the run, prepared ahead by worker processes.
+
+        What a worker could not read is counted here, so that the limit holds for all workers together.
+        """
         workers = self.train.workers
+        ahead = PREFETCH_BYTES // (self.data.image_bytes * self.train.batch_size // self.world)
         loader = DataLoader(
-            self,
+            _Prepared(self),
             batch_size=None,
             sampler=range(start, self.total_steps),
             num_workers=workers,
             worker_init_fn=_leave_signals_to_the_main_process,
-            prefetch_factor=8 if workers else None,
+            prefetch_factor=min(8, max(2, ahead)) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        return iter(loader)
+        for batch, unreadable, error in loader:
+            if isinstance(self.data, ImageFiles):
+                self.data.unreadable.update(unreadable)
+            if error is not None:
+                raise error
+            yield batch
+
+
+class _Prepared(Dataset):
+    """The batches of a stream as (batch, images found unreadable, error): an error raised in a worker would reach the user
+    as a traceback of that worker.
+    """
+
+    def __init__(self, stream: TrainStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, index: int) -> tuple[Any, dict[str, str], Exception | None]:
+        batch, error = (), None
+        try:
+            batch = self.stream[index]
+        except (ValueError, OSError) as problem:
+            error = (ValueError if isinstance(problem, ValueError) else OSError)(str(problem))
+        data = self.stream.data
+        return batch, dict(data.unreadable.reasons) if isinstance(data, ImageFiles) else {}, error
 
 
 def _leave_signals_to_the_main_process(_: int) -> None:
@@ -98,31 +145,37 @@ def _leave_signals_to_the_main_process(_: int) -> None:
 
 
 def augment_images(
-    images: UInt8[Tensor, "batch channels height width"], config: AugmentConfig, seed: int
+    images: UInt8[Tensor, "batch channels height width"], config: AugmentConfig, seed: int, rank: int = 0, world: int = 1
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Crop and flip drawn for every image; the policy (torchvision v2) drawn for every group of `policy_group` images.
+
+    The images may be every world-th of a batch, from number `rank` on; draws are for the whole batch.
 
     The policies of torchvision change a whole batch alike. Drawing once per image would cost more than the training
     step of a small model, so neighbours of a shuffled batch share a draw; policy_group=1 is the usual form.
     """
     generator = torch.Generator().manual_seed(seed)
     if config.crop_padding:
-        images = random_crop(images, config.crop_padding, generator)
+        images = random_crop(images, config.crop_padding, generator, rank, world)
     if config.flip:
-        flipped = torch.rand(len(images), generator=generator) < 0.5
+        flipped = torch.rand(len(images) * world, generator=generator)[rank::world] < 0.5
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     if config.policy != "none":
-        images = _apply_policy(images, config, derive_seed(seed, "policy"))
+        images = _apply_policy(images, config, derive_seed(seed, "policy"), rank, world)
     return images
 
 
 def random_crop(
-    images: UInt8[Tensor, "batch channels height width"], padding: int, generator: torch.Generator
+    images: UInt8[Tensor, "batch channels height width"],
+    padding: int,
+    generator: torch.Generator,
+    rank: int = 0,
+    world: int = 1,
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Every image shifted by -padding..padding pixels in y and x, zeros drawn in."""
     size, _, height, width = images.shape
     padded = F.pad(images, (padding, padding, padding, padding))
-    top, left = torch.randint(2 * padding + 1, (2, size), generator=generator)
+    top, left = torch.randint(2 * padding + 1, (2, size * world), generator=generator)[:, rank::world]
     rows = top[:, None] + torch.arange(height)  # (B, height)
     columns = left[:, None] + torch.arange(width)  # (B, width)
     index = torch.arange(size)[:, None, None]
@@ -130,7 +183,8 @@ def random_crop(
     return cropped.permute(0, 3, 1, 2).contiguous()
 
 
-def _apply_policy(images: Tensor, config: AugmentConfig, seed: int) -> Tensor:
+def _apply_policy(images: Tensor, config: AugmentConfig, seed: int, rank: int, world: int) -> Tensor:
+    """Every group of the whole batch draws, also one of which no image is here: a black image stands in for it."""
     from torchvision.transforms import v2
 
     if config.policy == "randaugment":
@@ -139,7 +193,11 @@ def _apply_policy(images: Tensor, config: AugmentConfig, seed: int) -> Tensor:
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        return torch.cat([policy(group) for group in images.split(config.policy_group)])
+        places = torch.arange(rank, len(images) * world, world) // config.policy_group
+        sizes = places.bincount(minlength=-(-len(images) * world // config.policy_group)).tolist()
+        stand_in = images.new_zeros(1, *images.shape[1:])
+        done = [policy(group if len(group) else stand_in) for group in images.split(sizes)]
+        return torch.cat([group for group, size in zip(done, sizes, strict=True) if size])
 
 
 class BatchMixer:

@@ -1,7 +1,8 @@
 """The run folder: config, weights, checkpoints, metrics and results. Every file appears whole or not at all.
 
-config.json, model.safetensors (last epoch; its presence says that the run is finished), best.safetensors (best epoch on
-the validation set), checkpoint/step-N/ (resume), metrics.jsonl (a line per epoch), results.jsonl, figures/.
+config.json, data.json (which images, see data/fingerprint.py), model.safetensors (last epoch; its presence says that the
+run is finished), best.safetensors (best epoch on the validation set), checkpoint/step-N/ (resume), metrics.jsonl (a line per
+epoch), results.jsonl, figures/.
 
 There is no random state to keep: every draw of a step is seeded by (seed, step). Nothing here is unpickled freely:
 weights are safetensors, the optimiser is read with weights_only.
@@ -118,11 +119,47 @@ def check_run(folder: Path, config: RunConfig) -> None:
         )
 
 
-def start_run(folder: Path, config: RunConfig) -> None:
-    """Makes the run folder, or takes it up if it holds this run (see `check_run`)."""
+def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -> None:
+    """Makes the run folder, or takes it up if it holds this run on these images (see `check_run`, `check_data`)."""
     check_run(folder, config)
+    check_data(folder, fingerprint)
     if not (folder / "config.json").exists():
         write_text(folder / "config.json", config.to_json())
+    if fingerprint is not None and not (folder / "data.json").exists():
+        write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
+
+
+def check_data(folder: Path, fingerprint: Row | None) -> None:
+    """Raises ValueError if the run in the folder saw other images, as far as `data.fingerprint` can tell.
+
+    Another layout of the same files is no difference: names and sizes are compared only within one layout.
+    """
+    path = folder / "data.json"
+    if fingerprint is None or not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        found = _other_images(before, fingerprint)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it if you know that --data holds the images of this run"
+        ) from error
+    if found is not None:
+        raise ValueError(
+            f"{folder} saw other images: {found}. Give the --data it began with, or choose another --out for a new run"
+        )
+
+
+def _other_images(before: Row, now: Row) -> str | None:
+    what = {"images": "the number", "labels": "the labels", "bytes": "the content", "pixels": "the content"}
+    if before["layout"] == now["layout"]:
+        what["names"] = "the names or sizes"
+    for split in ("train", "test"):
+        for key, words in what.items():
+            old, new = before[split].get(key), now[split].get(key)
+            if old is not None and new is not None and old != new:
+                return f"{words} of its {split} images ({old} there, {new} here)"
+    return None
 
 
 def read_config(folder: Path) -> RunConfig:

@@ -69,7 +69,7 @@ def build_parser() -> Parser:
 
     train = commands.add_parser("train", help="train a model by a recipe, or go on where that stopped")
     train.add_argument("recipe", metavar="RECIPE", help="see: sape2 list recipes")
-    train.add_argument("--data", metavar="DIR", help="folder (parquet, or torchvision's files) or hub id")
+    train.add_argument("--data", metavar="DIR", help="folder (images, parquet, webdataset, torchvision) or hub id")
     train.add_argument("--encoding", metavar="NAME", help="for example ape+sape2:count=cyclic; see: sape2 list encodings")
     train.add_argument("--model", metavar="NAME", help="see: sape2 list models")
     train.add_argument("--epochs", type=int, metavar="N", help="the warm-up keeps its share of them")

@@ -103,7 +103,12 @@ class DataConfig:
     """Which images. `source` is a folder or a hub id (None: the data set embedded in scikit-learn, digits only).
 
     The validation set is split from the training set by class with `split_seed`, the same for every run seed.
-    `train_limit` keeps that many training images (by class, same seed). Images of another size are resized.
+    `train_limit` keeps that many training images (by class, same seed). Images of another size are resized; with
+    `center_crop` (0.875 is usual) that share of the middle is kept, with sides as they were.
+
+    Four settings decide nothing about a result: `layout` (None: looked for), `in_memory` (decoded once and kept; None: if
+    they take at most 4 GiB), `max_bad_samples` (how many images of a split may be unreadable and are skipped; None: one in
+    a thousand and at most 100), and `source`.
     """
 
     name: str = "cifar10"
@@ -115,9 +120,21 @@ class DataConfig:
     validation_fraction: Real = 0.1
     split_seed: int = 0
     train_limit: int | None = None
+    layout: Literal["folder", "parquet", "webdataset"] | None = None
+    in_memory: bool | None = None
+    center_crop: Real | None = None
+    max_bad_samples: int | None = None
 
     def __post_init__(self) -> None:
         _check_types(self)
+        _require(
+            self.center_crop is None or 0 < self.center_crop <= 1,
+            f"data.center_crop must be above 0 and at most 1; got {self.center_crop}",
+        )
+        _require(
+            self.max_bad_samples is None or self.max_bad_samples >= 0,
+            f"data.max_bad_samples must not be negative; got {self.max_bad_samples}",
+        )
         _require(
             0 < self.validation_fraction < 1,
             f"data.validation_fraction must be in (0, 1): the test set is never selected on; got {self.validation_fraction}",
@@ -135,12 +152,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training images. `policy_group` images of a batch share one draw of the policy (see data.py).
+    """What is done to training images. `policy_group` images of a batch share one draw of the policy (see augment.py).
 
+    `crop_area` cuts a random box of that share to all of the image's area, resized to the model's size (RandomResizedCrop).
     `repeats` is repeated augmentation: each image is seen that many times in an epoch of unchanged length.
     """
 
     crop_padding: int = 0
+    crop_area: Real | None = None
     flip: bool = False
     policy: Literal["none", "randaugment", "autoaugment"] = "none"
     policy_magnitude: int = 9
@@ -154,6 +173,10 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _require(self.crop_padding >= 0, f"augment.crop_padding must not be negative; got {self.crop_padding}")
+        _require(
+            self.crop_area is None or 0 < self.crop_area <= 1,
+            f"augment.crop_area must be above 0 and at most 1; got {self.crop_area}",
+        )
         _require(0 <= self.policy_magnitude <= 30, f"augment.policy_magnitude must be 0 to 30; got {self.policy_magnitude}")
         for name in ("policy_group", "repeats"):
             _require(getattr(self, name) >= 1, f"augment.{name} must be at least 1; got {getattr(self, name)}")
@@ -174,6 +197,9 @@ class TrainConfig:
 
     `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
     over all processes and accumulation steps. `checkpoint_every` is in updates; 0 is at the end of every epoch only.
+
+    `shuffle_window` keeps the reading of large files local: blocks of a sixteenth of it in random order, then images
+    shuffled within windows of that many; 0 shuffles the whole epoch.
     """
 
     epochs: int = 100
@@ -189,12 +215,13 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     checkpoint_every: int = 0
     workers: int = 1
+    shuffle_window: int = 0
 
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("epochs", "batch_size", "accumulation"):
             _require(getattr(self, name) >= 1, f"train.{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("min_lr", "warmup_epochs", "weight_decay", "checkpoint_every", "workers"):
+        for name in ("min_lr", "warmup_epochs", "weight_decay", "checkpoint_every", "workers", "shuffle_window"):
             _require(getattr(self, name) >= 0, f"train.{name} must not be negative; got {getattr(self, name)}")
         _require(self.lr > 0, f"train.lr must be above 0; got {self.lr}")
         _require(self.min_lr <= self.lr, f"train.min_lr must not be above train.lr; got {self.min_lr} and {self.lr}")
@@ -246,9 +273,11 @@ class RunConfig:
         return _make(RunConfig, values, "")
 
     def identity(self) -> dict[str, Any]:
-        """The config without what does not change the result: where the data lie, how many workers read them."""
+        """The config without what does not change the result: where and how the data lie, how many workers read them."""
         values = self.to_dict()
-        del values["data"]["source"], values["train"]["workers"], values["train"]["checkpoint_every"]
+        for name in ("source", "layout", "in_memory", "max_bad_samples"):
+            del values["data"][name]
+        del values["train"]["workers"], values["train"]["checkpoint_every"]
         return values
 
 

@@ -14,7 +14,7 @@ from sape2 import viz
 from sape2.augment import derive_seed
 from sape2.checkpoint import load_weights, read_config, read_rows, update_results
 from sape2.config import RunConfig
-from sape2.data import ImageData, Splits
+from sape2.data import ImageData, ImageFiles, Splits
 from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.vit import ViT
@@ -51,7 +51,7 @@ def measure(
     `limit` images (None: what each measure takes by default). `watch` is told the measure, how many rows it has given so
     far, and whether it has finished.
     """
-    data: ImageData = getattr(splits, split)
+    data: ImageData | ImageFiles = getattr(splits, split)
     rows = []
     for which in weights:
         model = load_run_model(folder, which)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from sape2.augment import BatchMixer, TrainStream, derive_seed
 from sape2.checkpoint import (
     Progress,
+    check_data,
     last_checkpoint,
     load_checkpoint,
     read_rows,
@@ -32,7 +33,7 @@ from sape2.checkpoint import (
     write_rows,
 )
 from sape2.config import RunConfig, TrainConfig
-from sape2.data import ImageData, normalize
+from sape2.data import ImageData, ImageFiles, normalize
 from sape2.encodings import AttentionEncoding
 
 Evaluate = Callable[[nn.Module], tuple[float, float]]  # model -> (accuracy, loss) on the validation set
@@ -48,7 +49,12 @@ class TrainingStopped(Exception):
 
 
 def train(
-    model: nn.Module, images: ImageData, evaluate: Evaluate, config: RunConfig, folder: Path, quiet: bool = False
+    model: nn.Module,
+    images: ImageData | ImageFiles,
+    evaluate: Evaluate,
+    config: RunConfig,
+    folder: Path,
+    quiet: bool = False,
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
@@ -63,9 +69,16 @@ class Trainer:
     """The state of one run: model, average, optimiser, schedule, progress."""
 
     def __init__(
-        self, model: nn.Module, images: ImageData, evaluate: Evaluate, config: RunConfig, folder: Path, quiet: bool
+        self,
+        model: nn.Module,
+        images: ImageData | ImageFiles,
+        evaluate: Evaluate,
+        config: RunConfig,
+        folder: Path,
+        quiet: bool,
     ) -> None:
         self.config, self.folder, self.evaluate, self.quiet = config, folder, evaluate, quiet
+        check_data(folder, images.fingerprint)
         self.accelerator = make_accelerator(config.train)
         for module in model.modules():
             if isinstance(module, AttentionEncoding):
@@ -100,7 +113,7 @@ class Trainer:
     def run(self) -> None:
         stream, steps_per_epoch = self.stream, self.stream.steps_per_epoch
         if self.accelerator.is_main_process:
-            start_run(self.folder, self.config)
+            start_run(self.folder, self.config, self.stream.data.fingerprint)
         self.board = open_board(self.folder) if self.accelerator.is_main_process else None
         self._forget_later_epochs()
         self._say(f"{self.folder}: {f'going on from step {self.progress.step}' if self.progress.step else 'starting'}")

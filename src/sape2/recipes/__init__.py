@@ -7,6 +7,7 @@ from collections.abc import Callable
 from sape2.config import RunConfig
 from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_paper, cifar10_short, cifar100, cifar100_paper
 from sape2.recipes.digits import digits
+from sape2.recipes.imagenet import imagenet, imagenet_base, imagenet_plain
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
@@ -16,6 +17,9 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cifar100_paper": cifar100_paper,
     "cifar10_budget": cifar10_budget,
     "cifar10_short": cifar10_short,
+    "imagenet": imagenet,
+    "imagenet_base": imagenet_base,
+    "imagenet_plain": imagenet_plain,
 }
 
 

@@ -1,0 +1,132 @@
+"""Images: a file per layout that they can lie in (folders, parquet, webdataset shards, arrays), read, split with a seed, and
+held decoded in memory where they fit.
+
+A new layout is a file with a class like `base.Source`, functions `find(folder)` and `read(folder)`, and a line in `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sape2.config import DataConfig, ModelConfig
+from sape2.data import folder, parquet, webdataset
+from sape2.data.arrays import TORCHVISION_FOLDERS, ArrayImages, read_digits, read_torchvision
+from sape2.data.base import Source, UnreadableImages
+from sape2.data.decoding import decode
+from sape2.data.files import ImageFiles, Splits
+from sape2.data.fingerprint import fingerprint
+from sape2.data.images import ImageData, limit_by_class, normalize, split_by_class
+
+__all__ = [
+    "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "limit_by_class", "load_data", "normalize",
+    "split_by_class",
+]  # fmt: skip
+
+# name: (whether a folder holds it, its splits)
+LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, DataConfig], Any]]] = {
+    "folder": (folder.find, lambda path, _: folder.read(path)),
+    "parquet": (parquet.find, parquet.read),
+    "webdataset": (webdataset.find, lambda path, _: webdataset.read(path)),
+}
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
+MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
+
+
+def load_data(config: DataConfig, model: ModelConfig) -> Splits:
+    """The three splits, as the model takes them. Raises ValueError or OSError naming file, row and reason.
+
+    Only labels are read to make the splits; images are decoded here where they are kept in memory, else when asked for.
+    """
+    sources = open_sources(config, model)
+    print_ = fingerprint(sources)
+    sets = [as_images(source, config, model) for source in sources.values()]
+    for images in sets:
+        if isinstance(images, ImageFiles):
+            images.fingerprint = print_
+    train, test = (images if isinstance(images, ImageFiles) else replace(images, fingerprint=print_) for images in sets)
+    train, validation = split_by_class(train, config.validation_fraction, config.split_seed)
+    if config.train_limit is not None and config.train_limit < len(train):
+        train = limit_by_class(train, config.train_limit, config.split_seed)
+    splits = [train, validation, test]
+    if keep_in_memory(sum(map(len, splits)), config, model):
+        splits = [images.decoded() if isinstance(images, ImageFiles) else images for images in splits]
+    return Splits(*splits)
+
+
+def keep_in_memory(images: int, config: DataConfig, model: ModelConfig) -> bool:
+    """Whether that many images are decoded once and kept; which of both decides nothing about a result."""
+    if config.in_memory is not None:
+        return config.in_memory
+    height, width = model.image_size
+    return images * model.in_channels * height * width <= MEMORY_BYTES
+
+
+def open_sources(config: DataConfig, model: ModelConfig) -> dict[str, Source] | dict[str, ArrayImages]:
+    """{"train": ..., "test": ...} from wherever the config points."""
+    if config.name == "digits":
+        if config.source is not None:
+            raise ValueError(f"digits come with scikit-learn and need no --data; got {config.source!r}")
+        return read_digits(model)
+    if config.source is None:
+        raise ValueError(
+            f"{config.name} needs --data: a folder in hub parquet layout, a folder that holds torchvision's "
+            f"{TORCHVISION_FOLDERS.get(config.name, 'files')}, an image folder (train/CLASS/*.jpg), webdataset shards (*.tar), "
+            f"or a hub id such as {HUB_IDS.get(config.name, 'owner/name')}"
+        )
+    path = Path(config.source).expanduser()
+    if path.is_file():
+        raise NotADirectoryError(f"--data {config.source} is a file; give the folder that holds it")
+    if not path.is_dir():
+        return parquet.read_hub(config.source, config)
+    if config.layout is None and (path / TORCHVISION_FOLDERS.get(config.name, "-")).is_dir():
+        return read_torchvision(config, model, path)
+    _, read = LAYOUTS[config.layout or find_layout(path, config)]
+    return read(path, config)
+
+
+def find_layout(path: Path, config: DataConfig) -> str:
+    """The layout that a folder holds; raises an error if there is none, or more than one."""
+    if folder.find(path):
+        return "folder"
+    found = [name for name in ("parquet", "webdataset") if LAYOUTS[name][0](path)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ValueError(f"--data {config.source} holds {' and '.join(found)}; choose with --set data.layout={found[0]}")
+    there = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+    known = TORCHVISION_FOLDERS.get(config.name)
+    wanted = f"parquet file and no {known}" if known else "parquet file"
+    raise FileNotFoundError(
+        f"--data {config.source} holds no {wanted}; found {there}. Known: image folders (train/CLASS/*.jpg), parquet, "
+        "webdataset shards (*.tar)"
+    )
+
+
+def as_images(source: Source | ArrayImages, config: DataConfig, model: ModelConfig) -> ImageFiles | ImageData:
+    """The source with its labels checked; nothing is decoded."""
+    if not source.labels:
+        raise ValueError(f"{source.where} holds no rows")
+    if source.classes and len(source.classes) != model.num_classes:
+        raise ValueError(
+            f"{source.where} has {len(source.classes)} classes but the model has {model.num_classes}; "
+            f"use --set model.num_classes={len(source.classes)}"
+        )
+    for row, label in enumerate(source.labels):
+        if not isinstance(label, int) or not 0 <= label < model.num_classes:
+            raise ValueError(f"{source.name(row)}: label {label!r} is not in 0..{model.num_classes - 1}")
+    labels = torch.tensor(source.labels)
+    classes = source.classes or tuple(str(label) for label in range(model.num_classes))
+    if isinstance(source, ArrayImages):
+        images = torch.from_numpy(source.images).permute(0, 3, 1, 2).contiguous()
+        return ImageData(images, labels, classes, config.mean, config.std)
+    return ImageFiles(source, labels, classes, config, model, UnreadableImages(allowed_unreadable(len(labels), config)))
+
+
+def allowed_unreadable(images: int, config: DataConfig) -> int:
+    """data.max_bad_samples, by default one image in a thousand of a split and at most 100."""
+    return min(100, images // 1000) if config.max_bad_samples is None else config.max_bad_samples

@@ -1,0 +1,100 @@
+"""What every layout shares: images of a split by number, unreadable ones counted, lost files waited for."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+from torch.utils.data import get_worker_info
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
+TRAIN_NAMES = ("train", "training")
+TEST_NAMES = ("test", "validation", "valid", "val")  # the first of them that is there, and has labels, is the test set
+RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+Result = TypeVar("Result")
+READING = threading.Lock()  # what a source keeps open is changed by one thread at a time
+log = logging.getLogger("sape2.data")
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Encoded images of one split, by number. The number of an image depends on nothing but what is there."""
+
+    layout: str
+    where: str  # folder and split, for errors
+    labels: list[Any]
+    classes: tuple[str, ...]  # () where the source has no names
+
+    def name(self, index: int) -> str:
+        """Where image `index` lies, for people."""
+        ...
+
+    def read(self, index: int) -> Any:
+        """What `decode` takes. Raises ValueError if this one cannot be read, OSError if the whole file is lost."""
+        ...
+
+    def contents(self) -> Any:
+        """Names and sizes as far as they are known without opening images; a change of files shows in them."""
+        ...
+
+
+class UnreadableImages:
+    """The images that could not be read so far, each once. Raises ValueError at the one that is too many."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.reasons: dict[str, str] = {}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, name: str, reason: str) -> None:
+        if name in self.reasons:
+            return
+        self.reasons[name] = reason
+        if len(self) > self.limit:
+            raise ValueError(
+                f"{reason}; {len(self)} images cannot be read, and data.max_bad_samples allows {self.limit}: "
+                "put good files in their place, or --set data.max_bad_samples=N"
+            )
+        if get_worker_info() is None:  # workers hand theirs to the main process
+            log.warning("skipped (%d of at most %d): %s", len(self), self.limit, reason)
+
+    def update(self, found: dict[str, str]) -> None:
+        for name, reason in found.items():
+            self.add(name, reason)
+
+
+def waiting_for(what: str, attempt: Callable[[], Result]) -> Result:
+    """What `attempt` gives; where the system refuses a file, again after 0.5, 1, 2, 4 and 8 seconds, then OSError."""
+    for delay in (*RETRY_DELAYS_S, None):
+        try:
+            return attempt()
+        except OSError as error:
+            if error.errno is None:  # about what the file holds, not about getting it
+                raise
+            if delay is None:
+                raise OSError(
+                    f"{what} cannot be read: {error.strerror}; tried {len(RETRY_DELAYS_S) + 1} times over "
+                    f"{sum(RETRY_DELAYS_S):g} s. Put it back; the same command then goes on from the last checkpoint"
+                ) from error
+            log.warning("%s: %s; trying again in %g s", what, error.strerror, delay)
+            time.sleep(delay)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def find_splits(names: list[str], where: str) -> tuple[str, list[str]]:
+    """(train, candidates for test in order) of the names that are there; raises ValueError if one is missing."""
+    train = next((name for name in TRAIN_NAMES if name in names), None)
+    test = [name for name in TEST_NAMES if name in names]
+    if train is None or not test:
+        raise ValueError(f"--data {where} needs the splits train and test; found {', '.join(names) or 'none'}")
+    return train, test
+
+
+def has_labels(source: Source) -> bool:
+    """False where every label is -1: a test set whose answers are kept back, as ImageNet's on the hub."""
+    return any(label != -1 for label in source.labels) or not source.labels

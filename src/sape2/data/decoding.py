@@ -1,0 +1,112 @@
+"""One encoded image as pixels of the size and channels that a model takes, or a ValueError that names it."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sape2.config import ModelConfig
+
+MAX_PIXELS = 89_478_485  # Pillow's limit, at which it warns; here an image above it is refused
+MAX_BYTES = 256 * 2**20  # of an encoded image
+SIDES = (3 / 4, 4 / 3)  # of a random box, width to height: torchvision's and timm's
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    NotImplementedError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    Image.DecompressionBombError,
+)  # what Pillow's readers raise for bytes that are no image
+
+
+def decode(entry: Any, model: ModelConfig, where: str, crop: Crop | None = None) -> np.ndarray:
+    """One image file as (height, width, C) uint8; raises ValueError that names it if it is missing, damaged or a bomb."""
+    data = entry.get("bytes") if isinstance(entry, dict) else None
+    path = entry.get("path") if isinstance(entry, dict) else None
+    file = path if data is None else io.BytesIO(data)
+    if file is None:
+        raise ValueError(f"{where}: there is no image in it")
+    if data is not None and len(data) > MAX_BYTES:
+        raise ValueError(f"{where}: the image cannot be decoded: {len(data)} bytes are more than {MAX_BYTES}")
+    try:
+        with Image.open(file) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
+            return to_array(image, model, crop)
+    except UNREADABLE as error:
+        raise ValueError(f"{where}: the image cannot be decoded: {error}") from error
+
+
+class Crop:
+    """Which part of an image the model sees. Without one the whole image is resized, its sides alike or not."""
+
+    def box(self, image: Image.Image, model: ModelConfig) -> Image.Image:
+        raise NotImplementedError
+
+
+class RandomCrop(Crop):
+    """A box of `area` to 1 of the image with sides 3:4 to 4:3, drawn with `seed`: torchvision's RandomResizedCrop."""
+
+    def __init__(self, area: float, seed: int) -> None:
+        self.area, self.seed = area, seed
+
+    def box(self, image: Image.Image, model: ModelConfig) -> Image.Image:
+        top, left, height, width = random_box(image.height, image.width, self.area, self.seed)
+        return image.crop((left, top, left + width, top + height))
+
+
+def random_box(height: int, width: int, area: float, seed: int) -> tuple[int, int, int, int]:
+    """(top, left, height, width), draw for draw as RandomResizedCrop.get_params, but from a generator of its own.
+
+    torchvision draws from the global generator, which threads that decode at the same time would share.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    low, high = torch.log(torch.tensor(SIDES)).tolist()
+    for _ in range(10):
+        target = height * width * torch.empty(1).uniform_(area, 1.0, generator=generator).item()
+        ratio = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
+        w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(torch.randint(height - h + 1, (1,), generator=generator))
+            left = int(torch.randint(width - w + 1, (1,), generator=generator))
+            return top, left, h, w
+    w = min(width, round(height * SIDES[1]))  # ten draws did not fit: the middle
+    h = min(height, round(width / SIDES[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+class CenterCrop(Crop):
+    """The middle `share` of the shorter side: resized to size / share, then cut (timm's and DeiT's test view)."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def box(self, image: Image.Image, model: ModelConfig) -> Image.Image:
+        height, width = model.image_size
+        scale = max(height / image.height, width / image.width) / self.share
+        sides = [max(side, int(length * scale + 1e-6)) for side, length in ((height, image.height), (width, image.width))]
+        resized = image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
+        top, left = (round((side - cut) / 2) for side, cut in zip(sides, (height, width), strict=True))
+        return resized.crop((left, top, left + width, top + height))
+
+
+def to_array(image: Image.Image, model: ModelConfig, crop: Crop | None = None) -> np.ndarray:
+    """In the model's channels and size (bicubic where the size differs)."""
+    if model.in_channels not in (1, 3):
+        raise ValueError(f"images are read with 1 or 3 channels; the model takes {model.in_channels}")
+    height, width = model.image_size
+    image = image.convert("RGB" if model.in_channels == 3 else "L")
+    if crop is not None:
+        image = crop.box(image, model)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(image).reshape(height, width, model.in_channels)

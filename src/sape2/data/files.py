@@ -1,0 +1,136 @@
+"""Images that stay in their files and are decoded when they are asked for.
+
+An image that cannot be read is skipped: the next one of its class in the same set takes its place. So labels, sizes and
+the order of a run do not depend on which images are damaged, nor on when that is found out.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from torch.utils.data import get_worker_info
+
+from sape2.config import DataConfig, ModelConfig
+from sape2.data.base import Source, UnreadableImages
+from sape2.data.decoding import CenterCrop, Crop, RandomCrop, decode
+from sape2.data.images import ImageData, normalize
+
+MAX_THREADS = 16
+
+
+class ImageFiles:
+    """The images `rows` of a source as a model takes them, with labels known before any image is opened."""
+
+    def __init__(
+        self,
+        source: Source,
+        labels: Int[Tensor, " images"],
+        classes: tuple[str, ...],
+        config: DataConfig,
+        model: ModelConfig,
+        unreadable: UnreadableImages,
+    ) -> None:
+        self.source, self.labels, self.classes, self.model, self.unreadable = source, labels, classes, model, unreadable
+        self.rows = torch.arange(len(labels))
+        self.mean, self.std = config.mean, config.std
+        self.center = None if config.center_crop is None else CenterCrop(config.center_crop)
+        self.fingerprint: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Tensor | slice) -> ImageFiles:
+        part = copy.copy(self)
+        part.rows, part.labels = self.rows[index], self.labels[index]
+        return part
+
+    @property
+    def image_bytes(self) -> int:
+        height, width = self.model.image_size
+        return self.model.in_channels * height * width
+
+    @property
+    def images(self) -> Tensor:
+        """All of them, decoded now: for a few."""
+        return self.take(torch.arange(len(self)))[0]
+
+    def take(self, index: Tensor, crop_area: float | None = None, seeds: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """uint8 images and labels at `index`; with `crop_area`, of each a random box drawn with its seed."""
+        crops = [RandomCrop(crop_area, seed) for seed in seeds] if crop_area is not None else [self.center] * len(index)
+        with _threads() as run:
+            images = list(run(self.pixels, index.tolist(), crops))
+        height, width = self.model.image_size
+        stacked = np.stack(images) if images else np.empty((0, height, width, self.model.in_channels), np.uint8)
+        return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), self.labels[index]
+
+    def pixels(self, place: int, crop: Crop | None) -> np.ndarray:
+        """The image at `place`, or the next readable one of its class."""
+        for candidate in self._stand_ins(place):
+            row = int(self.rows[candidate])
+            name = self.source.name(row)
+            if name in self.unreadable.reasons:
+                continue
+            try:
+                return decode(self.source.read(row), self.model, name, crop)
+            except ValueError as error:
+                self.unreadable.add(name, str(error))
+        raise ValueError(f"{self.source.where}: no image of the class {self.classes[int(self.labels[place])]!r} can be read")
+
+    def _stand_ins(self, place: int) -> Iterator[int]:
+        yield place
+        members = (self.labels == self.labels[place]).nonzero().squeeze(1)
+        own = int((members == place).nonzero())
+        yield from members.roll(-own)[1:].tolist()
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images and their labels, in order; the next batch is decoded while one is used."""
+        parts = torch.arange(len(self)).split(batch_size)
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = ahead.submit(self.take, parts[0])
+            for following in (*parts[1:], None):
+                images, labels = waiting.result()
+                if following is not None:
+                    waiting = ahead.submit(self.take, following)
+                yield normalize(images, self.mean, self.std), labels
+
+    def decoded(self, batch_size: int = 1000) -> ImageData:
+        """The same images in memory."""
+        height, width = self.model.image_size
+        images = torch.empty(len(self), self.model.in_channels, height, width, dtype=torch.uint8)
+        for part in torch.arange(len(self)).split(batch_size):
+            images[part] = self.take(part)[0]
+        return ImageData(images, self.labels, self.classes, self.mean, self.std, self.fingerprint)
+
+
+@dataclass(frozen=True)
+class Splits:
+    train: ImageData | ImageFiles
+    validation: ImageData | ImageFiles
+    test: ImageData | ImageFiles
+
+
+class _threads:
+    """`map` on as many threads as there are processors; Pillow works outside Python's lock. One in a data worker."""
+
+    def __enter__(self) -> Callable[..., Iterator[Any]]:
+        number = 1 if get_worker_info() else min(MAX_THREADS, processors())
+        self.pool = ThreadPoolExecutor(number) if number > 1 else None
+        return map if self.pool is None else self.pool.map
+
+    def __exit__(self, *_: Any) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def processors() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,50 @@
+"""What a run remembers of its images, so that one taken up again with others notices. Cheap: labels, names, a few files."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sape2.data.arrays import ArrayImages
+from sape2.data.base import Source
+
+PROBES = 16  # images of a split whose bytes are looked at
+
+
+def fingerprint(sources: dict[str, Source] | dict[str, ArrayImages]) -> dict[str, Any]:
+    """Per split: number of images, digests of all labels, of the bytes of 16 images, of names and sizes.
+
+    The first three are the same in every layout that keeps the files as they are; names and sizes are of this layout.
+    """
+    layout = next(iter(sources.values())).layout
+    return {"layout": layout} | {split: _describe(source) for split, source in sources.items()}
+
+
+def _describe(source: Source | ArrayImages) -> dict[str, Any]:
+    labels, arrays = source.labels, isinstance(source, ArrayImages)
+    probes = np.unique(np.linspace(0, len(labels) - 1, PROBES).round().astype(int)).tolist() if labels else []
+    read = (source.images[index].tobytes() if isinstance(source, ArrayImages) else _bytes(source, index) for index in probes)
+    return {
+        "images": len(labels),
+        "labels": _digest(str(labels).encode()),
+        "pixels" if arrays else "bytes": _digest(b"".join(_digest(data).encode() for data in read)),
+        "names": "" if isinstance(source, ArrayImages) else _digest(repr(source.contents()).encode()),
+    }
+
+
+def _bytes(source: Source, index: int) -> bytes:
+    """The encoded image; nothing where it cannot be read."""
+    try:
+        entry = source.read(index) or {}
+    except ValueError:
+        return b""
+    if entry.get("bytes") is None and entry.get("path") is not None and Path(entry["path"]).is_file():
+        return Path(entry["path"]).read_bytes()
+    return entry.get("bytes") or b""
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,0 +1,105 @@
+"""Images with their labels in memory, how they are normalised, and how a set is split with a seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Decoded images with their labels, and how they are normalised for a model."""
+
+    images: UInt8[Tensor, "images channels height width"]
+    labels: Int[Tensor, " images"]
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: dict[str, Any] | None = field(default=None, compare=False)  # of the whole source, see data/fingerprint.py
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor | slice) -> ImageData:
+        return replace(self, images=self.images[index], labels=self.labels[index])
+
+    @property
+    def image_bytes(self) -> int:
+        return self.images[:1].numel()
+
+    def take(self, index: Tensor, crop_area: float | None = None, seeds: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """The images and labels at `index`. Raises ValueError for a crop, which needs the files."""
+        if crop_area is not None:
+            raise ValueError(
+                "augment.crop_area cuts boxes from image files as they are decoded, but these images are decoded already; "
+                "use --set data.in_memory=false with image files, or --set augment.crop_area=None"
+            )
+        return self.images[index], self.labels[index]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Tensor]]:
+        """Normalised images and their labels, in order."""
+        for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True):
+            yield normalize(images, self.mean, self.std), labels
+
+
+def normalize(
+    images: UInt8[Tensor, "batch channels height width"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Tensor, "batch channels height width"]:
+    """(x / 255 - mean) / std per channel, in float32."""
+    mean_, std_ = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    return (images / 255 - mean_) / std_
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Labelled(Protocol):
+    @property
+    def labels(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Tensor, /) -> Any: ...
+
+
+Set = TypeVar("Set", bound=Labelled)
+
+
+def split_by_class(data: Set, fraction: float, seed: int) -> tuple[Set, Set]:
+    """(rest, part): `part` holds `fraction` of every class, at least one image of each, drawn with `seed`."""
+    rest, part = class_split(data.labels, fraction, seed)
+    return data[rest], data[part]
+
+
+def limit_by_class(data: Set, size: int, seed: int) -> Set:
+    """`size` images, drawn with `seed`, with the classes in the shares that they have in `data`."""
+    generator = torch.Generator().manual_seed(seed)
+    place = torch.empty(len(data), dtype=torch.float64)  # of an image in a random order of its class, from 0 to 1
+    for members in _members(data.labels):
+        place[members[torch.randperm(len(members), generator=generator)]] = (
+            torch.arange(len(members), dtype=torch.float64) + 0.5
+        ) / len(members)
+    return data[place.argsort(stable=True)[:size].sort().values]
+
+
+def class_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Which images go to (rest, part); reads labels only."""
+    generator = torch.Generator().manual_seed(seed)
+    rest, part = [], []
+    for members in _members(labels):
+        members = members[torch.randperm(len(members), generator=generator)]
+        size = max(1, round(fraction * len(members)))
+        part.append(members[:size])
+        rest.append(members[size:])
+    return torch.cat(rest).sort().values, torch.cat(part).sort().values
+
+
+def _members(labels: Tensor) -> Sequence[Tensor]:
+    """The indices of each class, ascending; one sort, so that many classes cost no more than few."""
+    return labels.argsort(stable=True).split(labels.unique(return_counts=True)[1].tolist())

@@ -1,0 +1,140 @@
+"""Bytes that come from anywhere: each input ends in a result or in one clear error. The slow form tries 10,000 and more."""
+
+import io
+import tarfile
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from layout_cases import MODEL, file_of, load, picture
+
+from sape2.data import decode
+from sape2.data.webdataset import index_shard
+
+KINDS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000", "DDS"]
+WHOLE = [file_of(picture(number), kind) for number, kind in enumerate(KINDS)]
+FEW = pytest.param(40, id="few")
+MANY = pytest.param(10_000, id="many", marks=pytest.mark.slow)
+
+edits = st.lists(st.tuples(st.integers(0, 2**16), st.binary(min_size=1, max_size=4)), max_size=4)
+damaged = st.builds(
+    lambda whole, changes, cut: edited(whole, changes)[: max(1, round(cut * len(whole)))],
+    st.sampled_from(WHOLE),
+    edits,
+    st.floats(0, 1) | st.just(1.0),
+)
+image_bytes = st.binary(max_size=200) | st.sampled_from(WHOLE) | damaged
+
+
+def edited(whole, changes):
+    """The bytes with some of them overwritten."""
+    result = bytearray(whole)
+    for place, new in changes:
+        start = place % len(whole)
+        result[start : start + len(new)] = new
+    return bytes(result)
+
+
+def message_of(errors, function):
+    """What the function gave, or the line with which it refused."""
+    try:
+        return function(), None
+    except errors as error:
+        return None, str(error)
+
+
+def tried(count, strategy, check):
+    """Runs `check` on that many inputs, always the same ones."""
+    seen = []
+    quiet = settings(
+        max_examples=count, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    quiet(given(strategy)(lambda value: seen.append(check(value))))()
+    assert len(seen) >= count / 2
+    return seen
+
+
+@pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.filterwarnings("ignore")
+def test_any_bytes_are_an_image_or_refused_by_name(count):
+    def check(data):
+        array, message = message_of(ValueError, lambda: decode({"bytes": data}, MODEL, "here"))
+        if message is None:
+            assert (array.shape, array.dtype) == ((8, 8, 3), np.uint8)
+        else:
+            assert message.startswith("here: the image cannot be decoded: ")
+        return message is None
+
+    outcomes = tried(count, image_bytes, check)
+    assert any(outcomes)
+    assert not all(outcomes)
+
+
+entries = st.none() | st.fixed_dictionaries({"bytes": st.none() | image_bytes, "path": st.none() | st.text(max_size=20)})
+rows = st.lists(st.tuples(entries, st.none() | st.integers(-1, 4)), max_size=6)
+
+
+@pytest.mark.parametrize("count", [pytest.param(15, id="few"), pytest.param(2_000, id="many", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore")
+def test_any_rows_are_splits_or_one_line(count, tmp_path):
+    image = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"img": image, "label": datasets.Value("int64")})
+
+    def write(split, found):
+        columns = {"img": [entry for entry, _ in found], "label": [label for _, label in found]}
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / f"{split}.parquet"))
+
+    write("test", [({"bytes": WHOLE[0], "path": None}, label) for label in range(3)])
+
+    def check(found):
+        write("train", found)
+        splits, message = message_of((ValueError, OSError), lambda: load(tmp_path, max_bad_samples=2))
+        if message is None:
+            assert len(splits.train) + len(splits.validation) == len(found)
+        else:
+            assert str(tmp_path) in message
+        return message is None
+
+    outcomes = tried(count, rows, check)
+    assert not all(outcomes)
+
+
+@pytest.mark.parametrize("count", [FEW, MANY])
+@pytest.mark.parametrize("whole", ["parquet", "webdataset"])
+def test_a_damaged_file_of_many_images_gives_images_or_one_line(count, whole, tmp_path):
+    """Parquet: a tenth as many, as each is opened through datasets."""
+    made = write_shard(tmp_path) if whole == "webdataset" else write_rows(tmp_path)
+    clean = made.read_bytes()
+
+    def check(value):
+        changes, cut = value
+        made.write_bytes(edited(clean, changes)[: max(1, round(cut * len(clean)))])
+        read = (lambda: index_shard(made)) if whole == "webdataset" else (lambda: load(tmp_path, max_bad_samples=2))
+        _, message = message_of((ValueError, OSError), read)
+        assert message is None or str(tmp_path) in message
+        return message is None
+
+    outcomes = tried(count // (1 if whole == "webdataset" else 10), st.tuples(edits, st.floats(0, 1) | st.just(1.0)), check)
+    assert not all(outcomes)
+
+
+def write_shard(folder):
+    path = folder / "train-0.tar"
+    with tarfile.open(path, "w") as tar:
+        for number in range(4):
+            for name, content in ((f"{number}.png", WHOLE[0]), (f"{number}.cls", b"1")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def write_rows(folder):
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    columns = {"img": [{"bytes": WHOLE[0], "path": None}] * 6, "label": [0, 1, 2] * 2}
+    for split in ("test", "train"):
+        path = folder / f"{split}.parquet"
+        datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+    return path
