@@ -113,7 +113,7 @@ def check_run(folder: Path, config: RunConfig) -> None:
     existing = read_config(folder)
     if existing.identity() != config.identity():
         raise ValueError(
-            f"{folder} holds another run, which differs in {_difference(existing.identity(), config.identity())}; "
+            f"{folder} holds another run, which differs in {difference(existing.identity(), config.identity())}; "
             "choose another --out, or give the same settings to go on"
         )
 
@@ -146,11 +146,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """The first setting in which two identities of configs differ, with both values."""
     for key in new:
         if old[key] != new[key]:
             if isinstance(new[key], dict):
-                return _difference(old[key], new[key], f"{prefix}{key}.")
+                return difference(old[key], new[key], f"{prefix}{key}.")
             return f"{prefix}{key} ({old[key]!r} there, {new[key]!r} here)"
     raise AssertionError("the configs are equal")
 
@@ -198,6 +199,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     if not parent.is_dir():
         return None
     return max((path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name)), default=None)
+
+
+def standing(folder: Path) -> str:
+    """Where a run stands, for a person or for a comparison with where it stood."""
+    at = last_checkpoint(folder)
+    return at.name if at else "no checkpoint yet"
 
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tuple[Progress, dict[str, Any]]:

@@ -36,6 +36,7 @@ from sape2.data import ImageData, normalize
 from sape2.encodings import AttentionEncoding
 
 Evaluate = Callable[[nn.Module], tuple[float, float]]  # model -> (accuracy, loss) on the validation set
+Watch = Callable[[Progress, bool], None]  # called after each step: where the run stands, and whether it is about to save
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the accelerator
 
 
@@ -48,15 +49,21 @@ class TrainingStopped(Exception):
 
 
 def train(
-    model: nn.Module, images: ImageData, evaluate: Evaluate, config: RunConfig, folder: Path, quiet: bool = False
+    model: nn.Module,
+    images: ImageData,
+    evaluate: Evaluate,
+    config: RunConfig,
+    folder: Path,
+    quiet: bool = False,
+    watch: Watch = lambda progress, saving: None,
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
     What could stop the first step is found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
-    events, checkpoints, best.safetensors, and last of all model.safetensors.
+    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising.
     Raises ValueError when the loss is no longer finite, TrainingStopped on SIGINT and SIGTERM.
     """
-    Trainer(model, images, evaluate, config, folder, quiet).run()
+    Trainer(model, images, evaluate, config, folder, quiet).run(watch)
 
 
 class Trainer:
@@ -97,7 +104,7 @@ class Trainer:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, watch: Watch = lambda progress, saving: None) -> None:
         stream, steps_per_epoch = self.stream, self.stream.steps_per_epoch
         if self.accelerator.is_main_process:
             start_run(self.folder, self.config)
@@ -124,6 +131,7 @@ class Trainer:
                 self._add(seconds=now - mark, wait_seconds=waited)
                 mark = now
                 show(self.progress, epoch + (done > 0), self.config.train.epochs)
+                watch(self.progress, save)
                 if done == 0:
                     self._end_epoch(epoch)
                 if save:
