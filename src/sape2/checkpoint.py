@@ -33,13 +33,18 @@ Row = dict[str, Any]
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(temporary)` beside `path`, then renamed onto it, so that a reader sees the old file or the new one."""
+    """`write(temporary)` beside `path`, then renamed onto it, so that a reader sees the old file or the new one.
+
+    Raises OSError if it cannot be written; torch and safetensors raise errors of their own for a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -186,7 +186,8 @@ def write_outcome(found: Outcome, folder: Path) -> list[Path]:
 def draw_outcome(found: Outcome, folder: Path) -> list[Path]:
     """comparison.png: accuracy of every seed, and its paired differences. Raises ImportError without matplotlib."""
     last, best = ({e: found.by_seed(e, "accuracy", weights) for e in found.encodings} for weights in ("last", "best"))
-    viz.plot_seeds(last, best, found.paired("accuracy", "last"), found.baseline, folder / "comparison.png")
+    paired = {e: (pair.difference, pair.ci_low, pair.ci_high) for e, pair in found.paired("accuracy", "last").items()}
+    viz.plot_seeds(last, best, paired, found.baseline, folder / "comparison.png")
     return [folder / "comparison.png"]
 
 

@@ -36,7 +36,8 @@ from sape2.data import ImageData, normalize
 from sape2.encodings import AttentionEncoding
 
 Evaluate = Callable[[nn.Module], tuple[float, float]]  # model -> (accuracy, loss) on the validation set
-Watch = Callable[[Progress, bool], None]  # called after each step: where the run stands, and whether it is about to save
+# called after each step with where the run stands and whether it is about to save; what it returns goes into the epoch's line
+Watch = Callable[[Progress, bool], dict[str, Any] | None]
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the accelerator
 
 
@@ -90,6 +91,7 @@ class Trainer:
         self.wrapped, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
         if optimizer_state is not None:
             self._load_optimizer(optimizer_state)
+        self.known: dict[str, Any] = {}  # what `watch` found out
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at
         self.board: Any = None
 
@@ -131,7 +133,7 @@ class Trainer:
                 self._add(seconds=now - mark, wait_seconds=waited)
                 mark = now
                 show(self.progress, epoch + (done > 0), self.config.train.epochs)
-                watch(self.progress, save)
+                self.known |= watch(self.progress, save) or {}
                 if done == 0:
                     self._end_epoch(epoch)
                 if save:
@@ -219,7 +221,7 @@ class Trainer:
             "seconds": sums["seconds"],
             "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
             "device": str(self.accelerator.device),
-        }
+        } | self.known
         if accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = accuracy, epoch
             if self.accelerator.is_main_process:

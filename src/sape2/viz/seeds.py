@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sape2.viz.base import LINES, MARKERS, pyplot, save
 
 BySeed = Mapping[str, Mapping[int, float]]  # encoding -> seed -> value
 
 
-class Difference(Protocol):
-    """What is drawn of a paired difference."""
-
-    @property
-    def difference(self) -> float: ...
-    @property
-    def ci_low(self) -> float | None: ...
-    @property
-    def ci_high(self) -> float | None: ...
+Interval = tuple[float, float | None, float | None]  # mean difference and its ends, None for no interval
 
 
-def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Difference], baseline: str, path: Path) -> None:
+def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], baseline: str, path: Path) -> None:
     """Left: accuracy of every seed, last epoch (filled) and best on validation (hollow). Right: differences to the baseline.
 
     One line an encoding, ordered as given; a seed has its marker in both panels; black: means, and 95 % intervals on the right.
@@ -51,13 +43,14 @@ def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Difference], bas
 
 
 def _draw_difference(
-    panel: Any, pair: Difference, values: Mapping[int, float], base: Mapping[int, float], markers: Mapping[int, str], place: int
+    panel: Any, pair: Interval, values: Mapping[int, float], base: Mapping[int, float], markers: Mapping[int, str], place: int
 ) -> None:
     for seed in values.keys() & base.keys():
         panel.plot(values[seed] - base[seed], place + 0.13, markers[seed], color=LINES[0], markersize=5, alpha=0.85)
-    if pair.ci_low is not None and pair.ci_high is not None:
-        panel.plot([pair.ci_low, pair.ci_high], [place - 0.13] * 2, color="black", linewidth=1.5)
-    panel.plot(pair.difference, place - 0.13, "|", color="black", markersize=11, markeredgewidth=2)
+    mean, low, high = pair
+    if low is not None and high is not None:
+        panel.plot([low, high], [place - 0.13] * 2, color="black", linewidth=1.5)
+    panel.plot(mean, place - 0.13, "|", color="black", markersize=11, markeredgewidth=2)
 
 
 def _mark_mean(panel: Any, values: list[float], place: float) -> None:
@@ -67,7 +60,7 @@ def _mark_mean(panel: Any, values: list[float], place: float) -> None:
 def _legend(markers: Mapping[int, str]) -> list[Any]:
     from matplotlib.lines import Line2D
 
-    plain = {"linestyle": "none", "markersize": 5}
+    plain: dict[str, Any] = {"linestyle": "none", "markersize": 5}
     return [
         *(Line2D([], [], marker=marker, color="0.4", label=f"seed {seed}", **plain) for seed, marker in markers.items()),
         Line2D([], [], marker="o", color=LINES[0], label="last epoch", **plain),
