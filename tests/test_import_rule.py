@@ -35,6 +35,13 @@ ALLOWED = {
     "headlines": {"checkpoint", "config"},
     "comparison": {"checkpoint", "headlines", "report", "viz"},
     "train": {"augment", "config", "checkpoint", "data", "encodings"},
+    "claim": set(),
+    "paired": set(),
+    "running": {"checkpoint", "claim", "config", "data", "evaluation", "runs", "train", "vit"},
+    "rawrows": {"checkpoint", "config", "evaluation", "headlines", "runs", "vit"},
+    "study": {"checkpoint", "claim", "config", "rawrows"},
+    "progress": {"checkpoint", "claim", "rawrows", "study"},
+    "outcome": {"checkpoint", "comparison", "paired", "rawrows", "report", "viz"},
     "recipes": {"config", "recipes"},
     "evaluation": {"evaluation", "grid"},
 }

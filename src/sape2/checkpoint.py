@@ -34,13 +34,18 @@ Row = dict[str, Any]
 
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(temporary)` beside `path`, then renamed onto it, so that a reader sees the old file or the new one."""
+    """`write(temporary)` beside `path`, then renamed onto it, so that a reader sees the old file or the new one.
+
+    Raises OSError if it cannot be written; torch and safetensors raise errors of their own for a full disk.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
         _sync(temporary)
         os.replace(temporary, path)
+    except (SafetensorError, RuntimeError) as error:
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -114,7 +119,7 @@ def check_run(folder: Path, config: RunConfig) -> None:
     existing = read_config(folder)
     if existing.identity() != config.identity():
         raise ValueError(
-            f"{folder} holds another run, which differs in {_difference(existing.identity(), config.identity())}; "
+            f"{folder} holds another run, which differs in {difference(existing.identity(), config.identity())}; "
             "choose another --out, or give the same settings to go on"
         )
 
@@ -183,11 +188,12 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model.safetensors").exists()
 
 
-def _difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """The first setting in which two identities of configs differ, with both values."""
     for key in new:
         if old[key] != new[key]:
             if isinstance(new[key], dict):
-                return _difference(old[key], new[key], f"{prefix}{key}.")
+                return difference(old[key], new[key], f"{prefix}{key}.")
             return f"{prefix}{key} ({old[key]!r} there, {new[key]!r} here)"
     raise AssertionError("the configs are equal")
 
@@ -235,6 +241,12 @@ def last_checkpoint(folder: Path) -> Path | None:
     if not parent.is_dir():
         return None
     return max((path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name)), default=None)
+
+
+def standing(folder: Path) -> str:
+    """Where a run stands, for a person or for a comparison with where it stood."""
+    at = last_checkpoint(folder)
+    return at.name if at else "no checkpoint yet"
 
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tuple[Progress, dict[str, Any]]:

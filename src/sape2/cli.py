@@ -22,8 +22,12 @@ import sape2
 from sape2.config import MODELS, ModelConfig, RunConfig, check_image_size, model_config, override, with_epochs
 
 if TYPE_CHECKING:
+    from sape2.claim import Claim
     from sape2.costing import Cell, Sweep
     from sape2.data import Splits
+    from sape2.progress import StudyProgress
+    from sape2.study import Cell as StudyCell
+    from sape2.study import Run
     from sape2.vit import ViT
 
 Row = dict[str, Any]
@@ -111,10 +115,28 @@ def build_parser() -> Parser:
     _add_json(explain)
     explain.set_defaults(run=run_explain)
 
+    compare = commands.add_parser("compare", help="encodings x seeds under one recipe, with paired differences")
+    compare.add_argument("recipe", metavar="RECIPE", help="see: sape2 list recipes")
+    compare.add_argument("--encodings", required=True, metavar="A,B", help="see: sape2 list encodings")
+    compare.add_argument("--seeds", required=True, metavar="N", help="seeds 0 to N - 1 of every encoding")
+    compare.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default the first encoding)")
+    compare.add_argument("--data", metavar="DIR", help="folder (parquet, or torchvision's files) or hub id")
+    compare.add_argument("--model", metavar="NAME", help="see: sape2 list models")
+    compare.add_argument("--epochs", type=int, metavar="N", help="the warm-up keeps its share of them")
+    compare.add_argument("--out", metavar="DIR", help="for runs, rows and tables (default runs/compare-RECIPE-MODEL)")
+    compare.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
+    compare.add_argument("--retry-failed", action="store_true", help="try failed runs again, from their last checkpoint")
+    _add_json(compare)
+    compare.set_defaults(run=run_compare, encoding=None, seed=None)
+
     report = commands.add_parser("report", help="many runs in one table and one set of figures")
     report.add_argument(
-        "folders", metavar="RUN", nargs="+", help="run folders; those that differ in the seed only share a line"
+        "folders",
+        metavar="RUN",
+        nargs="+",
+        help="run folders (those that differ in the seed only share a line), or the rows.jsonl of sape2 compare",
     )
+    report.add_argument("--baseline", metavar="NAME", help="for rows.jsonl: what to compare with (default the first encoding)")
     report.add_argument("--measures", metavar="A,B", help="which to show (default all that any run has)")
     report.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     report.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
@@ -166,12 +188,13 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 def run_train(arguments: argparse.Namespace) -> int:
     config = resolve(arguments)
     folder = Path(arguments.out or Path("runs") / default_name(config))
-    from sape2.checkpoint import check_run, is_finished, read_rows
+    from sape2.checkpoint import check_run, is_finished, read_rows, standing
+    from sape2.claim import Watcher
 
     if not arguments.dry_run:
         check_run(folder, config)
     from sape2.data import load_data
-    from sape2.runs import build_model, draw, is_measured, measure
+    from sape2.runs import build_model, draw, is_measured
 
     if not arguments.dry_run and is_finished(folder) and is_measured(folder):
         _say(f"{folder} is finished; choose another --out or --seed for a new run")
@@ -181,11 +204,15 @@ def run_train(arguments: argparse.Namespace) -> int:
     splits = load_data(config.data, config.model)
     if arguments.dry_run:
         return _dry_run(model, splits, config, arguments.json)
-    if not is_finished(folder):
-        status = _train(model, splits, config, folder)
-        if status:
-            return status
-    rows = measure(folder, splits, ["accuracy"], "test", ["last", "best"])
+    from sape2.running import run_to_end
+    from sape2.train import TrainingStopped
+
+    with Watcher().wait(folder, standing(folder), say=_say) as claim:
+        try:
+            rows = run_to_end(model, splits, config, claim)
+        except TrainingStopped as stopped:
+            _say(f"sape2: {stopped}")
+            return 128 + stopped.signal_number
     return _show_results(rows, folder, arguments.json, _draw(lambda: draw(folder, splits)))
 
 
@@ -216,18 +243,6 @@ def _resized(model: ModelConfig, name: str) -> ModelConfig:
 def default_name(config: RunConfig) -> str:
     encoding = re.sub(r"[^\w+=.-]+", "_", config.model.encoding)
     return f"{config.recipe}-{config.model.name}-{encoding}-s{config.seed}"
-
-
-def _train(model: ViT, splits: Splits, config: RunConfig, folder: Path) -> int:
-    from sape2.evaluation.accuracy import quick_accuracy
-    from sape2.train import TrainingStopped, train
-
-    try:
-        train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), config, folder)
-    except TrainingStopped as stopped:
-        _say(f"sape2: {stopped}")
-        return 128 + stopped.signal_number
-    return 0
 
 
 def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> int:
@@ -269,6 +284,84 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> in
         print(config.to_json())
         print_table(({"what": name, "value": value} for name, value in summary.items()), ["what", "value"], "dry run")
     return 0
+
+
+# --- compare ---------------------------------------------------------------------------------------------------------
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    from sape2.costing import split_encodings
+    from sape2.study import Stopped, Study, forget_failures, work
+
+    config = resolve(arguments)
+    folder = Path(arguments.out or Path("runs") / f"compare-{config.recipe}-{config.model.name}")
+    seeds = _whole_number("--seeds", arguments.seeds)
+    study = Study(config, split_encodings(arguments.encodings), seeds, folder)
+    baseline = arguments.baseline or study.encodings[0]
+    if baseline not in study.encodings:
+        raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
+    study.check()
+    from sape2.data import load_data
+    from sape2.progress import study_progress
+    from sape2.runs import build_model
+    from sape2.train import catch_signals
+
+    for cell in study.cells()[: len(study.encodings)]:
+        build_model(cell.config)  # a mistake in one of them is told before the first is trained
+    splits = load_data(config.data, config.model)
+    study.start()
+    if arguments.retry_failed:
+        forget_failures(study)
+    with catch_signals() as caught, study_progress(study) as shown:
+        try:
+            rows = work(study, _run_cell(splits, shown), shown.tell, caught)
+            status = int(any("failed" in row for row in rows))
+        except Stopped as stopped:
+            _say(f"sape2: {stopped}")
+            rows, status = study.gather(), 128 + stopped.signal_number
+    if any(row["encoding"] == baseline for row in rows):
+        _show_outcome(rows, baseline, folder, arguments.json)
+    return status
+
+
+def _run_cell(splits: Splits, shown: StudyProgress) -> Run:
+    """What `sape2 train` does with one cell, without a bar of its own."""
+    from sape2.augment import TrainStream
+    from sape2.running import run_to_end
+    from sape2.runs import build_model
+    from sape2.study import Stopped
+    from sape2.train import TrainingStopped
+
+    def run(cell: StudyCell, claim: Claim) -> None:
+        config = cell.config
+        total = TrainStream(splits.train, config.augment, config.train, config.seed).total_steps
+        try:
+            run_to_end(build_model(config), splits, config, claim, True, lambda progress: shown.step(progress, total))
+        except TrainingStopped as stopped:
+            raise Stopped(stopped.signal_number) from stopped
+
+    return run
+
+
+def _show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: bool) -> None:
+    """Tables and figures of raw rows, into the folder and for the reader."""
+    from sape2.comparison import WEIGHTS
+    from sape2.outcome import COST_HEADINGS, accuracy_columns, accuracy_table, cost_table, draw_outcome, outcome, write_outcome
+    from sape2.report import print_json, print_table
+
+    found = outcome(rows, baseline)
+    files = write_outcome(found, folder)
+    if found.finished:
+        files += _draw(lambda: draw_outcome(found, folder))
+    if as_json:
+        print_json(found.rows())
+        return
+    for weights, title in WEIGHTS.items():
+        print_table(accuracy_table(found, weights), accuracy_columns(found), f"test accuracy, {title}")
+    print_table(cost_table(found), ["encoding", *COST_HEADINGS.values()], "cost")
+    for row in found.failed:
+        print(f"failed: {row['encoding']} seed {row['seed']}: {row['failed']}")
+    print(f"in {folder}: {', '.join(path.name for path in files)}")
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -383,6 +476,10 @@ def _patch(text: str) -> tuple[int, int]:
 
 
 def run_report(arguments: argparse.Namespace) -> int:
+    if any(name.endswith(".jsonl") for name in arguments.folders):
+        return _report_raw(arguments)
+    if arguments.baseline is not None:
+        raise ValueError("--baseline is for the rows.jsonl of sape2 compare; run folders are not compared in pairs")
     measures = None if arguments.measures is None else _chosen_measures(arguments.measures)
     from sape2.comparison import compare, write_figures, write_tables
     from sape2.headlines import read_runs
@@ -403,6 +500,19 @@ def run_report(arguments: argparse.Namespace) -> int:
     for note in comparison.notes():
         print(note)
     print(f"in {folder}: {', '.join(path.name for path in files)}")
+    return 0
+
+
+def _report_raw(arguments: argparse.Namespace) -> int:
+    """The tables of sape2 compare from raw rows alone."""
+    from sape2.rawrows import each_once, read_raw
+
+    if not all(name.endswith(".jsonl") for name in arguments.folders):
+        raise ValueError("give run folders, or files of raw rows, not both")
+    rows = each_once(row for name in arguments.folders for row in read_raw(Path(name)))
+    if not rows:
+        raise ValueError(f"there are no rows in {', '.join(arguments.folders)}")
+    _show_outcome(rows, arguments.baseline, Path(arguments.out), arguments.json)
     return 0
 
 

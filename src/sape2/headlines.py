@@ -63,7 +63,7 @@ def _unseen_drop(run: Run, side: str) -> float | None:
     return None if trained is None or unseen is None else trained - unseen
 
 
-def _step_ms(run: Run) -> float | None:
+def step_ms(run: Run) -> float | None:
     """Median over the epochs."""
     speeds = [row["images_per_s"] for row in run.epochs if row.get("images_per_s")]
     return 1000 * run.config.train.batch_size / statistics.median(speeds) if speeds else None
@@ -176,6 +176,6 @@ COLUMNS = (
         None,
         "ms",
         "of training, median over epochs, for one batch on the machine that trained",
-        lambda run, _: _step_ms(run),
+        lambda run, _: step_ms(run),
     ),
 )

@@ -37,6 +37,8 @@ from sape2.data import ImageData, ImageFiles, normalize
 from sape2.encodings import AttentionEncoding
 
 Evaluate = Callable[[nn.Module], tuple[float, float]]  # model -> (accuracy, loss) on the validation set
+# called after each step with where the run stands and whether it is about to save; what it returns goes into the epoch's line
+Watch = Callable[[Progress, bool], dict[str, Any] | None]
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the accelerator
 
 
@@ -55,14 +57,15 @@ def train(
     config: RunConfig,
     folder: Path,
     quiet: bool = False,
+    watch: Watch = lambda progress, saving: None,
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
     What could stop the first step is found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
-    events, checkpoints, best.safetensors, and last of all model.safetensors.
+    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising.
     Raises ValueError when the loss is no longer finite, TrainingStopped on SIGINT and SIGTERM.
     """
-    Trainer(model, images, evaluate, config, folder, quiet).run()
+    Trainer(model, images, evaluate, config, folder, quiet).run(watch)
 
 
 class Trainer:
@@ -96,6 +99,7 @@ class Trainer:
         self.wrapped, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
         if optimizer_state is not None:
             self._load_optimizer(optimizer_state)
+        self.known: dict[str, Any] = {}  # what `watch` found out
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at
         self.board: Any = None
 
@@ -110,7 +114,7 @@ class Trainer:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(self) -> None:
+    def run(self, watch: Watch = lambda progress, saving: None) -> None:
         stream, steps_per_epoch = self.stream, self.stream.steps_per_epoch
         if self.accelerator.is_main_process:
             start_run(self.folder, self.config, self.stream.data.fingerprint)
@@ -137,6 +141,7 @@ class Trainer:
                 self._add(seconds=now - mark, wait_seconds=waited)
                 mark = now
                 show(self.progress, epoch + (done > 0), self.config.train.epochs)
+                self.known |= watch(self.progress, save) or {}
                 if done == 0:
                     self._end_epoch(epoch)
                 if save:
@@ -224,7 +229,7 @@ class Trainer:
             "seconds": sums["seconds"],
             "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
             "device": str(self.accelerator.device),
-        }
+        } | self.known
         if accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = accuracy, epoch
             if self.accelerator.is_main_process:

@@ -34,24 +34,41 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
     for themselves is not in it, and memory from before that the step frees is not subtracted. On CUDA it is what
     `torch.cuda.max_memory_allocated` counts. Raises ValueError for other devices.
     """
-    device = torch.device(device)
-    if device.type == "cuda":
-        return _cuda_peak(step, device)
-    if device.type != "cpu":
-        raise ValueError(f"peak memory can be measured on cpu and cuda; got {device.type}")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line about every start and stop otherwise
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    meter = PeakMeter(device)
+    meter.start()
+    try:
         step()
-    return highest_sum(_allocations(profiler))
+    finally:
+        highest = meter.stop()
+    return highest
 
 
-def _cuda_peak(step: Callable[[], object], device: torch.device) -> int:
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    step()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+class PeakMeter:
+    """The same for what happens between `start` and `stop`."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        if self.device.type not in ("cpu", "cuda"):
+            raise ValueError(f"peak memory can be measured on cpu and cuda; got {self.device.type}")
+        self._profiler: Any = None
+        self._before = 0
+
+    def start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler writes a line about every start and stop otherwise
+        self._profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        self._profiler.start()
+
+    def stop(self) -> int:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return torch.cuda.max_memory_allocated(self.device) - self._before
+        self._profiler.stop()
+        return highest_sum(_allocations(self._profiler))
 
 
 def _allocations(profiler: Any) -> list[int]:

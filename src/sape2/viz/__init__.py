@@ -17,6 +17,7 @@ from sape2.viz.curves import (
 from sape2.viz.growth import plot_growth
 from sape2.viz.maps import plot_bias, plot_counts, plot_distance, plot_pairs
 from sape2.viz.measures import plot_measures
+from sape2.viz.seeds import plot_seeds
 
 __all__ = [
     "NothingToDraw",
@@ -34,5 +35,6 @@ __all__ = [
     "plot_pairs",
     "plot_resolution",
     "plot_rows",
+    "plot_seeds",
     "plot_shift",
 ]
