@@ -253,10 +253,10 @@ def open_socket(host: str, port: int | None) -> socket.socket:
 
 def serve(microscope: Microscope, host: str, port: int | None, say: Callable[[str], None]) -> None:
     """Until it is interrupted. The page is told to `say` once it can be opened."""
-    app = build_app(microscope)
-    import uvicorn
-
     with open_socket(host, port) as listening:
+        app = build_app(microscope)
+        import uvicorn
+
         shown = f"[{host}]" if ":" in host else host
         say(f"open http://{shown}:{listening.getsockname()[1]}/ (Ctrl-C ends it)")
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

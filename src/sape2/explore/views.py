@@ -131,7 +131,7 @@ def _pairs(column: Column) -> Iterator[Drawing]:
         seen = column.axes[axis]
         squared = "squared " if column.readout == "squared_distance" else ""
         if seen.vector is not None and seen.other_vector is not None:
-            note = f"{squared}distance {number(distance)}; above: the vectors, below: squared differences"
+            note = f"{squared}distance {number(distance)}; below: squared differences"
             yield pair_panel(seen.vector, seen.other_vector, axis, AXIS_TITLES.get(axis, "Along the image"), note)
 
 

@@ -21,7 +21,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 INK, FAINT = "#1a1a1a", "#595959"
 FONT = "DejaVu Sans, Verdana, sans-serif"
-Point = tuple[float, float]
+Length = float | int
+Point = tuple[Length, Length]
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
@@ -31,13 +32,13 @@ Point = tuple[float, float]
 class Rect:
     """`title` is shown where one points at it; `patch`, "row,column", is what a click on it chooses."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    x: Length
+    y: Length
+    width: Length
+    height: Length
     fill: str = "none"
     stroke: str = "none"
-    line: float = 1.0
+    line: Length = 1.0
     title: str = ""
     patch: str = ""
 
@@ -51,7 +52,7 @@ class Rect:
     def paint(self, canvas: Canvas) -> None:
         left, top = canvas.at(self.x, self.y)
         right, bottom = canvas.at(self.x + self.width, self.y + self.height)
-        if self.fill != "none":
+        if self.fill != "none" and right > left and bottom > top:
             canvas.draw.rectangle((left, top, right - 1, bottom - 1), fill=self.fill)
         if self.stroke != "none":
             corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
@@ -64,7 +65,7 @@ class Line:
 
     points: tuple[Point, ...]
     stroke: str = INK
-    line: float = 1.0
+    line: Length = 1.0
     fill: str = "none"
 
     def svg(self) -> str:
@@ -81,9 +82,9 @@ class Line:
 
 @dataclass(frozen=True)
 class Dot:
-    x: float
-    y: float
-    radius: float
+    x: Length
+    y: Length
+    radius: Length
     fill: str
     stroke: str = "none"
     title: str = ""
@@ -102,10 +103,10 @@ class Dot:
 class Text:
     """`y` is the baseline."""
 
-    x: float
-    y: float
+    x: Length
+    y: Length
     text: str
-    size: float = 12.0
+    size: Length = 12.0
     fill: str = INK
     anchor: Literal["start", "middle", "end"] = "start"
     bold: bool = False
@@ -125,16 +126,14 @@ class Text:
 class Raster:
     """Pixels (height, width, 3), uint8, stretched without smoothing."""
 
-    x: float
-    y: float
-    width: float
-    height: float
+    x: Length
+    y: Length
+    width: Length
+    height: Length
     pixels: np.ndarray
 
     def svg(self) -> str:
-        file = io.BytesIO()
-        Image.fromarray(self.pixels).save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
+        data = _encoded(self.pixels.tobytes(), self.pixels.shape)
         box = f"x='{self.x:.2f}' y='{self.y:.2f}' width='{self.width:.2f}' height='{self.height:.2f}'"
         how = "preserveAspectRatio='none' style='image-rendering:pixelated'"
         return f"<image {box} {how} href='data:image/png;base64,{data}'/>"
@@ -146,10 +145,17 @@ class Raster:
         canvas.image.paste(image, (left, top))
 
 
+@functools.lru_cache(maxsize=512)  # a click draws the same image and the same scales again
+def _encoded(pixels: bytes, shape: tuple[int, ...]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
 Shape = Rect | Line | Dot | Text | Raster
 
 
-def moved(shape: Shape, dx: float, dy: float) -> Shape:
+def moved(shape: Shape, dx: Length, dy: Length) -> Shape:
     if isinstance(shape, Line):
         return dataclasses.replace(shape, points=tuple((x + dx, y + dy) for x, y in shape.points))
     return dataclasses.replace(shape, x=shape.x + dx, y=shape.y + dy)
@@ -162,8 +168,8 @@ def moved(shape: Shape, dx: float, dy: float) -> Shape:
 class Drawing:
     """Shapes on white, later ones above earlier ones; `label` says in words what is shown."""
 
-    width: float
-    height: float
+    width: Length
+    height: Length
     shapes: tuple[Shape, ...]
     label: str = ""
 
@@ -200,19 +206,19 @@ class Drawing:
 class Canvas:
     """Where shapes are painted: an image of `scale` pixels for each CSS pixel."""
 
-    def __init__(self, width: float, height: float, scale: int) -> None:
+    def __init__(self, width: Length, height: Length, scale: int) -> None:
         self.scale = scale
         self.image = Image.new("RGB", (round(width * scale), round(height * scale)), "white")
         self.draw = ImageDraw.Draw(self.image)
 
-    def at(self, x: float, y: float) -> tuple[int, int]:
+    def at(self, x: Length, y: Length) -> tuple[int, int]:
         return round(x * self.scale), round(y * self.scale)
 
-    def thickness(self, line: float) -> int:
+    def thickness(self, line: Length) -> int:
         return max(1, round(line * self.scale))
 
 
-def flow(drawings: Sequence[Drawing], width: float, gap: float = 16.0, label: str = "") -> Drawing:
+def flow(drawings: Sequence[Drawing], width: Length, gap: Length = 16.0, label: str = "") -> Drawing:
     """Side by side from the left as long as there is room, then in the next row."""
     shapes: list[Shape] = []
     x = y = row_height = used = 0.0
@@ -225,12 +231,12 @@ def flow(drawings: Sequence[Drawing], width: float, gap: float = 16.0, label: st
     return Drawing(used, y + row_height, tuple(shapes), label or "; ".join(d.label for d in drawings if d.label))
 
 
-def stack(drawings: Iterable[Drawing], gap: float = 16.0, label: str = "") -> Drawing:
+def stack(drawings: Iterable[Drawing], gap: Length = 16.0, label: str = "") -> Drawing:
     """One below the other."""
     return flow(list(drawings), 0.0, gap, label)
 
 
-def framed(drawing: Drawing, margin: float = 16.0) -> Drawing:
+def framed(drawing: Drawing, margin: Length = 16.0) -> Drawing:
     """With white around it."""
     shapes = tuple(moved(shape, margin, margin) for shape in drawing.shapes)
     return Drawing(drawing.width + 2 * margin, drawing.height + 2 * margin, shapes, drawing.label)
@@ -248,7 +254,7 @@ def _title(text: str) -> str:
 
 
 @functools.lru_cache(maxsize=64)
-def _font(size: float, bold: bool) -> Any:
+def _font(size: Length, bold: bool) -> Any:
     """DejaVu where the system has it, else the font inside Pillow."""
     try:
         return ImageFont.truetype("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf", size)
@@ -299,10 +305,15 @@ DIVERGING = ("#00476f", "#0072b2", "#7fb8d8", "#f7f7f7", "#eeb089", "#d55e00", "
 
 def colour(share: float | np.ndarray, colours: Sequence[str] = SEQUENTIAL) -> np.ndarray:
     """From 0 (the first colour) to 1 (the last), linear between; (..., 3) uint8."""
-    stops = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in colours])
+    stops = _stops(tuple(colours))
     places = np.linspace(0, 1, len(stops))
     channels = [np.interp(share, places, stops[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=8)
+def _stops(colours: tuple[str, ...]) -> np.ndarray:
+    return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in colours])
 
 
 def code(rgb: np.ndarray) -> str:

@@ -18,6 +18,7 @@ from sape2.viz.drawing import (
     SEQUENTIAL,
     Dot,
     Drawing,
+    Length,
     Line,
     Raster,
     Rect,
@@ -30,7 +31,7 @@ from sape2.viz.drawing import (
 
 Grid = tuple[int, int]
 Patch = tuple[int, int]
-Limits = tuple[float, float]
+Limits = tuple[Length, Length]
 
 WIDE, NARROW = 340.0, 164.0  # one panel, or two, on a screen of 390 px
 HEAD = 34.0  # of the title and the line below it
@@ -47,7 +48,7 @@ class Mark:
     colour: str = FIRST
 
 
-def number(value: float, digits: int = 3) -> str:
+def number(value: Length, digits: int = 3) -> str:
     """For people: 0.123, 12.3, 1.2e-05."""
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{max(digits - 1, 1)}g}"
@@ -62,7 +63,7 @@ def place(patch: Patch) -> str:
 
 
 def image_panel(
-    pixels: np.ndarray, grid: Grid, marks: Sequence[Mark], title: str, note: str = "", wide: float = WIDE
+    pixels: np.ndarray, grid: Grid, marks: Sequence[Mark], title: str, note: str = "", wide: Length = WIDE
 ) -> Drawing:
     """The image, (channels, height, width) uint8, with its patches; a click on one chooses it."""
     height, width = pixels.shape[-2:]
@@ -82,12 +83,12 @@ def in_colour(pixels: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(np.broadcast_to(pixels, (3, *pixels.shape[1:])).transpose(1, 2, 0))
 
 
-def _frame(mark: Mark, x: float, y: float, width: float, height: float) -> Iterator[Shape]:
+def _frame(mark: Mark, x: Length, y: Length, width: Length, height: Length) -> Iterator[Shape]:
     """Coloured on white, so that it stands out from dark and from light, with its letter in the corner."""
     left, top = x + mark.patch[1] * width, y + mark.patch[0] * height
     yield Rect(left, top, width, height, "none", "#ffffff", 5)
     yield Rect(left, top, width, height, "none", mark.colour, 2.5)
-    if min(width, height) >= 14:
+    if min(width, height) >= 26:
         yield Rect(left, top, 12, 14, mark.colour)
         yield Text(left + 6, top + 11, mark.letter, 11, "#ffffff", "middle", bold=True)
 
@@ -116,7 +117,7 @@ def map_panel(
     marks: Sequence[Mark] = (),
     limits: Limits | None = None,
     signed: bool = False,
-    width: float = NARROW,
+    width: Length = NARROW,
 ) -> Drawing:
     """One value for each patch, (H, W): in colour, in words where one points, and its scale below."""
     limits = limits or limits_of([values], signed)
@@ -132,19 +133,19 @@ def map_panel(
     return Drawing(width, bottom + 28, shapes, f"{title} ({unit}), from {number(values.min())} to {number(values.max())}")
 
 
-def _cell(patch: Patch, size: float, fill: str, says: str) -> Rect:
+def _cell(patch: Patch, size: Length, fill: str, says: str) -> Rect:
     """A little larger than it is, so that no line shows between two."""
     y, x = patch
     return Rect(x * size, HEAD + y * size, size + 0.3, size + 0.3, fill, title=f"{place(patch)}: {says}", patch=f"{y},{x}")
 
 
-def _scale(limits: Limits, colours: Sequence[str], y: float, width: float) -> Iterator[Shape]:
+def _scale(limits: Limits, colours: Sequence[str], y: Length, width: Length) -> Iterator[Shape]:
     yield Raster(0, y, width, 6, colour(np.linspace(0, 1, 64)[None], colours))
     yield Text(0, y + 18, number(limits[0]), 10.5, FAINT)
     yield Text(width, y + 18, number(limits[1]), 10.5, FAINT, "end")
 
 
-def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits | None = None, width: float = NARROW) -> Drawing:
+def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits | None = None, width: Length = NARROW) -> Drawing:
     """All pairs, (N, N), the patch that one looks from down, the other across; too many to point at."""
     limits = limits or limits_of([values])
     fills = colour((values - limits[0]) / (limits[1] - limits[0]))
@@ -170,7 +171,7 @@ def line_panel(
     cell = (WIDE - left) / length
     tile = min(cell, 40.0)
     line = [(patch[0], m) if axis == "x" else (m, patch[1]) for m in range(length)]
-    shapes: list[Shape] = [Text(0, 12, title, 12.5, bold=True), Text(0, 27, _direction(axis), 11, FAINT)]
+    shapes: list[Shape] = [*_heading(title, "left to right" if axis == "x" else "top to bottom")]
     for m, (y, x) in enumerate(line):
         shapes.append(Raster(left + m * cell, HEAD, cell - 1, tile - 1, in_colour(_tile(pixels, grid, (y, x)))))
     at = line.index(patch)
@@ -191,10 +192,6 @@ def line_panel(
     return Drawing(WIDE, top, tuple(shapes), f"{title}: {', '.join(quantities)}")
 
 
-def _direction(axis: str) -> str:
-    return "left to right; point at a cell for more digits" if axis == "x" else "top to bottom; point at a cell for more digits"
-
-
 def _rows(quantities: dict[str, np.ndarray], length: int) -> Iterator[tuple[str, np.ndarray]]:
     for name, values in quantities.items():
         if len(values) == length:
@@ -209,7 +206,7 @@ def _tile(pixels: np.ndarray, grid: Grid, patch: Patch) -> np.ndarray:
     return pixels[:, patch[0] * height : (patch[0] + 1) * height, patch[1] * width : (patch[1] + 1) * width]
 
 
-def _short(value: float) -> str:
+def _short(value: Length) -> str:
     """Two decimals in as little room as can be."""
     text = f"{value:.2f}" if abs(value) < 9.995 else f"{value:.1f}"
     return text.replace("-0.", "-.") if text.startswith("-0.") else text
@@ -241,19 +238,19 @@ def heads_panel(values: np.ndarray, title: str, note: str, largest: float | None
 class Plot(NamedTuple):
     """An area with two scales."""
 
-    left: float
-    top: float
-    width: float
-    height: float
+    left: Length
+    top: Length
+    width: Length
+    height: Length
     across: Limits
     up: Limits
 
-    def at(self, x: float, y: float) -> tuple[float, float]:
+    def at(self, x: Length, y: Length) -> tuple[Length, Length]:
         share_x = (x - self.across[0]) / (self.across[1] - self.across[0])
         share_y = (y - self.up[0]) / (self.up[1] - self.up[0])
         return self.left + share_x * self.width, self.top + (1 - share_y) * self.height
 
-    def axes(self, across: str, ticks: Sequence[float]) -> Iterator[Shape]:
+    def axes(self, across: str, ticks: Sequence[Length]) -> Iterator[Shape]:
         """A frame of ticks: the ends of the vertical scale, zero, and `ticks` below."""
         bottom = self.top + self.height
         yield Line(((self.left, self.top), (self.left, bottom), (self.left + self.width, bottom)), "#808080")
@@ -270,7 +267,7 @@ class Plot(NamedTuple):
         yield Text(self.left + self.width / 2, bottom + 29, across, 11, FAINT, "middle")
 
 
-def _ticks(largest: int) -> list[float]:
+def _ticks(largest: int) -> list[Length]:
     step = max(1, -(-largest // 8))
     return [float(value) for value in range(0, largest + 1, step)]
 
@@ -288,7 +285,7 @@ def table_panel(products: np.ndarray, positions: np.ndarray, axis: str, title: s
     clamped = positions.clip(0, last)
     values = np.interp(clamped, np.arange(last + 1), products)
     shapes: list[Shape] = [
-        *_heading(title, "grey: whole positions; coloured: where the patches of the line read"),
+        *_heading(title, "grey: whole positions; coloured: where i's line reads"),
         *plot.axes("position p (rows of the table)", _ticks(last)),
         Line(tuple(plot.at(p, z) for p, z in enumerate(products.tolist())), "#808080", 1.5),
     ]
@@ -328,7 +325,7 @@ def pair_panel(first: np.ndarray, second: np.ndarray, axis: str, title: str, not
     return Drawing(WIDE, HEAD + 124 + 40 + 34, tuple(shapes), f"{title}, {note}")
 
 
-def bars_panel(names: Sequence[str], values: Sequence[float], title: str, note: str = "") -> Drawing:
+def bars_panel(names: Sequence[str], values: Sequence[Length], title: str, note: str = "") -> Drawing:
     """Shares from 0 to 1, the name before and the number behind each bar."""
     left, tall, longest = 96.0, 24.0, WIDE - 96 - 58
     shapes: list[Shape] = list(_heading(title, note))
@@ -336,9 +333,7 @@ def bars_panel(names: Sequence[str], values: Sequence[float], title: str, note: 
         top = HEAD + line * tall
         name = name if len(name) <= 14 else f"{name[:13]}."
         shapes.append(Text(left - 6, top + 15, name, 11.5, INK, "end"))
-        shapes.append(
-            Rect(left, top + 3, max(value * longest, 0.5), tall - 8, SECOND if line else FIRST, title=f"{name}: {value:.6f}")
-        )
+        shapes.append(Rect(left, top + 3, max(value * longest, 0.5), tall - 8, FAINT, title=f"{name}: {value:.6f}"))
         shapes.append(Text(left + value * longest + 5, top + 15, f"{value:.1%}", 11.5))
     return Drawing(WIDE, HEAD + len(names) * tall, tuple(shapes), f"{title}: {names[0]} {values[0]:.1%}")
 
