@@ -20,8 +20,9 @@ from sape2.config import override
 from sape2.data import ImageData
 from sape2.explore import SHIPPED
 from sape2.explore.change import changes
-from sape2.explore.microscope import LARGEST_GRID, Microscope, State, Subject, parse_state
+from sape2.explore.microscope import LARGEST_GRID, Microscope, Subject
 from sape2.explore.page import Desk, open_socket
+from sape2.explore.state import State, parse_state
 from sape2.explore.views import sections, to_html
 from sape2.recipes import get_recipe
 from sape2.runs import build_model, load_run_model

@@ -1,4 +1,4 @@
-"""What the microscope shows, as numbers: from the state of the page to views. No page, no drawing.
+"""The microscope: images, models and what there is to see of them, as numbers. No page, no drawing.
 
 An image goes through a model once (`Microscope.seen`); a click only cuts something else out of what that gave.
 Notation as in the paper: i is the patch one looks from, n another patch, m a place in i's line. Head 0 is the mean of all.
@@ -9,250 +9,27 @@ from __future__ import annotations
 import functools
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
-from urllib.parse import parse_qsl, urlencode
+from dataclasses import dataclass, replace
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sape2.attention import encode
 from sape2.config import RunConfig, check_image_size
 from sape2.data import ImageData, normalize
-from sape2.encodings import AttentionEncoding
-from sape2.encodings.base import full_precision
-from sape2.encodings.cope import CoPE
-from sape2.encodings.sape2 import SaPE2, table_products
 from sape2.evaluation.translation import Border, translate
 from sape2.evaluation.views import plain_sizes, scaled
 from sape2.explore.change import Change, changes
-from sape2.grid import Grid
+from sape2.explore.columns import Column, View, axes_of, axis_view, of_head
+from sape2.explore.looking import Seen, look
+from sape2.explore.state import Patch, State, whole_number
 from sape2.picture import Picture
 from sape2.vit import ViT
 
-Patch = tuple[int, int]
 LARGEST_GRID = 32 * 32  # patches: maps of all layers and heads stay in memory
 KEPT = 12  # images that have gone through a model
 KEPT_UPLOADS = 16
-
-
-# --- state -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class State:
-    """Everything that decides what is shown; it stands in the address of the page.
-
-    `image` is test:NUMBER or upload:KEY; `size` HxW in pixels; `shift` (dy, dx) in pixels, positive down and to the right;
-    `beside` is what stands in a second column: nothing, head:N, layer:N, before (the image not moved) or run (the other run).
-    """
-
-    image: str = "test:0"
-    layer: int = 1
-    head: int = 1
-    patch: Patch = (0, 0)
-    other: Patch | None = None
-    size: tuple[int, int] = (1, 1)
-    shift: tuple[int, int] = (0, 0)
-    border: Border = "circular"
-    beside: str = "nothing"
-
-    def query(self) -> str:
-        """As it stands in the address."""
-        texts = {
-            "image": self.image,
-            "layer": str(self.layer),
-            "head": str(self.head),
-            "patch": "{},{}".format(*self.patch),
-            "other": "none" if self.other is None else "{},{}".format(*self.other),
-            "size": "{}x{}".format(*self.size),
-            "shift": "{},{}".format(*self.shift),
-            "border": self.border,
-            "beside": self.beside,
-        }
-        return urlencode(texts, safe=":,")
-
-
-PAIRS = {"patch": ",", "other": ",", "size": "x", "shift": ","}
-
-
-def parse_state(query: str, default: State) -> State:
-    """The state that an address asks for, `default` where it says nothing. Raises ValueError for what it cannot mean."""
-    known = {field.name for field in fields(State)}
-    values: dict[str, Any] = {}
-    for name, text in parse_qsl(query, keep_blank_values=True):
-        if name not in known:
-            raise ValueError(f"the address asks for {name!r}; known: {', '.join(sorted(known))}")
-        values[name] = _parse(name, text)
-    return replace(default, **values)
-
-
-def _parse(name: str, text: str) -> Any:
-    if name in ("layer", "head"):
-        return _whole(name, text)
-    if name == "other" and text == "none":
-        return None
-    if name in PAIRS:
-        found = re.fullmatch(rf"(-?\d{{1,5}}){PAIRS[name]}(-?\d{{1,5}})", text, re.ASCII)
-        if not found:
-            raise ValueError(f"{name} needs two whole numbers such as 3{PAIRS[name]}5; got {text!r}")
-        return int(found[1]), int(found[2])
-    return text
-
-
-def _whole(name: str, text: str) -> int:
-    if not re.fullmatch(r"\d{1,5}", text, re.ASCII):
-        raise ValueError(f"{name} needs a whole number; got {text!r}")
-    return int(text)
-
-
-# --- one image under one model ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class LayerMaps:
-    """One layer: the encoding's maps, (h, N, ...), and what `maps` does not hold. `content` is attention without the bias.
-
-    `attention` and `content` are of grid tokens among all tokens, so a row sums to 1 less what prefix tokens get.
-    `products` are z_i[p], (h, N, positions), of each axis that has a table.
-    """
-
-    maps: dict[str, np.ndarray]
-    attention: np.ndarray
-    content: np.ndarray
-    products: dict[str, np.ndarray]
-    leaving: np.ndarray
-    readout: str | None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """One image after one pass through one model: pixels as the model took them, (C, height, width) uint8."""
-
-    pixels: np.ndarray
-    grid: Grid
-    probabilities: np.ndarray
-    layers: list[LayerMaps]
-
-
-@torch.no_grad()
-def look(model: ViT, images: Tensor) -> tuple[np.ndarray, list[LayerMaps]]:
-    """Probabilities and all layers of one normalised image (1, C, height, width)."""
-    device = next(model.parameters()).device
-    x, grid = model.embed(images.to(device))
-    first, layers = model.num_prefix_tokens, []
-    for block, maps in zip(model.layers(), model.maps(images.to(device)), strict=True):
-        encoding = block.attn.encoding
-        q, k, _ = block.attn.project(block.norm1(x))
-        x = maps["tokens"]
-        rotated_q, rotated_k, _ = encode(q, k, grid, encoding)
-        content = (rotated_q * q.shape[-1] ** -0.5 @ rotated_k.transpose(-1, -2)).softmax(-1)
-        named = {name: _array(value) for name, value in maps.items() if name not in ("tokens", "attention")}
-        counting = [part for part in _parts(encoding) if isinstance(part, (SaPE2, CoPE))]
-        products = {} if not counting else _products(counting[-1], q[:, :, first:], k[:, :, first:])
-        readout = counting[-1].options.readout if counting and isinstance(counting[-1], SaPE2) else None
-        attention = maps["attention"]
-        layers.append(
-            LayerMaps(
-                named, _array(attention[:, :, first:, first:]), _array(content[:, :, first:, first:]), products,
-                _array(x[:, first:]), readout,
-            )
-        )  # fmt: skip
-    probabilities = model(images.to(device))[0].double().softmax(-1)
-    return probabilities.cpu().numpy(), layers
-
-
-def _parts(encoding: AttentionEncoding) -> list[torch.nn.Module]:
-    return [part for part in encoding.modules() if isinstance(part, AttentionEncoding)]
-
-
-def _products(encoding: SaPE2 | CoPE, q: Tensor, k: Tensor) -> dict[str, np.ndarray]:
-    """Eq. 13 for every patch: the table as i sees it, for each axis."""
-    vector = full_precision(k if isinstance(encoding, SaPE2) and encoding.options.dot == "key" else q)
-    if isinstance(encoding, CoPE):
-        return {"": _array(table_products(vector, full_precision(encoding.table)))}
-    tables = {axis: full_precision(getattr(encoding, f"table_{axis}")) for axis in encoding.axes}
-    return {axis: _array(table_products(vector, table)) for axis, table in tables.items()}
-
-
-def _array(tensor: Tensor) -> np.ndarray:
-    """Without the batch, in float64."""
-    return tensor[0].detach().cpu().double().numpy()
-
-
-# --- views -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AxisView:
-    """Along one axis from patch i: gates (S), positions and vector (S or 2S), table products (positions)."""
-
-    gates: np.ndarray
-    positions: np.ndarray
-    vector: np.ndarray | None
-    products: np.ndarray | None
-    other_vector: np.ndarray | None
-
-
-@dataclass(frozen=True)
-class Column:
-    """Everything about one patch in one layer and head of one model on one image. Maps are (H, W); None: there is none."""
-
-    name: str
-    encoding: str
-    grid: Grid
-    patch: Patch
-    other: Patch | None
-    pixels: np.ndarray
-    prediction: list[tuple[str, float]]
-    axes: dict[str, AxisView]
-    bias: np.ndarray | None
-    attention: np.ndarray
-    attention_without_bias: np.ndarray
-    readout: str | None
-
-    def distances(self) -> dict[str, float]:
-        """Eq. 15, one axis at a time: the distance of the vectors of i and n (squared where the encoding squares it)."""
-        result = {}
-        for axis, view in self.axes.items():
-            if view.vector is not None and view.other_vector is not None and self.readout in ("distance", "squared_distance"):
-                squared = float(((view.vector - view.other_vector) ** 2).sum())
-                result[axis] = squared if self.readout == "squared_distance" else squared**0.5
-        return result
-
-
-@dataclass(frozen=True)
-class View:
-    """What the page shows: one column or two, and what moved between them."""
-
-    state: State
-    columns: list[Column]
-    moved: list[Change]
-    notes: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: every number that is drawn."""
-        return {
-            "state": {field.name: getattr(self.state, field.name) for field in fields(State)},
-            "image": self.notes,
-            "columns": [_plain(column) | {"distances": column.distances()} for column in self.columns],
-            "moved": [_plain(change) for change in self.moved],
-        }
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return value
-
-
-# --- the microscope --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -322,7 +99,7 @@ class Microscope:
         config = self.subject.config.model
         if what in ("head", "layer") and which:
             low, high = (0, config.num_heads) if what == "head" else (1, config.depth)
-            _check_within(f"beside {what}", _whole(what, which), low, high)
+            _check_within(f"beside {what}", whole_number(what, which), low, high)
         elif beside == "run" and self.against is None:
             raise ValueError("there is no other run to set beside; start with sape2 explore RUN --against RUN2")
         elif beside not in ("nothing", "before", "run"):
@@ -366,7 +143,7 @@ class Microscope:
 
     def _changes(self, state: State) -> list[Change]:
         before, after = self.seen(self.subject, replace(state, shift=(0, 0))), self.seen(self.subject, state)
-        pick = functools.partial(_of_head, head=state.head)
+        pick = functools.partial(of_head, head=state.head)
         tables = [
             {name: pick(value) for name, value in layer.maps.items()} | {"attention": pick(layer.attention)}
             for layer in (before.layers[state.layer - 1], after.layers[state.layer - 1])
@@ -378,10 +155,10 @@ class Microscope:
     def _column(self, subject: Subject, state: State, patch: Patch, other: Patch | None, name: str) -> Column:
         seen = self.seen(subject, state)
         layer, (height, width) = seen.layers[state.layer - 1], seen.grid
-        pick = functools.partial(_of_head, head=state.head)
+        pick = functools.partial(of_head, head=state.head)
         i, n = patch[0] * width + patch[1], None if other is None else other[0] * width + other[1]
         from_i = {name: pick(values)[i] for name, values in layer.maps.items()}
-        axes = {axis: _axis_view(layer, axis, state.head, i, n) for axis in _axes(layer.maps)}
+        axes = {axis: axis_view(layer, axis, state.head, i, n) for axis in axes_of(layer.maps)}
         top = np.argsort(-seen.probabilities)[:5]
         return Column(
             name=name,
@@ -456,25 +233,3 @@ def _within(state: State, config: RunConfig) -> State:
 
 def _patches(size: tuple[int, int], patch: int) -> int:
     return (size[0] // patch) * (size[1] // patch)
-
-
-def _of_head(values: np.ndarray, head: int) -> np.ndarray:
-    return values.mean(0) if head == 0 else values[head - 1]
-
-
-def _axes(maps: Mapping[str, np.ndarray]) -> list[str]:
-    """x and y where the encoding counts along lines; raster, or nothing for CoPE, where along the whole sequence."""
-    return [name.removeprefix("gates").removeprefix("_") for name in maps if name.startswith("gates")]
-
-
-def _axis_view(layer: LayerMaps, axis: str, head: int, i: int, n: int | None) -> AxisView:
-    def of(kind: str, token: int | None) -> np.ndarray | None:
-        values = layer.maps.get("_".join(filter(None, (kind, axis))))
-        return None if values is None or token is None else _of_head(values, head)[token]
-
-    gates, positions = of("gates", i), of("positions", i)
-    assert gates is not None
-    assert positions is not None
-    products = layer.products.get(axis)
-    seen = None if products is None or head == 0 else products[head - 1, i]  # a mean of heads is not read at a mean position
-    return AxisView(gates, positions, of("vectors", i), seen, of("vectors", n))

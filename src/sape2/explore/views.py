@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sape2.explore.microscope import Column, View
+from sape2.explore.columns import Column, View
 from sape2.viz.drawing import Drawing, Text, escape, flow, framed, stack
 from sape2.viz.panels import (
     FIRST,

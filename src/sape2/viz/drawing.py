@@ -188,7 +188,7 @@ class Drawing:
         for shape in self.shapes:
             shape.paint(canvas)
         file = io.BytesIO()
-        canvas.image.reduce(2).save(file, "PNG", optimize=True)
+        canvas.image.reduce(2).save(file, "PNG")
         return file.getvalue()
 
     def save(self, path: Path) -> None:
