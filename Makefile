@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow lint clean
+.PHONY: demo test slow browser lint clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
 	$(BIN)/sape2 train digits --out runs/demo
@@ -15,6 +15,9 @@ test: $(VENV)/.test  ## all tests but the slow ones
 
 slow: $(VENV)/.test  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
+
+browser: $(VENV)/.browser  ## the page of sape2 explore, in a Chromium of the system
+	$(BIN)/python -m pytest -q -m browser tests/test_explore_page.py
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
@@ -34,6 +37,10 @@ $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	$(BIN)/python -m pip install -q --group test
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.test
+	$(BIN)/python -m pip install -q --group browser
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.demo

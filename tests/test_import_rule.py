@@ -32,6 +32,20 @@ ALLOWED = {
     "runs": {"augment", "config", "checkpoint", "data", "evaluation", "vit", "viz"},
     "picture": {"config"},
     "explain": {"checkpoint", "config", "data", "evaluation", "grid", "picture", "report", "runs", "viz"},
+    "explore": {
+        "attention",
+        "checkpoint",
+        "config",
+        "data",
+        "encodings",
+        "evaluation",
+        "explore",
+        "grid",
+        "picture",
+        "runs",
+        "vit",
+        "viz",
+    },
     "headlines": {"checkpoint", "config"},
     "comparison": {"checkpoint", "headlines", "report", "viz"},
     "train": {"augment", "config", "checkpoint", "data", "encodings"},
@@ -59,6 +73,9 @@ OPTIONAL = {
     "tensorboard",
     "transformers",
     "gradio",
+    "fastapi",
+    "starlette",
+    "uvicorn",
 }
 
 

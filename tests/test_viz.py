@@ -4,9 +4,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
-import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from sape2 import viz
@@ -161,42 +159,3 @@ def test_more_runs_than_colours_differ_in_their_dashes(drawn):
 def test_rows_that_are_not_there_are_named():
     with pytest.raises(ValueError, match=r"no run has a row shift_accuracy .*measure it first"):
         viz.plot_shift({"ape": []}, UNUSED)
-
-
-def test_all_pairs_and_each_patch_are_where_they_belong(drawn):
-    """The map of a patch is its row of the pairs, on the grid; both on one scale."""
-    pairs = torch.randn(12, 12)
-    image = torch.randint(0, 256, (3, 6, 8), dtype=torch.uint8)
-    viz.plot_pairs(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)}, UNUSED)
-    images = [artist for axis in drawn[0].subfigs[0].axes for artist in axis.images]
-    maps = [np.asarray(artist.get_array()) for artist in images if np.asarray(artist.get_array()).ndim == 2]
-    assert [found.shape for found in maps] == [(12, 12), (3, 4)]
-    np.testing.assert_allclose(maps[0], pairs.numpy())
-    np.testing.assert_allclose(maps[1], pairs[6].view(3, 4).numpy())
-    assert len({artist.get_clim() for artist in images if np.asarray(artist.get_array()).ndim == 2}) == 1
-
-
-def test_the_bias_against_distance_is_mean_and_spread_of_the_pairs(drawn):
-    maps = torch.randn(2, 4, 4)  # two heads, four patches in a row
-    viz.plot_distance({"layer 1": maps}, (1, 4), UNUSED)
-    (line,) = drawn[0].axes[0].lines
-    apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
-    expected = [maps[:, apart == step].mean().item() for step in range(4)]
-    np.testing.assert_allclose(line.get_ydata(), expected, rtol=1e-6)
-
-
-@pytest.mark.parametrize(("channels", "depth"), [(1, 1), (3, 7)])  # 7: two rows of layers
-def test_every_picture_of_an_image_can_be_made(tmp_path, channels, depth):
-    image = torch.randint(0, 256, (channels, 6, 8), dtype=torch.uint8)
-    layers = {
-        f"layer {layer}": torch.zeros(2, 12, 12) if layer == 1 else torch.randn(2, 12, 12) for layer in range(1, depth + 1)
-    }
-    line = {"gates": torch.rand(2, 4), "positions": 3 * torch.rand(2, 8)}
-    column = {"gates": torch.rand(2, 3), "positions": torch.zeros(2, 3)}
-    sequence = {"gates": torch.rand(2, 12), "positions": torch.rand(2, 12)}
-    viz.plot_pairs(image, {n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}, tmp_path / "pairs.png")
-    viz.plot_distance(layers, (3, 4), tmp_path / "distance.png")
-    viz.plot_counts(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2), tmp_path / "counts.png", "title")
-    for path in sorted(tmp_path.iterdir()):
-        assert Image.open(path).size[0] > 300
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["counts.png", "distance.png", "pairs.png"]

@@ -129,6 +129,15 @@ def build_parser() -> Parser:
     _add_json(compare)
     compare.set_defaults(run=run_compare, encoding=None, seed=None)
 
+    explore = commands.add_parser("explore", help="the same and more in the browser, patch by patch")
+    explore.add_argument("folder", metavar="RUN", nargs="?", help="run folder (default a small model that comes with sape2)")
+    explore.add_argument("--against", metavar="RUN2", help="another run on the same images, to set beside it")
+    explore.add_argument("--port", metavar="N", help="(default the first free one from 7860)")
+    explore.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="(default 127.0.0.1: this machine alone)")
+    explore.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    explore.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
+    explore.set_defaults(run=run_explore)
+
     report = commands.add_parser("report", help="many runs in one table and one set of figures")
     report.add_argument(
         "folders",
@@ -470,6 +479,19 @@ def _patch(text: str) -> tuple[int, int]:
     if match is None:
         raise ValueError(f"--patch must be ROW,COLUMN, whole numbers from 0, such as 3,5; got {text!r}")
     return int(match[1]), int(match[2])
+
+
+# --- explore ---------------------------------------------------------------------------------------------------------
+
+
+def run_explore(arguments: argparse.Namespace) -> int:
+    port = None if arguments.port is None else _whole_number("--port", arguments.port)
+    folder, against = (None if text is None else Path(text) for text in (arguments.folder, arguments.against))
+    from sape2.explore import explore
+
+    with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+        explore(folder, against, arguments.host, port, arguments.data, arguments.weights, _say)
+    return 0
 
 
 # --- report ----------------------------------------------------------------------------------------------------------

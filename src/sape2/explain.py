@@ -1,13 +1,12 @@
 """What a trained model did with one image: prediction, bias or attention, gates and positions, as one page or picture.
 
-The page is a single HTML file that needs nothing else: figures are inside it, there is no script and no address.
+The page is a single HTML file that needs nothing else: figures are inside it as SVG, there is no script and no
+address. Its panels are those of `sape2 explore`.
 """
 
 from __future__ import annotations
 
-import base64
 import html
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from sape2.grid import Grid
 from sape2.picture import Picture, read_picture
 from sape2.report import format_value
 from sape2.runs import load_run_model
+from sape2.viz.drawing import Drawing
 
 Row = dict[str, Any]
 Patch = tuple[int, int]
@@ -124,7 +124,7 @@ def explain(
     picture = read_picture(image_path, config.model)
     found = look(load_run_model(folder, weights), config, picture, image_path, choice, class_names(folder, config))
     if out.suffix.lower() == ".png":
-        _draw_pairs(found, out)
+        viz.as_one(_pairs(found)).save(out)
     else:
         write_text(out, page(found))
     about = {"image": str(image_path), "encoding": config.model.encoding, "model": config.model.label, "weights": weights}
@@ -180,21 +180,21 @@ def _attention_rows(layers: list[Layer], grid: Grid) -> Iterator[Row]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def _draw_pairs(found: Explanation, path: Path) -> None:
+def _pairs(found: Explanation) -> list[Drawing]:
     means = {name: values.mean(0) for name, values in found.maps().items()}
-    patches = found.choice.named_patches(found.config.model.grid)
-    viz.plot_pairs(found.picture.pixels, means, found.config.model.grid, patches, path, found.quantity)
+    grid = found.config.model.grid
+    return viz.pairs_figure(found.picture.pixels, means, grid, found.choice.named_patches(grid), found.quantity)
 
 
-def _draw_distance(found: Explanation, path: Path) -> None:
+def _distance(found: Explanation) -> list[Drawing]:
     quantity = found.quantity.replace("mean of heads", "all heads")
-    viz.plot_distance(found.maps(), found.config.model.grid, path, quantity)
+    return viz.distance_figure(found.maps(), found.config.model.grid, quantity)
 
 
-def _draw_counts(found: Explanation, layer: Layer, path: Path) -> None:
+def _counts(found: Explanation, layer: Layer) -> list[Drawing]:
     """Gates and positions of the first patch."""
     grid = found.config.model.grid
-    name, (y, x) = next(iter(found.choice.named_patches(grid).items()))
+    y, x = next(iter(found.choice.named_patches(grid).values()))
     heads = slice(None) if found.choice.head is None else slice(found.choice.head - 1, found.choice.head)
     axes = {key.removeprefix("positions").removeprefix("_") for key in layer.maps if key.startswith("positions")}
     maps = {
@@ -204,20 +204,23 @@ def _draw_counts(found: Explanation, layer: Layer, path: Path) -> None:
         }
         for axis in sorted(axes)
     }
-    title = f"what the {name} (row {y}, column {x}) counts in layer {layer.number}"
-    viz.plot_counts(found.picture.pixels, maps, grid, (y, x), path, title)
+    return viz.counts_figure(found.picture.pixels, maps, grid, (y, x))
 
 
 # --- page ------------------------------------------------------------------------------------------------------------
 
+META = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 64rem; margin: 2rem auto }
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto;
+  padding: 0 1rem }
 h1 { font-size: 1.5rem; margin-bottom: 0 }
 h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
-img { max-width: 100%; height: auto }
+.panels { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
+.panels div { max-width: 100% }
+svg { display: block; max-width: 100%; height: auto }
 figure { margin: 1rem 0 }
 figcaption, .about { color: #555; font-size: .9rem }
 .scroll { overflow-x: auto }
@@ -238,7 +241,7 @@ def page(found: Explanation) -> str:
         "<h2>Health of the encoding on this image</h2>",
         _health(found),
     ]
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{_text(found.image_path.name)}</title>"
+    head = f"{META}<title>{_text(found.image_path.name)}</title>"
     return (
         f"<!doctype html>\n<html lang=en>\n<head>{head}<style>{STYLE}</style></head>\n<body>\n"
         + "\n".join(sections)
@@ -264,38 +267,26 @@ def _figures(found: Explanation) -> Iterator[str]:
     else:
         about = f"The encoding {found.config.model.encoding} adds no bias in these layers, so this is the attention itself."
     yield _figure(
-        lambda path: _draw_pairs(found, path), f"{what} between all patches, and from {patches} to all others, by layer", about
+        _pairs(found), f"{what.capitalize()} between all patches, and from {patches} to all others, by layer. {about}"
     )
     layer = found.counting_layer()
     if layer is not None:
         share = found.number("bias_variance_share", layer.number)
-        about = f"Layer {layer.number}" + (
-            ""
-            if found.choice.layer or share is None
-            else f", whose bias makes up most of its logits ({share:.0%} of their variance)"
-        )
-        about += (
-            ". A gate says how much a patch counts; a position is a sum of gates along the line, counted as the encoding does."
-        )
+        name, (y, x) = next(iter(found.choice.named_patches(found.config.model.grid).items()))
+        why = f", whose bias makes up most of its logits ({share:.0%} of their variance)" if share is not None else ""
+        about = f"Gates and positions of the {name} (row {y}, column {x}) in layer {layer.number}, by head and axis"
+        about += ("" if found.choice.layer else why) + ". A gate says how much a patch counts; a position is a sum of gates "
+        about += "along the line, counted as the encoding does."
         yield "<h2>Gates and positions</h2>"
-        yield _figure(
-            lambda path: _draw_counts(found, layer, path),
-            f"gates and positions of one patch in layer {layer.number}, by head and axis",
-            about,
-        )
+        yield _figure(_counts(found, layer), about)
     yield f"<h2>{what.capitalize()} against distance</h2>"
-    about = f"A flat line: {what} does not depend on how far apart two patches are."
-    yield _figure(lambda path: _draw_distance(found, path), f"{what} against the distance of two patches, by layer", about)
+    about = "mean of all pairs, band: one standard deviation. A flat line: it does not depend on how far apart two patches are."
+    yield _figure(_distance(found), f"{what.capitalize()} against the distance of two patches, by layer; {about}")
 
 
-def _figure(draw: Any, alt: str, caption: str) -> str:
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "figure.png"
-        draw(path)
-        data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f"<figure><img alt='{_text(alt)}' src='data:image/png;base64,{data}'><figcaption>{_text(caption)}</figcaption></figure>"
-    )
+def _figure(panels: list[Drawing], caption: str) -> str:
+    shown = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
+    return f"<figure><div class=panels>{shown}</div><figcaption>{_text(caption)}</figcaption></figure>"
 
 
 COLUMNS = {  # heading -> number of the layer

@@ -17,10 +17,11 @@ from sape2.config import ModelConfig
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as the model takes it, and what was done to the file to get there."""
+    """An image as the model takes it, what was done to the file to get there, and the (height, width) that it had."""
 
     pixels: UInt8[Tensor, "channels height width"]
     notes: str
+    size: tuple[int, int]
 
 
 def read_picture(path: Path, model: ModelConfig) -> Picture:
@@ -45,7 +46,7 @@ def read_picture(path: Path, model: ModelConfig) -> Picture:
     if size != (width, height):
         stretched = ", which changes its proportions" if size[0] * height != size[1] * width else ""
         notes += f", resized to the model's {width}x{height}{stretched}"
-    return Picture(pixels.contiguous(), notes)
+    return Picture(pixels.contiguous(), notes, (size[1], size[0]))
 
 
 def _decode(path: Path, mode: str) -> tuple[Image.Image, str]:
@@ -61,7 +62,19 @@ def _decode(path: Path, mode: str) -> tuple[Image.Image, str]:
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} has too many pixels to be read safely ({error}); make it smaller first") from error
     except Exception as error:  # Pillow raises many kinds; all mean that the file cannot be decoded
-        raise ValueError(f"{path} cannot be read as an image: {str(error) or type(error).__name__}") from error
+        reason = _what_it_is(path) or str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as an image: {reason}") from error
+
+
+def _what_it_is(path: Path) -> str:
+    """In words, for files that are often taken for images."""
+    with path.open("rb") as file:
+        start = file.read(4096).lstrip().lower()
+    if not start:
+        return "the file is empty"
+    if start.startswith((b"<svg", b"<?xml")) and b"<svg" in start:
+        return "it is SVG, which describes shapes; save it as PNG first"
+    return ""
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

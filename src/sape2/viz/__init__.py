@@ -1,4 +1,8 @@
-"""Pictures. Each function takes data and a file name, and writes the file; units stand at the axes and colour bars."""
+"""Pictures; units stand at the axes and scales.
+
+`plot_*` take data and a file name and write the file, by matplotlib. `*_figure` and panels give drawings (`viz.drawing`),
+for pages and for files.
+"""
 
 from __future__ import annotations
 
@@ -14,25 +18,27 @@ from sape2.viz.curves import (
     plot_rows,
     plot_shift,
 )
+from sape2.viz.figures import as_one, counts_figure, distance_figure, pairs_figure
 from sape2.viz.growth import plot_growth
-from sape2.viz.maps import plot_bias, plot_counts, plot_distance, plot_pairs
+from sape2.viz.maps import plot_bias
 from sape2.viz.measures import plot_measures
 from sape2.viz.seeds import plot_seeds
 
 __all__ = [
     "NothingToDraw",
     "Panel",
+    "as_one",
+    "counts_figure",
+    "distance_figure",
+    "pairs_figure",
     "plot_bias",
     "plot_confusion",
-    "plot_counts",
     "plot_curves",
-    "plot_distance",
     "plot_equivariance",
     "plot_grouping",
     "plot_growth",
     "plot_health",
     "plot_measures",
-    "plot_pairs",
     "plot_resolution",
     "plot_rows",
     "plot_seeds",

@@ -1,0 +1,326 @@
+"""A drawing of few kinds of shapes, written as SVG or as pixels from one description.
+
+For pictures that a page shows at once: a hundredth of a second, no matplotlib. Lengths are in CSS pixels, y runs down.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import functools
+import html
+import io
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+INK, FAINT = "#1a1a1a", "#595959"
+FONT = "DejaVu Sans, Verdana, sans-serif"
+Length = float | int
+Point = tuple[Length, Length]
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rect:
+    """`title` is shown where one points at it; `patch`, "row,column", is what a click on it chooses."""
+
+    x: Length
+    y: Length
+    width: Length
+    height: Length
+    fill: str = "none"
+    stroke: str = "none"
+    line: Length = 1.0
+    title: str = ""
+    patch: str = ""
+
+    def svg(self) -> str:
+        stroke = "" if self.stroke == "none" else f" stroke='{self.stroke}' stroke-width='{self.line:g}'"
+        patch = f" data-patch='{self.patch}'" if self.patch else ""
+        box = f"x='{self.x:.2f}' y='{self.y:.2f}' width='{self.width:.2f}' height='{self.height:.2f}'"
+        fill = self.fill if self.fill != "none" or not (self.title or self.patch) else "transparent"  # none is not pointed at
+        return f"<rect {box} fill='{fill}'{stroke}{patch}>{_title(self.title)}</rect>"
+
+    def paint(self, canvas: Canvas) -> None:
+        left, top = canvas.at(self.x, self.y)
+        right, bottom = canvas.at(self.x + self.width, self.y + self.height)
+        if self.fill != "none" and right > left and bottom > top:
+            canvas.draw.rectangle((left, top, right - 1, bottom - 1), fill=self.fill)
+        if self.stroke != "none":
+            corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
+            canvas.draw.line(corners, fill=self.stroke, width=canvas.thickness(self.line), joint="curve")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Through all points; filled, it is an area."""
+
+    points: tuple[Point, ...]
+    stroke: str = INK
+    line: Length = 1.0
+    fill: str = "none"
+
+    def svg(self) -> str:
+        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
+        return f"<polyline points='{points}' fill='{self.fill}' stroke='{self.stroke}' stroke-width='{self.line:g}'/>"
+
+    def paint(self, canvas: Canvas) -> None:
+        points = [canvas.at(x, y) for x, y in self.points]
+        if self.fill != "none":
+            canvas.draw.polygon(points, fill=self.fill)
+        if self.stroke != "none":
+            canvas.draw.line(points, fill=self.stroke, width=canvas.thickness(self.line), joint="curve")
+
+
+@dataclass(frozen=True)
+class Dot:
+    x: Length
+    y: Length
+    radius: Length
+    fill: str
+    stroke: str = "none"
+    title: str = ""
+
+    def svg(self) -> str:
+        place = f"cx='{self.x:.2f}' cy='{self.y:.2f}' r='{self.radius:g}'"
+        return f"<circle {place} fill='{self.fill}' stroke='{self.stroke}'>{_title(self.title)}</circle>"
+
+    def paint(self, canvas: Canvas) -> None:
+        corners = [canvas.at(self.x + sign * self.radius, self.y + sign * self.radius) for sign in (-1, 1)]
+        outline = None if self.stroke == "none" else self.stroke
+        canvas.draw.ellipse(corners, fill=self.fill, outline=outline, width=canvas.thickness(1.0))
+
+
+@dataclass(frozen=True)
+class Text:
+    """`y` is the baseline."""
+
+    x: Length
+    y: Length
+    text: str
+    size: Length = 12.0
+    fill: str = INK
+    anchor: Literal["start", "middle", "end"] = "start"
+    bold: bool = False
+
+    def svg(self) -> str:
+        weight = " font-weight='600'" if self.bold else ""
+        place = f"x='{self.x:.2f}' y='{self.y:.2f}' font-size='{self.size:g}' text-anchor='{self.anchor}'"
+        return f"<text {place} fill='{self.fill}'{weight}>{escape(self.text)}</text>"
+
+    def paint(self, canvas: Canvas) -> None:
+        font = _font(canvas.scale * self.size, self.bold)
+        anchor = {"start": "ls", "middle": "ms", "end": "rs"}[self.anchor]
+        canvas.draw.text(canvas.at(self.x, self.y), self.text, fill=self.fill, font=font, anchor=anchor)
+
+
+@dataclass(frozen=True, eq=False)
+class Raster:
+    """Pixels (height, width, 3), uint8, stretched without smoothing."""
+
+    x: Length
+    y: Length
+    width: Length
+    height: Length
+    pixels: np.ndarray
+
+    def svg(self) -> str:
+        data = _encoded(self.pixels.tobytes(), self.pixels.shape)
+        box = f"x='{self.x:.2f}' y='{self.y:.2f}' width='{self.width:.2f}' height='{self.height:.2f}'"
+        how = "preserveAspectRatio='none' style='image-rendering:pixelated'"
+        return f"<image {box} {how} href='data:image/png;base64,{data}'/>"
+
+    def paint(self, canvas: Canvas) -> None:
+        left, top = canvas.at(self.x, self.y)
+        right, bottom = canvas.at(self.x + self.width, self.y + self.height)
+        image = Image.fromarray(self.pixels).resize((right - left, bottom - top), Image.Resampling.NEAREST)
+        canvas.image.paste(image, (left, top))
+
+
+@functools.lru_cache(maxsize=512)  # a click draws the same image and the same scales again
+def _encoded(pixels: bytes, shape: tuple[int, ...]) -> str:
+    file = io.BytesIO()
+    Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+Shape = Rect | Line | Dot | Text | Raster
+
+
+def moved(shape: Shape, dx: Length, dy: Length) -> Shape:
+    if isinstance(shape, Line):
+        return dataclasses.replace(shape, points=tuple((x + dx, y + dy) for x, y in shape.points))
+    return dataclasses.replace(shape, x=shape.x + dx, y=shape.y + dy)
+
+
+# --- drawings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Drawing:
+    """Shapes on white, later ones above earlier ones; `label` says in words what is shown."""
+
+    width: Length
+    height: Length
+    shapes: tuple[Shape, ...]
+    label: str = ""
+
+    def svg(self, standalone: bool = False) -> str:
+        """For use inside an HTML page, or as a file of its own."""
+        space = " xmlns='http://www.w3.org/2000/svg'" if standalone else ""
+        size = f"viewBox='0 0 {self.width:g} {self.height:g}' width='{self.width:g}' height='{self.height:g}'"
+        ground = f"<rect width='{self.width:g}' height='{self.height:g}' fill='#fff'/>"
+        body = "".join(shape.svg() for shape in self.shapes)
+        about = f"role='img' aria-label='{escape(self.label)}' font-family='{FONT}'"
+        return f"<svg{space} {size} {about}>{ground}{body}</svg>"
+
+    def png(self, scale: int = 2) -> bytes:
+        """`scale` pixels for each CSS pixel; painted twice as large and shrunk, which smooths the edges."""
+        canvas = Canvas(self.width, self.height, 2 * scale)
+        for shape in self.shapes:
+            shape.paint(canvas)
+        file = io.BytesIO()
+        canvas.image.reduce(2).save(file, "PNG")
+        return file.getvalue()
+
+    def save(self, path: Path) -> None:
+        """As PNG or SVG, by the ending of the name; the file appears whole or not at all."""
+        data = self.svg(standalone=True).encode() if path.suffix.lower() == ".svg" else self.png()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            temporary.write_bytes(data)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Canvas:
+    """Where shapes are painted: an image of `scale` pixels for each CSS pixel."""
+
+    def __init__(self, width: Length, height: Length, scale: int) -> None:
+        self.scale = scale
+        self.image = Image.new("RGB", (round(width * scale), round(height * scale)), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def at(self, x: Length, y: Length) -> tuple[int, int]:
+        return round(x * self.scale), round(y * self.scale)
+
+    def thickness(self, line: Length) -> int:
+        return max(1, round(line * self.scale))
+
+
+def flow(drawings: Sequence[Drawing], width: Length, gap: Length = 16.0, label: str = "") -> Drawing:
+    """Side by side from the left as long as there is room, then in the next row."""
+    shapes: list[Shape] = []
+    x = y = row_height = used = 0.0
+    for drawing in drawings:
+        if x and x + drawing.width > width:
+            x, y, row_height = 0.0, y + row_height + gap, 0.0
+        shapes += [moved(shape, x, y) for shape in drawing.shapes]
+        x, row_height = x + drawing.width + gap, max(row_height, drawing.height)
+        used = max(used, x - gap)
+    return Drawing(used, y + row_height, tuple(shapes), label or "; ".join(d.label for d in drawings if d.label))
+
+
+def stack(drawings: Iterable[Drawing], gap: Length = 16.0, label: str = "") -> Drawing:
+    """One below the other."""
+    return flow(list(drawings), 0.0, gap, label)
+
+
+def framed(drawing: Drawing, margin: Length = 16.0) -> Drawing:
+    """With white around it."""
+    shapes = tuple(moved(shape, margin, margin) for shape in drawing.shapes)
+    return Drawing(drawing.width + 2 * margin, drawing.height + 2 * margin, shapes, drawing.label)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def escape(text: Any) -> str:
+    return html.escape(str(text), quote=True)
+
+
+def _title(text: str) -> str:
+    return f"<title>{escape(text)}</title>" if text else ""
+
+
+@functools.lru_cache(maxsize=64)
+def _font(size: Length, bold: bool) -> Any:
+    """DejaVu where the system has it, else the font inside Pillow."""
+    try:
+        return ImageFont.truetype("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf", size)
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+# --- colours ---------------------------------------------------------------------------------------------------------
+
+# cividis (Nuñez, Anderton and Renslow, 2018), the same to everyone, at 33 even steps; and blue, white, vermilion around 0.
+SEQUENTIAL = (
+    "#00224e",
+    "#00285b",
+    "#002e6a",
+    "#053371",
+    "#1a386f",
+    "#273e6e",
+    "#32436d",
+    "#3b496c",
+    "#434e6c",
+    "#4b546c",
+    "#535a6d",
+    "#5a5f6e",
+    "#61656f",
+    "#686a71",
+    "#6f7073",
+    "#767676",
+    "#7d7c78",
+    "#848279",
+    "#8c8878",
+    "#938e78",
+    "#9b9476",
+    "#a39a74",
+    "#aba072",
+    "#b4a76f",
+    "#bcae6c",
+    "#c4b468",
+    "#cdbb63",
+    "#d5c25e",
+    "#dec958",
+    "#e7d150",
+    "#f0d846",
+    "#f9e03a",
+    "#fee838",
+)
+DIVERGING = ("#00476f", "#0072b2", "#7fb8d8", "#f7f7f7", "#eeb089", "#d55e00", "#843a00")
+
+
+def colour(share: float | np.ndarray, colours: Sequence[str] = SEQUENTIAL) -> np.ndarray:
+    """From 0 (the first colour) to 1 (the last), linear between; (..., 3) uint8."""
+    stops = _stops(tuple(colours))
+    places = np.linspace(0, 1, len(stops))
+    channels = [np.interp(share, places, stops[:, channel]) for channel in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=8)
+def _stops(colours: tuple[str, ...]) -> np.ndarray:
+    return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in colours])
+
+
+def code(rgb: np.ndarray) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*rgb.tolist())
+
+
+def ink_on(rgb: np.ndarray) -> str:
+    """Black or white, whichever has the larger contrast (WCAG 2, relative luminance)."""
+    linear = np.where(rgb <= 10, rgb / 255 / 12.92, ((rgb / 255 + 0.055) / 1.055) ** 2.4)
+    return "#000" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "#fff"

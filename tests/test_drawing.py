@@ -1,0 +1,153 @@
+"""Drawings: the same shapes as SVG and as pixels; panels that show the numbers they are given."""
+
+import io
+import xml.etree.ElementTree as ET
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sape2 import viz
+from sape2.viz.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
+from sape2.viz.panels import by_distance, map_panel, number, table_panel
+
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def tree(drawing):
+    return ET.fromstring(drawing.svg(standalone=True))
+
+
+def titles(drawing):
+    return [element.text for element in tree(drawing).iter(f"{SVG}title")]
+
+
+def pixels(drawing, scale=2):
+    return np.asarray(Image.open(io.BytesIO(drawing.png(scale))))
+
+
+def test_shapes_are_where_they_were_put_in_both_forms():
+    raster = np.zeros((1, 2, 3), np.uint8)
+    raster[0, 1] = 255, 0, 0
+    shapes = (
+        Rect(0, 0, 10, 10, "#00ff00", title="a < b", patch="1,2"),
+        Raster(20, 0, 20, 10, raster),
+        Dot(50, 5, 4, "#0000ff"),
+    )
+    drawing = Drawing(60, 10, shapes, "green, black & red, blue")
+    found = pixels(drawing)
+    assert found.shape == (20, 120, 3)
+    places = {(10, 10): (0, 255, 0), (10, 30): (255,) * 3, (10, 50): (0, 0, 0), (10, 70): (255, 0, 0), (10, 100): (0, 0, 255)}
+    for (y, x), rgb in places.items():
+        assert tuple(found[y, x]) == rgb
+    root = tree(drawing)
+    assert root.get("aria-label") == "green, black & red, blue"
+    rect = root.findall(f"{SVG}rect")[1]  # the first is the ground
+    assert (rect.get("data-patch"), rect.get("fill"), rect.find(f"{SVG}title").text) == ("1,2", "#00ff00", "a < b")
+
+
+def test_lines_areas_and_text_leave_ink():
+    shapes = (
+        Line(((0, 5), (40, 5)), "#000000", 2),
+        Line(((0, 10), (40, 10), (40, 20)), "none", 0, "#ff0000"),
+        Text(2, 38, "text", 14),
+    )
+    found = pixels(Drawing(40, 40, shapes))
+    assert found[10, 40].max() < 60
+    assert tuple(found[24, 70]) == (255, 0, 0)
+    assert found[50:, :].min() < 100
+    assert np.all(pixels(Drawing(40, 40, ())) == 255)
+
+
+def test_drawings_flow_into_rows_and_stack():
+    boxes = [Drawing(30, 10 * (at + 1), (Rect(0, 0, 1, 1),)) for at in range(3)]
+    row = flow(boxes, 70, gap=10)
+    assert (row.width, row.height) == (70, 20 + 10 + 30)
+    assert [(shape.x, shape.y) for shape in row.shapes] == [(0, 0), (40, 0), (0, 30)]
+    assert stack(boxes, gap=10).height == 80
+    assert moved(Line(((1, 2), (3, 4))), 1, 1).points == ((2, 3), (4, 5))
+
+
+def test_colours_are_cividis_and_numbers_on_them_can_be_read():
+    shares = np.linspace(0, 1, 256)
+    wanted = mpl.colormaps["cividis"](shares)[:, :3] * 255
+    assert np.abs(colour(shares) - wanted).max() < 6
+    assert ink_on(np.array([255, 255, 255])) == "#000"
+    assert ink_on(np.array([0, 34, 78])) == "#fff"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0, "0.000"), (0.12345, "0.123"), (12.345, "12.35"), (-2.5, "-2.500"), (1.2e-5, "1.2e-05")]
+)
+def test_numbers_for_people(value, text):
+    assert number(value) == text
+
+
+def test_a_map_says_every_value_where_it_is():
+    values = np.arange(6.0).reshape(2, 3)
+    panel = map_panel(values, "Bias", "logits")
+    assert titles(panel) == [f"row {y}, column {x}: {values[y, x]:.5g} logits" for y in range(2) for x in range(3)]
+    rects = [shape for shape in panel.shapes if isinstance(shape, Rect)]
+    assert rects[-1].fill == "#fee838"
+    assert rects[0].fill == "#00224e"
+    assert [rect.patch for rect in rects] == ["0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
+
+
+def test_the_table_is_read_where_the_positions_are():
+    panel = table_panel(np.array([0.0, 2.0, 4.0]), np.array([0.5, 5.0]), "x", "Table")
+    assert titles(panel)[-2:] == [
+        "column 0: position 0.5, value 1",
+        "column 1: position 2, beyond the last row of the table (5), value 4",
+    ]
+
+
+# --- figures of explain ----------------------------------------------------------------------------------------------
+
+
+def test_all_pairs_and_each_patch_are_where_they_belong():
+    """The map of a patch is its row of the pairs, on the grid; both on one scale."""
+    pairs = torch.arange(144.0).view(12, 12)
+    image = torch.randint(0, 256, (3, 6, 8), dtype=torch.uint8)
+    picture, layer = viz.pairs_figure(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)})
+    shown = [shape.pixels for shape in layer.shapes if isinstance(shape, Raster)]
+    assert shown[0].shape == (12, 12, 3)
+    np.testing.assert_array_equal(shown[0], colour(pairs.numpy() / 143))
+    cells = {shape.patch: shape.fill for shape in layer.shapes if isinstance(shape, Rect) and shape.patch}
+    expected = colour(pairs[6].view(3, 4).numpy() / 143)
+    assert cells == {f"{y},{x}": "#{:02x}{:02x}{:02x}".format(*expected[y, x].tolist()) for y in range(3) for x in range(4)}
+    assert "a: the centre" in picture.label
+
+
+def test_the_bias_against_distance_is_mean_and_spread_of_the_pairs():
+    maps = torch.randn(2, 4, 4)  # two heads, four patches in a row
+    mean, spread = by_distance(maps.numpy(), (1, 4))
+    apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
+    np.testing.assert_allclose(mean, [maps[:, apart == step].mean().item() for step in range(4)], rtol=1e-5)
+    np.testing.assert_allclose(spread, [maps[:, apart == step].std(correction=0).item() for step in range(4)], rtol=1e-5)
+    (panel,) = viz.distance_figure({"layer 1": maps}, (1, 4))
+    assert titles(panel)[2] == f"2 patches: mean {mean[2]:.5g}, standard deviation {spread[2]:.3g}"
+
+
+@pytest.mark.parametrize(("channels", "depth"), [(1, 1), (3, 7)])  # 7: two rows of layers
+def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
+    image = torch.randint(0, 256, (channels, 6, 8), dtype=torch.uint8)
+    layers = {
+        f"layer {layer}": torch.zeros(2, 12, 12) if layer == 1 else torch.randn(2, 12, 12) for layer in range(1, depth + 1)
+    }
+    line = {"gates": torch.rand(2, 4), "positions": 3 * torch.rand(2, 8)}
+    column = {"gates": torch.rand(2, 3), "positions": torch.zeros(2, 3)}
+    sequence = {"gates": torch.rand(2, 12), "positions": torch.rand(2, 12)}
+    figures = {
+        "pairs": viz.pairs_figure(image, {n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}),
+        "distance": viz.distance_figure(layers, (3, 4)),
+        "counts": viz.counts_figure(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2)),
+    }
+    for name, drawings in figures.items():
+        whole = viz.as_one(drawings)
+        ET.fromstring(whole.svg(standalone=True))
+        assert "nan" not in whole.svg()
+        if depth == 1:
+            whole.save(tmp_path / f"{name}.png")
+            assert Image.open(tmp_path / f"{name}.png").size[0] > 300
