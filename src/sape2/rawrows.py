@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sape2.checkpoint import Row, difference, is_finished, read_config, read_rows, write_rows, write_text
-from sape2.config import RunConfig
+from sape2.config import ModelConfig, RunConfig
 from sape2.evaluation.cost import count_model_operations, count_parameters
 from sape2.headlines import Run, step_ms
 from sape2.runs import describe, is_measured
@@ -42,12 +43,14 @@ def is_done(folder: Path) -> bool:
 def raw_row(folder: Path) -> Row:
     """The line of a finished and measured run."""
     config, epochs = read_config(folder), read_rows(folder / "metrics.jsonl")
+    if not epochs:
+        raise ValueError(f"{folder} is finished but has no metrics.jsonl; remove the folder to run it again")
     results = read_rows(folder / "results.jsonl")
     test = [row for row in results if (row.get("split"), row.get("measure")) == ("test", "accuracy")]
     conditions = describe(folder) | {key: test[0][key] for key in ("torch", "hardware")}  # of then, not of now
     memory = [row["step_memory_mib"] for row in epochs if row.get("step_memory_mib") is not None]
     row = _head(config) | {key: value for key, value in conditions.items() if key not in ("encoding", "seed")}
-    row |= _size(config) | {
+    row |= _size(config.model) | {
         "device": epochs[-1].get("device"),
         "step_ms": step_ms(Run(folder, config, test, epochs)),
         "step_memory_mib": max(memory, default=None),
@@ -63,9 +66,10 @@ def _head(config: RunConfig) -> Row:
     return {"encoding": config.model.encoding, "seed": config.seed, "digest": digest_of(settings), "settings": settings}
 
 
-def _size(config: RunConfig) -> Row:
-    model = ViT(config.model)
-    macs = count_model_operations(model, config.model.in_channels, config.model.image_size).macs
+@cache
+def _size(config: ModelConfig) -> Row:
+    model = ViT(config)
+    macs = count_model_operations(model, config.in_channels, config.image_size).macs
     return {"parameters": count_parameters(model), "macs_per_image": macs}
 
 
