@@ -104,12 +104,18 @@ def _checked(row: Row, where: str) -> Row:
     if not {"encoding", "seed", "digest", "settings"} <= row.keys() or not ("failed" in row or {"rows", "curve"} <= row.keys()):
         raise ValueError(f"{where} is not a raw row of sape2 compare")
     try:
-        config = RunConfig.from_dict(row["settings"])
+        head = _read_head(json.dumps(row["settings"], sort_keys=True))
     except ValueError as error:
         raise ValueError(f"{where} does not fit this version of sape2: {error}") from error
-    if (row["encoding"], row["seed"], row["digest"]) != (config.model.encoding, config.seed, digest_of(row["settings"])):
+    if (row["encoding"], row["seed"], row["digest"]) != (head["encoding"], head["seed"], digest_of(row["settings"])):
         raise ValueError(f"{where} was changed: its encoding, seed and digest are not those of its settings")
-    return row | _head(config)
+    return row | head
+
+
+@cache
+def _read_head(settings: str) -> Row:
+    """What tells a run, from its settings in JSON: a file is read often while a study goes on."""
+    return _head(RunConfig.from_dict(json.loads(settings)))
 
 
 def each_once(rows: Iterable[Row]) -> list[Row]:
