@@ -8,11 +8,12 @@ from dataclasses import asdict
 import pytest
 from study_cases import finish, tiny_study
 
+from sape2 import rawrows
 from sape2 import study as studies
 from sape2.checkpoint import read_rows
 from sape2.claim import NAME, Holder, Watcher, this_machine
 from sape2.progress import duration
-from sape2.rawrows import gather, raw_row, read_raw
+from sape2.rawrows import raw_row, read_raw
 from sape2.study import Stopped, forget_failures, safe_name, seconds_left, work
 
 
@@ -210,7 +211,7 @@ def test_lines_written_by_two_at_once_are_all_there_in_the_end(study, monkeypatc
     first, second = study.cells()[:2]
     finish(first)
     finish(second)
-    rows, write = [raw_row(cell.folder) for cell in (first, second)], studies.gather.__globals__["write_rows"]
+    rows, write = [raw_row(cell.folder) for cell in (first, second)], rawrows.write_rows
     interfering = [lambda: write(study.rows, rows[:1])]
 
     def racing(path, new):
@@ -218,7 +219,7 @@ def test_lines_written_by_two_at_once_are_all_there_in_the_end(study, monkeypatc
         if interfering:
             interfering.pop()()
 
-    monkeypatch.setitem(gather.__globals__, "write_rows", racing)
+    monkeypatch.setattr(rawrows, "write_rows", racing)
     assert study.gather() == rows
     assert read_raw(study.rows) == rows
 
@@ -246,7 +247,7 @@ def test_a_folder_with_other_things_and_a_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"recipe": 3}'])
-def test_damaged_settings_are_named(study, text):
+def test_damaged_settings_are_named(study, text, as_users_call_it):
     (study.folder / "study.json").write_text(text)
     with pytest.raises(ValueError, match=r"study.json is damaged, or of another version"):
         study.check()

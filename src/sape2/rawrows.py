@@ -10,11 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from sape2.checkpoint import Row, difference, is_finished, read_config, read_rows, write_rows, write_text
-from sape2.config import RunConfig
+from sape2.config import ModelConfig, RunConfig
 from sape2.evaluation.cost import count_model_operations, count_parameters
 from sape2.headlines import Run, step_ms
 from sape2.runs import describe, is_measured
@@ -42,12 +43,14 @@ def is_done(folder: Path) -> bool:
 def raw_row(folder: Path) -> Row:
     """The line of a finished and measured run."""
     config, epochs = read_config(folder), read_rows(folder / "metrics.jsonl")
+    if not epochs:
+        raise ValueError(f"{folder} is finished but has no metrics.jsonl; remove the folder to run it again")
     results = read_rows(folder / "results.jsonl")
     test = [row for row in results if (row.get("split"), row.get("measure")) == ("test", "accuracy")]
     conditions = describe(folder) | {key: test[0][key] for key in ("torch", "hardware")}  # of then, not of now
     memory = [row["step_memory_mib"] for row in epochs if row.get("step_memory_mib") is not None]
     row = _head(config) | {key: value for key, value in conditions.items() if key not in ("encoding", "seed")}
-    row |= _size(config) | {
+    row |= _size(config.model) | {
         "device": epochs[-1].get("device"),
         "step_ms": step_ms(Run(folder, config, test, epochs)),
         "step_memory_mib": max(memory, default=None),
@@ -63,9 +66,10 @@ def _head(config: RunConfig) -> Row:
     return {"encoding": config.model.encoding, "seed": config.seed, "digest": digest_of(settings), "settings": settings}
 
 
-def _size(config: RunConfig) -> Row:
-    model = ViT(config.model)
-    macs = count_model_operations(model, config.model.in_channels, config.model.image_size).macs
+@cache
+def _size(config: ModelConfig) -> Row:
+    model = ViT(config)
+    macs = count_model_operations(model, config.in_channels, config.image_size).macs
     return {"parameters": count_parameters(model), "macs_per_image": macs}
 
 
@@ -100,12 +104,18 @@ def _checked(row: Row, where: str) -> Row:
     if not {"encoding", "seed", "digest", "settings"} <= row.keys() or not ("failed" in row or {"rows", "curve"} <= row.keys()):
         raise ValueError(f"{where} is not a raw row of sape2 compare")
     try:
-        config = RunConfig.from_dict(row["settings"])
+        head = _read_head(json.dumps(row["settings"], sort_keys=True))
     except ValueError as error:
         raise ValueError(f"{where} does not fit this version of sape2: {error}") from error
-    if (row["encoding"], row["seed"], row["digest"]) != (config.model.encoding, config.seed, digest_of(row["settings"])):
+    if (row["encoding"], row["seed"], row["digest"]) != (head["encoding"], head["seed"], digest_of(row["settings"])):
         raise ValueError(f"{where} was changed: its encoding, seed and digest are not those of its settings")
-    return row | _head(config)
+    return row | head
+
+
+@cache
+def _read_head(settings: str) -> Row:
+    """What tells a run, from its settings in JSON: a file is read often while a study goes on."""
+    return _head(RunConfig.from_dict(json.loads(settings)))
 
 
 def each_once(rows: Iterable[Row]) -> list[Row]:
