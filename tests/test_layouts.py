@@ -16,7 +16,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 from sape2.augment import TrainStream, epoch_order
 from sape2.cli import main
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, override
-from sape2.data import ImageData, ImageFiles, base, decode, open_sources
+from sape2.data import ImageData, ImageFiles, base, decode, files, open_sources
 from sape2.data.decoding import MAX_PIXELS, CenterCrop, random_box
 from sape2.data.parquet import HubImages
 from sape2.data.webdataset import index_shard
@@ -43,6 +43,7 @@ def damaged(tmp_path_factory):
 @pytest.fixture
 def no_delay(monkeypatch):
     monkeypatch.setattr(base, "RETRY_DELAYS_S", (0.01, 0.01))
+    monkeypatch.setattr(files, "MAX_THREADS", 1)  # each thread waits for itself
 
 
 def stream_of(data, augment=AUGMENT, rank=0, world=1, **changes):
@@ -317,6 +318,7 @@ def test_files_that_come_back_in_time_are_read_on(whole, tmp_path, layout, monke
             (tmp_path / "away").rename(folder)
 
     monkeypatch.setattr(base.time, "sleep", sleep)
+    monkeypatch.setattr(files, "MAX_THREADS", 1)
     assert torch.equal(data.images, expected)
     assert waits == [0.5, 1.0]
 
@@ -334,8 +336,8 @@ def test_a_single_missing_file_of_a_folder_is_an_unreadable_image(whole, tmp_pat
 
 
 def test_the_shards_are_what_datasets_reads(whole):
-    files = {"train": str(whole["webdataset"] / "train-*.tar")}
-    expected = list(datasets.load_dataset("webdataset", data_files=files, streaming=True)["train"].decode(False))
+    shards = {"train": str(whole["webdataset"] / "train-*.tar")}
+    expected = list(datasets.load_dataset("webdataset", data_files=shards, streaming=True)["train"].decode(False))
     source = open_sources(DataConfig("tiny", str(whole["webdataset"])), MODEL)["train"]
     assert len(expected) == len(source.labels) == 60
     for number, sample in enumerate(expected):
@@ -345,12 +347,12 @@ def test_the_shards_are_what_datasets_reads(whole):
 
 
 def test_rows_from_the_cache_of_datasets_are_read_by_number():
-    files = [file_of(picture(row)) for row in range(5)]
+    encoded = [file_of(picture(row)) for row in range(5)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
-    columns = {"image": [{"bytes": file, "path": None} for file in files], "label": [0, 1, 2, 1, 0]}
+    columns = {"image": [{"bytes": file, "path": None} for file in encoded], "label": [0, 1, 2, 1, 0]}
     source = HubImages("owner/name train", datasets.Dataset.from_dict(columns, features=features), DataConfig("tiny"))
     assert (source.labels, source.classes) == ([0, 1, 2, 1, 0], tuple(CLASSES))
-    assert [source.read(number)["bytes"] for number in (4, 0)] == [files[4], files[0]]
+    assert [source.read(number)["bytes"] for number in (4, 0)] == [encoded[4], encoded[0]]
     assert source.name(3) == "owner/name train row 3"
 
 
@@ -400,9 +402,9 @@ def test_a_test_class_that_training_has_not_is_named(whole, tmp_path):
 
 
 def test_a_test_set_without_labels_gives_way_to_the_validation_set(tmp_path):
-    files = [file_of(picture(row)) for row in range(12)]
+    encoded = [file_of(picture(row)) for row in range(12)]
     for split, labels in (("train", [0, 1, 2] * 4), ("validation", [0, 1, 2] * 4), ("test", [-1] * 12)):
-        write_parquet(tmp_path / f"{split}.parquet", files, labels, names=None)
+        write_parquet(tmp_path / f"{split}.parquet", encoded, labels, names=None)
     splits = load(tmp_path)
     assert splits.test.labels.tolist() == [0, 1, 2] * 4
     (tmp_path / "validation.parquet").unlink()
@@ -470,13 +472,13 @@ def test_a_damaged_fingerprint_says_what_to_do(whole, tmp_path):
 
 @pytest.mark.slow
 def test_the_imagenet_recipe_runs_dry_on_a_generated_folder_of_a_thousand_classes(tmp_path, capsys):
-    files = [file_of(picture(number, (40, 30)), "JPEG") for number in range(5)]
+    encoded = [file_of(picture(number, (40, 30)), "JPEG") for number in range(5)]
     for split, count in (("train", 4), ("val", 1)):
         for label in range(1000):
             folder = tmp_path / split / f"n{label:08d}"
             folder.mkdir(parents=True)
             for number in range(count):
-                (folder / f"n{label:08d}_{number}.JPEG").write_bytes(files[(label + number) % 5])
+                (folder / f"n{label:08d}_{number}.JPEG").write_bytes(encoded[(label + number) % 5])
     settings = ["model.image_size=32", "train.batch_size=16", "train.workers=0"]
     options = [option for setting in settings for option in ("--set", setting)]
     command = ["train", "imagenet", "--data", str(tmp_path), "--model", "vit_nano", "--dry-run", *options]

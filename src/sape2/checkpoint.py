@@ -145,7 +145,7 @@ def check_data(folder: Path, fingerprint: Row | None) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         found = _other_images(before, fingerprint)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove it if you know that --data holds the images of this run"
         ) from error

@@ -41,11 +41,15 @@ class FolderImages:
         return {"bytes": waiting_for(str(self.root), lambda: self._bytes(path))}
 
     def _bytes(self, path: Path) -> bytes:
+        """Raises OSError if the whole folder is gone, ValueError if it is this one file."""
         try:
             return path.read_bytes()
-        except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            if not self.root.is_dir():  # not this one file but the disk is gone
+        except (FileNotFoundError, PermissionError, IsADirectoryError):
+            if not self.root.is_dir():
                 raise
+        try:
+            return path.read_bytes()  # the folder may have come back just now
+        except OSError as error:
             raise ValueError(f"{path}: the image cannot be read: {error.strerror}") from error
 
     def contents(self) -> Any:

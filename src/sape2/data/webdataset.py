@@ -7,6 +7,7 @@ Nothing is unpacked, so names in an archive lead nowhere.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -33,7 +34,7 @@ class ShardImages:
         self._keys = np.array([key.encode() for index in indices for key, *_ in index], dtype=bytes)
         self._places = np.array([place[1:3] for index in indices for place in index], dtype=np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *map(len, indices)])
-        self._open: dict[int, int] = {}
+        self._open: dict[int, io.FileIO] = {}
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -53,25 +54,20 @@ class ShardImages:
         """By position, so that processes which share the open file do not disturb each other."""
         with READING:
             try:
-                return os.pread(self._descriptor(shard), size, offset)
+                return os.pread(self._opened(shard).fileno(), size, offset)
             except OSError:
-                if shard in self._open:
-                    os.close(self._open.pop(shard))
+                self._open.pop(shard, None)  # what is forgotten is closed
                 raise
 
-    def _descriptor(self, shard: int) -> int:
+    def _opened(self, shard: int) -> io.FileIO:
         if shard not in self._open:
             if len(self._open) == MAX_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-            self._open[shard] = os.open(self.shards[shard], os.O_RDONLY)
+                self._open.pop(next(iter(self._open)))
+            self._open[shard] = io.FileIO(self.shards[shard])
         return self._open[shard]
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_open", {}).values():
-            os.close(descriptor)
 
     def contents(self) -> Any:
         return [[shard.name for shard in self.shards], self._keys.tobytes(), self._places.tobytes()]
