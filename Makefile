@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow browser lint clean
+.PHONY: demo test slow browser tables lint clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
 	$(BIN)/sape2 train digits --out runs/demo
@@ -18,6 +18,9 @@ slow: $(VENV)/.test  ## the slow ones
 
 browser: $(VENV)/.browser  ## the page of sape2 explore, in a Chromium of the system
 	$(BIN)/python -m pytest -q -m browser tests/test_explore_page.py
+
+tables: $(VENV)/.demo  ## the tables of the docs, from the rows in benchmarks/results
+	$(BIN)/python benchmarks/tables.py
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .

@@ -30,7 +30,13 @@ def main() -> None:
     if len(sys.argv) > 1:
         write_rows(ROWS, [row for folder in sys.argv[1:] for row in collect(Path(folder))])
     rows = read_rows(ROWS)
-    table = []
+    plot_curves(curves(rows), ROOT / "docs" / "figures" / "cifar10_budget.png")
+    print(table(rows))
+
+
+def table(rows: list[dict]) -> str:
+    """One line a run."""
+    lines = []
     for encoding in dict.fromkeys(row["encoding"] for row in rows):
         mine = [row for row in rows if row["encoding"] == encoding]
         epochs = [row for row in mine if "validation_accuracy" in row]
@@ -39,14 +45,14 @@ def main() -> None:
             if row.get("name") in ("accuracy", "calibration_error") and row.get("split") == "test":
                 line[f"test {row['name']}, {row['weights']}"] = row["value"]
         line["waiting for data, median"] = f"{statistics.median(row['wait_fraction'] for row in epochs):.1%}"
-        table.append(line)
-    curves = {
-        e: [row for row in rows if row["encoding"] == e and "validation_accuracy" in row]
-        for e in {r["encoding"]: 0 for r in rows}
-    }
-    plot_curves(curves, ROOT / "docs" / "figures" / "cifar10_budget.png")
-    columns = list(dict.fromkeys(column for line in table for column in line))
-    print(markdown_table(table, columns))
+        lines.append(line)
+    return markdown_table(lines, list(dict.fromkeys(column for line in lines for column in line)))
+
+
+def curves(rows: list[dict]) -> dict[str, list[dict]]:
+    """The epochs of every encoding."""
+    names = dict.fromkeys(row["encoding"] for row in rows)
+    return {name: [row for row in rows if row["encoding"] == name and "validation_accuracy" in row] for name in names}
 
 
 if __name__ == "__main__":

@@ -67,6 +67,10 @@ def summary(rows: list[dict]) -> list[dict]:
     return table
 
 
+def table(rows: list[dict]) -> str:
+    return markdown_table(summary(rows), ["encoding", "test accuracy", "std", "n", f"minus {BASELINE}", "95 % interval"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/digits_encodings"))
@@ -78,11 +82,7 @@ def main() -> None:
         grid = [(encoding, seed) for seed in range(arguments.seeds) for encoding in ENCODINGS]
         runs = [run(encoding, seed, arguments.out / f"{encoding}-s{seed}", arguments.epochs) for encoding, seed in grid]
         write_rows(ROWS, [row for rows in runs for row in rows])
-    print(
-        markdown_table(
-            summary(read_rows(ROWS)), ["encoding", "test accuracy", "std", "n", f"minus {BASELINE}", "95 % interval"]
-        )
-    )
+    print(table(read_rows(ROWS)))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ HEADS, HEAD_DIM, PATCH = 6, 64, 16
 MAX_SIDE = 1024
 LINE = (50, 56)  # sides: from 49 on, six maps exceed `sape2.attention.KEPT_ELEMENTS`
 LAYERS = 12
+COLUMNS = ["form", "side", "bytes", "predicted_bytes", "ms", "p10", "p90", "note"]
+LARGEST_COLUMNS = ["form", "scope", "side"]
 STRAIGHTFORWARD = "sape2: straightforward"
 OURS = {
     "sape2: ours": "sape2",
@@ -167,14 +169,13 @@ def main() -> None:
     rows = []
     for side in (side for side in SIDES if side <= arguments.max_side):
         rows += measure(side, arguments.rounds)
-        columns = ["form", "side", "bytes", "predicted_bytes", "ms", "p10", "p90", "note"]
-        print(markdown_table(rows[-len(FORMS) :], columns), flush=True)
+        print(markdown_table(rows[-len(FORMS) :], COLUMNS), flush=True)
     for quantity in ("bytes", "ms"):
         print(f"growth of {quantity} with N\n\n{markdown_table(growth(rows, quantity), ['form', 'exponent'])}")
     budget = int(arguments.gigabytes * 1e9)
     largest = [{"form": f, "scope": "attention", "side": largest_side(f, attention_bytes, budget)} for f in FORMS]
     largest += [{"form": f, "scope": "vit_small", "side": largest_side(f, model_bytes, budget)} for f in ENCODINGS]
-    print(f"largest square in {arguments.gigabytes:g} GB\n\n{markdown_table(largest, ['form', 'scope', 'side'])}")
+    print(f"largest square in {arguments.gigabytes:g} GB\n\n{markdown_table(largest, LARGEST_COLUMNS)}")
     save(arguments.out, [row | {"budget_bytes": budget} | conditions() for row in rows + largest])
     lines = {form: [(r["tokens"], r["bytes"] / 2**20) for r in rows if r["form"] == form and r["bytes"]] for form in FORMS}
     viz.plot_growth(

@@ -22,6 +22,7 @@ SHAPES = [(32, 32, 4), (8, 224, 16)]  # images, pixels, patch: grids of 8x8 and 
 BASELINE = "ape"
 MODELS = ["ape", "ape+sape2", "ape+sape2:readout=squared_distance", "ape+sape2:readout=direct"]
 STRAIGHTFORWARD = "ape+sape2, straightforward"
+COLUMNS = ["encoding", "phase", "ms", "p10", "p90", "n", "images_per_s", "to_ape"]
 
 
 def build(name: str, image_size: int, patch_size: int) -> ViT:
@@ -58,8 +59,7 @@ def main() -> None:
     everything = []
     for shape in SHAPES:
         rows = measure(*shape, arguments.rounds)
-        columns = ["encoding", "phase", "ms", "p10", "p90", "n", "images_per_s", "to_ape"]
-        print(f"{rows[0]['images']} images of {rows[0]['grid']} tokens\n\n{markdown_table(rows, columns)}", flush=True)
+        print(f"{rows[0]['images']} images of {rows[0]['grid']} tokens\n\n{markdown_table(rows, COLUMNS)}", flush=True)
         everything += [row | about for row in rows]
     save(arguments.out, everything)
 

@@ -1,0 +1,72 @@
+"""The tables of the docs, made again from the rows in benchmarks/results and from nothing else; trains and times nothing.
+
+Command:  python benchmarks/tables.py [NAME ...]        (make tables)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import attention_cost
+import cifar10_budget
+import digits_encodings
+import memory
+import model_cost
+from timing import RESULTS, Row
+
+from sape2.checkpoint import read_rows
+from sape2.report import markdown_table, summarize
+
+
+def attention_tables(rows: list[Row]) -> str:
+    return _by(rows, ("images", "grid"), attention_cost.table)
+
+
+def model_tables(rows: list[Row]) -> str:
+    return _by(rows, ("images", "grid"), lambda some: markdown_table(some, model_cost.COLUMNS))
+
+
+def memory_tables(rows: list[Row]) -> str:
+    measured, largest = [row for row in rows if "ms" in row], [row for row in rows if "scope" in row]
+    return markdown_table(measured, memory.COLUMNS) + "\n" + markdown_table(largest, memory.LARGEST_COLUMNS)
+
+
+def attach_table(rows: list[Row]) -> str:
+    """Each arm, and its difference to `without` in pairs of the same run and seed."""
+    without = {(row["run"], row["seed"]): row["value"] for row in rows if row["arm"] == "without"}
+    paired = [row | {"value": row["value"] - without[row["run"], row["seed"]]} for row in rows]
+    lines = zip(summarize(rows, by=("arm",)), summarize(paired, by=("arm",)), strict=True)
+    table = [line | {"difference": pair["mean"], "std of it": pair["std"], "pairs": pair["n"]} for line, pair in lines]
+    return markdown_table(table, list(table[0]))
+
+
+def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str]) -> str:
+    groups: dict[tuple, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    titles = (", ".join(f"{key} {value}" for key, value in zip(keys, group, strict=True)) for group in groups)
+    return "\n".join(f"{title}\n\n{table(some)}" for title, some in zip(titles, groups.values(), strict=True))
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "digits_encodings": digits_encodings.table,
+    "cifar10_budget": cifar10_budget.table,
+    "attach_cifar10": attach_table,
+    "attention_cost": attention_tables,
+    "model_cost": model_tables,
+    "memory": memory_tables,
+}
+
+
+def main() -> None:
+    unknown = [name for name in sys.argv[1:] if name not in TABLES]
+    if unknown:
+        raise SystemExit(f"no table {unknown[0]!r}; known: {', '.join(TABLES)}")
+    for name in sys.argv[1:] or TABLES:
+        rows = read_rows(RESULTS / f"{name}.jsonl")
+        print(f"## {name}\n\n{TABLES[name](rows) if rows else f'not measured: no benchmarks/results/{name}.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()
