@@ -17,6 +17,7 @@ from sape2.viz.curves import (
 from sape2.viz.growth import plot_growth
 from sape2.viz.maps import plot_bias, plot_counts, plot_distance, plot_pairs
 from sape2.viz.measures import plot_measures
+from sape2.viz.probes import plot_examples, plot_probe
 
 __all__ = [
     "NothingToDraw",
@@ -27,11 +28,13 @@ __all__ = [
     "plot_curves",
     "plot_distance",
     "plot_equivariance",
+    "plot_examples",
     "plot_grouping",
     "plot_growth",
     "plot_health",
     "plot_measures",
     "plot_pairs",
+    "plot_probe",
     "plot_resolution",
     "plot_rows",
     "plot_shift",
