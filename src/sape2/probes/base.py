@@ -6,7 +6,7 @@ A scene is a grid of cells, one token each; a cell is a vector of features (most
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -64,7 +64,7 @@ class Task(ABC):
     num_classes: ClassVar[int]
     readout: ClassVar[Literal["tokens", "mean"]] = "tokens"
     steps: ClassVar[int] = 1000
-    batch_size: ClassVar[int] = 64
+    batch_size: ClassVar[int] = 32
     lr: ClassVar[float] = 1e-3
 
     @property
@@ -94,6 +94,14 @@ class Task(ABC):
 
 def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
     return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def draw_until(number: int, draw: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """`draw` gives what was good of so many tries; the first `number` of the good ones."""
+    kept: list[tuple[Tensor, ...]] = []
+    while (missing := number - sum(len(part[0]) for part in kept)) > 0:
+        kept.append(draw(missing + missing // 2 + 2))
+    return tuple(torch.cat(parts)[:number] for parts in zip(*kept, strict=True))
 
 
 def pick(allowed: Tensor, number: int, generator: torch.Generator) -> Int[Tensor, "*lead number"]:

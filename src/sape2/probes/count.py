@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sape2.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task, one_hot, pick, uniform
+from sape2.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task, draw_until, one_hot, pick, uniform
 
 COLOURS = 8
 QUERIES = 4  # cells of a scene that ask
@@ -85,17 +85,18 @@ class Count(Task):
 
         Boards with fewer than four cells that may ask are drawn again.
         """
-        height, width = split.grid[0], split.grid[1] - split.gaps
-        kept: list[tuple[Tensor, Tensor]] = []
-        while sum(len(board) for board, _ in kept) < number:
-            share = uniform((number, 1, 1), *split.density, generator)
-            foreground = torch.rand(number, height, width, generator=generator) < share
+        size = split.grid[0], split.grid[1] - split.gaps
+
+        def draw(tries: int) -> tuple[Tensor, Tensor]:
+            share = uniform((tries, 1, 1), *split.density, generator)
+            foreground = torch.rand(tries, *size, generator=generator) < share
             colours = torch.randint(1, COLOURS + 1, foreground.shape, generator=generator) * foreground
             askable = exists(foreground, split.numbers) & ~foreground[:, None, None]
             good = askable.any(1).any(1).flatten(1).sum(1) >= QUERIES
-            kept.append((colours[good], askable[good]))
-        boards, askable = zip(*kept, strict=True)
-        return torch.cat(boards)[:number], torch.cat(askable)[:number]
+            return colours[good], askable[good]
+
+        colours, askable = draw_until(number, draw)
+        return colours, askable
 
     def example(self, scenes: Scenes, index: int) -> Example:
         cells, labels = scenes.cells[index], scenes.labels[index].unflatten(0, scenes.cells.shape[2:])

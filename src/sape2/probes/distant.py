@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from sape2.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task, pick, uniform
+from sape2.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task, draw_until, pick
 
 FEATURES = 32
 SHOWN = 0.7  # the share of tokens that show the bit of their type, the others show the opposite
@@ -69,7 +69,7 @@ class Distant(Task):
         noise = torch.randn(prototypes.shape, generator=generator) / math.sqrt(FEATURES)
         tokens = math.sqrt(1 - split.noise**2) * prototypes + split.noise * noise
         bit = torch.randint(2, (number, 1 + split.types), generator=generator).gather(1, groups)  # (B, N)
-        right = uniform(tuple(groups.shape), 0, 1, generator) < SHOWN
+        right = torch.rand(groups.shape, generator=generator) < SHOWN
         shown = torch.where(right, 2 * bit - 1, 1 - 2 * bit) * (groups > 0)
         cells = torch.cat([tokens, shown[..., None]], -1).transpose(1, 2).unflatten(2, split.grid)
         return Scenes(cells, torch.where(groups > 0, bit, NOT_ASKED), groups)
@@ -88,36 +88,36 @@ class Distant(Task):
 
 def _layouts(split: DistantSplit, number: int, generator: torch.Generator) -> Int[Tensor, "batch height width"]:
     """The type of every cell from 1, 0 is background; layouts in which a segment found no room are drawn again."""
-    kept: list[Tensor] = []
-    while sum(map(len, kept)) < number:
-        groups = torch.zeros(number, *split.grid, dtype=torch.long)
-        fits = torch.ones(number, dtype=torch.bool)
+
+    def draw(tries: int) -> tuple[Tensor]:
+        groups = torch.zeros(tries, *split.grid, dtype=torch.long)
+        fits = torch.ones(tries, dtype=torch.bool)
         for segment in range(split.types * split.segments):
             fits &= _place(groups, 1 + segment // split.segments, split.gap, generator)
-        kept.append(groups[fits])
-    return torch.cat(kept)[:number]
+        return (groups[fits],)
+
+    return draw_until(number, draw)[0]
 
 
 def _place(
     groups: Int[Tensor, "batch height width"], group: int, gap: int, generator: torch.Generator
 ) -> Bool[Tensor, " batch"]:
-    """Puts one segment of the type into each layout, in place: any free place that is far enough from the others of the type.
+    """Puts one segment of the type into each layout, in place: anywhere free that is far enough from the others of the type.
 
-    False where there is none, in which case nothing is put.
+    False where there is no such place, in which case nothing is put.
     """
-    batch, _, width = groups.shape
+    batch, height, width = groups.shape
     near = F.max_pool2d((groups == group).float(), 2 * gap - 1, stride=1, padding=gap - 1)  # closer than the gap
     blocked = ((groups > 0) | (near > 0)).float()
-    sizes = torch.randint(len(SEGMENTS), (batch,), generator=generator)
-    put = torch.zeros(batch, dtype=torch.bool)
+    free = torch.zeros(batch, len(SEGMENTS), height, width, dtype=torch.bool)  # upper left corners of every size
     for index, (rows, columns) in enumerate(SEGMENTS):
-        members = (sizes == index).nonzero()[:, 0]
-        free = F.max_pool2d(blocked[members], (rows, columns), stride=1) == 0  # of upper left corners
-        members, free = members[free.any((1, 2))], free[free.any((1, 2))]
-        corner = pick(free.flatten(1), 1, generator)[:, 0]
-        y, x = corner // (width - columns + 1), corner % (width - columns + 1)
-        for dy in range(rows):
-            for dx in range(columns):
-                groups[members, y + dy, x + dx] = group
-        put[members] = True
-    return put
+        free[:, index, : height - rows + 1, : width - columns + 1] = F.max_pool2d(blocked, (rows, columns), stride=1) == 0
+    sizes = torch.randint(len(SEGMENTS), (batch,), generator=generator)
+    free = free[torch.arange(batch), sizes].flatten(1)
+    corner = pick(free, 1, generator)  # (B, 1)
+    below = torch.arange(height) - corner // width  # (B, H)
+    beside = torch.arange(width) - corner % width
+    rows, columns = torch.tensor(SEGMENTS)[sizes].T[..., None]  # (B, 1) each
+    inside = ((below >= 0) & (below < rows))[:, :, None] & ((beside >= 0) & (beside < columns))[:, None]
+    groups[inside & free.any(1)[:, None, None]] = group
+    return free.any(1)

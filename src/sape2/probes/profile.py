@@ -90,14 +90,14 @@ class Profile(Task):
     def _masks(self, split: ProfileSplit, number: int, generator: torch.Generator) -> Int[Tensor, "batch rows width"]:
         """The twins, the distractors, then any others, all different but for the twins."""
         trained = is_trained(split.width)
-        near = neighbours(split.width)  # (M, M)
         others = torch.ones_like(trained) if split.held_out or split.width != 8 else trained
-        twins = ~trained if split.held_out else others
-        twins = twins & ((near & others).sum(1) >= DISTRACTORS)
+        neighbours, exist = moved(torch.arange(len(trained)), split.width)
+        exist = exist & others[neighbours]
+        twins = (~trained if split.held_out else others) & (exist.sum(1) >= DISTRACTORS)
         twin = pick(twins.expand(number, -1), 1, generator)  # (B, 1)
-        close = pick(near[twin[:, 0]] & others, DISTRACTORS, generator)
+        close = neighbours[twin[:, 0]].gather(1, pick(exist[twin[:, 0]], DISTRACTORS, generator))
         chosen = torch.cat([twin, twin, close], 1)
-        free = others.expand(number, -1).clone().scatter(1, chosen, torch.tensor(False))
+        free = others.expand(number, -1).clone().scatter(1, chosen, False)
         rest = pick(free, split.rows - chosen.shape[1], generator)
         return bits(torch.cat([chosen, rest], 1), split.width)
 
@@ -137,9 +137,10 @@ def is_trained(width: int) -> Bool[Tensor, " masks"]:
     return torch.tensor([int.from_bytes(digest, "little") % 100 < TRAINED_SHARE for digest in digests])
 
 
-@cache
-def neighbours(width: int) -> Bool[Tensor, "masks masks"]:
-    """Which masks are at Hamming distance 2 and have equally many foreground cells: one cell has moved."""
-    cells = bits(torch.arange(2**width), width).float()
-    shared, count = cells @ cells.T, cells.sum(1)
-    return (count[:, None] == count) & (shared == count - 1)
+def moved(masks: Int[Tensor, " masks"], width: int) -> tuple[Int[Tensor, "masks pairs"], Bool[Tensor, "masks pairs"]]:
+    """Two cells exchanged, for every pair of cells, and whether that moves a foreground cell: the masks at Hamming
+    distance 2 with as many foreground cells.
+    """
+    first, second = torch.triu_indices(width, width, 1)
+    cells = bits(masks, width)
+    return masks[:, None] ^ (1 << first) ^ (1 << second), cells[:, first] != cells[:, second]
