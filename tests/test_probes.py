@@ -135,9 +135,9 @@ def test_tokens_of_a_type_share_the_bit_and_mostly_show_it(split):
 
 
 def test_the_majority_of_a_type_is_better_than_a_token():
-    scenes = draw("distant", TRAIN, 200)
+    scenes = draw("distant", TRAIN, 40)
     inside = scenes.groups > 0
-    voted = torch.tensor([[majority_label(scenes, i, t) for t in range(64)] for i in range(200)])
+    voted = torch.tensor([[majority_label(scenes, i, t) for t in range(64)] for i in range(40)])
     assert (voted == scenes.labels)[inside].double().mean() > distant_task.SHOWN + 0.05
 
 
@@ -146,11 +146,12 @@ def test_the_majority_of_a_type_is_better_than_a_token():
 
 @pytest.mark.parametrize(("name", "split"), SPLITS)
 def test_chance_is_the_accuracy_of_the_best_constant_answer(name, split):
-    labels = draw(name, split, 400).labels.flatten()
+    number = 100 if name == "distant" else 400
+    labels = draw(name, split, number).labels.flatten()
     labels = labels[labels != NOT_ASKED]
     shares = labels.bincount(minlength=TASKS[name].num_classes) / len(labels)
     chance = TASKS[name].splits[split].chance
-    independent = 400 * TASKS[name].splits[split].types if name == "distant" else len(labels)  # a type has one label
+    independent = number * TASKS[name].splits[split].types if name == "distant" else len(labels)  # a type has one label
     assert abs(float(shares.max()) - chance) < 4.5 * math.sqrt(chance * (1 - chance) / independent)
 
 

@@ -238,7 +238,7 @@ def table(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
 # --- pictures --------------------------------------------------------------------------------------------------------
 
 
-def draw_examples(name: str, path: Path, number: int = 3) -> None:
+def draw_examples(name: str, path: Path, number: int = 2) -> None:
     """The first scenes of every split."""
     task = find_task(name)
     panels: dict[str, list[Any]] = {}
