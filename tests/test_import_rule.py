@@ -30,6 +30,8 @@ ALLOWED = {
     "cost_subjects": {"attention", "config", "encodings", "evaluation", "grid", "vit"},
     "costing": {"config", "cost_rows", "cost_subjects", "encodings", "evaluation", "grid"},
     "runs": {"augment", "config", "checkpoint", "data", "evaluation", "vit", "viz"},
+    "probing": {"augment", "checkpoint", "config", "encodings", "probes", "report", "runs", "train", "vit", "viz"},
+    "probes": {"probes", "grid"},
     "picture": {"config"},
     "explain": {"checkpoint", "config", "data", "evaluation", "grid", "picture", "report", "runs", "viz"},
     "explore": {

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sape2.claim import Claim
     from sape2.costing import Cell, Sweep
     from sape2.data import Splits
+    from sape2.probing import Cell as ProbeCell
     from sape2.progress import StudyProgress
     from sape2.study import Cell as StudyCell
     from sape2.study import Run
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 COST_ENCODINGS = "none,rope,rpe,rpe_decomposed,cope,sape2,sape2:readout=squared_distance,sape2:readout=direct"
+PROBE_ENCODINGS = "none,ape,rope,rpe,cope,sape2,ape+sape2"
 CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
               "data", "recipe", "epochs", "seed", "precision", "torch", "hardware"}  # fmt: skip
 COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
@@ -153,6 +155,17 @@ def build_parser() -> Parser:
     _add_json(report)
     report.set_defaults(run=run_report)
 
+    probe = commands.add_parser("probe", help="train small models on a controlled task, and measure where that holds")
+    probe.add_argument("task", metavar="TASK", help="see: sape2 list probes")
+    probe.add_argument("--encodings", default=PROBE_ENCODINGS, metavar="A,B", help=f"(default {PROBE_ENCODINGS})")
+    probe.add_argument("--seeds", default="3", metavar="N", help="seeds 0 to N - 1 (default 3)")
+    probe.add_argument("--layers", default="2", metavar="N,…", help="(default 2)")
+    probe.add_argument("--steps", metavar="N", help="updates of each model (default: what the task says)")
+    probe.add_argument("--out", metavar="DIR", help="for results.jsonl and the figure (default runs/probe-TASK)")
+    probe.add_argument("--examples", metavar="FILE", help="only draw some scenes of every split, into a picture")
+    _add_json(probe)
+    probe.set_defaults(run=run_probe)
+
     cost = commands.add_parser("cost", help="what encodings cost: operations, time, memory, growth with the grid")
     cost.add_argument("--encodings", default=COST_ENCODINGS, metavar="A,B", help=f"(default {COST_ENCODINGS})")
     cost.add_argument("--grids", default="8x8,14x14,24x24", metavar="HxW,…", help="token grids (default 8x8,14x14,24x24)")
@@ -181,7 +194,7 @@ def build_parser() -> Parser:
     export.set_defaults(run=run_export)
 
     list_ = commands.add_parser("list", help="what there is to choose from")
-    list_.add_argument("what", choices=["encodings", "models", "recipes", "measures"])
+    list_.add_argument("what", choices=["encodings", "models", "recipes", "measures", "probes"])
     _add_json(list_)
     list_.set_defaults(run=run_list)
     return parser
@@ -538,6 +551,76 @@ def _report_raw(arguments: argparse.Namespace) -> int:
     return 0
 
 
+# --- probe -----------------------------------------------------------------------------------------------------------
+
+
+def run_probe(arguments: argparse.Namespace) -> int:
+    from sape2.probes import find_task
+
+    task = find_task(arguments.task)
+    if arguments.examples is not None:
+        return _draw_examples(arguments.task, Path(arguments.examples))
+    from sape2.probing import draw_results, table
+    from sape2.report import print_json, print_table
+
+    cells, folder = _probe_cells(arguments), Path(arguments.out or Path("runs") / f"probe-{arguments.task}")
+    rows = _run_probes(cells, folder)
+    figures = _draw(lambda: [draw_results(rows, task, folder / "figures" / "probe.png")])
+    if arguments.json:
+        print_json(rows)
+        return 0
+    lines, columns = table(rows, task)
+    print_table(lines, columns, f"{arguments.task}: accuracy by split (chance), mean ± standard deviation over seeds")
+    print(f"in {folder}: {', '.join(['results.jsonl', *(f'figures/{path.name}' for path in figures)])}")
+    return 0
+
+
+def _draw_examples(task: str, path: Path) -> int:
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--examples needs a file that ends in .png, .svg or .pdf; got {str(path)!r}")
+    from sape2.probing import draw_examples
+
+    draw_examples(task, path)
+    print(f"written: {path}")
+    return 0
+
+
+def _probe_cells(arguments: argparse.Namespace) -> list[ProbeCell]:
+    """Seed by seed, so that a stop leaves whole comparisons."""
+    from sape2.costing import split_encodings
+    from sape2.probing import Cell
+
+    steps = None if arguments.steps is None else _whole_number("--steps", arguments.steps)
+    return [
+        Cell(arguments.task, encoding, seed, layers, steps)
+        for layers in dict.fromkeys(_whole_number("--layers", text) for text in arguments.layers.split(","))
+        for seed in range(_whole_number("--seeds", arguments.seeds))
+        for encoding in split_encodings(arguments.encodings)
+    ]
+
+
+def _run_probes(cells: list[ProbeCell], folder: Path) -> list[Row]:
+    """All rows, with a progress bar on standard error; where there is no terminal, a line for each cell."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from sape2.probing import run_cells
+
+    console, rows = Console(stderr=True), []
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("training", total=sum(cell.key["steps"] for cell in cells))
+        done = 0
+        for number, (cell, found) in enumerate(run_cells(cells, folder, lambda: progress.advance(bar)), start=1):
+            rows += found
+            done += cell.key["steps"]
+            text = f"{number}/{len(cells)} {cell.encoding}, seed {cell.seed}, {cell.layers} layers: {found[0]['value']:.3f}"
+            progress.update(bar, completed=done, description=text)
+            if not console.is_terminal:
+                _say(text)
+    return rows
+
+
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
@@ -673,7 +756,8 @@ def _show_parity(rows: list[Row], arguments: argparse.Namespace) -> None:
 
 
 def run_list(arguments: argparse.Namespace) -> int:
-    rows = {"encodings": _encodings, "models": _models, "recipes": _recipes, "measures": _measures}[arguments.what]()
+    tables = {"encodings": _encodings, "models": _models, "recipes": _recipes, "measures": _measures, "probes": _probes}
+    rows = tables[arguments.what]()
     from sape2.report import print_json, print_table
 
     if arguments.json:
@@ -741,6 +825,12 @@ def _measures() -> list[Row]:
     from sape2.evaluation import MEASURES
 
     return [{"name": name, "summary": (measure.__doc__ or "").split("\n")[0]} for name, measure in MEASURES.items()]
+
+
+def _probes() -> list[Row]:
+    from sape2.probes import TASKS
+
+    return [{"name": name, "summary": task.summary, "splits": ", ".join(task.splits)} for name, task in TASKS.items()]
 
 
 # --- output ----------------------------------------------------------------------------------------------------------

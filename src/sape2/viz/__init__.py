@@ -22,6 +22,7 @@ from sape2.viz.figures import as_one, counts_figure, distance_figure, pairs_figu
 from sape2.viz.growth import plot_growth
 from sape2.viz.maps import plot_bias
 from sape2.viz.measures import plot_measures
+from sape2.viz.probes import plot_examples, plot_probe
 from sape2.viz.seeds import plot_seeds
 
 __all__ = [
@@ -35,10 +36,13 @@ __all__ = [
     "plot_confusion",
     "plot_curves",
     "plot_equivariance",
+    "plot_examples",
     "plot_grouping",
     "plot_growth",
     "plot_health",
     "plot_measures",
+    "plot_pairs",
+    "plot_probe",
     "plot_resolution",
     "plot_rows",
     "plot_seeds",
