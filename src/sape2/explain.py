@@ -222,6 +222,7 @@ th:first-child, td:first-child { text-align: left }
 .panels div { max-width: 100% }
 svg { display: block; max-width: 100%; height: auto }
 figure { margin: 1rem 0 }
+figcaption { margin-top: .6rem }
 figcaption, .about { color: #555; font-size: .9rem }
 .scroll { overflow-x: auto }
 """

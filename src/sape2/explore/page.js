@@ -17,10 +17,13 @@ window.sape2 = (() => {
   async function ask(query) {
     const response = await fetch(`microscope/view?${query}`);
     const answer = await response.json();
-    if (!response.ok) return say(answer.error);
+    const view = find("sape2-view");
+    if (!response.ok) {
+      state = new URLSearchParams(view.dataset.query || "");
+      return say(answer.error);
+    }
     say("");
     state = new URLSearchParams(answer.query);
-    const view = find("sape2-view");
     view.innerHTML = answer.html;
     view.dataset.query = answer.query;
     find("sape2-status").textContent = answer.status;
@@ -154,7 +157,10 @@ window.sape2 = (() => {
       justDragged = false;
     });
     view.addEventListener("keydown", pressed);
-    view.addEventListener("pointerdown", grabbed);
+    view.addEventListener("pointerdown", (event) => {
+      justDragged = false; // the click after a drag is lost where the image was drawn again
+      grabbed(event);
+    });
     window.addEventListener("pointermove", pulled);
     window.addEventListener("pointerup", () => { justDragged = Boolean(released()); });
   }

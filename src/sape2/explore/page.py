@@ -140,8 +140,7 @@ def build_app(microscope: Microscope) -> Any:
         max_file_size=LARGEST_UPLOAD,
         ssr_mode=False,
         theme=gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="blue"),
-        css=_text("page.css"),
-        head=f"<script>{_text('page.js')}</script>",
+        head=f"<style>{_text('page.css')}</style><script>{_text('page.js')}</script>",  # css= would be limited to a part
     )
 
 

@@ -76,7 +76,7 @@ def counts_figure(
             part = positions[:, start : start + gates.shape[1]]
             parts.append(heads_panel(part, f"{name}: positions{end}", "rows of the table", float(positions.max())))
         if axis in ("x", "y"):
-            parts.insert(0, line_panel(image.numpy(), grid, patch, axis, {}, name))
+            parts.insert(0, line_panel(image.numpy(), grid, patch, axis, {}, name, "a"))
         found.append(stack(parts, 8))
     return found
 

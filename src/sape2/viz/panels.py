@@ -161,7 +161,13 @@ def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits | Non
 
 
 def line_panel(
-    pixels: np.ndarray, grid: Grid, patch: Patch, axis: Literal["x", "y"], quantities: dict[str, np.ndarray], title: str
+    pixels: np.ndarray,
+    grid: Grid,
+    patch: Patch,
+    axis: Literal["x", "y"],
+    quantities: dict[str, np.ndarray],
+    title: str,
+    letter: str = "i",
 ) -> Drawing:
     """What the patches of one line are to `patch`: themselves above, then a row of numbers for every quantity.
 
@@ -175,7 +181,7 @@ def line_panel(
     for m, (y, x) in enumerate(line):
         shapes.append(Raster(left + m * cell, HEAD, cell - 1, tile - 1, in_colour(_tile(pixels, grid, (y, x)))))
     at = line.index(patch)
-    shapes += _frame(Mark((0, at)), left, HEAD, cell - 1, tile - 1)
+    shapes += _frame(Mark((0, at), letter), left, HEAD, cell - 1, tile - 1)
     top = HEAD + tile + 4
     for name, values in _rows(quantities, length):
         limits = (0.0, 1.0) if name.startswith("gate") else limits_of([values], signed=values.min() < 0)
@@ -352,7 +358,7 @@ def distance_panel(maps: np.ndarray, grid: Grid, title: str, unit: str, limits: 
     shapes = (
         *_heading(title, unit),
         Line((*up, *reversed(down)), "none", 0, "#c9dcea"),
-        *plot.axes("distance (patches, rounded)", _ticks(len(middle) - 1)[::2]),
+        *plot.axes("distance (patches)", _ticks(len(middle) - 1)[::2]),
         Line(tuple(line), SECOND, 1.5),
         *dots,
     )
