@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from sape2.config import RunConfig, check_image_size
-from sape2.data import ImageData, normalize
+from sape2.data import ImageData, ImageFiles, normalize
 from sape2.evaluation.translation import Border, translate
 from sape2.evaluation.views import plain_sizes, scaled
 from sape2.explore.change import Change, changes
@@ -47,7 +47,7 @@ class Microscope:
     Both models must take the same images: size, patches, channels and classes. Raises ValueError otherwise.
     """
 
-    def __init__(self, subject: Subject, samples: ImageData, against: Subject | None = None) -> None:
+    def __init__(self, subject: Subject, samples: ImageData | ImageFiles, against: Subject | None = None) -> None:
         self.subject, self.samples, self.against = subject, samples, against
         self.uploads: OrderedDict[str, Picture] = OrderedDict()
         self._seen: OrderedDict[tuple, Seen] = OrderedDict()
@@ -202,7 +202,7 @@ class Microscope:
             return self.uploads[which].pixels
         if kind != "test" or not re.fullmatch(r"\d{1,9}", which, re.ASCII) or int(which) >= len(self.samples):
             raise ValueError(f"image must be test:0 to test:{len(self.samples) - 1}, or an upload; got {image!r}")
-        return self.samples.images[int(which)]
+        return self.samples[int(which) : int(which) + 1].images[0]
 
     def _notes(self, image: str) -> str:
         kind, _, which = image.partition(":")

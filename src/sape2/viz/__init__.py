@@ -41,7 +41,6 @@ __all__ = [
     "plot_growth",
     "plot_health",
     "plot_measures",
-    "plot_pairs",
     "plot_probe",
     "plot_resolution",
     "plot_rows",
