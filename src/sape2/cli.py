@@ -42,6 +42,7 @@ COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a c
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = build_parser().parse_args(argv)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line about the profiler at every measurement of memory
     try:
         return arguments.run(arguments)
     except BrokenPipeError:  # whoever read the output has seen enough

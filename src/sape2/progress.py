@@ -74,7 +74,7 @@ class StudyProgress:
 
     def _show_runs(self, at: tuple[int, int] = (0, 1)) -> None:
         settled = {row["digest"] for row in self.rows} & {cell.digest for cell in self.study.cells()}
-        self.bar.update(self.runs, completed=len(settled), left=self._left(at))
+        self.bar.update(self.runs, completed=len(settled), left=self._left(at).removeprefix(", "))
 
     def _left(self, at: tuple[int, int] = (0, 1)) -> str:
         """Shared by as many processes as hold runs."""
