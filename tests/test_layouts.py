@@ -1,5 +1,6 @@
 """Image folders, parquet and webdataset shards: the same images in the same order, damaged files, lost files, other images."""
 
+import json
 import os
 import pickle
 import shutil
@@ -480,7 +481,8 @@ def test_the_imagenet_recipe_runs_dry_on_a_generated_folder_of_a_thousand_classe
                 (folder / f"n{label:08d}_{number}.JPEG").write_bytes(encoded[(label + number) % 5])
     settings = ["model.image_size=32", "train.batch_size=16", "train.workers=0"]
     options = [option for setting in settings for option in ("--set", setting)]
-    command = ["train", "imagenet", "--data", str(tmp_path), "--model", "vit_nano", "--dry-run", *options]
+    command = ["train", "imagenet", "--data", str(tmp_path), "--model", "vit_nano", "--dry-run", "--json", *options]
     assert main(command) == 0
-    shown = capsys.readouterr().out
-    assert all(text in shown for text in ("training_images", "3000", "validation_images", "1000", "expected_minutes"))
+    row = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert (row["training_images"], row["validation_images"], row["test_images"]) == (3000, 1000, 1000)
+    assert row["steps"] == 300 * (3000 // 16)
