@@ -570,8 +570,10 @@ def run_probe(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(rows)
         return 0
-    lines, columns = table(rows, task)
-    print_table(lines, columns, f"{arguments.task}: accuracy by split (chance), mean ± standard deviation over seeds")
+    lines, (encoding, layers, seeds, *splits) = table(rows, task)
+    title = f"{arguments.task}: accuracy by split (chance), mean ± standard deviation over seeds"
+    for start in range(0, len(splits), 4):  # what a terminal is wide enough for
+        print_table(lines, [encoding, layers, seeds, *splits[start : start + 4]], title)
     print(f"in {folder}: {', '.join(['results.jsonl', *(f'figures/{path.name}' for path in figures)])}")
     return 0
 
