@@ -34,8 +34,8 @@ class WindowedViT(nn.Module):
     """Images (B, C, height, width), sides multiples of the patch -> features (B, D, H, W) of the last block.
 
     `num_global` evenly spread blocks, the last one among them, attend to all patches, the others to those of their own
-    window of `window` x `window` patches (None: all blocks are global). Encodings of window blocks are made for the grid of a window.
-    The ViT has neither class token nor registers, and no read-out. Raises ValueError for a model that has.
+    window of `window` x `window` patches (None: all blocks are global). Encodings of window blocks are made for the grid of
+    a window. The ViT has neither class token nor registers, and no read-out. Raises ValueError for a model that has.
     """
 
     def __init__(self, config: ModelConfig, window: int | None = None, num_global: int = 4) -> None:
@@ -50,7 +50,7 @@ class WindowedViT(nn.Module):
         self.config, self.window = config, window
         self.global_blocks = frozenset(range(config.depth) if window is None else spread(config.depth, num_global))
         self.vit = ViT(config)
-        self.vit.fc_norm = self.vit.head = nn.Identity()
+        del self.vit.fc_norm, self.vit.head
         if window is not None:
             self._make_window_encodings(window)
 

@@ -1,0 +1,99 @@
+"""COCO's detection metrics of a model as rows: torchmetrics around faster-coco-eval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sape2.detection.batches import one_size_batches, padded_size, to_unit
+from sape2.detection.coco import CocoImages
+from sape2.detection.settings import DetectionConfig
+
+Row = dict[str, Any]
+AVERAGE = "mean over classes and IoU 0.50:0.05:0.95"
+NAMES = {
+    "map": f"average precision, {AVERAGE}",
+    "map_50": "average precision at IoU 0.50, mean over classes",
+    "map_75": "average precision at IoU 0.75, mean over classes",
+    "map_small": f"average precision of objects below 32x32 pixels, {AVERAGE}",
+    "map_medium": f"average precision of objects of 32x32 to 96x96 pixels, {AVERAGE}",
+    "map_large": f"average precision of objects above 96x96 pixels, {AVERAGE}",
+    "mar_100": f"average recall, {AVERAGE}",
+}
+KINDS = {"bbox": ("box", "boxes"), "segm": ("mask", "masks")}  # COCO's name, one and many
+
+
+def make_metric(masks: bool) -> Any:
+    """torchmetrics' MeanAveragePrecision of boxes and, if asked for, masks."""
+    try:
+        import faster_coco_eval  # noqa: F401
+        from torchmetrics.detection import MeanAveragePrecision
+    except ImportError as error:
+        raise ImportError("COCO metrics need torchmetrics and faster-coco-eval: pip install 'sape2[detect]'") from error
+    metric = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval")
+    metric.warn_on_many_detections = False
+    return metric
+
+
+def coco_rows(predictions: list[Row], targets: list[Row], masks: bool = False) -> list[Row]:
+    """Rows of COCO's metrics: `predictions` with boxes, scores, labels (masks), `targets` as `CocoImages` gives them.
+
+    A size of which there is no object has no row. `n` is the number of images.
+    """
+    metric = make_metric(masks)
+    metric.update([_plain(row) for row in predictions], [_plain(row) for row in targets])
+    values = metric.compute()
+    conditions = {"n": len(targets), "objects": sum(int((target["iscrowd"] == 0).sum()) for target in targets)}
+    rows = []
+    for kind, (one, many) in KINDS.items():
+        for name, meaning in NAMES.items():
+            value = float(values.get(f"{kind}_{name}" if masks else name, -1)) if masks or kind == "bbox" else -1.0
+            if value >= 0:
+                protocol = f"COCO {meaning}; {many} of at most 100 detections an image"
+                row = {"measure": "detection", "name": f"{one}_{name}", "value": value, "unit": "fraction"}
+                rows.append(row | conditions | {"protocol": protocol})
+    return rows
+
+
+def evaluate_detector(
+    model: Any,
+    images: CocoImages,
+    config: DetectionConfig,
+    watch: Callable[[int], None] = lambda done: None,
+) -> list[Row]:
+    """Rows of COCO's metrics of a detector in float32. Batches hold images of one size, so no result depends on the batch."""
+    predictions, targets = predict(model, images, config, watch)
+    return coco_rows(predictions, targets, config.detector.masks)
+
+
+@torch.no_grad()
+def predict(
+    model: Any, images: CocoImages, config: DetectionConfig, watch: Callable[[int], None] = lambda done: None
+) -> tuple[list[Row], list[Row]]:
+    """What the model finds in every image, and what there is, in their order, on the CPU; masks are boolean. `watch` gets counts."""
+    model.eval()
+    device = next(model.parameters()).device
+    divisor = model.transform.size_divisible
+    sizes = [padded_size(size, config.model.image_size, divisor) for size in images.sizes]
+    rows: dict[int, tuple[Row, Row]] = {}
+    for batch in one_size_batches(sizes, config.training.batch_size):
+        samples = [images[index] for index in batch]
+        found = model([to_unit(image).to(device) for image, _ in samples])
+        for index, row, (_, target) in zip(batch, found, samples, strict=True):
+            rows[index] = ({key: _as_mask(value) if key == "masks" else value.cpu() for key, value in row.items()}, target)
+        watch(len(rows))
+    return [rows[index][0] for index in sorted(rows)], [rows[index][1] for index in sorted(rows)]
+
+
+def _as_mask(probabilities: Tensor) -> Tensor:
+    """(n, 1, height, width) of probabilities -> (n, height, width) of booleans."""
+    return (probabilities[:, 0] > 0.5).cpu()
+
+
+def _plain(row: Row) -> Row:
+    """The tensors of a row without torchvision's subclasses, masks as booleans."""
+    tensors = {key: value.as_subclass(Tensor) for key, value in row.items() if isinstance(value, Tensor)}
+    return {key: value.bool() if key == "masks" else value for key, value in tensors.items()}
