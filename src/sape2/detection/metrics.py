@@ -73,7 +73,7 @@ def evaluate_detector(
 def predict(
     model: Any, images: CocoImages, config: DetectionConfig, watch: Callable[[int], None] = lambda done: None
 ) -> tuple[list[Row], list[Row]]:
-    """What the model finds in every image, and what there is, in their order, on the CPU; masks are boolean. `watch` gets counts."""
+    """What the model finds in every image, and what there is, in their order and on the CPU; masks are boolean."""
     model.eval()
     device = next(model.parameters()).device
     divisor = model.transform.size_divisible

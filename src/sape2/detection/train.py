@@ -55,8 +55,8 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
     if done:
         return done
     make_metric(config.detector.masks)  # what is missing at the end is better known at the beginning
+    model = new_detector(config)  # before images are composed: what is wrong with a model shows here
     train_images, test_images = open_images(config)
-    model = new_detector(config)
     if (folder / "model.safetensors").exists():
         load_weights(folder / "model.safetensors", model)
     else:
@@ -292,7 +292,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig, st
         decay = {"t_initial": total - warmup, "lr_min": training.min_lr, "warmup_prefix": True}
         return CosineLRScheduler(optimizer, **decay, **shared)
     milestones = [math.ceil(total * 8 / 9), math.ceil(total * 26 / 27)]
-    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, **shared)
+    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, warmup_prefix=False, **shared)
 
 
 @contextmanager
