@@ -19,7 +19,7 @@ from sape2.recipes.coco import DETECTION_RECIPES, get_detection_recipe
 
 pytest.importorskip("faster_coco_eval")
 TINY = [
-    "model.dim=24", "model.depth=2", "model.num_heads=2", "num_global=1", "out_channels=16", "box_features=32",
+    "model.dim=24", "model.depth=2", "model.num_heads=2", "num_global=1", "out_channels=16", "proposals=50", "box_features=32",
     "mask_channels=8", "train_images=7", "test_images=3", "epochs=2", "batch_size=3", "warmup_steps=1", "lr=2e-3",
 ]  # fmt: skip
 
@@ -102,15 +102,19 @@ def test_an_image_is_seen_alike_alone_and_among_others_of_its_size():
     assert (mixed - features(first)).abs().max() > 1e-3
 
 
-def test_predictions_come_in_the_order_of_the_images(tiny):
+def test_predictions_of_every_image_in_batches_of_one_size(tiny):
     config = tiny("score_threshold=0.0", "masks=true", "batch_size=2")
     images, _ = open_images(config)
     assert len(set(images.sizes)) > 1
-    predictions, targets = predict(new_detector(config), images, config)
-    assert [target["image_id"] for target in targets] == [entry["id"] for entry in images.images]
-    for row, size in zip(predictions, images.sizes, strict=True):
-        assert row["masks"].shape == (len(row["boxes"]), *size)
-        assert row["masks"].dtype == torch.bool
+    seen = []
+    for batch, predictions, targets in predict(new_detector(config), images, config):
+        assert len({images.sizes[index] for index in batch}) == 1
+        assert [target["image_id"] for target in targets] == [images.images[index]["id"] for index in batch]
+        for row in predictions:
+            assert row["masks"].shape == (len(row["boxes"]), *images.sizes[batch[0]])
+            assert row["masks"].dtype == torch.bool
+        seen += batch
+    assert sorted(seen) == list(range(len(images)))
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -250,12 +254,3 @@ def test_a_folder_of_something_else_is_refused(tmp_path, tiny):
     (tmp_path / "config.json").write_text('{"recipe": "digits"}')
     with pytest.raises(ValueError, match="not the config of a detection run"):
         check_folder(tmp_path, tiny())
-
-
-@pytest.mark.slow
-def test_digits_on_photographs_are_found(tmp_path):
-    """The recipe with everything as it is; the threshold is half of what it is meant to reach and far above chance."""
-    config = get_detection_recipe("coco_digits")
-    config = replace(config, images=replace(config.images, source=str(tmp_path / "data")))
-    found = {row["name"]: row["value"] for row in run_detection(config, tmp_path / "run")}
-    assert found["box_map_50"] > 0.3

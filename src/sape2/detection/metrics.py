@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -38,54 +38,59 @@ def make_metric(masks: bool) -> Any:
     return metric
 
 
-def coco_rows(predictions: list[Row], targets: list[Row], masks: bool = False) -> list[Row]:
-    """Rows of COCO's metrics: `predictions` with boxes, scores, labels (masks), `targets` as `CocoImages` gives them.
+class CocoMetric:
+    """COCO's metrics, a batch at a time: masks are kept as run lengths, so that those of a whole data set fit into memory."""
 
-    A size of which there is no object has no row. `n` is the number of images.
-    """
-    metric = make_metric(masks)
-    metric.update([_plain(row) for row in predictions], [_plain(row) for row in targets])
-    values = metric.compute()
-    conditions = {"n": len(targets), "objects": sum(int((target["iscrowd"] == 0).sum()) for target in targets)}
-    rows = []
-    for kind, (one, many) in KINDS.items():
-        for name, meaning in NAMES.items():
-            value = float(values.get(f"{kind}_{name}" if masks else name, -1)) if masks or kind == "bbox" else -1.0
-            if value >= 0:
+    def __init__(self, masks: bool = False) -> None:
+        self.masks, self.metric, self.images, self.objects = masks, make_metric(masks), 0, 0
+
+    def update(self, predictions: list[Row], targets: list[Row]) -> None:
+        """`predictions` with boxes, scores, labels (and masks), `targets` as `CocoImages` gives them."""
+        self.metric.update([_plain(row) for row in predictions], [_plain(row) for row in targets])
+        self.images += len(targets)
+        self.objects += sum(int((target["iscrowd"] == 0).sum()) for target in targets)
+
+    def rows(self) -> list[Row]:
+        """A row for each number; none for a size of which there is no object. `n` is the number of images."""
+        values = self.metric.compute()
+        rows = []
+        for kind, (one, many) in KINDS.items():
+            for name, meaning in NAMES.items():
+                value = float(values.get(f"{kind}_{name}" if self.masks else name, -1))
+                if value < 0 or (kind == "segm" and not self.masks):
+                    continue
+                row = {"measure": "detection", "name": f"{one}_{name}", "value": value, "unit": "fraction", "n": self.images}
                 protocol = f"COCO {meaning}; {many} of at most 100 detections an image"
-                row = {"measure": "detection", "name": f"{one}_{name}", "value": value, "unit": "fraction"}
-                rows.append(row | conditions | {"protocol": protocol})
-    return rows
+                rows.append(row | {"objects": self.objects, "protocol": protocol})
+        return rows
 
 
 def evaluate_detector(
-    model: Any,
-    images: CocoImages,
-    config: DetectionConfig,
-    watch: Callable[[int], None] = lambda done: None,
-) -> list[Row]:
-    """Rows of COCO's metrics of a detector in float32. Batches hold images of one size, so no result depends on the batch."""
-    predictions, targets = predict(model, images, config, watch)
-    return coco_rows(predictions, targets, config.detector.masks)
-
-
-@torch.no_grad()
-def predict(
     model: Any, images: CocoImages, config: DetectionConfig, watch: Callable[[int], None] = lambda done: None
-) -> tuple[list[Row], list[Row]]:
-    """What the model finds in every image, and what there is, in their order and on the CPU; masks are boolean."""
+) -> list[Row]:
+    """Rows of COCO's metrics of a detector in float32; `watch` is told how many images are done."""
+    metric = CocoMetric(config.detector.masks)
+    for _, predictions, targets in predict(model, images, config):
+        metric.update(predictions, targets)
+        watch(metric.images)
+    return metric.rows()
+
+
+def predict(model: Any, images: CocoImages, config: DetectionConfig) -> Iterator[tuple[list[int], list[Row], list[Row]]]:
+    """For each batch the numbers of its images, what the model finds in them and what there is; on the CPU, masks boolean.
+
+    A batch holds images of one size, so that nothing depends on which images share it.
+    """
     model.eval()
     device = next(model.parameters()).device
     divisor = model.transform.size_divisible
     sizes = [padded_size(size, config.model.image_size, divisor) for size in images.sizes]
-    rows: dict[int, tuple[Row, Row]] = {}
     for batch in one_size_batches(sizes, config.training.batch_size):
         samples = [images[index] for index in batch]
-        found = model([to_unit(image).to(device) for image, _ in samples])
-        for index, row, (_, target) in zip(batch, found, samples, strict=True):
-            rows[index] = ({key: _as_mask(value) if key == "masks" else value.cpu() for key, value in row.items()}, target)
-        watch(len(rows))
-    return [rows[index][0] for index in sorted(rows)], [rows[index][1] for index in sorted(rows)]
+        with torch.no_grad():
+            found = model([to_unit(image).to(device) for image, _ in samples])
+        rows = [{key: _as_mask(value) if key == "masks" else value.cpu() for key, value in row.items()} for row in found]
+        yield batch, rows, [target for _, target in samples]
 
 
 def _as_mask(probabilities: Tensor) -> Tensor:

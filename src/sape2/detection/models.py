@@ -77,7 +77,9 @@ def _box_parts(
     detector: DetectorConfig, pyramid: SimpleFeaturePyramid, num_classes: int, level_strides: list[int]
 ) -> dict[str, Any]:
     sizes = detector.anchor_sizes or [8 * stride for stride in level_strides]
-    return {
+    stages = [f"rpn_{stage}_nms_top_n_{mode}" for stage in ("pre", "post") for mode in ("train", "test")]
+    return dict.fromkeys(stages, detector.proposals) | {
+        "box_batch_size_per_image": detector.box_samples,
         "rpn_anchor_generator": AnchorGenerator(tuple((size,) for size in sizes), (ANCHOR_RATIOS,) * len(sizes)),
         "box_roi_pool": MultiScaleRoIAlign(pyramid.names, output_size=BOX_CELLS, sampling_ratio=2),
         "box_head": TwoMLPHead(pyramid.out_channels * BOX_CELLS**2, detector.box_features),

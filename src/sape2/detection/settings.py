@@ -18,7 +18,8 @@ class DetectorConfig:
 
     `window` in patches (None: every block is global), `num_global` blocks that are not windowed; `scales` of the levels
     of the pyramid, halves of one another; `anchor_sizes` in pixels, one for each level and for the extra level (none given:
-    eight times the stride); `score_threshold` below which a detection is not reported.
+    eight times the stride); `proposals` of an image go on to the heads, which learn from `box_samples` of them;
+    `score_threshold` below which a detection is not reported.
     """
 
     masks: bool = False
@@ -28,13 +29,15 @@ class DetectorConfig:
     extra_level: bool = True
     out_channels: int = 256
     anchor_sizes: tuple[int, ...] = ()
+    proposals: int = 1000
+    box_samples: int = 512
     box_features: int = 1024
     mask_channels: int = 256
     score_threshold: Real = 0.05
 
     def __post_init__(self) -> None:
         check_types(self)
-        for name in ("out_channels", "box_features", "mask_channels"):
+        for name in ("out_channels", "proposals", "box_samples", "box_features", "mask_channels"):
             _require(getattr(self, name) >= 1, f"detector.{name} must be at least 1; got {getattr(self, name)}")
         _require(self.window is None or self.window >= 1, f"detector.window must be at least 1; got {self.window}")
         _require(self.num_global >= 0, f"detector.num_global must not be negative; got {self.num_global}")
