@@ -55,8 +55,10 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
     if done:
         return done
     make_metric(config.detector.masks)  # what is missing at the end is better known at the beginning
-    model = new_detector(config)  # before images are composed: what is wrong with a model shows here
+    with torch.device("meta"):  # what is wrong with a model shows before images are composed
+        build_detector(config.model, config.detector, config.images)
     train_images, test_images = open_images(config)
+    model = new_detector(config)
     if (folder / "model.safetensors").exists():
         load_weights(folder / "model.safetensors", model)
     else:
