@@ -58,7 +58,8 @@ ALLOWED = {
     "study": {"checkpoint", "claim", "config", "rawrows"},
     "progress": {"checkpoint", "claim", "rawrows", "study"},
     "outcome": {"checkpoint", "comparison", "paired", "rawrows", "report", "viz"},
-    "recipes": {"config", "recipes"},
+    "recipes": {"config", "detection.settings", "recipes"},
+    "detection": {"augment", "checkpoint", "config", "detection", "encodings", "grid", "runs", "train", "vit"},
     "evaluation": {"evaluation", "grid"},
 }
 OPTIONAL = {
@@ -78,6 +79,7 @@ OPTIONAL = {
     "fastapi",
     "starlette",
     "uvicorn",
+    "faster_coco_eval",
 }
 
 
@@ -106,6 +108,13 @@ def broken_rules(module: str, tree: ast.AST) -> set[str]:
         allowed = allowed | {"encodings"}
     ours = {name for name in imports(tree) if name and not name.startswith("!")}
     return {name for name in ours if name not in allowed and (name.split(".")[0] not in allowed or name == "cli")}
+
+
+def uses_detection_models(tree: ast.AST) -> bool:
+    """Whether torchvision's detectors are imported."""
+    froms = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return any(name.startswith("torchvision.models.detection") for name in froms | plain)
 
 
 def modules() -> list[tuple[str, ast.AST]]:
@@ -140,3 +149,9 @@ def test_optional_libraries_are_imported_inside_functions_only(module, tree):
 )
 def test_the_checker_sees_a_broken_rule(module, code):
     assert broken_rules(module, ast.parse(code))
+
+
+def test_torchvision_detectors_are_imported_in_detection_only():
+    users = {name for name, tree in modules() if uses_detection_models(tree)}
+    assert users == {"detection.models"}
+    assert uses_detection_models(ast.parse("import torchvision.models.detection"))

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sape2.claim import Claim
     from sape2.costing import Cell, Sweep
     from sape2.data import Splits
+    from sape2.detection import DetectionConfig
     from sape2.probing import Cell as ProbeCell
     from sape2.progress import StudyProgress
     from sape2.study import Cell as StudyCell
@@ -86,6 +87,18 @@ def build_parser() -> Parser:
     train.add_argument("--dry-run", action="store_true", help="print settings, size, MACs, steps, expected time; write nothing")
     _add_json(train)
     train.set_defaults(run=run_train)
+
+    detect = commands.add_parser("detect", help="train a detector on images in COCO format and measure it")
+    detect.add_argument("recipe", metavar="RECIPE", help="coco, or coco_digits, which composes its images")
+    detect.add_argument("--data", metavar="DIR", help="folder in COCO format (coco_digits: where to compose it)")
+    detect.add_argument("--encoding", metavar="NAME", help="see: sape2 list encodings")
+    detect.add_argument("--model", metavar="NAME", help="see: sape2 list models")
+    detect.add_argument("--masks", action="store_true", help="Mask R-CNN instead of Faster R-CNN")
+    detect.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default 0)")
+    detect.add_argument("--out", metavar="DIR", help="run folder (default runs/RECIPE-MODEL-ENCODING-sSEED)")
+    detect.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. training.epochs=6")
+    _add_json(detect)
+    detect.set_defaults(run=run_detect)
 
     evaluate = commands.add_parser("evaluate", help="measure a finished run")
     evaluate.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
@@ -263,7 +276,7 @@ def _resized(model: ModelConfig, name: str) -> ModelConfig:
     return replace(model, name=name, dim=size.dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio)
 
 
-def default_name(config: RunConfig) -> str:
+def default_name(config: RunConfig | DetectionConfig) -> str:
     encoding = re.sub(r"[^\w+=.-]+", "_", config.model.encoding)
     return f"{config.recipe}-{config.model.name}-{encoding}-s{config.seed}"
 
@@ -385,6 +398,39 @@ def _show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: 
     for row in found.failed:
         print(f"failed: {row['encoding']} seed {row['seed']}: {row['failed']}")
     print(f"in {folder}: {', '.join(path.name for path in files)}")
+
+
+# --- detect ----------------------------------------------------------------------------------------------------------
+
+
+def run_detect(arguments: argparse.Namespace) -> int:
+    from sape2.recipes.coco import get_detection_recipe
+
+    config = get_detection_recipe(arguments.recipe)
+    model, detector, images = config.model, config.detector, config.images
+    if arguments.model is not None:
+        model = _resized(model, arguments.model)
+    if arguments.encoding is not None:
+        model = replace(model, encoding=arguments.encoding)
+    if arguments.masks:
+        detector = replace(detector, masks=True)
+    if arguments.data is not None:
+        images = replace(images, source=arguments.data)
+    seed = config.seed if arguments.seed is None else arguments.seed
+    config = override(replace(config, model=model, detector=detector, images=images, seed=seed), arguments.set)
+    folder = Path(arguments.out or Path("runs") / default_name(config))
+    from sape2.detection import run_detection
+    from sape2.report import print_json, print_table
+
+    rows = run_detection(config, folder)
+    if arguments.json:
+        print_json(rows)
+    else:
+        print_table(
+            rows, ["name", "value", "unit", "n", "objects", "protocol"], f"{config.images.name}, {config.model.encoding}"
+        )
+        print(f"in {folder}: results.jsonl, metrics.jsonl")
+    return 0
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------
@@ -810,17 +856,24 @@ def _models() -> list[Row]:
 
 def _recipes() -> list[Row]:
     from sape2.recipes import RECIPES
+    from sape2.recipes.coco import DETECTION_RECIPES
 
+    found: list[tuple[Any, ModelConfig, str, int]] = []
+    for recipe in RECIPES.values():
+        config = recipe()
+        found.append((recipe, config.model, config.data.name, config.train.epochs))
+    for recipe in DETECTION_RECIPES.values():
+        config = recipe()
+        found.append((recipe, config.model, config.images.name, config.training.epochs))
     return [
         {
-            "name": name,
-            "model": config.model.name,
-            "data": config.data.name,
-            "epochs": config.train.epochs,
+            "name": recipe.__name__,
+            "model": model.name,
+            "data": data,
+            "epochs": epochs,
             "summary": " ".join((recipe.__doc__ or "").split("\n\n")[0].split()),
         }
-        for name, recipe in RECIPES.items()
-        for config in [recipe()]
+        for recipe, model, data, epochs in found
     ]
 
 

@@ -288,8 +288,11 @@ def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs, warmup_epochs=warmup))
 
 
-def override(config: RunConfig, assignments: list[str]) -> RunConfig:
-    """The config with "section.key=value" (or "key=value" where the key is unique) applied; values are JSON or text."""
+def override(config: Any, assignments: list[str]) -> Any:
+    """The config with "section.key=value" (or "key=value" where the key is unique) applied; values are JSON or text.
+
+    A RunConfig, or another frozen dataclass of sections with `to_dict` and `from_dict`.
+    """
     values = config.to_dict()
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
@@ -301,11 +304,11 @@ def override(config: RunConfig, assignments: list[str]) -> RunConfig:
         values[section][key] = value
         if (section, key) == ("model", "image_size") and isinstance(values[section][key], int):
             values[section][key] = [values[section][key]] * 2
-    return RunConfig.from_dict(values)
+    return type(config).from_dict(values)
 
 
 def _find_key(values: dict[str, Any], path: str) -> tuple[str, str]:
-    known = [f"{section}.{key}" for section in ("model", "data", "augment", "train") for key in values[section]]
+    known = [f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys]
     matches = [name for name in known if path in (name, name.split(".")[1])]
     if len(matches) == 1:
         section, key = matches[0].split(".")
@@ -385,3 +388,7 @@ def _hint_text(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
     return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
+
+
+# For configs of other kinds of runs, which live with what they configure.
+check_types, make_config = _check_types, _make

@@ -1,0 +1,127 @@
+"""Which images stand in one batch, and what is done to images of the training.
+
+Images of a batch are padded to the largest of them, and the padding is seen by attention and counted by encodings that
+count. So images whose padded size is equal stand together; in evaluation only such, in training first such.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+
+from sape2.augment import derive_seed, epoch_order
+from sape2.detection.coco import CocoImages
+from sape2.detection.settings import ImagesConfig
+from sape2.grid import Grid
+
+Sample = tuple[Tensor, dict[str, Any]]
+
+
+def padded_size(size: Grid, image_size: Grid, divisor: int) -> Grid:
+    """(height, width) that the model sees of an image: fitted into `image_size` (either way up), sides then rounded up."""
+    scale = min(min(image_size) / min(size), max(image_size) / max(size))
+    height, width = (math.ceil(int(side * scale) / divisor) * divisor for side in size)
+    return height, width
+
+
+def one_size_batches(sizes: list[Grid], batch_size: int) -> list[list[int]]:
+    """All numbers, in batches of one size each; the last of each size may be smaller."""
+    groups = _groups(sizes, range(len(sizes)))
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def epoch_batches(sizes: list[Grid], batch_size: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of one epoch in random order: of one size as far as these fill batches, the rest by aspect ratio.
+
+    Every epoch has len(sizes) // batch_size batches; what is left over is dropped, others in every epoch.
+    Raises ValueError if there are fewer images than one batch.
+    """
+    if len(sizes) < batch_size:
+        raise ValueError(f"a batch of {batch_size} needs that many training images; there are {len(sizes)}")
+    groups = _groups(sizes, epoch_order(len(sizes), seed, epoch).tolist())
+    batches, rest = [], []
+    for group in groups.values():
+        whole = len(group) - len(group) % batch_size
+        batches += [group[i : i + batch_size] for i in range(0, whole, batch_size)]
+        rest += group[whole:]
+    rest = rest[len(rest) % batch_size :]
+    rest.sort(key=lambda index: sizes[index][0] / sizes[index][1])
+    batches += [rest[i : i + batch_size] for i in range(0, len(rest), batch_size)]
+    generator = torch.Generator().manual_seed(derive_seed(seed, "batches", epoch))
+    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+def _groups(sizes: list[Grid], order: Any) -> dict[Grid, list[int]]:
+    groups: dict[Grid, list[int]] = defaultdict(list)
+    for index in order:
+        groups[sizes[index]].append(index)
+    return groups
+
+
+# --- augmentation ----------------------------------------------------------------------------------------------------
+
+
+def make_transform(images: ImagesConfig, image_size: Grid) -> v2.Transform:
+    """Flip and scale jitter of an image with its boxes and masks; boxes that are cropped away go, with all they had."""
+    steps: list[Any] = [v2.RandomHorizontalFlip()] if images.flip else []
+    if images.scale_jitter:
+        low, high = images.scale_jitter
+        width_height = (image_size[1], image_size[0])  # torchvision 0.29 reads target_size[1] as the height
+        steps.append(v2.ScaleJitter(width_height, (low, high)))
+        steps.append(v2.RandomCrop(image_size, pad_if_needed=True))
+        steps.append(tighten)
+    steps.append(v2.ClampBoundingBoxes())
+    steps.append(
+        v2.SanitizeBoundingBoxes(labels_getter=lambda sample: [sample[1][key] for key in ("labels", "iscrowd", "area")])
+    )
+    return v2.Compose(steps)
+
+
+def tighten(image: Tensor, target: dict[str, Any]) -> Sample:
+    """Where masks tell it, the boxes of what a crop has left of each object, and no object of which nothing is left."""
+    if "masks" not in target:
+        return image, target
+    left = target["masks"].flatten(1).any(1).bool()
+    kept = select(target, left)
+    boxes = masks_to_boxes(kept["masks"].as_subclass(Tensor)) + torch.tensor([0, 0, 1, 1])  # the far edges of the last pixels
+    return image, kept | {"boxes": tv_tensors.wrap(boxes, like=kept["boxes"])}
+
+
+def select(target: dict[str, Any], chosen: Tensor) -> dict[str, Any]:
+    """Some of the objects of an image."""
+    kept = {key: value[chosen] if isinstance(value, Tensor) else value for key, value in target.items()}
+    for key in ("boxes", "masks"):
+        if key in target:  # indexing gives a plain tensor
+            kept[key] = tv_tensors.wrap(kept[key], like=target[key])
+    return kept
+
+
+class TrainView(Dataset):
+    """The images of one epoch as a step sees them: pixels in [0, 1], no crowds, augmented by (seed, epoch, number)."""
+
+    def __init__(self, images: CocoImages, transform: v2.Transform, seed: int, epoch: int) -> None:
+        self.images, self.transform, self.seed, self.epoch = images, transform, seed, epoch
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, target = self.images[index]
+        target = select(target, target["iscrowd"] == 0)  # a crowd is one box around many
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self.seed, "augment", self.epoch, index))
+            image, target = self.transform(image, target)
+        return to_unit(image), target
+
+
+def to_unit(image: Tensor) -> Tensor:
+    """uint8 pixels as a plain tensor of floats in [0, 1]."""
+    return image.as_subclass(Tensor) / 255
