@@ -20,6 +20,7 @@ import functools
 import math
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from unittest.mock import patch
 
 import straightforward
@@ -166,23 +167,27 @@ def main() -> None:
     arguments_parser.add_argument("--max-side", type=int, default=64, help="the largest square that is measured (default 64)")
     arguments = arguments_parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows = []
+    rows, about = [], conditions()
     for side in (side for side in SIDES if side <= arguments.max_side):
-        rows += measure(side, arguments.rounds)
+        rows += [row | about for row in measure(side, arguments.rounds)]
         print(markdown_table(rows[-len(FORMS) :], COLUMNS), flush=True)
+        save(arguments.out, rows)
     for quantity in ("bytes", "ms"):
         print(f"growth of {quantity} with N\n\n{markdown_table(growth(rows, quantity), ['form', 'exponent'])}")
-    budget = int(arguments.gigabytes * 1e9)
-    largest = [{"form": f, "scope": "attention", "side": largest_side(f, attention_bytes, budget)} for f in FORMS]
-    largest += [{"form": f, "scope": "vit_small", "side": largest_side(f, model_bytes, budget)} for f in ENCODINGS]
-    print(f"largest square in {arguments.gigabytes:g} GB\n\n{markdown_table(largest, LARGEST_COLUMNS)}")
-    save(arguments.out, [row | {"budget_bytes": budget} | conditions() for row in rows + largest])
+    draw(rows, arguments.out.with_suffix(".png"))
+    budget, largest = int(arguments.gigabytes * 1e9), []
+    for scope, bytes_of, forms in (("attention", attention_bytes, FORMS), ("vit_small", model_bytes, list(ENCODINGS))):
+        for form in forms:
+            row = {"form": form, "scope": scope, "side": largest_side(form, bytes_of, budget), "budget_bytes": budget}
+            print(f"largest square in {arguments.gigabytes:g} GB: {scope}, {form}: {row['side']}", flush=True)
+            largest.append(row | about)
+            save(arguments.out, rows + largest)
+
+
+def draw(rows: list[Row], path: Path) -> None:
     lines = {form: [(r["tokens"], r["bytes"] / 2**20) for r in rows if r["form"] == form and r["bytes"]] for form in FORMS}
-    viz.plot_growth(
-        {"attention of one image, 6 heads of 64, fp32": lines},
-        arguments.out.with_suffix(".png"),
-        "peak extra memory, forward plus backward (MiB)",
-    )
+    title, label = "attention of one image, 6 heads of 64, fp32", "peak extra memory, forward plus backward (MiB)"
+    viz.plot_growth({title: lines}, path, label)
 
 
 if __name__ == "__main__":
