@@ -10,9 +10,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-
-import nbformat
-from nbclient import NotebookClient
+from typing import Any
 
 HERE = Path(__file__).parent
 SECONDS_A_CELL = 300
@@ -28,25 +26,30 @@ def cells(script: str) -> list[tuple[str, str]]:
     return result
 
 
-def notebook(script: str) -> nbformat.NotebookNode:
+def notebook(script: str) -> Any:
     """The notebook of a script, not executed; its cells are numbered, so that the same script gives the same file."""
+    import nbformat
+
     make = {"code": nbformat.v4.new_code_cell, "markdown": nbformat.v4.new_markdown_cell}
     made = [make[kind](text, id=f"cell-{number}") for number, (kind, text) in enumerate(cells(script))]
     kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
     return nbformat.v4.new_notebook(cells=made, metadata=kernel)
 
 
-def execute(script: Path, folder: Path) -> nbformat.NotebookNode:
+def execute(script: Path, folder: Path) -> Any:
     """The notebook after all its cells have run in `folder`; raises CellExecutionError at the first that fails."""
+    from nbclient import NotebookClient
+
     made = notebook(script.read_text(encoding="utf-8"))
-    NotebookClient(
-        made, timeout=SECONDS_A_CELL, record_timing=False, resources={"metadata": {"path": str(folder)}}
-    ).execute()
+    where = {"metadata": {"path": str(folder)}}
+    NotebookClient(made, timeout=SECONDS_A_CELL, record_timing=False, resources=where).execute()
     made.metadata["language_info"] = {"name": "python"}
     return made
 
 
 def main() -> None:
+    import nbformat
+
     names = sys.argv[1:] or sorted(path.stem for path in HERE.glob("*.py") if path.stem != "build")
     for name in names:
         file = HERE / f"{name}.ipynb"
