@@ -18,7 +18,7 @@ from sape2.evaluation.cost import TrainingStep, infer
 from sape2.report import markdown_table
 from sape2.vit import ViT
 
-SHAPES = [(32, 32, 4), (8, 224, 16)]  # images, pixels, patch: grids of 8x8 and of 14x14
+SHAPES = [(16, 32, 4), (4, 224, 16)]  # images, pixels, patch: grids of 8x8 and of 14x14
 BASELINE = "ape"
 MODELS = ["ape", "ape+sape2", "ape+sape2:readout=squared_distance", "ape+sape2:readout=direct"]
 STRAIGHTFORWARD = "ape+sape2, straightforward"

@@ -337,7 +337,7 @@ def test_train_prints_rows_on_standard_output_and_progress_on_standard_error(fin
 def test_train_writes_the_run_folder(finished):
     folder = finished[0]
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    wanted = {"config.json", "model.safetensors", "best.safetensors", "metrics.jsonl", "results.jsonl"}
+    wanted = {"config.json", "data.json", "model.safetensors", "best.safetensors", "metrics.jsonl", "results.jsonl"}
     wanted |= {f"checkpoint/step-00000040/{name}" for name in ("model.safetensors", "optimizer.pt", "progress.json")}
     wanted |= {f"figures/{name}.png" for name in ("curves", "confusion", "bias")}
     assert {file for file in files if not file.startswith("tensorboard/")} == wanted
