@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow browser tables lint clean
+.PHONY: demo test slow browser tables docs notebooks lint clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
 	$(BIN)/sape2 train digits --out runs/demo
@@ -21,6 +21,13 @@ browser: $(VENV)/.browser  ## the page of sape2 explore, in a Chromium of the sy
 
 tables: $(VENV)/.demo  ## the tables of the docs, from the rows in benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+
+docs: $(VENV)/.docs  ## the site, in build/site: no network, a warning is an error, every link and every source of a page checked
+	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/site
+	$(BIN)/python docs/site_checks.py build/site
+
+notebooks: $(VENV)/.docs  ## executes docs/notebooks/*.py into notebooks with outputs
+	$(BIN)/python docs/notebooks/build.py
 
 lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
@@ -44,6 +51,10 @@ $(VENV)/.test: $(VENV)/.demo
 
 $(VENV)/.browser: $(VENV)/.test
 	$(BIN)/python -m pip install -q --group browser
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.demo
+	$(BIN)/python -m pip install -q --group docs
 	@touch $@
 
 $(VENV)/.lint: $(VENV)/.demo

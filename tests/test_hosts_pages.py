@@ -1,23 +1,20 @@
 """The examples of docs/hosts run as they stand, each page from its first block to its last."""
 
-import re
 from pathlib import Path
 
 import pytest
+from site_checks import code_blocks
 
 PAGES = sorted((Path(__file__).parent.parent / "docs" / "hosts").glob("*.md"))
-
-
-def blocks(page):
-    return re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert blocks(page)
+    blocks = code_blocks(page.read_text(), "python")
+    assert blocks
     names = {}
-    for block in blocks(page):
+    for block in blocks:
         exec(block, names)
 
 
