@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow browser tables docs notebooks lint clean
+.PHONY: demo test slow shapes browser tables docs notebooks lint clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
 	$(BIN)/sape2 train digits --out runs/demo
@@ -15,6 +15,9 @@ test: $(VENV)/.test  ## all tests but the slow ones
 
 slow: $(VENV)/.test  ## the slow ones
 	$(BIN)/python -m pytest -q -m slow
+
+shapes: $(VENV)/.test  ## all tests but the slow ones, with the annotated shape of every argument checked: twice the time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q --jaxtyping-packages=sape2,beartype.beartype
 
 browser: $(VENV)/.browser  ## the page of sape2 explore, in a Chromium of the system
 	$(BIN)/python -m pytest -q -m browser tests/test_explore_page.py

@@ -108,7 +108,11 @@ def faults(site: Path) -> list[str]:
         css = [address for style in page.style for address in addresses_in_css(style)]
         found += [f"{name} loads {address} from elsewhere" for address in [*page.loads, *css] if is_elsewhere(address)]
         here = [address for address in page.loads if address and not is_elsewhere(address)]
-        found += [f"{name} leads to {address}, which is not there" for address in [*page.leads, *here] if _missing(path, address, pages)]
+        found += [
+            f"{name} leads to {address}, which is not there"
+            for address in [*page.leads, *here]
+            if _missing(path, address, pages)
+        ]
     for path in sorted(site.rglob("*.css")):
         loaded = addresses_in_css(path.read_text(encoding="utf-8"))
         found += [f"{path.relative_to(site)} loads {address} from elsewhere" for address in loaded if is_elsewhere(address)]

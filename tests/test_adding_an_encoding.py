@@ -56,6 +56,7 @@ def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, shell=True, cwd=root, env=environment, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_page_leads_to_an_encoding_that_passes_every_check(copy: Path) -> None:
     edits = [block for block in blocks() if block[0] in ("python", "diff")]
     assert [words[-1] for _, words, _ in edits] == [

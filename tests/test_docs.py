@@ -23,7 +23,12 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = ("sape2_step_by_step", "put_it_into_your_vit")
 # Pages whose examples are run elsewhere, in their own way.
-OTHERS = {"README.md", "docs/export.md", "docs/adding_an_encoding.md", *(f"docs/hosts/{p.name}" for p in DOCS.glob("hosts/*.md"))}
+OTHERS = {
+    "README.md",
+    "docs/export.md",
+    "docs/adding_an_encoding.md",
+    *(f"docs/hosts/{p.name}" for p in DOCS.glob("hosts/*.md")),
+}
 
 
 def name_of(page: Path) -> str:
@@ -140,7 +145,8 @@ def write_site(folder: Path, body: str, css: str = "") -> Path:
 
 def test_a_site_that_keeps_to_itself_has_no_faults(tmp_path):
     body = (
-        '<link rel="stylesheet" href="style.css"><link rel="canonical" href="https://example.org/page.html"><h1 id="top">x</h1>'
+        '<link rel="stylesheet" href="style.css"><link rel="canonical" href="https://example.org/page.html">'
+        '<h1 id="top">x</h1>'
         '<a href="https://example.org">away</a><a href="#top">up</a><a href="page.html#top">here</a><img src="data:image/png;base64,">'
     )
     css = "/* https://example.org */ a { background: url('data:image/svg+xml,x') } @import 'style.css';"

@@ -112,7 +112,8 @@ def wait_for_step(process, folder, step):
     raise AssertionError(f"the run did not reach step {step}: {process.communicate()[1]}")
 
 
-@pytest.mark.parametrize(("epochs", "steps"), [(8, (30,)), pytest.param(40, (3, 150), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("epochs", "steps"), [(8, (30,)), (40, (3, 150))])
 def test_a_killed_process_resumes_exactly_early_and_in_a_late_epoch(tmp_path, epochs, steps):
     """Five steps an epoch."""
     assert start_process(tmp_path / "whole", epochs).wait(timeout=120) == 0
@@ -129,9 +130,8 @@ def test_a_killed_process_resumes_exactly_early_and_in_a_late_epoch(tmp_path, ep
     assert [row["epoch"] for row in read_rows(folder / "metrics.jsonl")] == list(range(1, epochs + 1))
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["SIGINT", "SIGTERM"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
 def test_a_signal_to_the_whole_group_saves_a_checkpoint_though_data_workers_get_it_too(tmp_path, number):
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "sape2.cli", "train", "digits", "--out", str(folder), "--epochs", "400"]

@@ -89,7 +89,9 @@ def draw_gates(axis: Any, gates: Tensor, pixels: Tensor) -> None:
     strip = pixels[HERE[0] * PATCH : (HERE[0] + 1) * PATCH]
     axis.bar(range(len(gates)), gates, color=LINES[0])
     axis.imshow(strip, extent=(-0.5, len(gates) - 0.5, -0.13, -0.02), aspect="auto")
-    axis.set(xlim=(-0.5, len(gates) - 0.5), ylim=(-0.15, 1.02), xlabel="column j", ylabel="gate", xticks=range(0, len(gates), 5))
+    axis.set(
+        xlim=(-0.5, len(gates) - 0.5), ylim=(-0.15, 1.02), xlabel="column j", ylabel="gate", xticks=range(0, len(gates), 5)
+    )
     axis.set_title("2  Gates: does j count for i?")
 
 

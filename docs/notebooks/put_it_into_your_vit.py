@@ -34,9 +34,7 @@ images = F.interpolate(images, size=32, mode="bilinear").expand(-1, 3, -1, -1)
 labels = torch.tensor(digits.target)
 train, test = slice(0, 1400), slice(1400, None)
 
-vit = timm.create_model(
-    "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=10
-)
+vit = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=2, num_classes=10)
 
 
 def fit(parameters, steps, lr):
@@ -94,8 +92,7 @@ plt.plot(range(len(first)), first, color="#0072B2", label="the model")
 plt.plot(range(len(first), len(first) + len(second)), second, color="#D55E00", label="SaPE2 alone, the rest frozen")
 plt.xlabel("step")
 plt.ylabel("loss of a batch")
-plt.legend(frameon=False);
-
+plt.legend(frameon=False)
 # %% [markdown]
 # These are a few seconds of training of a tiny model, to show the steps. They say nothing about whether SaPE2 helps; what has been measured about that is in
 # [results](../results.md).

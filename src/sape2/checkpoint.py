@@ -15,7 +15,7 @@ import os
 import pickle
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,40 +26,12 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sape2.config import RunConfig
+from sape2.files import write_atomic, write_text
 
 Row = dict[str, Any]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """`write(temporary)` beside `path`, then renamed onto it, so that a reader sees the old file or the new one.
-
-    Raises OSError if it cannot be written; torch and safetensors raise errors of their own for a full disk.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-    except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sape2 import viz
-from sape2.checkpoint import write_text
+from sape2.files import write_text
 from sape2.headlines import COLUMNS, COUNTS, Column, Run, telling_layer
 from sape2.report import csv_table, markdown_table
 

@@ -26,8 +26,9 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sape2.checkpoint import read_config, write_atomic
+from sape2.checkpoint import read_config
 from sape2.config import ModelConfig
+from sape2.files import write_atomic
 from sape2.frozen import Size, example, freeze, patch_projection, trace
 from sape2.hub import (
     CARD,

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 import sape2
-from sape2.checkpoint import load_weights, read_config, read_rows, save_weights, write_text
+from sape2.checkpoint import load_weights, read_config, read_rows, save_weights
 from sape2.config import ModelConfig, RunConfig, model_config
+from sape2.files import write_text
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LICENCE, PAPER = "apache-2.0", "arXiv:2505.09466"

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sape2.checkpoint import check_run, difference, standing, write_text
+from sape2.checkpoint import check_run, difference, standing
 from sape2.claim import Claim, ClaimLost, Held, Watcher
 from sape2.config import RunConfig
+from sape2.files import write_text
 from sape2.rawrows import FAILED, Row, digest_of, failure, finished_rows, gather, is_done, note_failure, shared_settings
 
 DEATHS = 3  # so many processes that vanished in a run without a new checkpoint: it is not tried a further time

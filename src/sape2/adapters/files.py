@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import nn
 
 from sape2.adapters import Model, attach, find_host
 from sape2.adapters.attached import Trainable, attached_encodings, attachment_of
+from sape2.files import write_atomic, write_text
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 SIZES = ("depth", "num_heads", "head_dim")
@@ -26,8 +25,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     attachment, folder = attachment_of(model), Path(folder)
     config = {"format": FORMAT} | {key: getattr(attachment, key) for key in KEYS if key != "format"}
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS, lambda path: save_model(_encodings(model), str(path)))
-    _write(folder / CONFIG, lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"))
+    write_atomic(folder / WEIGHTS, lambda path: save_model(_encodings(model), str(path)))
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "all") -> Model:
@@ -77,13 +76,3 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config["format"] != FORMAT:
         raise ValueError(f"{path} has format {config['format']}; this version of sape2 reads format {FORMAT}")
     return config
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    """Beside its place first, then renamed onto it, so that a reader sees a whole file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sape2.checkpoint import write_text
+from sape2.files import beside, write_text
 
 SIZES = ((96, 96), (64, 96), (96, 64))  # (height, width) of an image
 ITEM_SIDES = (20, 40)  # pixels
@@ -60,7 +60,7 @@ def compose(folder: Path, train_images: int, test_images: int, seed: int = 0) ->
     composition = Composition(train_images, test_images, seed)
     if _is_composed(folder, composition):
         return folder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary = beside(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for split, count in zip(SPLITS, (train_images, test_images), strict=True):

@@ -31,7 +31,6 @@ from sape2.checkpoint import (
     save_weights,
     update_results,
     write_rows,
-    write_text,
 )
 from sape2.detection.batches import Sample, TrainView, epoch_batches, make_transform, padded_size
 from sape2.detection.coco import CocoImages, count_objects, open_split
@@ -39,6 +38,7 @@ from sape2.detection.composed import compose
 from sape2.detection.metrics import Row, evaluate_detector, make_metric
 from sape2.detection.models import build_detector, no_weight_decay
 from sape2.detection.settings import DetectionConfig, TrainingConfig
+from sape2.files import write_text
 from sape2.runs import hardware
 from sape2.train import mixed_precision
 

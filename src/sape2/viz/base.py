@@ -5,9 +5,10 @@ Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines t
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
+
+from sape2.files import beside
 
 MAP_COLOURS = "cividis"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8AB00")  # Okabe and Ito, darker yellow
@@ -30,7 +31,7 @@ def pyplot() -> Any:
 def save(figure: Any, path: Path) -> None:
     """Writes the figure, in the format that the name ends in, and closes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = beside(path)
     try:
         figure.savefig(temporary, dpi=150, bbox_inches="tight", format=path.suffix[1:].lower())
         temporary.replace(path)

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import html
 import io
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from sape2.files import write_atomic
 
 INK, FAINT = "#1a1a1a", "#595959"
 FONT = "DejaVu Sans, Verdana, sans-serif"
@@ -194,13 +195,7 @@ class Drawing:
     def save(self, path: Path) -> None:
         """As PNG or SVG, by the ending of the name; the file appears whole or not at all."""
         data = self.svg(standalone=True).encode() if path.suffix.lower() == ".svg" else self.png()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            temporary.write_bytes(data)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
 class Canvas:
