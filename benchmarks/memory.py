@@ -11,7 +11,8 @@ budget; predicted means that the step is run on tensors without memory, whose st
 in N through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block, too.
 The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the attention
 of one layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included; predicted
-for one and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl and memory.png.
+for one and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl and memory.png
+as it goes, and goes on where it stopped; remove the file to measure again.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 from sape2 import attention as sape2_attention
 from sape2 import create_model, viz
+from sape2.checkpoint import read_rows
 from sape2.encodings import AttentionEncoding
 from sape2.evaluation.cost import forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.memory import available_bytes, peak_bytes, predicted_peak
@@ -167,21 +169,23 @@ def main() -> None:
     arguments_parser.add_argument("--max-side", type=int, default=64, help="the largest square that is measured (default 64)")
     arguments = arguments_parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    rows, about = [], conditions()
-    for side in (side for side in SIDES if side <= arguments.max_side):
+    about, rows = conditions(), read_rows(arguments.out)
+    done = {(row.get("scope"), row["form"], row["side"]) for row in rows}
+    for side in (side for side in SIDES if side <= arguments.max_side and (None, FORMS[-1], side) not in done):
         rows += [row | about for row in measure(side, arguments.rounds)]
         print(markdown_table(rows[-len(FORMS) :], COLUMNS), flush=True)
         save(arguments.out, rows)
+    measured = [row for row in rows if "scope" not in row]
     for quantity in ("bytes", "ms"):
-        print(f"growth of {quantity} with N\n\n{markdown_table(growth(rows, quantity), ['form', 'exponent'])}")
-    draw(rows, arguments.out.with_suffix(".png"))
-    budget, largest = int(arguments.gigabytes * 1e9), []
+        print(f"growth of {quantity} with N\n\n{markdown_table(growth(measured, quantity), ['form', 'exponent'])}")
+    draw(measured, arguments.out.with_suffix(".png"))
+    budget, predicted = int(arguments.gigabytes * 1e9), {(row.get("scope"), row["form"]) for row in rows}
     for scope, bytes_of, forms in (("attention", attention_bytes, FORMS), ("vit_small", model_bytes, list(ENCODINGS))):
-        for form in forms:
-            row = {"form": form, "scope": scope, "side": largest_side(form, bytes_of, budget), "budget_bytes": budget}
-            print(f"largest square in {arguments.gigabytes:g} GB: {scope}, {form}: {row['side']}", flush=True)
-            largest.append(row | about)
-            save(arguments.out, rows + largest)
+        for form in (form for form in forms if (scope, form) not in predicted):
+            side = largest_side(form, bytes_of, budget)
+            rows.append({"form": form, "scope": scope, "side": side, "budget_bytes": budget} | about)
+            save(arguments.out, rows)
+    print(markdown_table([row for row in rows if "scope" in row], LARGEST_COLUMNS))
 
 
 def draw(rows: list[Row], path: Path) -> None:

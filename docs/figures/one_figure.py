@@ -98,7 +98,7 @@ def draw_gates(axis: Any, gates: Tensor, pixels: Tensor) -> None:
 def draw_positions(axis: Any, positions: Tensor) -> None:
     columns = range(len(positions))
     axis.plot(columns, [len(positions) - column for column in columns], "--", color="grey", label="plain counting")
-    axis.plot(columns, positions, "o-", color=LINES[0], label="gated: the position of m, seen from i")
+    axis.plot(columns, positions, "o-", color=LINES[0], label="gated, seen from i")
     axis.set(xlabel="column m", ylabel="position", ylim=(0, len(positions) + 0.5))
     axis.set(xticks=range(0, len(positions), 5), yticks=range(0, len(positions) + 1, 4))
     axis.legend(frameon=False, loc="lower left")
