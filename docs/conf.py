@@ -28,6 +28,7 @@ html_show_sphinx = False
 html_copy_source = False
 html_show_sourcelink = False
 nitpicky = False
+viewcode_follow_imported_members = False
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 4
@@ -55,6 +56,11 @@ BELOW = {
 def add_pages_below(app: Any, name: str, source: list[str]) -> None:
     if name in BELOW:
         source[0] += "\n".join(["", "```{toctree}", ":hidden:", "", *BELOW[name], "```", ""])
+
+
+def link_files(app: Any, name: str, source: list[str]) -> None:
+    """Markdown outside of docs/ is no page of the site: a link to it gives the file."""
+    source[0] = re.sub(r"\]\(((?:\.\./)+(?:benchmarks|src)/[^)]*\.md)\)", r"](path:\1)", source[0])
 
 
 # --- formulas --------------------------------------------------------------------------------------------------------
@@ -99,4 +105,5 @@ def rewrite_docstring(app: Any, what: str, name: str, obj: Any, options: Any, li
 def setup(app: Any) -> None:
     app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))
     app.connect("source-read", add_pages_below)
+    app.connect("source-read", link_files)
     app.connect("autodoc-process-docstring", rewrite_docstring)

@@ -7,6 +7,7 @@ A script is a list of cells: `# %%` starts code, `# %% [markdown]` text, whose l
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -40,6 +41,7 @@ def execute(script: Path, folder: Path) -> Any:
     """The notebook after all its cells have run in `folder`; raises CellExecutionError at the first that fails."""
     from nbclient import NotebookClient
 
+    os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # of tqdm, in any notebook without widgets
     made = notebook(script.read_text(encoding="utf-8"))
     where = {"metadata": {"path": str(folder)}}
     NotebookClient(made, timeout=SECONDS_A_CELL, record_timing=False, resources=where).execute()

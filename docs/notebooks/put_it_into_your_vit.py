@@ -92,7 +92,7 @@ plt.plot(range(len(first)), first, color="#0072B2", label="the model")
 plt.plot(range(len(first), len(first) + len(second)), second, color="#D55E00", label="SaPE2 alone, the rest frozen")
 plt.xlabel("step")
 plt.ylabel("loss of a batch")
-plt.legend(frameon=False)
+_ = plt.legend(frameon=False)
 # %% [markdown]
 # These are a few seconds of training of a tiny model, to show the steps. They say nothing about whether SaPE2 helps; what has been measured about that is in
 # [results](../results.md).

@@ -187,7 +187,7 @@ for axis, patch, name in zip(axes, (i, n, 6 * W + 1), ("i, sky", "n, tower", "a 
     axis.add_patch(plt.Rectangle((patch % W - 0.5, patch // W - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=2))
     axis.set_title(f"bias from {name}")
     axis.axis("off")
-figure.colorbar(image, ax=axes, shrink=0.8, label="logits")
+_ = figure.colorbar(image, ax=axes, shrink=0.8, label="logits")
 # %% [markdown]
 # ## Equation 16: attention
 #
