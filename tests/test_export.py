@@ -55,6 +55,7 @@ def onnx_file(run):
 # --- ONNX ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_onnx_agrees_on_other_batches_and_sizes(onnx_file):
     _, rows = onnx_file
     assert len(sizes(rows)) >= 3
@@ -62,6 +63,7 @@ def test_onnx_agrees_on_other_batches_and_sizes(onnx_file):
     assert max(row["max_abs_difference"] for row in rows) < 1e-4
 
 
+@pytest.mark.slow
 def test_onnx_has_open_dimensions_and_real_numbers_only(onnx_file):
     onnx = pytest.importorskip("onnx")
     model = onnx.load(onnx_file[0])
@@ -72,6 +74,7 @@ def test_onnx_has_open_dimensions_and_real_numbers_only(onnx_file):
     assert {node.domain for node in model.graph.node} <= {"", "pkg.onnxscript.torch_lib"}
 
 
+@pytest.mark.slow
 def test_onnx_says_what_its_input_is(onnx_file):
     metadata = session(onnx_file[0]).get_modelmeta().custom_metadata_map
     assert metadata["encoding"] == "ape+sape2:axes=x"
@@ -82,6 +85,7 @@ def test_onnx_says_what_its_input_is(onnx_file):
     assert metadata["input"] == "images as float32, pixel / 255; the graph normalises them itself"
 
 
+@pytest.mark.slow
 def test_a_graph_with_normalisation_takes_pixels(run, onnx_file):
     pixels = torch.rand(2, 1, 16, 12)
     assert largest(run_onnx(onnx_file[0], pixels) - run[1]((pixels - 0.3) / 0.2)) < 1e-4

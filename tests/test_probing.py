@@ -133,7 +133,7 @@ def test_the_command_writes_rows_a_figure_and_json(tiny, tmp_path, capsys):
     assert "(0.125)" in shown
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", [task if task == "distant" else pytest.param(task, marks=pytest.mark.slow) for task in TASKS])
 def test_examples_are_drawn(task, tmp_path, capsys):
     path = tmp_path / "examples.png"
     assert main(["probe", task, "--examples", str(path)]) == 0
