@@ -144,14 +144,19 @@ def largest_side(form: str, bytes_of: Callable[..., int | None], budget: int) ->
 
 
 def bisected_side(bytes_of: Callable[..., int | None], budget: int) -> int | None:
-    low, high = 1, MAX_SIDE  # fits, does not
+    """Doubled until it does not fit, then halved: predicting much too large a side takes hours."""
+
+    def fits(side: int) -> bool | None:
+        needed = bytes_of(side=side)
+        return needed and needed <= budget
+
+    low, high = 1, 2
+    while high < MAX_SIDE and fits(high):
+        low, high = high, min(2 * high, MAX_SIDE)
     while high - low > 1:
         middle = (low + high) // 2
-        needed = bytes_of(side=middle)
-        if needed is None:
-            return None
-        low, high = (middle, high) if needed <= budget else (low, middle)
-    return low
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return None if fits(low) is None else low
 
 
 def growth(rows: list[Row], quantity: str) -> list[Row]:

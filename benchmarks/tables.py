@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 import attention_cost
 import cifar10_budget
+import cifar10_measures
 import digits_encodings
 import memory
 import model_cost
 from timing import RESULTS, Row
 
 from sape2.checkpoint import read_rows
+from sape2.comparison.outcome import accuracy_columns, accuracy_table, cost_table, outcome
 from sape2.report import markdown_table, summarize
 
 
@@ -30,6 +32,14 @@ def model_tables(rows: list[Row]) -> str:
 def memory_tables(rows: list[Row]) -> str:
     measured, largest = [row for row in rows if "ms" in row], [row for row in rows if "scope" in row]
     return markdown_table(measured, memory.COLUMNS) + "\n" + markdown_table(largest, memory.LARGEST_COLUMNS)
+
+
+def study_tables(rows: list[Row]) -> str:
+    """Raw rows of `sape2 compare`: accuracy of the last epoch and of the chosen one, costs."""
+    found = outcome(rows, "ape")
+    accuracy = [markdown_table(accuracy_table(found, weights), accuracy_columns(found)) for weights in ("last", "best")]
+    costs = cost_table(found)
+    return "\n".join([*accuracy, markdown_table(costs, list(costs[0]))])
 
 
 def attach_table(rows: list[Row]) -> str:
@@ -52,6 +62,8 @@ def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "digits_encodings": digits_encodings.table,
     "cifar10_budget": cifar10_budget.table,
+    "cifar10_short": study_tables,
+    "cifar10_measures": cifar10_measures.tables,
     "attach_cifar10": attach_table,
     "attention_cost": attention_tables,
     "model_cost": model_tables,

@@ -1,0 +1,131 @@
+"""Shift, resolution, grouping and health of runs of `sape2 compare cifar10_short`, as tables with intervals over images.
+
+Command:  python benchmarks/cifar10_measures.py RUN [RUN ...]   keeps what `sape2 evaluate` left in them in
+          benchmarks/results/cifar10_measures.jsonl, and prints the tables;
+          python benchmarks/cifar10_measures.py                 prints them from the rows that are kept.
+
+Conditions that all runs share (recipe, model, data, split, machine) are kept once, in the first line; the wording of the
+protocols is in docs/evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from timing import RESULTS, Row
+
+from sape2.checkpoint import read_config, read_rows, write_rows
+from sape2.report import markdown_table
+
+ROWS = RESULTS / "cifar10_measures.jsonl"
+SHARED = ("recipe", "model", "data", "epochs", "seed", "precision", "torch", "hardware", "split", "weights")
+LEFT_OUT = (*SHARED, "protocol", "head", "class")
+LAYERS = 4
+
+
+@dataclass(frozen=True)
+class Number:
+    """A column: the rows of one name under these conditions; of several, which differ in the rule, the first."""
+
+    heading: str
+    measure: str
+    name: str
+    where: dict[str, Any]
+
+    def of(self, rows: list[Row]) -> str:
+        """ "0.712 (0.690 to 0.733)", an interval over images; "" where there is no such row."""
+        for row in rows:
+            if (row["measure"], row["name"]) == (self.measure, self.name) and self.where.items() <= row.items():
+                return "" if row["value"] is None else _text(row)
+        return ""
+
+
+def _text(row: Row) -> str:
+    low, high = row.get("ci_low"), row.get("ci_high")
+    digits = 0 if row["unit"] == "warnings" else 4 if row["name"] == "lie_derivative_error" else 3
+    interval = f" ({low:.{digits}f} to {high:.{digits}f})" if low is not None and high is not None else ""
+    return f"{row['value']:.{digits}f}{interval}"
+
+
+def of_layers(heading: str, measure: str, name: str, **where: Any) -> list[Number]:
+    return [Number(f"{heading}, layer {layer}", measure, name, where | {"layer": layer}) for layer in range(1, LAYERS + 1)]
+
+
+SCALED = {"transform": "scaled"}
+ONE_PATCH = {"axis": "x", "shift_px": 4}
+TABLES = {
+    "shift: predictions": [
+        Number("accuracy", "accuracy", "accuracy", {}),
+        Number("consistency, within a patch", "shift", "circular_consistency", {"shifts": "sub_patch"}),
+        Number("whole patches", "shift", "circular_consistency", {"shifts": "patch_multiples"}),
+        Number("two crops", "shift", "cropped_consistency", {"shifts": "crops"}),
+        Number("worst case, within a patch", "shift", "worst_case_accuracy", {"shifts": "patch"}),
+    ],
+    "shift: errors": [
+        Number("Lie derivative, x, reflected", "shift", "lie_derivative_error", {"axis": "x", "border": "reflect"}),
+        Number("features leaving layer 4, one patch along x", "shift", "feature_equivariance_error", ONE_PATCH | {"layer": 4}),
+        Number("bias of layer 1", "shift", "bias_equivariance_error", ONE_PATCH | {"layer": 1}),
+        Number("bias of layer 4", "shift", "bias_equivariance_error", ONE_PATCH | {"layer": 4}),
+    ],
+    "resolution": [
+        Number("32x32", "resolution", "accuracy_at_size", SCALED | {"size": "32x32"}),
+        Number("smaller, scaled", "resolution", "mean_accuracy_below", SCALED),
+        Number("larger, scaled", "resolution", "mean_accuracy_above", SCALED),
+        Number("64x64, scaled", "resolution", "accuracy_at_size", SCALED | {"size": "64x64"}),
+        Number("larger, padded (reflected)", "resolution", "mean_accuracy_above", {"transform": "padded", "border": "reflect"}),
+    ],
+    "grouping: AUROC of a small bias for the same object, patches two or more apart": of_layers(
+        "AUROC", "grouping", "bias_auroc", masks="scenes", distance="far", sign="minus"
+    ),
+    "grouping: attention to the same object against chance, patches two or more apart": of_layers(
+        "lift", "grouping", "same_label_lift", masks="scenes", distance="far"
+    ),
+    "health": [
+        *of_layers("bias to content", "health", "bias_to_content"),
+        Number("warnings", "health", "warnings", {}),
+    ],
+}
+
+
+def collect(folders: list[Path]) -> list[Row]:
+    """What the runs share, then the rows of each, last epoch, test set; numbers to six digits."""
+    rows: list[Row] = []
+    for folder in folders:
+        encoding = read_config(folder).model.encoding
+        found = [row for row in read_rows(folder / "results.jsonl") if (row["split"], row["weights"]) == ("test", "last")]
+        shared = {key: found[0][key] for key in SHARED}
+        if rows and rows[0] != shared:
+            raise SystemExit(f"{folder} was run or measured under other conditions: {shared}, not {rows[0]}")
+        rows += [] if rows else [shared]
+        rows += [{"encoding": encoding} | _short(row) for row in found if "head" not in row and "class" not in row]
+    return rows
+
+
+def _short(row: Row) -> Row:
+    kept = {key: value for key, value in row.items() if key not in (*LEFT_OUT, "encoding")}
+    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in kept.items()}
+
+
+def tables(rows: list[Row]) -> str:
+    """One table a question, one line an encoding."""
+    parts = []
+    encodings = dict.fromkeys(row["encoding"] for row in rows if "encoding" in row)
+    of_encoding = {encoding: [row for row in rows if row.get("encoding") == encoding] for encoding in encodings}
+    for title, numbers in TABLES.items():
+        lines = [{"encoding": name} | {n.heading: n.of(mine) for n in numbers} for name, mine in of_encoding.items()]
+        shown = [line for line in lines if any(value for key, value in line.items() if key != "encoding")]
+        parts.append(f"### {title}\n\n{markdown_table(shown, ['encoding', *(number.heading for number in numbers)])}")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        write_rows(ROWS, collect([Path(name) for name in sys.argv[1:]]))
+    print(tables(read_rows(ROWS)))
+
+
+if __name__ == "__main__":
+    main()
