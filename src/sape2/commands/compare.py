@@ -12,8 +12,9 @@ from sape2.commands.output import say, show_outcome
 if TYPE_CHECKING:
     from sape2.claim import Claim
     from sape2.data import Splits
-    from sape2.progress import StudyProgress
-    from sape2.study import Cell, Run
+    from sape2.study.plan import Cell
+    from sape2.study.progress import StudyProgress
+    from sape2.study.work import Run
 
 HELP = "encodings x seeds under one recipe, with paired differences"
 
@@ -34,8 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.costing import split_encodings
-    from sape2.study import Stopped, Study, forget_failures, work
+    from sape2.costing.sweep import split_encodings
+    from sape2.study.plan import Study
+    from sape2.study.work import Stopped, forget_failures, work
 
     config = resolve(arguments)
     folder = Path(arguments.out or Path("runs") / f"compare-{config.recipe}-{config.model.name}")
@@ -46,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
     study.check()
     from sape2.data import load_data
-    from sape2.progress import study_progress
     from sape2.runs import build_model
+    from sape2.study.progress import study_progress
     from sape2.train import catch_signals
 
     for cell in study.cells()[: len(study.encodings)]:
@@ -73,7 +75,7 @@ def _run_cell(splits: Splits, shown: StudyProgress) -> Run:
     from sape2.augment import TrainStream
     from sape2.running import run_to_end
     from sape2.runs import build_model
-    from sape2.study import Stopped
+    from sape2.study.work import Stopped
     from sape2.train import TrainingStopped
 
     def run(cell: Cell, claim: Claim) -> None:

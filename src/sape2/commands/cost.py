@@ -11,7 +11,7 @@ from sape2.commands.options import add_json, whole_number
 from sape2.commands.output import Row, say
 
 if TYPE_CHECKING:
-    from sape2.costing import Cell, Sweep
+    from sape2.costing.sweep import Cell, Sweep
 
 HELP = "what encodings cost: operations, time, memory, growth with the grid"
 ENCODINGS = "none,rope,rpe,rpe_decomposed,cope,sape2,sape2:readout=squared_distance,sape2:readout=direct"
@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.cost_rows import count_table, time_table
+    from sape2.costing.rows import count_table, time_table
     from sape2.report import print_json, print_table
 
     sweep, folder = _sweep(arguments), Path(arguments.out)
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> Sweep:
     import torch
 
-    from sape2.costing import LEVELS, Sweep, parse_grid, split_encodings
+    from sape2.costing.sweep import LEVELS, Sweep, parse_grid, split_encodings
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if arguments.threads is not None:
@@ -84,7 +84,7 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
-    from sape2.costing import run_sweep
+    from sape2.costing.sweep import run_sweep
     from sape2.runs import hardware
 
     conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
@@ -97,7 +97,7 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list
 
 
 def _draw_cost(rows: list[Row], folder: Path) -> None:
-    from sape2.cost_rows import lines_of_growth
+    from sape2.costing.rows import lines_of_growth
 
     try:
         from sape2.viz import plot_growth

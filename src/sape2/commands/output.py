@@ -56,8 +56,16 @@ def _print_measure(rows: list[Row]) -> None:
 
 def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: bool) -> None:
     """Tables and figures of raw rows, into the folder and for the reader."""
-    from sape2.comparison import WEIGHTS
-    from sape2.outcome import COST_HEADINGS, accuracy_columns, accuracy_table, cost_table, draw_outcome, outcome, write_outcome
+    from sape2.comparison.outcome import (
+        COST_HEADINGS,
+        accuracy_columns,
+        accuracy_table,
+        cost_table,
+        draw_outcome,
+        outcome,
+        write_outcome,
+    )
+    from sape2.comparison.tables import WEIGHTS
     from sape2.report import print_json, print_table
 
     found = outcome(rows, baseline)

@@ -62,7 +62,7 @@ def _draw_examples(task: str, path: Path) -> int:
 
 def _probe_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Seed by seed, so that a stop leaves whole comparisons."""
-    from sape2.costing import split_encodings
+    from sape2.costing.sweep import split_encodings
     from sape2.probing import Cell
 
     steps = None if arguments.steps is None else whole_number("--steps", arguments.steps)

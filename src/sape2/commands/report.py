@@ -32,8 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.baseline is not None:
         raise ValueError("--baseline is for the rows.jsonl of sape2 compare; run folders are not compared in pairs")
     measures = None if arguments.measures is None else chosen_measures(arguments.measures)
-    from sape2.comparison import compare, write_figures, write_tables
-    from sape2.headlines import read_runs
+    from sape2.comparison.headlines import read_runs
+    from sape2.comparison.tables import compare, write_figures, write_tables
     from sape2.report import print_json, print_table
 
     runs, unfinished = read_runs(map(Path, arguments.folders), arguments.split, arguments.weights)
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _report_raw(arguments: argparse.Namespace) -> int:
     """The tables of sape2 compare from raw rows alone."""
-    from sape2.rawrows import each_once, read_raw
+    from sape2.comparison.rawrows import each_once, read_raw
 
     if not all(name.endswith(".jsonl") for name in arguments.folders):
         raise ValueError("give run folders, or files of raw rows, not both")
