@@ -3,7 +3,7 @@
 from sape2.checkpoint import start_run, write_rows
 from sape2.config import override
 from sape2.recipes import get_recipe
-from sape2.study import Study
+from sape2.study.plan import Study
 
 TINY = [
     "model.dim=12", "model.depth=1", "train.epochs=1", "train.warmup_epochs=0", "train.batch_size=32", "train.precision=fp32",

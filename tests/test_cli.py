@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sape2.checkpoint import Progress, save_checkpoint, save_weights, start_run
-from sape2.cli import build_parser, main, resolve
+from sape2.cli import build_parser, main
+from sape2.commands.options import resolve
 from sape2.config import MODELS, RunConfig, override
 from sape2.encodings import list_encodings
 from sape2.evaluation import MEASURES

@@ -25,8 +25,8 @@ from torch import nn
 from sape2.checkpoint import last_checkpoint, read_rows, save_weights, write_rows
 from sape2.claim import Watcher
 from sape2.cli import main
-from sape2.outcome import accuracy_table, outcome, page, write_outcome
-from sape2.rawrows import each_once, raw_row, read_raw
+from sape2.comparison.outcome import accuracy_table, outcome, page, write_outcome
+from sape2.comparison.rawrows import each_once, raw_row, read_raw
 from sape2.running import StepMemory
 from sape2.train import Trainer
 

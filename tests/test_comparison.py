@@ -11,9 +11,10 @@ from PIL import Image
 
 from sape2.checkpoint import start_run, write_rows
 from sape2.cli import main
-from sape2.comparison import compare, group_runs, mean_and_std
+from sape2.comparison.groups import group_runs, mean_and_std
+from sape2.comparison.headlines import read_runs, telling_layer
+from sape2.comparison.tables import compare
 from sape2.config import override
-from sape2.headlines import read_runs, telling_layer
 from sape2.recipes import get_recipe
 
 CONDITIONS = {"split": "test", "weights": "last", "unit": "", "protocol": "p"}

@@ -18,9 +18,9 @@ from sape2 import create_encoding, create_model
 from sape2.attention import describe_path
 from sape2.cli import main
 from sape2.config import MODELS
-from sape2.cost_rows import count_table, growth_rows, lines_of_growth, time_table
-from sape2.cost_subjects import AttentionSubject, Cell, EncodedAttention, ModelSubject, PlainAttention
-from sape2.costing import Sweep, attention_part, measure, parse_grid, run_sweep, split_encodings
+from sape2.costing.rows import count_table, growth_rows, lines_of_growth, time_table
+from sape2.costing.subjects import AttentionSubject, Cell, EncodedAttention, ModelSubject, PlainAttention
+from sape2.costing.sweep import Sweep, attention_part, measure, parse_grid, run_sweep, split_encodings
 from sape2.evaluation import MEASURES, memory
 from sape2.evaluation.cost import count_macs, count_parameters, forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.memory import available_bytes, highest_sum, peak_bytes, predicted_peak
@@ -228,7 +228,7 @@ def test_available_memory_heeds_the_limit_of_a_container(tmp_path, monkeypatch):
 RESIDENT = """
 import resource, torch
 from sape2 import create_encoding
-from sape2.cost_subjects import EncodedAttention
+from sape2.costing.subjects import EncodedAttention
 from sape2.evaluation.cost import forward_backward
 from sape2.evaluation.memory import peak_bytes
 def step(side):
@@ -448,7 +448,7 @@ def test_a_step_leaves_no_memory_behind(subject, dtype):
 
 
 def test_what_does_not_fit_is_not_tried_and_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr("sape2.costing.available_bytes", lambda device: 60_000)
+    monkeypatch.setattr("sape2.costing.sweep.available_bytes", lambda device: 60_000)
     monkeypatch.setattr(AttentionSubject, "predict", lambda self, phase: 10**10 if self.parameters else 0)
     ran = []
     real = AttentionSubject.run

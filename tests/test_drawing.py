@@ -11,7 +11,8 @@ from PIL import Image
 
 from sape2 import viz
 from sape2.viz.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
-from sape2.viz.panels import by_distance, map_panel, number, table_panel
+from sape2.viz.panels import map_panel, number
+from sape2.viz.plots import by_distance, table_panel
 
 SVG = "{http://www.w3.org/2000/svg}"
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sape2.checkpoint import save_weights, start_run, write_rows
 from sape2.cli import main
 from sape2.config import override
-from sape2.picture import read_picture
+from sape2.data.picture import read_picture
 from sape2.recipes import get_recipe
 from sape2.runs import build_model, load_run_model
 

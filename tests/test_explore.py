@@ -336,7 +336,8 @@ def test_the_shipped_model_is_small_trained_and_says_how_it_was_made():
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 3_000_000
     assert config.model.encoding == "ape+sape2"
     command = re.search(r"^sape2 (train digits .*)$", (SHIPPED / "README.md").read_text(), flags=re.MULTILINE)[1]
-    from sape2.cli import build_parser, resolve
+    from sape2.cli import build_parser
+    from sape2.commands.options import resolve
 
     assert resolve(build_parser().parse_args(command.split())).identity() == config.identity()
     load_run_model(SHIPPED)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sape2.paired import Paired, holm, paired_difference, student_p, student_quantile
+from sape2.comparison.paired import Paired, holm, paired_difference, student_p, student_quantile
 
 A = {0: 0.812, 1: 0.807, 2: 0.821, 3: 0.809, 4: 0.815}
 B = {0: 0.805, 1: 0.806, 2: 0.811, 3: 0.811, 4: 0.804}

@@ -8,18 +8,19 @@ from dataclasses import asdict
 import pytest
 from study_cases import finish, tiny_study
 
-from sape2 import rawrows
-from sape2 import study as studies
 from sape2.checkpoint import read_rows
 from sape2.claim import NAME, Holder, Watcher, this_machine
-from sape2.progress import duration
-from sape2.rawrows import raw_row, read_raw
-from sape2.study import Stopped, forget_failures, safe_name, seconds_left, work
+from sape2.comparison import rawrows
+from sape2.comparison.rawrows import raw_row, read_raw
+from sape2.study import work as working
+from sape2.study.plan import safe_name
+from sape2.study.progress import duration
+from sape2.study.work import Stopped, forget_failures, seconds_left, work
 
 
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch):
-    monkeypatch.setattr(studies, "LOOK_S", 0.01)
+    monkeypatch.setattr(working, "LOOK_S", 0.01)
 
 
 @pytest.fixture

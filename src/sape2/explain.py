@@ -19,13 +19,13 @@ from sape2 import viz
 from sape2.checkpoint import is_finished, read_config, read_rows
 from sape2.config import ModelConfig, RunConfig
 from sape2.data import ImageData
+from sape2.data.picture import Picture, read_picture
 from sape2.evaluation import pairs
 from sape2.evaluation.findings import findings
 from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.files import write_text
 from sape2.grid import Grid
-from sape2.picture import Picture, read_picture
 from sape2.report import format_value
 from sape2.runs import load_run_model
 from sape2.viz.drawing import Drawing

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from sape2.config import RunConfig, check_image_size
 from sape2.data import ImageData, ImageFiles, normalize
+from sape2.data.picture import Picture
 from sape2.evaluation.translation import Border, translate
 from sape2.evaluation.views import plain_sizes, scaled
 from sape2.explore.change import Change, changes
 from sape2.explore.columns import Column, View, axes_of, axis_view, of_head
 from sape2.explore.looking import Seen, look
 from sape2.explore.state import Patch, State, whole_number
-from sape2.picture import Picture
 from sape2.vit import ViT
 
 LARGEST_GRID = 32 * 32  # patches: maps of all layers and heads stay in memory

@@ -16,11 +16,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sape2.data.picture import read_picture
 from sape2.explore.columns import View
 from sape2.explore.microscope import Microscope
 from sape2.explore.state import State, parse_state
 from sape2.explore.views import to_drawing, to_html, to_json
-from sape2.picture import read_picture
 from sape2.viz.drawing import escape
 
 LARGEST_UPLOAD = "64mb"

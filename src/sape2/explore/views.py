@@ -15,16 +15,14 @@ from sape2.viz.panels import (
     FIRST,
     SECOND,
     Mark,
-    bars_panel,
     image_panel,
     limits_of,
     line_panel,
     map_panel,
     number,
-    pair_panel,
     place,
-    table_panel,
 )
+from sape2.viz.plots import bars_panel, pair_panel, table_panel
 
 BIAS, WEIGHT = "logits", "share of attention"
 AXIS_TITLES = {"x": "Along the row", "y": "Along the column"}

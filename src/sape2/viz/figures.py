@@ -14,8 +14,6 @@ from sape2.viz.panels import (
     NARROW,
     SECOND,
     Mark,
-    by_distance,
-    distance_panel,
     heads_panel,
     image_panel,
     limits_of,
@@ -23,6 +21,7 @@ from sape2.viz.panels import (
     map_panel,
     matrix_panel,
 )
+from sape2.viz.plots import by_distance, distance_panel
 
 Grid = tuple[int, int]
 Patch = tuple[int, int]

@@ -1,4 +1,5 @@
-"""Panels about one image under a model, each a `Drawing` narrow enough for a phone: what `explain` and `explore` are made of.
+"""Panels about one image under a model, patch by patch, each a `Drawing` narrow enough for a phone; with `viz.plots` what
+`explain` and `explore` are made of.
 
 Arrays are numpy; a patch is (row, column). i is the patch that one looks from, n another one, m a place in i's line.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
@@ -16,10 +17,8 @@ from sape2.viz.drawing import (
     FAINT,
     INK,
     SEQUENTIAL,
-    Dot,
     Drawing,
     Length,
-    Line,
     Raster,
     Rect,
     Shape,
@@ -75,7 +74,7 @@ def image_panel(
         for y, x in np.ndindex(*grid)
     ]
     frames = [shape for mark in marks for shape in _frame(mark, 0, HEAD, cell_w, cell_h)]
-    return Drawing(wide, HEAD + side, (*_heading(title, note), shown, *cells, *frames), f"{title} {note}")
+    return Drawing(wide, HEAD + side, (*heading(title, note), shown, *cells, *frames), f"{title} {note}")
 
 
 def in_colour(pixels: np.ndarray) -> np.ndarray:
@@ -93,7 +92,7 @@ def _frame(mark: Mark, x: Length, y: Length, width: Length, height: Length) -> I
         yield Text(left + 6, top + 11, mark.letter, 11, "#ffffff", "middle", bold=True)
 
 
-def _heading(title: str, note: str) -> tuple[Shape, ...]:
+def heading(title: str, note: str) -> tuple[Shape, ...]:
     return (
         (Text(0, 12, title, 12.5, bold=True), Text(0, 27, note, 11, FAINT)) if note else (Text(0, 22, title, 12.5, bold=True),)
     )
@@ -129,7 +128,7 @@ def map_panel(
     cells = [_cell((y, x), cell, code(fills[y, x]), f"{value:.5g} {unit}") for (y, x), value in np.ndenumerate(values)]
     frames = [shape for mark in marks for shape in _frame(mark, 0, HEAD, cell, cell)]
     bottom = HEAD + rows * cell
-    shapes = (*_heading(title, unit), *cells, *frames, *_scale(limits, colours, bottom + 6, cell * columns))
+    shapes = (*heading(title, unit), *cells, *frames, *_scale(limits, colours, bottom + 6, cell * columns))
     return Drawing(width, bottom + 28, shapes, f"{title} ({unit}), from {number(values.min())} to {number(values.max())}")
 
 
@@ -150,7 +149,7 @@ def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits | Non
     limits = limits or limits_of([values])
     fills = colour((values - limits[0]) / (limits[1] - limits[0]))
     shapes = (
-        *_heading(title, unit),
+        *heading(title, unit),
         Raster(0, HEAD, width, width, fills),
         *_scale(limits, SEQUENTIAL, HEAD + width + 6, width),
     )
@@ -177,7 +176,7 @@ def line_panel(
     cell = (WIDE - left) / length
     tile = min(cell, 40.0)
     line = [(patch[0], m) if axis == "x" else (m, patch[1]) for m in range(length)]
-    shapes: list[Shape] = [*_heading(title, "left to right" if axis == "x" else "top to bottom")]
+    shapes: list[Shape] = [*heading(title, "left to right" if axis == "x" else "top to bottom")]
     for m, (y, x) in enumerate(line):
         shapes.append(Raster(left + m * cell, HEAD, cell - 1, tile - 1, in_colour(_tile(pixels, grid, (y, x)))))
     at = line.index(patch)
@@ -225,7 +224,7 @@ def heads_panel(values: np.ndarray, title: str, note: str, largest: float | None
     cell = (WIDE - left) / places
     largest = largest or max(float(values.max()), 1e-9)
     fills = colour(values / largest)
-    shapes: list[Shape] = list(_heading(title, note))
+    shapes: list[Shape] = list(heading(title, note))
     for head in range(heads):
         top = HEAD + head * tall
         shapes.append(Text(left - 6, top + 14, f"head {head + 1}", 11, INK, "end"))
@@ -236,138 +235,3 @@ def heads_panel(values: np.ndarray, title: str, note: str, largest: float | None
                 ink = ink_on(fills[head, m])
                 shapes.append(Text(left + (m + 0.5) * cell - 0.5, top + 14, _short(value), 10, ink, "middle"))
     return Drawing(WIDE, HEAD + heads * tall, tuple(shapes), f"{title}, {note}")
-
-
-# --- curves ----------------------------------------------------------------------------------------------------------
-
-
-class Plot(NamedTuple):
-    """An area with two scales."""
-
-    left: Length
-    top: Length
-    width: Length
-    height: Length
-    across: Limits
-    up: Limits
-
-    def at(self, x: Length, y: Length) -> tuple[Length, Length]:
-        share_x = (x - self.across[0]) / (self.across[1] - self.across[0])
-        share_y = (y - self.up[0]) / (self.up[1] - self.up[0])
-        return self.left + share_x * self.width, self.top + (1 - share_y) * self.height
-
-    def axes(self, across: str, ticks: Sequence[Length]) -> Iterator[Shape]:
-        """A frame of ticks: the ends of the vertical scale, zero, and `ticks` below."""
-        bottom = self.top + self.height
-        yield Line(((self.left, self.top), (self.left, bottom), (self.left + self.width, bottom)), "#808080")
-        for value in sorted({*self.up, *([0.0] if self.up[0] < 0 < self.up[1] else [])}):
-            y = self.at(self.across[0], value)[1]
-            if value == 0 and min(abs(y - self.top), abs(y - bottom)) < 12:
-                continue
-            yield Line(((self.left - 3, y), (self.left, y)), "#808080")
-            yield Text(self.left - 5, y + 4, number(value), 10.5, FAINT, "end")
-        for value in ticks:
-            x = self.at(value, self.up[0])[0]
-            yield Line(((x, bottom), (x, bottom + 3)), "#808080")
-            yield Text(x, bottom + 14, f"{value:g}", 10.5, FAINT, "middle")
-        yield Text(self.left + self.width / 2, bottom + 29, across, 11, FAINT, "middle")
-
-
-def _ticks(largest: int) -> list[Length]:
-    step = max(1, -(-largest // 8))
-    return [float(value) for value in range(0, largest + 1, step)]
-
-
-def _widened(limits: Limits) -> Limits:
-    """With some room, so that no dot lies on the frame."""
-    margin = 0.06 * (limits[1] - limits[0])
-    return limits[0] - margin, limits[1] + margin
-
-
-def table_panel(products: np.ndarray, positions: np.ndarray, axis: str, title: str) -> Drawing:
-    """Eq. 13 and 14: z_i[p] at the whole positions (grey), read between them at the positions counted (in colour)."""
-    last = len(products) - 1
-    plot = Plot(62, HEAD + 4, WIDE - 70, 120, _widened((0.0, float(last))), _widened(limits_of([products])))
-    clamped = positions.clip(0, last)
-    values = np.interp(clamped, np.arange(last + 1), products)
-    shapes: list[Shape] = [
-        *_heading(title, "grey: whole positions; coloured: where i's line reads"),
-        *plot.axes("position p (rows of the table)", _ticks(last)),
-        Line(tuple(plot.at(p, z) for p, z in enumerate(products.tolist())), "#808080", 1.5),
-    ]
-    for p, z in enumerate(products.tolist()):
-        shapes.append(Dot(*plot.at(p, z), 3, "#808080", title=f"position {p}: {z:.5g}"))
-    lengths = len(positions)
-    for m, (p, z) in enumerate(zip(clamped.tolist(), values.tolist(), strict=True)):
-        beyond = f", beyond the last row of the table ({positions[m]:.4g})" if positions[m] > last else ""
-        says = f"{'column' if axis == 'x' else 'row'} {m % lengths}: position {p:.4g}{beyond}, value {z:.5g}"
-        shapes.append(Dot(*plot.at(p, z), 4.5, FIRST, "#ffffff", says))
-    return Drawing(WIDE, HEAD + 4 + 120 + 34, tuple(shapes), f"{title}, {last + 1} positions")
-
-
-def pair_panel(first: np.ndarray, second: np.ndarray, axis: str, title: str, note: str) -> Drawing:
-    """Eq. 12 and 15: two position vectors, place by place, and what each place adds to the squared distance."""
-    size = len(first)
-    limits = _widened(limits_of([first, second]))
-    plot = Plot(62, HEAD + 4, WIDE - 70, 100, (-0.5, size - 0.5), limits)
-    added = (first - second) ** 2
-    bars = Plot(62, HEAD + 124, WIDE - 70, 40, (-0.5, size - 0.5), (0.0, max(float(added.max()), 1e-9)))
-    shapes: list[Shape] = [*_heading(title, note), *plot.axes("", [])]
-    shapes += bars.axes(f"place m in the {LINE_NAMES.get(axis, 'sequence')}", _ticks(size - 1))
-    for letter, ink, values in (("i", FIRST, first), ("n", SECOND, second)):
-        points = tuple(plot.at(m, z) for m, z in enumerate(values.tolist()))
-        shapes.append(Line(points, ink, 1.5))
-        shapes += [
-            Dot(*point, 4, ink, "#ffffff", f"s_{letter} at place {m}: {values[m]:.5g}") for m, point in enumerate(points)
-        ]
-    wide = 0.7 * bars.width / size
-    for m, value in enumerate(added.tolist()):
-        x, y = bars.at(m, value)
-        shapes.append(
-            Rect(
-                x - wide / 2, y, wide, bars.top + bars.height - y, "#808080", title=f"place {m}: squared difference {value:.5g}"
-            )
-        )
-    return Drawing(WIDE, HEAD + 124 + 40 + 34, tuple(shapes), f"{title}, {note}")
-
-
-def bars_panel(names: Sequence[str], values: Sequence[Length], title: str, note: str = "") -> Drawing:
-    """Shares from 0 to 1, the name before and the number behind each bar."""
-    left, tall, longest = 96.0, 24.0, WIDE - 96 - 58
-    shapes: list[Shape] = list(_heading(title, note))
-    for line, (name, value) in enumerate(zip(names, values, strict=True)):
-        top = HEAD + line * tall
-        name = name if len(name) <= 14 else f"{name[:13]}."
-        shapes.append(Text(left - 6, top + 15, name, 11.5, INK, "end"))
-        shapes.append(Rect(left, top + 3, max(value * longest, 0.5), tall - 8, FAINT, title=f"{name}: {value:.6f}"))
-        shapes.append(Text(left + value * longest + 5, top + 15, f"{value:.1%}", 11.5))
-    return Drawing(WIDE, HEAD + len(names) * tall, tuple(shapes), f"{title}: {names[0]} {values[0]:.1%}")
-
-
-def distance_panel(maps: np.ndarray, grid: Grid, title: str, unit: str, limits: Limits | None = None) -> Drawing:
-    """Values of all pairs, (maps, N, N), against the distance of the patches: mean, one standard deviation as a band."""
-    middle, spread = by_distance(maps, grid)
-    plot = Plot(48, HEAD + 4, WIDE / 2 + 20 - 56, 110, _widened((0.0, float(len(middle) - 1))),
-                _widened(limits or limits_of([middle - spread, middle + spread])))  # fmt: skip
-    up, down = ([plot.at(step, value) for step, value in enumerate((middle + sign * spread).tolist())] for sign in (1, -1))
-    line = [plot.at(step, value) for step, value in enumerate(middle.tolist())]
-    dots = [
-        Dot(*point, 2.5, SECOND, title=f"{step} patches: mean {middle[step]:.5g}, standard deviation {spread[step]:.3g}")
-        for step, point in enumerate(line)
-    ]
-    shapes = (
-        *_heading(title, unit),
-        Line((*up, *reversed(down)), "none", 0, "#c9dcea"),
-        *plot.axes("distance (patches)", _ticks(len(middle) - 1)[::2]),
-        Line(tuple(line), SECOND, 1.5),
-        *dots,
-    )
-    return Drawing(WIDE / 2 + 20, HEAD + 4 + 110 + 34, shapes, f"{title} ({unit}) against distance")
-
-
-def by_distance(maps: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of all values of pairs that are 0, 1, 2, ... patches apart (rounded)."""
-    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    apart = np.round(np.hypot(y[:, None] - y, x[:, None] - x)).astype(int)
-    groups = [maps[:, apart == step] for step in range(apart.max() + 1)]
-    return np.array([group.mean() for group in groups]), np.array([group.std() for group in groups])

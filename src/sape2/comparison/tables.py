@@ -5,125 +5,17 @@ What was not measured stays empty.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sape2 import viz
+from sape2.comparison.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows
+from sape2.comparison.headlines import COLUMNS, COUNTS, Column, Row, Run
 from sape2.files import write_text
-from sape2.headlines import COLUMNS, COUNTS, Column, Run, telling_layer
 from sape2.report import csv_table, markdown_table
 
-Row = dict[str, Any]
 WEIGHTS = {"last": "weights of the last epoch", "best": "weights of the best epoch on the validation set"}
-
-
-# --- runs that differ in the seed only -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of the same settings under different seeds, and what tells them from the other groups."""
-
-    label: str
-    runs: list[Run]
-
-    @property
-    def seeds(self) -> str:
-        return ", ".join(str(run.config.seed) for run in self.runs)
-
-    def numbers(self, column: Column) -> list[float]:
-        """The values of the runs that have one."""
-        layer = telling_layer(self.runs)
-        found = (column.pick(run, layer) for run in self.runs)
-        return [value for value in found if value is not None]
-
-
-def group_runs(runs: list[Run]) -> list[Group]:
-    """Raises ValueError for two runs of the same settings and seed, which would count as two seeds."""
-    groups: dict[str, list[Run]] = {}
-    for run in runs:
-        same = groups.setdefault(repr(sorted(_settings(run).items())), [])
-        for other in same:
-            if other.config.seed == run.config.seed:
-                raise ValueError(f"{other.folder} and {run.folder} are the same run (same settings and seed); give one of them")
-        same.append(run)
-    labels = _labels([members[0] for members in groups.values()])
-    return [
-        Group(label, sorted(members, key=lambda run: run.config.seed))
-        for label, members in zip(labels, groups.values(), strict=True)
-    ]
-
-
-def _settings(run: Run) -> dict[str, Any]:
-    """Everything that makes the run what it is but for its seed, as {"model.encoding": ...}."""
-    nested = run.config.identity()
-    flat = {
-        f"{part}.{key}": value for part, values in nested.items() if isinstance(values, dict) for key, value in values.items()
-    }
-    return flat | {key: value for key, value in nested.items() if not isinstance(value, dict) and key != "seed"}
-
-
-FOLLOWS = {  # what goes without saying once the first is said
-    "model.name": ("model.dim", "model.depth", "model.num_heads", "model.mlp_ratio"),
-    "data.name": ("data.", "model.image_size", "model.in_channels", "model.num_classes", "model.patch_size"),
-    "train.epochs": ("train.warmup_epochs",),
-}
-
-
-def _labels(runs: list[Run]) -> list[str]:
-    """The encoding, and the other settings in which the runs differ; the folder too where that is not enough."""
-    settings = [_settings(run) for run in runs]
-    keys = dict.fromkeys(key for values in settings for key in values)
-    differ = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1 and key != "model.encoding"]
-    implied = {
-        key for key in differ for said, follow in FOLLOWS.items() if said in differ and said != key and key.startswith(follow)
-    }
-    told = [key for key in differ if key not in implied]
-    labels = [
-        ", ".join([run.config.model.encoding, *(_tell(key, values.get(key)) for key in told)])
-        for run, values in zip(runs, settings, strict=True)
-    ]
-    return [f"{label} ({run.folder})" if labels.count(label) > 1 else label for label, run in zip(labels, runs, strict=True)]
-
-
-def _tell(key: str, value: Any) -> str:
-    if key in ("model.name", "data.name", "recipe"):
-        return str(value)
-    return f"{value} epochs" if key == "train.epochs" else f"{key.split('.')[-1]}={value}"
-
-
-VALUES = ("value", "ci_low", "ci_high", "chance")
-CHANGING = {*VALUES, "n", "seed", "protocol", "torch", "hardware", "precision", "message", "p10", "p90"}
-
-
-def _mean_rows(runs: list[list[Row]]) -> Iterator[Row]:
-    """Rows that agree in their conditions as one."""
-    groups: dict[str, list[Row]] = {}
-    for row in (row for rows in runs for row in rows if row.get("value") is not None):
-        groups.setdefault(repr(sorted((k, v) for k, v in row.items() if k not in CHANGING)), []).append(row)
-    for rows in groups.values():
-        mean, std = mean_and_std([row["value"] for row in rows])
-        interval = {} if std is None else {"ci_low": mean - std, "ci_high": mean + std}
-        chance = [row["chance"] for row in rows if row.get("chance") is not None]
-        conditions = {key: value for key, value in rows[0].items() if key not in CHANGING}
-        yield conditions | {"value": mean} | interval | ({"chance": statistics.mean(chance)} if chance else {})
-
-
-def _mean_epochs(runs: list[list[Row]]) -> list[Row]:
-    """Mean losses and accuracies of every epoch that all runs have."""
-    names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
-    return [{name: statistics.mean(row[name] for row in rows) for name in names} for rows in zip(*runs, strict=False)]
-
-
-def mean_and_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for the latter of one value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
-# --- table -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -248,7 +140,7 @@ def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
 def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
     """The figures, one line a group, and report.md with them in it. Raises ImportError without matplotlib."""
     groups = comparison.groups
-    epochs = {group.label: _mean_epochs([run.epochs for run in group.runs]) for group in groups}
+    epochs = {group.label: mean_epochs([run.epochs for run in group.runs]) for group in groups}
     files = []
     if all(epochs.values()):
         files.append(folder / "curves.png")
@@ -262,7 +154,7 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
 
 def _shown_rows(group: Group, as_means: bool) -> list[Row]:
     """As measured, with intervals over images; or means over seeds, with one standard deviation where there are several."""
-    return list(_mean_rows([run.rows for run in group.runs])) if as_means else group.runs[0].rows
+    return list(mean_rows([run.rows for run in group.runs])) if as_means else group.runs[0].rows
 
 
 def _wide(comparison: Comparison) -> list[Row]:

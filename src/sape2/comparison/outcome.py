@@ -9,10 +9,11 @@ from typing import Any
 
 from sape2 import viz
 from sape2.checkpoint import write_rows
-from sape2.comparison import WEIGHTS, mean_and_std
+from sape2.comparison.groups import mean_and_std
+from sape2.comparison.paired import Paired, holm, paired_difference
+from sape2.comparison.rawrows import check_one_study
+from sape2.comparison.tables import WEIGHTS
 from sape2.files import write_text
-from sape2.paired import Paired, holm, paired_difference
-from sape2.rawrows import check_one_study
 from sape2.report import csv_table, format_value, markdown_table
 
 Row = dict[str, Any]

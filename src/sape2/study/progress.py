@@ -9,8 +9,9 @@ from typing import Any
 
 from sape2.checkpoint import Progress
 from sape2.claim import NAME
-from sape2.rawrows import Row
-from sape2.study import Cell, Study, seconds_left
+from sape2.comparison.rawrows import Row
+from sape2.study.plan import Cell, Study
+from sape2.study.work import seconds_left
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from sape2.config import model_config
-from sape2.cost_rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
-from sape2.cost_subjects import DTYPES, NONE, PLAIN, AttentionSubject, Cell, ModelSubject, Subject
+from sape2.costing.rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
+from sape2.costing.subjects import DTYPES, NONE, PLAIN, AttentionSubject, Cell, ModelSubject, Subject
 from sape2.encodings import create_encodings, parse_encoding
 from sape2.evaluation.memory import available_bytes, peak_bytes
 from sape2.evaluation.timing import alternate

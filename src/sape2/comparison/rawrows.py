@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from sape2.checkpoint import Row, difference, is_finished, read_config, read_rows, write_rows
+from sape2.comparison.headlines import Run, step_ms
 from sape2.config import ModelConfig, RunConfig
 from sape2.evaluation.cost import count_model_operations, count_parameters
 from sape2.files import write_text
-from sape2.headlines import Run, step_ms
 from sape2.runs import describe, is_measured
 from sape2.vit import ViT
 
