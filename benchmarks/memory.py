@@ -27,7 +27,16 @@ from unittest.mock import patch
 import straightforward
 import torch
 import torch.nn.functional as F
-from peers import PLAIN, PLAIN_FUSED, Ours, Peer, make_straightforward, random_tokens, straightforward_sape2
+from peers import (
+    PLAIN,
+    PLAIN_FUSED,
+    Ours,
+    Peer,
+    StraightforwardSaPE2,
+    make_straightforward,
+    random_tokens,
+    straightforward_sape2,
+)
 from timing import Row, compare, conditions, parser, save
 from torch import Tensor, nn
 
@@ -71,10 +80,14 @@ def attention(form: str, side: int, device: str = "cpu") -> tuple[nn.Module, lis
 
 
 def predict(step: Callable, module: nn.Module, inputs: list[Tensor]) -> int | None:
-    """`predicted_peak` along the path of tensors with memory (`choose_path` gives those without the readable form)."""
+    """`predicted_peak` along the path of tensors with memory (`choose_path` gives those without the readable form).
+
+    The straightforward form keeps the readable one: whole maps, as the paper's listing has them.
+    """
 
     def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> str:
-        return "blocks" if encoding.makes_bias else CHOOSE_PATH(q, encoding, dropout)
+        in_blocks = encoding.makes_bias and not isinstance(encoding, StraightforwardSaPE2)
+        return "blocks" if in_blocks else CHOOSE_PATH(q, encoding, dropout)
 
     own_buffers = patch.object(sape2_attention, "_WORKSPACE", type(sape2_attention._WORKSPACE)())
     with patch.object(sape2_attention, "choose_path", choose_path), own_buffers:
