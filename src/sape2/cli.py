@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sape2.data import Splits
     from sape2.detection import DetectionConfig
     from sape2.probing import Cell as ProbeCell
+    from sape2.processes import Processes
     from sape2.progress import StudyProgress
     from sape2.study import Cell as StudyCell
     from sape2.study import Run
@@ -223,6 +224,17 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def run_train(arguments: argparse.Namespace) -> int:
     config = resolve(arguments)
+    from sape2.processes import joined
+
+    with joined() as processes:
+        if processes.is_main:
+            return _train(config, arguments, processes)
+        from sape2.running import help_to_train
+
+        return help_to_train(config, processes)
+
+
+def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.checkpoint import check_run, is_finished, read_rows, standing
     from sape2.claim import Watcher
@@ -245,7 +257,7 @@ def run_train(arguments: argparse.Namespace) -> int:
 
     with Watcher().wait(folder, standing(folder), say=_say) as claim:
         try:
-            rows = run_to_end(model, splits, config, claim)
+            rows = run_to_end(model, splits, config, claim, processes=processes)
         except TrainingStopped as stopped:
             _say(f"sape2: {stopped}")
             return 128 + stopped.signal_number
