@@ -6,6 +6,7 @@ same weights as one that never stopped. Several processes share each batch; only
 
 from __future__ import annotations
 
+import copy
 import math
 import signal
 import sys
@@ -36,6 +37,7 @@ from sape2.config import RunConfig, TrainConfig
 from sape2.data import ImageData, ImageFiles, normalize
 from sape2.encodings import AttentionEncoding
 from sape2.processes import ALONE, Processes, launched
+from sape2.sharding import divided_state, here, put_together, shard, whole_state
 
 # model -> (accuracy, loss) on the validation set; called in every process, and the same in each
 Evaluate = Callable[[nn.Module], tuple[float, float]]
@@ -98,10 +100,15 @@ class Trainer:
         self.mixer = BatchMixer(config.augment, config.train.label_smoothing, config.model.num_classes)
         self.model = model.to(self.accelerator.device)
         self.ema = make_ema(self.model, config.train)
-        self.optimizer = make_optimizer(self.model, config.train)
-        self.schedule = make_schedule(self.optimizer, config.train, self.stream.steps_per_epoch)
+        self.undivided: list[nn.Module] = []  # where the parts of a divided model, and of its average, are put together
         self.progress, optimizer_state = self._take_up_checkpoint()
-        self.wrapped, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+        if config.train.parallel == "fsdp":
+            self.wrapped = self._divide()
+        else:
+            self.wrapped = self.accelerator.prepare(self.model)
+        self.optimizer = make_optimizer(self.model, config.train)
+        self.stepper = self.accelerator.prepare(self.optimizer)
+        self.schedule = make_schedule(self.optimizer, config.train, self.stream.steps_per_epoch)
         if optimizer_state is not None:
             self._load_optimizer(optimizer_state)
         self.known: dict[str, Any] = {}  # what `watch` found out
@@ -112,10 +119,12 @@ class Trainer:
     def _ema_module(self) -> nn.Module | None:
         return None if self.ema is None else self.ema.module
 
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are measured and kept: the moving average where there is one."""
-        return self._ema_module or self.model
+    def whole(self) -> list[nn.Module]:
+        """The model, and its moving average where there is one, undivided. All processes must call it."""
+        parts = [self.model] if self.ema is None else [self.model, self.ema.module]
+        for part, undivided in zip(parts, self.undivided, strict=False):
+            put_together(part, undivided)
+        return self.undivided or parts
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
@@ -156,8 +165,9 @@ class Trainer:
                     mark = time.perf_counter()
                 if stop and self.progress.step < stream.total_steps:
                     raise TrainingStopped(stop, self.progress.step)
+        weights = self.whole()[-1]
         if self.processes.is_main:
-            save_weights(self.folder / "model.safetensors", self.evaluated)
+            save_weights(self.folder / "model.safetensors", weights)
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         """One update from one batch of this process, in `accumulation` equal parts."""
@@ -204,11 +214,13 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """A step with a finite loss can still break the weights; such weights are never saved."""
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        finite = all(here(parameter).isfinite().all() for parameter in self.model.parameters())
+        if self.processes.largest(int(not finite)):
             self._diverged(self.progress.step - 1, "the weights are no longer finite")
 
     def _diverged(self, step: int, what: str) -> NoReturn:
-        last = last_checkpoint(self.folder)
+        """All processes come here, since all have seen the losses of all."""
+        last = self.processes.from_main(last_checkpoint(self.folder))
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         raise ValueError(
             f"{what} at step {step} (epoch {step // self.stream.steps_per_epoch + 1}, learning rate "
@@ -224,10 +236,14 @@ class Trainer:
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
 
     def _end_epoch(self, epoch: int) -> None:
-        """Measures the validation set, in the precision of the training, writes the epoch's line, keeps the best weights."""
+        """Measures the validation set, in the precision of the training, writes the epoch's line, keeps the best weights.
+
+        They are those of the moving average where there is one.
+        """
         sums, self.progress.sums = self.progress.sums, {}
         waited = max(self.processes.gather(sums["wait_seconds"]))
-        accuracy, loss = self.evaluate(self.evaluated)
+        weights = self.whole()[-1]
+        accuracy, loss = self.evaluate(weights)
         row = {
             "epoch": epoch,
             "step": self.progress.step,
@@ -245,7 +261,7 @@ class Trainer:
         if accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = accuracy, epoch
             if self.processes.is_main:
-                save_weights(self.folder / "best.safetensors", self.evaluated)
+                save_weights(self.folder / "best.safetensors", weights)
         if self.processes.is_main:
             path = self.folder / "metrics.jsonl"
             write_rows(path, [*read_rows(path), row])
@@ -264,29 +280,42 @@ class Trainer:
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        if not self.processes.is_main:
-            return
-        state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
+        model, *average = self.whole()
+        state: dict[str, Any] = {"optimizer": whole_state(self.optimizer) if self.undivided else self.optimizer.state_dict()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        save_checkpoint(self.folder, self.progress, self.model, self._ema_module, state)
+        if self.processes.is_main:
+            save_checkpoint(self.folder, self.progress, model, *(average or [None]), state)
 
     def _take_up_checkpoint(self) -> tuple[Progress, dict[str, Any] | None]:
-        """Where the main process finds the run, in all of them: the others need not see its folder.
-
-        DistributedDataParallel gives the weights to the others, but not their moving average.
-        """
+        """Where the main process finds the run, in all of them: the others need not see its folder."""
         taken: tuple[Progress, dict[str, Any] | None] = (Progress(), None)
         checkpoint = last_checkpoint(self.folder) if self.processes.is_main else None
         if checkpoint is not None:
             taken = load_checkpoint(checkpoint, self.model, self._ema_module)
         taken = self.processes.from_main(taken)
-        if self.ema is not None and taken[1] is not None:
-            self.ema.module.load_state_dict(self.processes.from_main(self.ema.module.state_dict()))
+        if taken[1] is not None and self.processes.size > 1:
+            for part in self.whole():
+                part.load_state_dict(self.processes.from_main(part.state_dict()))
         return taken
 
+    def _divide(self) -> nn.Module:
+        """Divides the model and its average among the processes; returns the model as it is to be called."""
+        if self.processes.size == 1 or self.accelerator.scaler is not None:
+            raise ValueError(
+                "train.parallel=fsdp divides the weights among several processes, in fp32 or bf16; start it with torchrun, "
+                "or leave it out, which changes no result"
+            )
+        parts = self.whole()
+        self.undivided = [copy.deepcopy(part) for part in parts]
+        wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, and nothing for gradients
+        for part in parts:
+            shard(part, self.accelerator.device)
+        return wrapped
+
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        kept = state["optimizer"]
+        self.optimizer.load_state_dict(divided_state(kept, self.optimizer) if self.undivided else kept)
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -304,7 +333,8 @@ class Trainer:
 
 def check_same_run(config: RunConfig, fingerprint: dict[str, Any] | None, processes: Processes) -> None:
     """Raises ValueError in every process unless all were started with one config, on the same images."""
-    mine = config.identity() | {"images": fingerprint, "checkpoint_every": config.train.checkpoint_every}
+    mine = config.identity() | {"images": fingerprint}
+    mine |= {name: getattr(config.train, name) for name in ("checkpoint_every", "parallel")}
     for rank, theirs in enumerate(processes.gather(mine)):
         if theirs != mine:
             raise ValueError(
