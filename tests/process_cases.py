@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 IMPORTED_ONCE = ["accelerate", "timm.data", "timm.optim", "timm.scheduler", "torch.utils.tensorboard", "sape2.running"]
-LIMIT_S = 300
+LIMIT_S = 600
 
 
 @dataclass
