@@ -386,7 +386,7 @@ CHANGES = {
 }  # fmt: skip
 NO_CHANGE_OF_THE_RESULT = {
     "data.source": "elsewhere", "data.layout": "folder", "data.in_memory": False, "data.max_bad_samples": 3,
-    "train.workers": 3, "train.checkpoint_every": 7,
+    "train.workers": 3, "train.checkpoint_every": 7, "train.parallel": "fsdp",
 }  # fmt: skip
 WITH_OTHERS = {"model.in_channels": ["model.in_channels=1", "data.mean=[0]", "data.std=[1]"]}
 

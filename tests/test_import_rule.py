@@ -65,9 +65,11 @@ ALLOWED = {
         "viz",
         "files",
     },
-    "train": {"augment", "config", "checkpoint", "data", "encodings"},
+    "train": {"augment", "config", "checkpoint", "data", "encodings", "processes", "sharding"},
+    "processes": set(),
+    "sharding": set(),
     "claim": set(),
-    "running": {"checkpoint", "claim", "config", "data", "evaluation", "runs", "train", "vit"},
+    "running": {"checkpoint", "claim", "config", "data", "evaluation", "processes", "runs", "train", "vit"},
     "study": set(),
     "study.plan": {"checkpoint", "comparison.rawrows", "config", "files"},
     "study.work": {"checkpoint", "claim", "comparison.rawrows", "study.plan"},
@@ -75,6 +77,7 @@ ALLOWED = {
     "recipes": {"config", "detection.settings", "recipes"},
     "detection": {"augment", "checkpoint", "config", "detection", "encodings", "grid", "runs", "train", "vit", "files"},
     "evaluation": {"evaluation", "grid"},
+    "__main__": {"cli"},
     "cli": {"commands"},
 }
 SHARED = {"commands.options", "commands.output"}  # by all commands

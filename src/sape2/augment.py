@@ -44,11 +44,21 @@ def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1, window: int 
     return order.repeat_interleave(repeats)[:size]
 
 
+def share_of(size: int, rank: int, world: int) -> Int[Tensor, " places"]:
+    """The places in a batch of `size` that process `rank` of `world` takes, ascending: from both ends inwards.
+
+    Mixing pairs place i with place size - 1 - i. So both of a pair are in one process, and mirrored there as in the batch.
+    """
+    ascending = torch.arange(size)
+    inwards = torch.stack([ascending, ascending.flip(0)], 1).flatten()[:size]
+    return inwards.view(world, -1)[rank].sort().values
+
+
 class TrainStream(Dataset):
     """Batch number `step` of a run: (uint8 images, labels). The last, incomplete batch of an epoch is dropped.
 
-    Of several processes, number `rank` of `world` gets every world-th image of the batch, and reads no other. Raises
-    ValueError if the training set is smaller than one batch.
+    Of several processes, number `rank` of `world` gets the images at its `places` of the batch, and reads no other.
+    Raises ValueError if the training set is smaller than one batch, or the processes cannot share one evenly.
     """
 
     def __init__(
@@ -65,13 +75,14 @@ class TrainStream(Dataset):
         if train.batch_size % (world * train.accumulation):
             raise ValueError(
                 f"train.batch_size must be divisible by processes x accumulation; got {train.batch_size}, {world} and "
-                f"{train.accumulation}"
+                f"{train.accumulation}. It counts the images of one update, over all of them"
             )
         if augment.mixes and train.batch_size // world % 2:
             raise ValueError(
                 f"mixup and cutmix need an even number of images in every process; got {train.batch_size} / {world}"
             )
-        self.data, self.augment, self.train, self.seed, self.rank, self.world = data, augment, train, seed, rank, world
+        self.data, self.augment, self.train, self.seed, self.world = data, augment, train, seed, world
+        self.places = share_of(train.batch_size, rank, world)
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
 
     @property
@@ -87,11 +98,11 @@ class TrainStream(Dataset):
         if epoch != self._epoch:
             window = self.train.shuffle_window
             self._epoch, self._order = epoch, epoch_order(len(self.data), self.seed, epoch, self.augment.repeats, window)
-        size, rank, world = self.train.batch_size, self.rank, self.world
-        batch = self._order[place * size : (place + 1) * size][rank::world]
-        seeds = [derive_seed(self.seed, "box", index, image) for image in range(rank, size, world)]
+        size = self.train.batch_size
+        batch = self._order[place * size : (place + 1) * size][self.places]
+        seeds = [derive_seed(self.seed, "box", index, image) for image in self.places.tolist()]
         images, labels = self.data.take(batch, self.augment.crop_area, seeds)
-        return augment_images(images, self.augment, derive_seed(self.seed, "images", index), rank, world), labels
+        return augment_images(images, self.augment, derive_seed(self.seed, "images", index), self.places, size), labels
 
     def __len__(self) -> int:
         return self.total_steps
@@ -145,45 +156,55 @@ def _leave_signals_to_the_main_process(_: int) -> None:
 
 
 def augment_images(
-    images: UInt8[Tensor, "batch channels height width"], config: AugmentConfig, seed: int, rank: int = 0, world: int = 1
+    images: UInt8[Tensor, "batch channels height width"],
+    config: AugmentConfig,
+    seed: int,
+    places: Int[Tensor, " batch"] | None = None,
+    size: int | None = None,
 ) -> UInt8[Tensor, "batch channels height width"]:
     """Crop and flip drawn for every image; the policy (torchvision v2) drawn for every group of `policy_group` images.
 
-    The images may be every world-th of a batch, from number `rank` on; draws are for the whole batch.
+    The images may be those at some `places`, ascending, of a batch of `size`; draws are for the whole batch.
 
     The policies of torchvision change a whole batch alike. Drawing once per image would cost more than the training
     step of a small model, so neighbours of a shuffled batch share a draw; policy_group=1 is the usual form.
     """
+    places, size = _whole(images) if places is None or size is None else (places, size)
     generator = torch.Generator().manual_seed(seed)
     if config.crop_padding:
-        images = random_crop(images, config.crop_padding, generator, rank, world)
+        images = random_crop(images, config.crop_padding, generator, places, size)
     if config.flip:
-        flipped = torch.rand(len(images) * world, generator=generator)[rank::world] < 0.5
+        flipped = torch.rand(size, generator=generator)[places] < 0.5
         images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     if config.policy != "none":
-        images = _apply_policy(images, config, derive_seed(seed, "policy"), rank, world)
+        images = _apply_policy(images, config, derive_seed(seed, "policy"), places, size)
     return images
+
+
+def _whole(images: Tensor) -> tuple[Tensor, int]:
+    return torch.arange(len(images)), len(images)
 
 
 def random_crop(
     images: UInt8[Tensor, "batch channels height width"],
     padding: int,
     generator: torch.Generator,
-    rank: int = 0,
-    world: int = 1,
+    places: Int[Tensor, " batch"] | None = None,
+    size: int | None = None,
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Every image shifted by -padding..padding pixels in y and x, zeros drawn in."""
-    size, _, height, width = images.shape
+    """Every image shifted by -padding..padding pixels in y and x, zeros drawn in; drawn as in `augment_images`."""
+    places, size = _whole(images) if places is None or size is None else (places, size)
+    height, width = images.shape[-2:]
     padded = F.pad(images, (padding, padding, padding, padding))
-    top, left = torch.randint(2 * padding + 1, (2, size * world), generator=generator)[:, rank::world]
+    top, left = torch.randint(2 * padding + 1, (2, size), generator=generator)[:, places]
     rows = top[:, None] + torch.arange(height)  # (B, height)
     columns = left[:, None] + torch.arange(width)  # (B, width)
-    index = torch.arange(size)[:, None, None]
+    index = torch.arange(len(images))[:, None, None]
     cropped = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]  # (B, height, width, C)
     return cropped.permute(0, 3, 1, 2).contiguous()
 
 
-def _apply_policy(images: Tensor, config: AugmentConfig, seed: int, rank: int, world: int) -> Tensor:
+def _apply_policy(images: Tensor, config: AugmentConfig, seed: int, places: Tensor, size: int) -> Tensor:
     """Every group of the whole batch draws, also one of which no image is here: a black image stands in for it."""
     from torchvision.transforms import v2
 
@@ -193,8 +214,8 @@ def _apply_policy(images: Tensor, config: AugmentConfig, seed: int, rank: int, w
         policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        places = torch.arange(rank, len(images) * world, world) // config.policy_group
-        sizes = places.bincount(minlength=-(-len(images) * world // config.policy_group)).tolist()
+        groups = places // config.policy_group
+        sizes = groups.bincount(minlength=-(-size // config.policy_group)).tolist()
         stand_in = images.new_zeros(1, *images.shape[1:])
         done = [policy(group if len(group) else stand_in) for group in images.split(sizes)]
         return torch.cat([group for group, size in zip(done, sizes, strict=True) if size])
@@ -203,7 +224,8 @@ def _apply_policy(images: Tensor, config: AugmentConfig, seed: int, rank: int, w
 class BatchMixer:
     """What is done to a normalised batch on its device: random erasing, mixup, cutmix (timm), and soft targets.
 
-    Draws from the global generators of torch, numpy and random; the training loop seeds them before every step.
+    Draws from the global generators of torch, numpy and random; the training loop seeds them before every step. Given the
+    share of a process (see `share_of`) and the size of the whole batch, it draws for the whole batch.
     """
 
     def __init__(self, config: AugmentConfig, label_smoothing: float, num_classes: int) -> None:
@@ -225,12 +247,25 @@ class BatchMixer:
         )
 
     def __call__(
-        self, images: Float[Tensor, "batch channels height width"], labels: Int[Tensor, " batch"]
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        labels: Int[Tensor, " batch"],
+        places: Int[Tensor, " batch"] | None = None,
+        size: int | None = None,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
         if self.erase is not None:
-            self.erase.device = images.device
-            images = self.erase(images)
+            places_, size_ = _whole(images) if places is None or size is None else (places, size)
+            erase_in_order(self.erase, images, places_, size_)
         if self.mix is not None:
             return self.mix(images, labels)
         targets = torch.full((len(labels), self.num_classes), self.label_smoothing / self.num_classes, device=labels.device)
         return images, targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + self.label_smoothing / self.num_classes)
+
+
+def erase_in_order(erase: Any, images: Tensor, places: Tensor, size: int) -> None:
+    """In place, one image after the other; what is drawn for an image of another process goes onto a stand-in."""
+    erase.device = images.device
+    here = dict(zip(places.tolist(), images, strict=True))
+    stand_in = torch.empty_like(images[0])
+    for place in range(size):
+        erase(here.get(place, stand_in))

@@ -197,6 +197,7 @@ class TrainConfig:
 
     `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
     over all processes and accumulation steps. `checkpoint_every` is in updates; 0 is at the end of every epoch only.
+    `parallel` says what several processes do with the weights: each has all of them (ddp), or a part (fsdp).
 
     `shuffle_window` keeps the reading of large files local: blocks of a sixteenth of it in random order, then images
     shuffled within windows of that many; 0 shuffles the whole epoch.
@@ -216,6 +217,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     workers: int = 1
     shuffle_window: int = 0
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -273,11 +275,12 @@ class RunConfig:
         return _make(RunConfig, values, "")
 
     def identity(self) -> dict[str, Any]:
-        """The config without what does not change the result: where and how the data lie, how many workers read them."""
+        """The config without what does not change the result: where and how the data lie, who reads them, who has weights."""
         values = self.to_dict()
         for name in ("source", "layout", "in_memory", "max_bad_samples"):
             del values["data"][name]
-        del values["train"]["workers"], values["train"]["checkpoint_every"]
+        for name in ("workers", "checkpoint_every", "parallel"):
+            del values["train"][name]
         return values
 
 

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from torch import nn
 
 from sape2.checkpoint import Progress, Row, check_run, is_finished
 from sape2.claim import Claim
 from sape2.config import RunConfig
-from sape2.data import Splits
+from sape2.data import ImageData, ImageFiles, Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.memory import PeakMeter
-from sape2.runs import measure
-from sape2.train import train
+from sape2.processes import ALONE, Dismissed, Processes
+from sape2.runs import build_model, measure
+from sape2.train import TrainingStopped, train
 from sape2.vit import ViT
 
 MIB = 2**20
+NOWHERE = Path(os.devnull)  # no file can be made in it
 WARM_UP = 2  # steps before the one whose memory is measured: the optimiser's state is there then
 
 
@@ -27,11 +32,12 @@ def run_to_end(
     claim: Claim,
     quiet: bool = False,
     watch: Callable[[Progress], None] = lambda progress: None,
+    processes: Processes = ALONE,
 ) -> list[Row]:
     """Trains on from where the run in the claimed folder stands, unless it is finished, and measures the test set.
 
     Nothing is saved once the claim is lost. `watch` hears where the run stands after each step. Raises what `train` and
-    `Claim.check` raise.
+    `Claim.check` raise. The other `processes` must call `help_to_train`; they are let go when the training is done.
     """
     folder = claim.folder
     check_run(folder, config)
@@ -45,11 +51,39 @@ def run_to_end(
             return memory.after_step(progress.step)
 
         try:
-            train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), config, folder, quiet, guard)
+            train(model, splits.train, validation_of(splits, processes), config, folder, quiet, guard, processes)
         finally:
             memory.close()
+    processes.leave()
     claim.check()
     return measure(folder, splits, ["accuracy"], "test", ["last", "best"])
+
+
+def help_to_train(config: RunConfig, processes: Processes) -> int:
+    """What every process but the main one does of `run_to_end`: no folder is read or written. Returns an exit status."""
+    try:
+        splits = load_data(config.data, config.model)
+        train(build_model(config), splits.train, validation_of(splits, processes), config, NOWHERE, processes=processes)
+    except TrainingStopped as stopped:
+        return 128 + stopped.signal_number
+    except Dismissed:  # the main process found nothing to train
+        pass
+    return 0
+
+
+def validation_of(splits: Splits, processes: Processes) -> Callable[[nn.Module], tuple[float, float]]:
+    """`shared_accuracy` on the validation set, as `train` wants it."""
+    return lambda trained: shared_accuracy(trained, splits.validation, processes)
+
+
+def shared_accuracy(model: nn.Module, data: ImageData | ImageFiles, processes: Processes) -> tuple[float, float]:
+    """`quick_accuracy` of all images, of which each process measures every size-th: each image counts once."""
+    if processes.size == 1:
+        return quick_accuracy(model, data)
+    mine = torch.arange(processes.rank, len(data), processes.size)
+    accuracy, loss = quick_accuracy(model, data[mine]) if len(mine) else (0.0, 0.0)
+    parts = processes.gather((round(accuracy * len(mine)), loss * len(mine)))
+    return sum(correct for correct, _ in parts) / len(data), sum(loss for _, loss in parts) / len(data)
 
 
 class StepMemory:

@@ -1,13 +1,13 @@
 """The training loop. It receives model, images and an evaluate function, and writes the run folder as it goes.
 
 A step is decided by (config, seed, step) and the weights before it, so a run that is resumed at any step gives the
-same weights as one that never stopped.
+same weights as one that never stopped. Several processes share each batch; only the main one touches the run folder.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-import os
 import signal
 import sys
 import time
@@ -24,6 +24,7 @@ from sape2.augment import BatchMixer, TrainStream, derive_seed
 from sape2.checkpoint import (
     Progress,
     check_data,
+    difference,
     last_checkpoint,
     load_checkpoint,
     read_rows,
@@ -35,8 +36,11 @@ from sape2.checkpoint import (
 from sape2.config import RunConfig, TrainConfig
 from sape2.data import ImageData, ImageFiles, normalize
 from sape2.encodings import AttentionEncoding
+from sape2.processes import ALONE, Processes, launched
+from sape2.sharding import divided_state, here, put_together, shard, whole_state
 
-Evaluate = Callable[[nn.Module], tuple[float, float]]  # model -> (accuracy, loss) on the validation set
+# model -> (accuracy, loss) on the validation set; called in every process, and the same in each
+Evaluate = Callable[[nn.Module], tuple[float, float]]
 # called after each step with where the run stands and whether it is about to save; what it returns goes into the epoch's line
 Watch = Callable[[Progress, bool], dict[str, Any] | None]
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the accelerator
@@ -58,14 +62,16 @@ def train(
     folder: Path,
     quiet: bool = False,
     watch: Watch = lambda progress, saving: None,
+    processes: Processes = ALONE,
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
     What could stop the first step is found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
     events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising.
-    Raises ValueError when the loss is no longer finite, TrainingStopped on SIGINT and SIGTERM.
+    Raises ValueError when the loss is no longer finite, TrainingStopped on SIGINT and SIGTERM. Of several `processes`
+    all must call it; the folder is that of the main one.
     """
-    Trainer(model, images, evaluate, config, folder, quiet).run(watch)
+    Trainer(model, images, evaluate, config, folder, quiet, processes).run(watch)
 
 
 class Trainer:
@@ -79,24 +85,30 @@ class Trainer:
         config: RunConfig,
         folder: Path,
         quiet: bool,
+        processes: Processes = ALONE,
     ) -> None:
-        self.config, self.folder, self.evaluate, self.quiet = config, folder, evaluate, quiet
-        check_data(folder, images.fingerprint)
-        self.accelerator = make_accelerator(config.train)
+        self.config, self.folder, self.evaluate, self.processes = config, folder, evaluate, processes
+        self.quiet = quiet or not processes.is_main
+        check_same_run(config, images.fingerprint, processes)
+        if processes.is_main:
+            check_data(folder, images.fingerprint)
+        self.accelerator = make_accelerator(config.train, processes)
         for module in model.modules():
             if isinstance(module, AttentionEncoding):
                 module.check_trainable()
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        self.stream = TrainStream(images, config.augment, config.train, config.seed, rank, world)
+        self.stream = TrainStream(images, config.augment, config.train, config.seed, processes.rank, processes.size)
         self.mixer = BatchMixer(config.augment, config.train.label_smoothing, config.model.num_classes)
         self.model = model.to(self.accelerator.device)
         self.ema = make_ema(self.model, config.train)
+        self.undivided: list[nn.Module] = []  # where the parts of a divided model, and of its average, are put together
+        self.progress, optimizer_state = self._take_up_checkpoint()
+        if config.train.parallel == "fsdp":
+            self.wrapped = self._divide()
+        else:
+            self.wrapped = self.accelerator.prepare(self.model)
         self.optimizer = make_optimizer(self.model, config.train)
+        self.stepper = self.accelerator.prepare(self.optimizer)
         self.schedule = make_schedule(self.optimizer, config.train, self.stream.steps_per_epoch)
-        self.progress, optimizer_state = Progress(), None
-        if checkpoint := last_checkpoint(folder):
-            self.progress, optimizer_state = load_checkpoint(checkpoint, self.model, self._ema_module)
-        self.wrapped, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
         if optimizer_state is not None:
             self._load_optimizer(optimizer_state)
         self.known: dict[str, Any] = {}  # what `watch` found out
@@ -107,31 +119,35 @@ class Trainer:
     def _ema_module(self) -> nn.Module | None:
         return None if self.ema is None else self.ema.module
 
-    @property
-    def evaluated(self) -> nn.Module:
-        """The weights that are measured and kept: the moving average where there is one."""
-        return self._ema_module or self.model
+    def whole(self) -> list[nn.Module]:
+        """The model, and its moving average where there is one, undivided. All processes must call it."""
+        parts = [self.model] if self.ema is None else [self.model, self.ema.module]
+        for part, undivided in zip(parts, self.undivided, strict=False):
+            put_together(part, undivided)
+        return self.undivided or parts
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
     def run(self, watch: Watch = lambda progress, saving: None) -> None:
         stream, steps_per_epoch = self.stream, self.stream.steps_per_epoch
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             start_run(self.folder, self.config, self.stream.data.fingerprint)
-        self.board = open_board(self.folder) if self.accelerator.is_main_process else None
-        self._forget_later_epochs()
+            self.board = open_board(self.folder)
+            self._forget_later_epochs()
         self._say(f"{self.folder}: {f'going on from step {self.progress.step}' if self.progress.step else 'starting'}")
-        with catch_signals() as caught, progress_bar(stream.total_steps, self.progress.step, self.quiet) as show:
+        patient = self.processes.size > 1  # a launcher sends on what the process has had already
+        with catch_signals(patient) as caught, progress_bar(stream.total_steps, self.progress.step, self.quiet) as show:
             batches = stream.batches(self.progress.step)
             mark = time.perf_counter()
             while self.progress.step < stream.total_steps:
                 images, labels = next(batches)
                 waited = time.perf_counter() - mark
+                self.processes.largest(0)  # all have their images
                 self._step(*(t.to(self.accelerator.device, non_blocking=True) for t in (images, labels)))
                 self.progress.step += 1
                 epoch, done = divmod(self.progress.step, steps_per_epoch)
                 every = self.config.train.checkpoint_every
-                stop = bool(caught)  # read once: what is saved and what is said must agree
+                stop = self.processes.largest(caught[0] if caught else 0)  # once: all stop here, and say what they did
                 save = bool(done == 0 or stop or (every and self.progress.step % every == 0))
                 if save or self.progress.step % CHECK_EVERY == 0:
                     self._look_at_losses()
@@ -148,18 +164,22 @@ class Trainer:
                     self._save_checkpoint()
                     mark = time.perf_counter()
                 if stop and self.progress.step < stream.total_steps:
-                    raise TrainingStopped(caught[0], self.progress.step)
-        if self.accelerator.is_main_process:
-            save_weights(self.folder / "model.safetensors", self.evaluated)
+                    raise TrainingStopped(stop, self.progress.step)
+        weights = self.whole()[-1]
+        if self.processes.is_main:
+            save_weights(self.folder / "model.safetensors", weights)
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         """One update from one batch of this process, in `accumulation` equal parts."""
         from accelerate.utils import set_seed
 
-        step, train = self.progress.step, self.config.train
-        set_seed(derive_seed(self.config.seed, "step", step, self.accelerator.process_index) % 2**32)
+        step, train, stream = self.progress.step, self.config.train, self.stream
+        set_seed(derive_seed(self.config.seed, "step", step, 0) % 2**32)  # the same in all, to mix one batch
         self.schedule.step_update(step)
-        images, targets = self.mixer(normalize(images, self.stream.data.mean, self.stream.data.std), labels)
+        normalized = normalize(images, stream.data.mean, stream.data.std)
+        images, targets = self.mixer(normalized, labels, stream.places, train.batch_size)
+        if not self.processes.is_main:  # from here on each draws for its own images
+            set_seed(derive_seed(self.config.seed, "step", step, self.processes.rank) % 2**32)
         self.wrapped.train()
         parts = list(zip(images.chunk(train.accumulation), targets.chunk(train.accumulation), strict=True))
         total = torch.zeros((), device=images.device)
@@ -181,23 +201,26 @@ class Trainer:
         self.pending.append((step, torch.stack([total, correct, correct.new_tensor(len(images))])))
 
     def _look_at_losses(self) -> None:
-        """Adds up what the last steps gave; raises ValueError at the first loss that is not finite."""
+        """Adds up what the last steps gave in all processes; raises ValueError at the first loss that is not finite."""
         pending, self.pending = self.pending, []
         if not pending:
             return
-        values = torch.stack([value for _, value in pending]).tolist()
-        for (step, _), (loss, correct, count) in zip(pending, values, strict=True):
+        values = self.accelerator.reduce(torch.stack([value for _, value in pending]), "sum").tolist()
+        for (step, _), (losses, correct, count) in zip(pending, values, strict=True):
+            loss = losses / self.processes.size
             if not math.isfinite(loss):
                 self._diverged(step, f"the loss is {loss}")
             self._add(loss=loss * count, correct=correct, images=count)
 
     def _check_weights(self) -> None:
         """A step with a finite loss can still break the weights; such weights are never saved."""
-        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+        finite = all(here(parameter).isfinite().all() for parameter in self.model.parameters())
+        if self.processes.largest(int(not finite)):
             self._diverged(self.progress.step - 1, "the weights are no longer finite")
 
     def _diverged(self, step: int, what: str) -> NoReturn:
-        last = last_checkpoint(self.folder)
+        """All processes come here, since all have seen the losses of all."""
+        last = self.processes.from_main(last_checkpoint(self.folder))
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         raise ValueError(
             f"{what} at step {step} (epoch {step // self.stream.steps_per_epoch + 1}, learning rate "
@@ -213,9 +236,14 @@ class Trainer:
             self.progress.sums[name] = self.progress.sums.get(name, 0.0) + value
 
     def _end_epoch(self, epoch: int) -> None:
-        """Measures the validation set, in the precision of the training, writes the epoch's line, keeps the best weights."""
+        """Measures the validation set, in the precision of the training, writes the epoch's line, keeps the best weights.
+
+        They are those of the moving average where there is one.
+        """
         sums, self.progress.sums = self.progress.sums, {}
-        accuracy, loss = self.evaluate(self.evaluated)
+        waited = max(self.processes.gather(sums["wait_seconds"]))
+        weights = self.whole()[-1]
+        accuracy, loss = self.evaluate(weights)
         row = {
             "epoch": epoch,
             "step": self.progress.step,
@@ -224,17 +252,17 @@ class Trainer:
             "accuracy": sums["correct"] / sums["images"],
             "validation_loss": loss,
             "validation_accuracy": accuracy,
-            "images_per_s": sums["images"] * self.accelerator.num_processes / sums["seconds"],
-            "wait_fraction": sums["wait_seconds"] / sums["seconds"],
+            "images_per_s": sums["images"] / sums["seconds"],
+            "wait_fraction": min(1.0, waited / sums["seconds"]),
             "seconds": sums["seconds"],
             "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
-            "device": str(self.accelerator.device),
+            "device": self.accelerator.device.type,
         } | self.known
         if accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = accuracy, epoch
-            if self.accelerator.is_main_process:
-                save_weights(self.folder / "best.safetensors", self.evaluated)
-        if self.accelerator.is_main_process:
+            if self.processes.is_main:
+                save_weights(self.folder / "best.safetensors", weights)
+        if self.processes.is_main:
             path = self.folder / "metrics.jsonl"
             write_rows(path, [*read_rows(path), row])
             for name in row.keys() - {"epoch", "step", "precision", "device"}:
@@ -246,21 +274,48 @@ class Trainer:
         )
 
     def _say(self, text: str) -> None:
-        if not self.quiet and self.accelerator.is_main_process:
+        if not self.quiet:
             print(text, file=sys.stderr)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
-            state: dict[str, Any] = {"optimizer": self.optimizer.state_dict()}
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-            save_checkpoint(self.folder, self.progress, self.model, self._ema_module, state)
-        self.accelerator.wait_for_everyone()
+        model, *average = self.whole()
+        state: dict[str, Any] = {"optimizer": whole_state(self.optimizer) if self.undivided else self.optimizer.state_dict()}
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.processes.is_main:
+            save_checkpoint(self.folder, self.progress, model, *(average or [None]), state)
+
+    def _take_up_checkpoint(self) -> tuple[Progress, dict[str, Any] | None]:
+        """Where the main process finds the run, in all of them: the others need not see its folder."""
+        taken: tuple[Progress, dict[str, Any] | None] = (Progress(), None)
+        checkpoint = last_checkpoint(self.folder) if self.processes.is_main else None
+        if checkpoint is not None:
+            taken = load_checkpoint(checkpoint, self.model, self._ema_module)
+        taken = self.processes.from_main(taken)
+        if taken[1] is not None and self.processes.size > 1:
+            for part in self.whole():
+                part.load_state_dict(self.processes.from_main(part.state_dict()))
+        return taken
+
+    def _divide(self) -> nn.Module:
+        """Divides the model and its average among the processes; returns the model as it is to be called."""
+        if self.processes.size == 1 or self.accelerator.scaler is not None:
+            raise ValueError(
+                "train.parallel=fsdp divides the weights among several processes, in fp32 or bf16; start it with torchrun, "
+                "or leave it out, which changes no result"
+            )
+        parts = self.whole()
+        self.undivided = [copy.deepcopy(part) for part in parts]
+        wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, and nothing for gradients
+        for part in parts:
+            shard(part, self.accelerator.device)
+        return wrapped
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        kept = state["optimizer"]
+        self.optimizer.load_state_dict(divided_state(kept, self.optimizer) if self.undivided else kept)
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -269,23 +324,41 @@ class Trainer:
         path = self.folder / "metrics.jsonl"
         rows = read_rows(path)
         kept = [row for row in rows if row["step"] <= self.progress.step]
-        if self.accelerator.is_main_process and len(kept) < len(rows):
+        if len(kept) < len(rows):
             write_rows(path, kept)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
-def make_accelerator(config: TrainConfig) -> Any:
+def check_same_run(config: RunConfig, fingerprint: dict[str, Any] | None, processes: Processes) -> None:
+    """Raises ValueError in every process unless all were started with one config, on the same images."""
+    mine = config.identity() | {"images": fingerprint}
+    mine |= {name: getattr(config.train, name) for name in ("checkpoint_every", "parallel")}
+    for rank, theirs in enumerate(processes.gather(mine)):
+        if theirs != mine:
+            raise ValueError(
+                f"process {rank} was started with other settings or images than process {processes.rank}: "
+                f"{difference(theirs, mine)}; give every process the same command"
+            )
+
+
+def make_accelerator(config: TrainConfig, processes: Processes = ALONE) -> Any:
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("sape2 train runs in one process; training in several is not supported yet. Start it without torchrun")
+    if launched() != processes.size:
+        raise ValueError(
+            f"this trains in one process, but WORLD_SIZE says that {launched()} were started; start it without torchrun. "
+            "Of several processes only `sape2 train` makes use, and not with --dry-run"
+        )
     AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
-    return Accelerator(mixed_precision=mixed_precision(config.precision))
+    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision), cpu=not torch.accelerator.is_available())
+    if accelerator.num_processes != processes.size:
+        raise ValueError(f"training in several processes does not work on {accelerator.device}; start it without torchrun")
+    return accelerator
 
 
 def open_board(folder: Path) -> Any:
@@ -342,13 +415,16 @@ def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_p
 
 
 @contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM, instead of its ending the process in the middle of a step."""
+def catch_signals(patient: bool = False) -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM, instead of its ending the process in the middle of a step.
+
+    A second one ends it, unless it is `patient`.
+    """
     caught: list[int] = []
     previous = {}
 
     def remember(number: int, _: Any) -> None:
-        if caught:  # the second time: now
+        if caught and not patient:  # the second time: now
             raise KeyboardInterrupt
         caught.append(number)
 

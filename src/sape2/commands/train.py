@@ -14,6 +14,7 @@ from sape2.config import RunConfig
 
 if TYPE_CHECKING:
     from sape2.data import Splits
+    from sape2.processes import Processes
     from sape2.vit import ViT
 
 HELP = "train a model by a recipe, or go on where that stopped"
@@ -36,6 +37,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = resolve(arguments)
+    from sape2.processes import joined
+
+    with joined() as processes:
+        if processes.is_main:
+            return _train(config, arguments, processes)
+        from sape2.running import help_to_train
+
+        return help_to_train(config, processes)
+
+
+def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.checkpoint import check_run, is_finished, read_rows, standing
     from sape2.claim import Watcher
@@ -58,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with Watcher().wait(folder, standing(folder), say=say) as claim:
         try:
-            rows = run_to_end(model, splits, config, claim)
+            rows = run_to_end(model, splits, config, claim, processes=processes)
         except TrainingStopped as stopped:
             say(f"sape2: {stopped}")
             return 128 + stopped.signal_number

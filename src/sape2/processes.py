@@ -1,0 +1,160 @@
+"""Several processes that train one run: which is the main one, and how all learn what one of them found out.
+
+A launcher (torchrun) starts the same command several times and says so in the environment. Gradients go through
+accelerate; what is said here are numbers and small objects on the CPU, in a group of their own, so that they never meet a
+gradient on its way. Every exchange carries the state of each process, so none waits for one that failed or left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+HEARD_WITHIN_S = 10.0  # how long a process that failed waits for the others to come and hear why
+WORKING, LEAVING, FAILED = 0, 1, 2
+
+
+class Elsewhere(ValueError):
+    """Another process failed; the text is what it said."""
+
+
+class Dismissed(Exception):
+    """Another process has left in good order: there is nothing more to do together."""
+
+
+class Processes:
+    """The processes that work on one run, `size` of them; this one is number `rank`. Without a group it is alone."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+        self.rank = 0 if group is None else dist.get_rank()
+        self.size = 1 if group is None else dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this one reads and writes the run folder, and speaks."""
+        return self.rank == 0
+
+    def largest(self, number: int) -> int:
+        """The largest of the numbers that the processes give. All of them must call it.
+
+        Raises Elsewhere if one of them failed, Dismissed if one has left, ConnectionError if one is gone.
+        """
+        return number if self._group is None else self._exchange(WORKING, number)
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, by rank. All of them must call it; raises what `largest` raises."""
+        if self._group is None:
+            return [value]
+        self._exchange(WORKING)
+        return self._gather(value)
+
+    def from_main(self, value: Any) -> Any:
+        """What the main process gives. All of them must call it; raises what `largest` raises."""
+        if self._group is None:
+            return value
+        self._exchange(WORKING)
+        box = [value]
+        with lost_is_an_os_error():
+            dist.broadcast_object_list(box, src=0, group=self._group)
+        return box[0]
+
+    def leave(self) -> None:
+        """Waits until all are done, and closes the connections. Raises Elsewhere if another one failed before that."""
+        if self._group is None:
+            return
+        self._exchange(LEAVING)
+        self._close()
+
+    def fail(self, error: BaseException) -> None:
+        """Tells the others why, if they come to hear it, and closes the connections."""
+        if self._group is None:
+            return
+        with contextlib.suppress(RuntimeError, OSError):
+            state = torch.tensor([FAILED, 0])
+            dist.all_reduce(state, dist.ReduceOp.MAX, group=self._group, async_op=True).wait(timedelta(seconds=HEARD_WITHIN_S))
+            self._gather(str(error) or type(error).__name__)
+        self._close()
+
+    def _exchange(self, state: int, number: int = 0) -> int:
+        values = torch.tensor([state, number])
+        with lost_is_an_os_error():
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        highest, number = values.tolist()
+        if highest > state:
+            reasons = [reason for reason in self._gather(None) if reason is not None] if highest == FAILED else []
+            self._close()
+            raise Elsewhere(reasons[0]) if reasons else Dismissed
+        return number
+
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        with lost_is_an_os_error():
+            dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _close(self) -> None:
+        self._group = None
+        dist.destroy_process_group()
+
+
+ALONE = Processes()
+
+
+@contextmanager
+def lost_is_an_os_error() -> Iterator[None]:
+    """A connection that broke, which torch reports as a RuntimeError, as a ConnectionError in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        raise ConnectionError(
+            "another process of this run is gone (its own message says why); the same command goes on from the last checkpoint"
+        ) from error
+
+
+def is_lost(error: RuntimeError) -> bool:
+    """Whether the error is about the connection to another process: torch has a type for it only in some backends."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def launched() -> int:
+    """How many processes a launcher says it started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """All processes that the launcher started, from here to the end of the block; `ALONE` if it is this one only.
+
+    An error in one of them ends the block in all: as Elsewhere in the others, as soon as they exchange something.
+    """
+    if launched() == 1:
+        yield ALONE
+        return
+    processes = connect()
+    try:
+        with lost_is_an_os_error():
+            yield processes
+    except BaseException as error:
+        processes.fail(error)
+        raise
+    processes.leave()
+
+
+def connect() -> Processes:
+    """gloo between CPUs, and beside it what the accelerator has (NCCL on CUDA); address and numbers from the environment."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    beside = "" if accelerator is None else f",{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of patches of one channel; harmless
+    dist.init_process_group(f"cpu:gloo{beside}")
+    return Processes(dist.new_group(backend="gloo"))
