@@ -13,6 +13,7 @@ from sape2.data import Splits
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.memory import PeakMeter
 from sape2.runs import measure
+from sape2.shortage import in_training, told_in_one_line
 from sape2.train import train
 from sape2.vit import ViT
 
@@ -31,7 +32,7 @@ def run_to_end(
     """Trains on from where the run in the claimed folder stands, unless it is finished, and measures the test set.
 
     Nothing is saved once the claim is lost. `watch` hears where the run stands after each step. Raises what `train` and
-    `Claim.check` raise.
+    `Claim.check` raise, and OutOfMemory.
     """
     folder = claim.folder
     check_run(folder, config)
@@ -45,7 +46,16 @@ def run_to_end(
             return memory.after_step(progress.step)
 
         try:
-            train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), config, folder, quiet, guard)
+            with told_in_one_line(lambda: in_training(config)):
+                train(
+                    model,
+                    splits.train,
+                    lambda trained: quick_accuracy(trained, splits.validation),
+                    config,
+                    folder,
+                    quiet,
+                    guard,
+                )
         finally:
             memory.close()
     claim.check()

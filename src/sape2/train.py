@@ -260,7 +260,11 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, TypeError, ValueError) as error:
+            where = f"the optimiser's state in {last_checkpoint(self.folder)}"
+            raise ValueError(f"{where} does not fit this version of sape2 ({error}); remove it to start again") from error
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -268,6 +272,8 @@ class Trainer:
         """Drops lines of epochs that ended after the checkpoint: they will be run, and written, again."""
         path = self.folder / "metrics.jsonl"
         rows = read_rows(path)
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise ValueError(f"{path} has a line without its step, so it cannot be continued; choose another --out")
         kept = [row for row in rows if row["step"] <= self.progress.step]
         if self.accelerator.is_main_process and len(kept) < len(rows):
             write_rows(path, kept)
