@@ -46,12 +46,22 @@ def dependencies(project: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def licence(name: str) -> str:
-    """What the installed package says of itself: its SPDX expression, else its field, else its classifiers."""
-    about = metadata.metadata(name)
+    """What the installed package says of itself: its SPDX expression, else its field, its classifiers, its file."""
+    try:
+        about = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        return "not installed where this table was made"
     field = (about.get("License") or "").strip()
     classifiers = [text.split(" :: ")[-1] for text in about.get_all("Classifier") or [] if text.startswith("License")]
     short = field if field and "\n" not in field and len(field) < 60 else ""
-    return about.get("License-Expression") or short or ", ".join(classifiers) or "not stated"
+    return about.get("License-Expression") or short or ", ".join(classifiers) or licence_file(name) or "not stated"
+
+
+def licence_file(name: str) -> str:
+    """The title of the licence that comes with a package that says nothing else."""
+    files = [file for file in metadata.files(name) or [] if file.name.upper().startswith("LICEN")]
+    lines = [line.strip() for line in files[0].read_text().splitlines() if line.strip()] if files else []
+    return ", ".join(lines[:2]) if lines and len(lines[0]) < 40 else ""
 
 
 def table(project: dict[str, Any]) -> str:

@@ -15,9 +15,9 @@ from sape2.encodings.base import AttentionEncoding, describe_options
 from sape2.recipes import RECIPES, get_recipe
 
 ODD_TEXT = [
-    "", " ", "\n", "\0", "ä", "\ud800", "\U0001f600", "\uff1a", "\uff11\uff12", "\u202e", "sape2", "+", ":", ",", "=", "..", "'",
-    '"', "\\", "../../etc/passwd", "None", "null", "true", "NaN", "Infinity", "-Infinity", "[" * 3000, "{" * 3000, "9" * 5000,
-    "1e999", "-1", "0", "1e-320", "0x10", "1_000", "%s%n", "__import__('os')", "${HOME}", "x" * 2000,
+    "", " ", "\n", "\0", "ä", "\ud800", "\U0001f600", "\uff1a", "\uff11\uff12", "\u202e", "sape2", "+", ":", ",", "=", "..",
+    "'", '"', "\\", "../../etc/passwd", "None", "null", "true", "NaN", "Infinity", "-Infinity", "[" * 3000, "{" * 3000,
+    "9" * 5000, "1e999", "-1", "0", "1e-320", "0x10", "1_000", "%s%n", "__import__('os')", "${HOME}", "x" * 2000,
 ]  # fmt: skip
 ODD_VALUES = [
     None, True, False, 0, -1, 1, 2, 2**31, 2**63, 2**64, 10**30, 10**400, -(10**400), 0.0, -0.0, 1e-320, 1e308, float("nan"),

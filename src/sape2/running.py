@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from sape2.checkpoint import Progress, Row, check_run, is_finished
 from sape2.claim import Claim
@@ -45,17 +46,12 @@ def run_to_end(
             watch(progress)
             return memory.after_step(progress.step)
 
+        def validate(trained: nn.Module) -> tuple[float, float]:
+            return quick_accuracy(trained, splits.validation)
+
         try:
             with told_in_one_line(lambda: in_training(config)):
-                train(
-                    model,
-                    splits.train,
-                    lambda trained: quick_accuracy(trained, splits.validation),
-                    config,
-                    folder,
-                    quiet,
-                    guard,
-                )
+                train(model, splits.train, validate, config, folder, quiet, guard)
         finally:
             memory.close()
     claim.check()
