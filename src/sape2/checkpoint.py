@@ -166,9 +166,10 @@ def read_config(folder: Path) -> RunConfig:
         raise NotADirectoryError(f"{folder} is a file, not a run folder")
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
+    text = _read_text(path)
     try:
-        values = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     try:
         return RunConfig.from_dict(_without_format(values))
