@@ -83,8 +83,11 @@ def test_the_bombs_go_off_where_they_are_unpickled(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"plain", "torch"}
 
 
-READERS = {"evaluate": ["config.json", "model.safetensors", "metrics.jsonl", "results.jsonl"],
-           "train": ["data.json", *(f"checkpoint/{name}" for name in ("model.safetensors", "optimizer.pt", "progress.json"))]}  # fmt: skip
+CHECKPOINT = ("model.safetensors", "optimizer.pt", "progress.json")
+READERS = {
+    "evaluate": ["config.json", "model.safetensors", "metrics.jsonl", "results.jsonl"],
+    "train": ["data.json", *(f"checkpoint/{name}" for name in CHECKPOINT)],
+}
 
 
 @pytest.mark.parametrize(("command", "name"), [(command, name) for command, names in READERS.items() for name in names])
