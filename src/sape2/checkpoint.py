@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+import sape2
 from sape2.config import RunConfig
-from sape2.files import write_atomic, write_text
+from sape2.files import sweep, write_atomic, write_text
 
 Row = dict[str, Any]
+FORMAT = 1  # of a run folder, written into its config.json; those that do not say have this one
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -39,10 +41,10 @@ def read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is not a JSON object: {line[:50]}")
@@ -50,12 +52,24 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def update_results(folder: Path, rows: list[Row]) -> None:
-    """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before."""
+    """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before.
+
+    Raises FileNotFoundError if the folder is gone.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} was removed while it was being measured; nothing is written there")
     new = {_measured(row) for row in rows}
     kept = [row for row in read_rows(folder / "results.jsonl") if _measured(row) not in new]
     write_rows(folder / "results.jsonl", [*kept, *rows])
@@ -100,8 +114,12 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
     """Makes the run folder, or takes it up if it holds this run on these images (see `check_run`, `check_data`)."""
     check_run(folder, config)
     check_data(folder, fingerprint)
+    sweep(folder)
+    if last := last_checkpoint(folder):
+        _keep_only(last)
     if not (folder / "config.json").exists():
-        write_text(folder / "config.json", config.to_json())
+        values = {"format": FORMAT, "sape2_version": sape2.__version__} | config.to_dict()
+        write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
     if fingerprint is not None and not (folder / "data.json").exists():
         write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
 
@@ -117,7 +135,7 @@ def check_data(folder: Path, fingerprint: Row | None) -> None:
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         found = _other_images(before, fingerprint)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); remove it if you know that --data holds the images of this run"
         ) from error
@@ -148,12 +166,29 @@ def read_config(folder: Path) -> RunConfig:
         raise NotADirectoryError(f"{folder} is a file, not a run folder")
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
+    text = _read_text(path)
     try:
-        return RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    try:
+        return RunConfig.from_dict(_without_format(values))
     except ValueError as error:
-        raise ValueError(f"{path} does not fit this version of sape2: {error}") from error
+        raise ValueError(
+            f"{path} does not fit this version of sape2, {sape2.__version__}: {error}. "
+            "Use the version that wrote it, or choose another --out"
+        ) from error
+
+
+def _without_format(values: Any) -> Any:
+    """What `start_run` wrote, less what it put before the config. Raises ValueError for another format."""
+    if not isinstance(values, dict):
+        return values
+    number = values.get("format", FORMAT)
+    if number != FORMAT:
+        wrote = values.get("sape2_version", "an unknown version")
+        raise ValueError(f"it has format {number!r}, of sape2 {wrote}; format {FORMAT} is read here")
+    return {key: value for key, value in values.items() if key not in ("format", "sape2_version")}
 
 
 def is_finished(folder: Path) -> bool:
@@ -203,9 +238,13 @@ def save_checkpoint(
         os.replace(temporary, final)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    for old in parent.iterdir():
-        if old != final:
-            shutil.rmtree(old, ignore_errors=True)
+    _keep_only(final)
+
+
+def _keep_only(checkpoint: Path) -> None:
+    for other in checkpoint.parent.iterdir():
+        if other != checkpoint:
+            shutil.rmtree(other, ignore_errors=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -222,13 +261,19 @@ def standing(folder: Path) -> str:
 
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tuple[Progress, dict[str, Any]]:
-    """Loads the weights in place; returns the progress and the optimiser's state. Raises ValueError if damaged."""
+    """Loads the weights in place; returns the progress and the optimiser's state.
+
+    Raises ValueError if it is damaged, or of a version that kept other things.
+    """
     load_weights(path / "model.safetensors", model)
     if ema is not None:
         load_weights(path / "ema.safetensors", ema)
     try:
         progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
-        return progress, torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "optimizer" not in state:
+            raise ValueError("optimizer.pt has no optimizer in it")
+        return progress, state
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError, RecursionError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} is damaged ({reason}); remove it to start again") from error
+        raise ValueError(f"{path} is damaged, or of another version ({reason}); remove it to start again") from error

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Real = int | float  # an int is accepted, and kept as a float
+LARGEST = 2**24  # of a size of a model: more is a slip of the hand
 
 # dim, depth, num_heads, mlp_ratio
 MODELS: dict[str, tuple[int, int, int, float]] = {
@@ -51,6 +52,11 @@ class ModelConfig:
         _check_types(self)
         for name in ("patch_size", "in_channels", "num_classes", "dim", "depth", "num_heads"):
             _require(getattr(self, name) >= 1, f"model.{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("patch_size", "in_channels", "num_classes", "dim", "depth", "num_heads", "num_registers"):
+            _require(
+                getattr(self, name) <= LARGEST, f"model.{name} must be at most {LARGEST}; got {_shown(getattr(self, name))}"
+            )
+        _require(max(self.image_size) <= LARGEST, f"model.image_size must be at most {LARGEST}; got {_shown(self.image_size)}")
         _require(self.num_registers >= 0, f"model.num_registers must not be negative; got {self.num_registers}")
         _require(self.mlp_ratio > 0, f"model.mlp_ratio must be above 0; got {self.mlp_ratio}")
         for name in ("dropout", "attention_dropout", "drop_path"):
@@ -324,7 +330,7 @@ def _find_key(values: dict[str, Any], path: str) -> tuple[str, str]:
 def _parse(text: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None if text == "None" else text
 
 
@@ -338,10 +344,10 @@ def _require(condition: bool, message: str) -> None:
 
 def _make(cls: type, values: Any, prefix: str) -> Any:
     """A dataclass from plain JSON values; nested dataclasses and tuples are made, everything else must already fit."""
-    _require(isinstance(values, dict), f"{prefix.rstrip('.') or 'the config'} must be an object; got {values!r}")
+    _require(isinstance(values, dict), f"{prefix.rstrip('.') or 'the config'} must be an object; got {_shown(values)}")
     hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints))
-    _require(not unknown, f"unknown key {prefix}{unknown[0] if unknown else ''}; known keys: {', '.join(hints)}")
+    unknown = sorted(set(values) - set(hints), key=str)
+    _require(not unknown, f"unknown key {prefix}{_key(unknown[0]) if unknown else ''}; known keys: {', '.join(hints)}")
     needed = [
         f.name
         for f in dataclasses.fields(cls)
@@ -358,16 +364,33 @@ def _make(cls: type, values: Any, prefix: str) -> Any:
     return cls(**made)
 
 
+def _key(name: Any) -> str:
+    return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else _shown(name)
+
+
 def _check_types(config: Any) -> None:
     hints = get_type_hints(type(config))
     section = type(config).__name__.removesuffix("Config").lower()
     for name, hint in hints.items():
         value = getattr(config, name)
         if not _fits(value, hint):
-            raise ValueError(f"{section}.{name} must be {_hint_text(hint)}; got {value!r}")
-        if isinstance(value, int) and not isinstance(value, bool) and float in (hint, *get_args(hint)):
-            _require(value.bit_length() < 1024, f"{section}.{name} is larger than any float; got {value}")
+            raise ValueError(f"{section}.{name} must be {_hint_text(hint)}; got {_shown(value)}")
+        if float not in (hint, *get_args(hint)):
+            continue
+        for number in value if isinstance(value, tuple) else (value,):
+            small = not isinstance(number, int) or number.bit_length() < 1024
+            _require(small, f"{section}.{name} is larger than any float; got {_shown(number)}")
+        if isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(config, name, float(value))
+
+
+def _shown(value: Any) -> str:
+    """At most 100 characters of it."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python writes, or too deep
+        return f"a {type(value).__name__} that is too large to show"
+    return text if len(text) <= 100 else f"{text[:97]}…"
 
 
 def _fits(value: Any, hint: Any) -> bool:

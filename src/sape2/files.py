@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+
+WAY_OUT = "what was there is unchanged; make room or the folder writable, and give the same command again"
 
 
 def beside(path: Path) -> Path:
@@ -19,19 +23,31 @@ def beside(path: Path) -> Path:
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """`write(temporary)` beside `path`, then renamed onto it, so that a reader sees the old file or the new one.
 
-    Raises OSError if it cannot be written; torch and safetensors raise errors of their own for a full disk.
+    Raises OSError that names `path` if it cannot be written; torch and safetensors raise errors of their own for a full disk.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = beside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         temporary.chmod(path.parent.stat().st_mode & 0o666)  # who may use the folder may use the file
         _sync(temporary)
         os.replace(temporary, path)
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; {WAY_OUT}") from error
+    except OSError as error:
+        if error.errno is None:  # not the system's: it says what it is about
+            raise
+        raise OSError(f"{path} cannot be written: {error.strerror}; {WAY_OUT}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed writers left half-written in the folder; for a process that holds it alone."""
+    for path in folder.glob(".*"):
+        if re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}", path.name) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -54,7 +54,7 @@ def read_description(text: str, where: str) -> Description:
     """What `describe` wrote, with "model" a ModelConfig. Raises ValueError in one line if it is something else."""
     try:
         description = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is damaged: {error}") from error
     if not isinstance(description, dict) or description.get("library_name") != "sape2" or "model" not in description:
         raise ValueError(f"{where} does not describe a model of sape2")

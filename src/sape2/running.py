@@ -17,6 +17,7 @@ from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.memory import PeakMeter
 from sape2.processes import ALONE, Dismissed, Processes
 from sape2.runs import build_model, measure
+from sape2.shortage import in_training, told_in_one_line
 from sape2.train import TrainingStopped, train
 from sape2.vit import ViT
 
@@ -37,7 +38,8 @@ def run_to_end(
     """Trains on from where the run in the claimed folder stands, unless it is finished, and measures the test set.
 
     Nothing is saved once the claim is lost. `watch` hears where the run stands after each step. Raises what `train` and
-    `Claim.check` raise. The other `processes` must call `help_to_train`; they are let go when the training is done.
+    `Claim.check` raise, and OutOfMemory. The other `processes` must call `help_to_train`; they are let go when the
+    training is done.
     """
     folder = claim.folder
     check_run(folder, config)
@@ -51,7 +53,8 @@ def run_to_end(
             return memory.after_step(progress.step)
 
         try:
-            train(model, splits.train, validation_of(splits, processes), config, folder, quiet, guard, processes)
+            with told_in_one_line(lambda: in_training(config)):
+                train(model, splits.train, validation_of(splits, processes), config, folder, quiet, guard, processes)
         finally:
             memory.close()
     processes.leave()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from sape2.config import RunConfig
 from sape2.data import ImageData, ImageFiles, Splits
 from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import confusion, predict
+from sape2.shortage import in_building, in_evaluation, told_in_one_line
 from sape2.vit import ViT
 
 Row = dict[str, Any]
@@ -26,7 +28,8 @@ WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoc
 def build_model(config: RunConfig) -> ViT:
     """A new model whose weights outside its encodings depend on the seed and on nothing else."""
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    return ViT(config.model)
+    with told_in_one_line(lambda: in_building(config.model)):
+        return ViT(config.model)
 
 
 def load_run_model(folder: Path, weights: str = "last") -> ViT:
@@ -49,9 +52,14 @@ def measure(
     """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl.
 
     `limit` images (None: what each measure takes by default). `watch` is told the measure, how many rows it has given so
-    far, and whether it has finished.
+    far, and whether it has finished. Raises PermissionError before it measures if rows could not be written, OutOfMemory.
     """
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(
+            f"{folder} cannot be written to, and rows go into its results.jsonl; measure a copy of the folder"
+        )
     data: ImageData | ImageFiles = getattr(splits, split)
+    images = len(data) if limit is None else min(limit, len(data))
     rows = []
     for which in weights:
         model = load_run_model(folder, which)
@@ -59,9 +67,10 @@ def measure(
         for name in measures:
             watch(name, 0, False)
             found: list[Row] = []
-            for row in MEASURES[name](model, data, limit):
-                found.append(row | conditions)
-                watch(name, len(found), False)
+            with told_in_one_line(partial(in_evaluation, name, model.config, images)):
+                for row in MEASURES[name](model, data, limit):
+                    found.append(row | conditions)
+                    watch(name, len(found), False)
             update_results(folder, found)  # at once, so that a later measure cannot lose it
             watch(name, len(found), True)
             rows += found

@@ -285,7 +285,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         if self.processes.is_main:
-            save_checkpoint(self.folder, self.progress, model, *(average or [None]), state)
+            save_checkpoint(self.folder, self.progress, model, average[0] if average else None, state)
 
     def _take_up_checkpoint(self) -> tuple[Progress, dict[str, Any] | None]:
         """Where the main process finds the run, in all of them: the others need not see its folder."""
@@ -315,7 +315,11 @@ class Trainer:
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         kept = state["optimizer"]
-        self.optimizer.load_state_dict(divided_state(kept, self.optimizer) if self.undivided else kept)
+        try:
+            self.optimizer.load_state_dict(divided_state(kept, self.optimizer) if self.undivided else kept)
+        except (KeyError, TypeError, ValueError) as error:
+            where = f"the optimiser's state in {last_checkpoint(self.folder)}"
+            raise ValueError(f"{where} does not fit this version of sape2 ({error}); remove it to start again") from error
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -323,6 +327,8 @@ class Trainer:
         """Drops lines of epochs that ended after the checkpoint: they will be run, and written, again."""
         path = self.folder / "metrics.jsonl"
         rows = read_rows(path)
+        if not all(isinstance(row.get("step"), int) for row in rows):
+            raise ValueError(f"{path} has a line without its step, so it cannot be continued; choose another --out")
         kept = [row for row in rows if row["step"] <= self.progress.step]
         if len(kept) < len(rows):
             write_rows(path, kept)

@@ -68,7 +68,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} holds no adapter: there is no {CONFIG}")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     missing = [key for key in KEYS if key not in config] if isinstance(config, dict) else list(KEYS)
     if missing:

@@ -201,7 +201,7 @@ def _is_polygon(part: Any) -> bool:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     for key in ("images", "annotations", "categories"):
         if not isinstance(values, dict) or not isinstance(values.get(key), list):

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from sape2.detection.models import build_detector, no_weight_decay
 from sape2.detection.settings import DetectionConfig, TrainingConfig
 from sape2.files import write_text
 from sape2.runs import hardware
+from sape2.shortage import in_detection, told_in_one_line
 from sape2.train import mixed_precision
 
 COMPOSED = "runs/data/coco_digits"
@@ -62,16 +63,21 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
     if (folder / "model.safetensors").exists():
         load_weights(folder / "model.safetensors", model)
     else:
-        DetectionTrainer(model, train_images, config, folder, quiet).run()
+        with memory_named(config):
+            DetectionTrainer(model, train_images, config, folder, quiet).run()
         model = new_detector(config)  # without what accelerate put around it
         load_weights(folder / "model.safetensors", model)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    with progress_bar("measuring", len(test_images), quiet) as show:
+    with progress_bar("measuring", len(test_images), quiet) as show, memory_named(config):
         rows = evaluate_detector(model, test_images, config, show)
     rows = [row | describe(config) for row in rows]
     update_results(folder, rows)
     return rows
+
+
+def memory_named(config: DetectionConfig) -> AbstractContextManager[None]:
+    return told_in_one_line(lambda: in_detection(config.model, config.training.batch_size))
 
 
 def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
@@ -111,8 +117,10 @@ def check_folder(folder: Path, config: DetectionConfig) -> None:
         return
     try:
         held = DetectionConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))).identity()
-    except ValueError as error:  # JSON errors among them
-        raise ValueError(f"{path} is not the config of a detection run of this version: {error}") from error
+    except (ValueError, RecursionError) as error:  # JSON errors among them
+        raise ValueError(
+            f"{path} is not the config of a detection run of this version: {error}; choose another --out"
+        ) from error
     wanted = config.identity()
     if held != wanted:
         differing = ", ".join(_differences(held, wanted))

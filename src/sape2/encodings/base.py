@@ -23,6 +23,7 @@ from sape2.bias import Distances, Factors, Matrix, Places
 from sape2.grid import Axis, Grid
 
 Options = TypeVar("Options")
+MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
 
 
 @dataclass(frozen=True)
@@ -374,14 +375,14 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
     for member in members:
         with contextlib.suppress(ValueError, KeyError):
             return _parse(member, value)
-    raise ValueError(f"{what} needs {_type_name(hint)}; got {value!r}")
+    raise ValueError(f"{what} needs {_type_name(hint)}; got {repr(value)[:100]}")
 
 
 def _convert_choice(what: str, choices: tuple, value: Any) -> Any:
     for choice in choices:
         if value == choice or str(value) == str(choice):
             return choice
-    raise ValueError(f"{what} must be one of {', '.join(map(str, choices))}; got {value!r}")
+    raise ValueError(f"{what} must be one of {', '.join(map(str, choices))}; got {repr(value)[:100]}")
 
 
 def _parse(kind: type, value: Any) -> Any:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sape2.bias import Matrix
 from sape2.encodings.base import (
+    MAX_POSITIONS,
     AttentionBias,
     AttentionEncoding,
     Facts,
@@ -56,8 +57,9 @@ class CoPEOptions:
     beyond: Literal["clamp", "rescale"] = "clamp"
 
     def __post_init__(self) -> None:
-        if self.num_positions is not None and self.num_positions < 2:
-            raise ValueError(f"cope:num_positions must be at least 2, to interpolate between; got {self.num_positions}")
+        if self.num_positions is not None and not 2 <= self.num_positions <= MAX_POSITIONS:
+            wanted = f"at least 2, to interpolate between, and at most {MAX_POSITIONS}"
+            raise ValueError(f"cope:num_positions must be {wanted}; got {str(self.num_positions)[:50]}")
 
 
 class CoPE(AttentionEncoding):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sape2.bias import PLACE_AXES, Distances, Factors, Matrix, Places
 from sape2.encodings.base import (
+    MAX_POSITIONS,
     AttentionBias,
     AttentionEncoding,
     CountedVectors,
@@ -134,8 +135,9 @@ class SaPE2Options:
     table_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.num_positions is not None and self.num_positions < 2:
-            raise ValueError(f"sape2:num_positions must be at least 2, to interpolate between; got {self.num_positions}")
+        if self.num_positions is not None and not 2 <= self.num_positions <= MAX_POSITIONS:
+            wanted = f"at least 2, to interpolate between, and at most {MAX_POSITIONS}"
+            raise ValueError(f"sape2:num_positions must be {wanted}; got {str(self.num_positions)[:50]}")
         if not self.table_std > 0:
             raise ValueError(
                 f"sape2:table_std must be above 0: an all-zero table makes every distance and every gradient 0 and "

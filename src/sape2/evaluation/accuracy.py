@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sape2.evaluation.base import LabelledImages, count_images, first_images
+from sape2.shortage import is_out_of_memory
 
 
 def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 500) -> list[dict[str, Any]]:
@@ -50,13 +51,22 @@ def quick_accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500
 def predict(
     model: nn.Module, data: LabelledImages, batch_size: int, limit: int | None = None
 ) -> Float[Tensor, "images classes"]:
-    """Logits for the first `limit` images (None: all), in float32 on the CPU; the model is left in the mode it was in."""
+    """Logits for the first `limit` images (None: all), in float32 on the CPU; the model is left in the mode it was in.
+
+    Where batches of this size do not fit into memory, they are halved until they do.
+    """
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    logits = [model(images.to(device)).float().cpu() for images, _ in first_images(data, limit, batch_size)]
-    model.train(was_training)
-    return torch.cat(logits)
+    try:
+        logits = [model(images.to(device)).float().cpu() for images, _ in first_images(data, limit, batch_size)]
+    except (RuntimeError, MemoryError) as error:
+        if batch_size == 1 or not is_out_of_memory(error):
+            raise
+        logits = None
+    finally:
+        model.train(was_training)
+    return torch.cat(logits) if logits is not None else predict(model, data, batch_size // 2, limit)
 
 
 def confusion(logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> Int[Tensor, "classes classes"]:

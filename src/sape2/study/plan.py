@@ -76,7 +76,7 @@ class Study:
             return
         try:
             there = RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))).identity()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is damaged, or of another version of sape2: {error}") from error
         there = json.loads(json.dumps(shared_settings(there)))
         if there != self.settings():

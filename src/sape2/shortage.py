@@ -1,0 +1,89 @@
+"""Memory that is not there: one line with what was asked of it, and the ways out, in place of a traceback."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sape2.config import ModelConfig, RunConfig
+
+MESSAGES = re.compile(r"out of memory|can't allocate memory|not enough memory|unable to allocate", re.IGNORECASE)
+
+
+class OutOfMemory(ValueError):
+    """What was being done did not fit; the message says what the user can change."""
+
+
+@contextmanager
+def told_in_one_line(what: Callable[[], str]) -> Iterator[None]:
+    """Turns the errors with which PyTorch and NumPy say that memory is short into OutOfMemory with the line `what()`."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(what()) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError is an accelerator's; the CPU's allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(MESSAGES.search(str(error)))
+
+
+def count_tokens(model: ModelConfig) -> int:
+    """Of one image at the training size, class and register tokens included."""
+    height, width = model.grid
+    return height * width + model.num_registers + (model.pool == "class")
+
+
+def in_training(config: RunConfig) -> str:
+    """The batch, its tokens, and what makes it smaller."""
+    train, model = config.train, config.model
+    part = train.batch_size // train.accumulation
+    more = next((n for n in range(train.accumulation + 1, train.batch_size + 1) if train.batch_size % n == 0), None)
+    ways = [f"--set train.accumulation={more} (the same batch in {more} parts)"] if more else []
+    if train.batch_size > 1:
+        ways.append(f"a smaller --set train.batch_size (now {train.batch_size})")
+    if not model.gradient_checkpointing:
+        ways.append("--set model.gradient_checkpointing=true")
+    ways += _of_attention(model)
+    return (
+        f"out of memory in training with {part} images at a time, {count_tokens(model)} tokens each; the last checkpoint is "
+        f"kept. Try, with another --out, {', '.join(ways)}"
+    )
+
+
+def in_evaluation(measure: str, model: ModelConfig, images: int) -> str:
+    ways = ["--limit with fewer images", 'the CPU (CUDA_VISIBLE_DEVICES="")', *_of_attention(model)]
+    return (
+        f"out of memory in the measure {measure} of {images} images, {count_tokens(model)} tokens each at the training size; "
+        f"what was measured before is kept. Try {', '.join(ways)}"
+    )
+
+
+def in_detection(model: ModelConfig, images: int) -> str:
+    return (
+        f"out of memory with a batch of {images} images, {count_tokens(model)} tokens each; the last checkpoint is kept. Try, "
+        "with another --out, a smaller --set training.batch_size, a smaller --set detector.window, or a smaller "
+        "--set model.image_size (the lean path, attention in blocks, is automatic)"
+    )
+
+
+def in_building(model: ModelConfig) -> str:
+    return f"a model of {model.depth} layers of width {model.dim} for {count_tokens(model)} tokens does not fit into memory"
+
+
+def _of_attention(model: ModelConfig) -> list[str]:
+    """The lean path, attention in blocks, is chosen by itself (`attention.choose_path`), but not with dropout."""
+    if model.attention_dropout:
+        return ["--set model.attention_dropout=0, without which attention cannot take its lean path (in blocks)"]
+    if "sape2" in model.encoding and "readout" not in model.encoding:
+        return [
+            "an encoding without a map of all pairs (sape2:readout=direct; the lean path, attention in blocks, is automatic)"
+        ]
+    return ["a coarser grid (the lean path, attention in blocks, is automatic)"]
