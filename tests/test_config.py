@@ -225,7 +225,7 @@ def test_a_bad_value_is_refused_with_field_and_value(section, field, value):
     with pytest.raises(ValueError) as error:  # noqa: PT011 - what it must name is checked below
         kinds[section](**{field: value})
     assert f"{section}.{field}" in str(error.value)
-    assert str(value) in str(error.value)
+    assert str(value)[:60] in str(error.value)  # a longer one is cut
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 30), (3, 4), (0, 4), (-4, 4)])

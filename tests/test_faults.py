@@ -260,7 +260,7 @@ def test_memory_that_ends_in_training_names_the_batch_the_tokens_and_the_ways_ou
 
     monkeypatch.setattr(Trainer, "_step", raising)
     line = line_of(*TRAIN, tmp_path / "run")
-    wanted = ["32 images at a time", "17 tokens", "--set train.accumulation=2", "smaller --set train.batch_size", "lean path"]
+    wanted = ["32 images at a time", "16 tokens", "--set train.accumulation=2", "smaller --set train.batch_size", "lean path"]
     assert [text for text in wanted if text not in line] == []
 
 
@@ -270,7 +270,7 @@ def test_memory_that_ends_in_a_measure_names_it(run, monkeypatch, line_of):
 
     monkeypatch.setattr(ViT, "forward", raising)
     line = line_of("evaluate", run, "--limit", "40")
-    wanted = ["in the measure accuracy of 40 images, 17 tokens each", "--limit", "CUDA_VISIBLE_DEVICES", "lean path"]
+    wanted = ["in the measure accuracy of 40 images, 16 tokens each", "--limit", "CUDA_VISIBLE_DEVICES", "lean path"]
     assert [text for text in wanted if text not in line] == []
 
 
@@ -327,7 +327,7 @@ def test_a_model_that_fits_nowhere_is_refused_in_one_line(tmp_path, monkeypatch,
 
     monkeypatch.setattr("sape2.runs.ViT", raising)
     line = line_of(*TRAIN, tmp_path / "run")
-    assert "a model of 1 layers of width 12 for 17 tokens does not fit into memory" in line
+    assert "a model of 1 layers of width 12 for 16 tokens does not fit into memory" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop as TorchvisionCenterCrop
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 
-from sape2.augment import TrainStream, epoch_order
+from sape2.augment import TrainStream, epoch_order, share_of
 from sape2.cli import main
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, override
 from sape2.data import ImageData, ImageFiles, base, decode, files, open_sources
