@@ -75,6 +75,7 @@ TABLES = {
         Number("smaller, scaled", "resolution", "mean_accuracy_below", SCALED),
         Number("larger, scaled", "resolution", "mean_accuracy_above", SCALED),
         Number("64x64, scaled", "resolution", "accuracy_at_size", SCALED | {"size": "64x64"}),
+        Number("drop to 64x64, paired", "resolution", "accuracy_drop", SCALED | {"size": "64x64"}),
         Number("larger, padded (reflected)", "resolution", "mean_accuracy_above", {"transform": "padded", "border": "reflect"}),
     ],
     "grouping: AUROC of a small bias for the same object, patches two or more apart": of_layers(

@@ -21,6 +21,9 @@ from sape2.comparison.outcome import accuracy_columns, accuracy_table, cost_tabl
 from sape2.report import markdown_table, summarize
 
 
+SIZES = ["encoding", "parameters", "MACs per image", "MiB per step"]
+
+
 def attention_tables(rows: list[Row]) -> str:
     return _by(rows, ("images", "grid"), attention_cost.table)
 
@@ -35,11 +38,13 @@ def memory_tables(rows: list[Row]) -> str:
 
 
 def study_tables(rows: list[Row]) -> str:
-    """Raw rows of `sape2 compare`: accuracy of the last epoch and of the chosen one, costs."""
+    """Raw rows of `sape2 compare`: accuracy of the last epoch, of the chosen one where it is another, sizes.
+
+    Without its times: other work ran beside these runs.
+    """
     found = outcome(rows, "ape")
     accuracy = [markdown_table(accuracy_table(found, weights), accuracy_columns(found)) for weights in ("last", "best")]
-    costs = cost_table(found)
-    return "\n".join([*accuracy, markdown_table(costs, list(costs[0]))])
+    return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(found), SIZES)])
 
 
 def attach_table(rows: list[Row]) -> str:
