@@ -11,8 +11,8 @@ budget; predicted means that the step is run on tensors without memory, whose st
 in N through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block, too.
 The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the attention
 of one layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included; predicted
-for one and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl and memory.png
-as it goes, and goes on where it stopped; remove the file to measure again.
+for one and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl as it
+goes, goes on where it stopped (remove the file to measure again), and draws docs/figures/memory.png.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ from sape2.report import markdown_table
 SIDES = [8, 16, 24, 32, 48, 64]
 HEADS, HEAD_DIM, PATCH = 6, 64, 16
 MAX_SIDE = 1024
+IN_BLOCKS = [56, 64, 80, 96]  # sides at which our forms keep no weights, so that what is left grows
 LINE = (50, 56)  # sides: from 49 on, six maps exceed `sape2.attention.KEPT_ELEMENTS`
 LAYERS = 12
 COLUMNS = ["form", "side", "bytes", "predicted_bytes", "ms", "p10", "p90", "note"]
-LARGEST_COLUMNS = ["form", "scope", "side"]
+LARGEST_COLUMNS = ["form", "scope", "side", "bytes"]
+FIGURE = Path(__file__).parent.parent / "docs" / "figures" / "memory.png"
 STRAIGHTFORWARD = "sape2: straightforward"
+SAPE2 = "sape2: ours"
 OURS = {
-    "sape2: ours": "sape2",
+    SAPE2: "sape2",
     "sape2 squared_distance: ours": "sape2:readout=squared_distance",
     "sape2 direct: ours": "sape2:readout=direct",
 }
@@ -148,6 +151,16 @@ def measure(side: int, rounds: int) -> list[Row]:
     return [row | times.get(row["form"], {}) for row in rows]
 
 
+def measure_in_blocks(form: str, side: int) -> Row:
+    """Memory alone, of one step without warm-up: beyond the sides whose time is measured."""
+    return {
+        "form": form,
+        "scope": "in blocks",
+        "side": side,
+        "bytes": peak_bytes(partial(forward_backward, *attention(form, side))),
+    }
+
+
 def largest_side(form: str, bytes_of: Callable[..., int | None], budget: int) -> int | None:
     """The largest side whose predicted memory is within the budget; None if it cannot be predicted."""
     if form not in OURS:
@@ -181,6 +194,11 @@ def growth(rows: list[Row], quantity: str) -> list[Row]:
     return [{"form": form, "exponent": growth_exponent(points[form])} for form in FORMS if len(points[form]) > 1]
 
 
+def block_growth(rows: list[Row]) -> float:
+    """The exponent in N where nothing but what blocks need is kept."""
+    return growth_exponent([(row["side"] ** 2, row["bytes"]) for row in rows if row.get("scope") == "in blocks"])
+
+
 def main() -> None:
     arguments_parser = parser(__doc__, "memory.jsonl", rounds=5)
     arguments_parser.add_argument("--gigabytes", type=float, default=8.0, help="the budget of the largest grid (default 8)")
@@ -196,18 +214,23 @@ def main() -> None:
     measured = [row for row in rows if "scope" not in row]
     for quantity in ("bytes", "ms"):
         print(f"growth of {quantity} with N\n\n{markdown_table(growth(measured, quantity), ['form', 'exponent'])}")
-    draw(measured, arguments.out.with_suffix(".png"))
     budget, predicted = int(arguments.gigabytes * 1e9), {(row.get("scope"), row["form"]) for row in rows}
     for scope, bytes_of, forms in (("attention", attention_bytes, FORMS), ("vit_small", model_bytes, list(ENCODINGS))):
         for form in (form for form in forms if (scope, form) not in predicted):
             side = largest_side(form, bytes_of, budget)
             rows.append({"form": form, "scope": scope, "side": side, "budget_bytes": budget} | about)
             save(arguments.out, rows)
+    for side in (side for side in IN_BLOCKS if ("in blocks", SAPE2, side) not in done):
+        rows.append(measure_in_blocks(SAPE2, side) | about)
+        save(arguments.out, rows)
+    draw([row for row in rows if row.get("bytes")], FIGURE)
     print(markdown_table([row for row in rows if "scope" in row], LARGEST_COLUMNS))
+    print(f"growth of {SAPE2} with N in blocks: {block_growth(rows):.3f}")
 
 
 def draw(rows: list[Row], path: Path) -> None:
-    lines = {form: [(r["tokens"], r["bytes"] / 2**20) for r in rows if r["form"] == form and r["bytes"]] for form in FORMS}
+    bytes_of = {form: {row["side"] ** 2: row["bytes"] for row in rows if row["form"] == form} for form in FORMS}
+    lines = {form: [(n, found[n] / 2**20) for n in sorted(found)] for form, found in bytes_of.items()}
     title, label = "attention of one image, 6 heads of 64, fp32", "peak extra memory, forward plus backward (MiB)"
     viz.plot_growth({title: lines}, path, label)
 

@@ -20,7 +20,6 @@ from sape2.checkpoint import read_rows
 from sape2.comparison.outcome import accuracy_columns, accuracy_table, cost_table, outcome
 from sape2.report import markdown_table, summarize
 
-
 SIZES = ["encoding", "parameters", "MACs per image", "MiB per step"]
 
 
