@@ -279,3 +279,9 @@ def test_the_time_left_is_the_mean_of_what_the_encoding_took(study):
 @pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (720.0, "12 min"), (11100.0, "3 h 05 min")])
 def test_durations_are_read_at_a_glance(seconds, text):
     assert duration(seconds) == text
+
+
+def test_cells_are_made_once_since_progress_asks_for_them_every_second(study):
+    assert all(one is other for one, other in zip(study.cells(), study.cells(), strict=True))
+    study.cells().clear()
+    assert study.cells()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Cell:
     def name(self) -> str:
         return f"{self.config.model.encoding} seed {self.config.seed}"
 
-    @property
+    @cached_property
     def digest(self) -> str:
         return digest_of(self.config.identity())
 
@@ -52,7 +53,12 @@ class Study:
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a study that is stopped has about as many seeds of every encoding."""
-        return [self._cell(encoding, seed) for seed in range(self.seeds) for encoding in self.encodings]
+        return list(self._cells)
+
+    @cached_property
+    def _cells(self) -> tuple[Cell, ...]:
+        """Made once: progress asks for them every second, and each checks its settings when made."""
+        return tuple(self._cell(encoding, seed) for seed in range(self.seeds) for encoding in self.encodings)
 
     def _cell(self, encoding: str, seed: int) -> Cell:
         config = replace(self.config, model=replace(self.config.model, encoding=encoding), seed=seed)
