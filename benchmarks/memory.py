@@ -7,10 +7,10 @@ Measured: peak extra memory (what PyTorch's allocator gives out above what was a
 time (medians of alternating rounds), for squares of 8x8 to 64x64 tokens; a form whose predicted memory the machine does
 not have is left out and says so. Largest grid: the side of the largest square whose *predicted* memory stays within the
 budget; predicted means that the step is run on tensors without memory, whose storages are added up while they live
-(`sape2.evaluation.memory.predicted_peak`). Forms that keep whole maps: by bisection. Forms in blocks: by the straight line
-in N through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block, too.
-The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the attention
-of one layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included; predicted
+(`sape2.evaluation.memory.predicted_peak`). Forms that keep whole maps: by bisection. Forms in blocks: by a law
+in N and N * side through the predictions at two sides beyond which no weights are kept, since a prediction runs block by
+block, too. The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the
+attention of one layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included; predicted
 for one and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl as it
 goes, goes on where it stopped (remove the file to measure again), and draws docs/figures/memory.png.
 """
@@ -18,7 +18,6 @@ goes, goes on where it stopped (remove the file to measure again), and draws doc
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -51,8 +50,8 @@ from sape2.report import markdown_table
 SIDES = [8, 16, 24, 32, 48, 64]
 HEADS, HEAD_DIM, PATCH = 6, 64, 16
 MAX_SIDE = 1024
-IN_BLOCKS = [56, 64, 80, 96]  # sides at which our forms keep no weights, so that what is left grows
-LINE = (50, 56)  # sides: from 49 on, six maps exceed `sape2.attention.KEPT_ELEMENTS`
+IN_BLOCKS = [56, 64, 80]  # sides at which our forms keep no weights, so that what is left grows
+LAW = (50, 64)  # sides: from 49 on, six maps exceed `sape2.attention.KEPT_ELEMENTS`
 LAYERS = 12
 COLUMNS = ["form", "side", "bytes", "predicted_bytes", "ms", "p10", "p90", "note"]
 LARGEST_COLUMNS = ["form", "scope", "side", "bytes"]
@@ -66,7 +65,7 @@ OURS = {
 }
 FORMS = [PLAIN, PLAIN_FUSED, STRAIGHTFORWARD, *OURS]
 CHOOSE_PATH = sape2_attention.choose_path
-ENCODINGS = {"ape": "ape", STRAIGHTFORWARD: "ape+sape2"} | {form: f"ape+{name}" for form, name in OURS.items()}
+ENCODINGS = {"ape": "ape", STRAIGHTFORWARD: "ape+sape2", SAPE2: "ape+sape2"}  # of ViT-Small
 
 
 def attention(form: str, side: int, device: str = "cpu") -> tuple[nn.Module, list[Tensor]]:
@@ -120,19 +119,23 @@ def shallow_model_bytes(form: str, side: int, depth: int) -> int | None:
     return None if extra is None else extra + 3 * sum(p.nbytes for p in model.parameters())
 
 
-def line(bytes_of: Callable[..., int | None]) -> tuple[float, float] | None:
-    """(bytes at no token, bytes a token) of the straight line through the predictions at the two sides of `LINE`."""
-    (near, far), (low, high) = ([side * side for side in LINE], [bytes_of(side=side) for side in LINE])
-    if low is None or high is None:
+def bytes_a_token(bytes_of: Callable[..., int | None]) -> Callable[[int], float] | None:
+    """Bytes a token of a square of some side, b + c * side through the predictions at the two sides of `LAW`.
+
+    Tokens, weights of a block and gradients grow with N; gates and positions, from a patch along its row and column, with
+    N * side.
+    """
+    found = [bytes_of(side=side) for side in LAW]
+    if None in found:
         return None
-    slope = (high - low) / (far - near)
-    return low - slope * near, slope
+    (near, far), (low, high) = LAW, [total / side**2 for total, side in zip(found, LAW, strict=True)]
+    return lambda side: low + (high - low) * (side - near) / (far - near)
 
 
 def predicted_bytes(form: str, side: int) -> int | None:
-    """Of the attention of one layer: along the line where it holds, else by a run without memory."""
-    found = line(partial(attention_bytes, form)) if form in OURS and side > LINE[1] else None
-    return attention_bytes(form, side) if found is None else round(found[0] + found[1] * side * side)
+    """Of the attention of one layer: by the law where it holds, else by a run without memory."""
+    law = bytes_a_token(partial(attention_bytes, form)) if form in OURS and side > LAW[1] else None
+    return attention_bytes(form, side) if law is None else round(law(side) * side**2)
 
 
 def measure(side: int, rounds: int) -> list[Row]:
@@ -165,8 +168,8 @@ def largest_side(form: str, bytes_of: Callable[..., int | None], budget: int) ->
     """The largest side whose predicted memory is within the budget; None if it cannot be predicted."""
     if form not in OURS:
         return bisected_side(partial(bytes_of, form), budget)
-    found = line(partial(bytes_of, form))
-    return found and math.isqrt(max(0, int((budget - found[0]) / found[1])))
+    law = bytes_a_token(partial(bytes_of, form))
+    return law and max(side for side in range(1, MAX_SIDE) if law(side) * side**2 <= budget)
 
 
 def bisected_side(bytes_of: Callable[..., int | None], budget: int) -> int | None:
@@ -186,12 +189,16 @@ def bisected_side(bytes_of: Callable[..., int | None], budget: int) -> int | Non
 
 
 def growth(rows: list[Row], quantity: str) -> list[Row]:
-    """The exponent of every form from 24x24 tokens on, where what is constant no longer counts."""
+    """The exponent of every form from 24x24 tokens on, where what is constant no longer counts.
+
+    Not of bytes of ours: they are kept in another way from 49x49 tokens on (`block_growth`).
+    """
     points = {
         form: [(r["tokens"], r[quantity]) for r in rows if r["form"] == form and r["side"] >= 24 and r[quantity]]
         for form in FORMS
     }
-    return [{"form": form, "exponent": growth_exponent(points[form])} for form in FORMS if len(points[form]) > 1]
+    forms = [form for form in FORMS if len(points[form]) > 1 and not (quantity == "bytes" and form in OURS)]
+    return [{"form": form, "exponent": growth_exponent(points[form])} for form in forms]
 
 
 def block_growth(rows: list[Row]) -> float:
@@ -215,7 +222,7 @@ def main() -> None:
     for quantity in ("bytes", "ms"):
         print(f"growth of {quantity} with N\n\n{markdown_table(growth(measured, quantity), ['form', 'exponent'])}")
     budget, predicted = int(arguments.gigabytes * 1e9), {(row.get("scope"), row["form"]) for row in rows}
-    for scope, bytes_of, forms in (("attention", attention_bytes, FORMS), ("vit_small", model_bytes, list(ENCODINGS))):
+    for scope, bytes_of, forms in (("attention", attention_bytes, FORMS), ("vit_small", model_bytes, ENCODINGS)):
         for form in (form for form in forms if (scope, form) not in predicted):
             side = largest_side(form, bytes_of, budget)
             rows.append({"form": form, "scope": scope, "side": side, "budget_bytes": budget} | about)
