@@ -119,23 +119,23 @@ def shallow_model_bytes(form: str, side: int, depth: int) -> int | None:
     return None if extra is None else extra + 3 * sum(p.nbytes for p in model.parameters())
 
 
-def bytes_a_token(bytes_of: Callable[..., int | None]) -> Callable[[int], float] | None:
-    """Bytes a token of a square of some side, b + c * side through the predictions at the two sides of `LAW`.
+def law_of(bytes_of: Callable[..., int | None]) -> Callable[[int], float] | None:
+    """Bytes of a square of some side: a + N * (b + c * side), through the predictions for one token and at the sides of `LAW`.
 
-    Tokens, weights of a block and gradients grow with N; gates and positions, from a patch along its row and column, with
-    N * side.
+    Weights and their moments do not grow; tokens, weights of a block and gradients grow with N; gates and positions, from
+    a patch along its row and column, with N * side.
     """
-    found = [bytes_of(side=side) for side in LAW]
-    if None in found:
+    one, *found = [bytes_of(side=side) for side in (1, *LAW)]
+    if one is None or None in found:
         return None
-    (near, far), (low, high) = LAW, [total / side**2 for total, side in zip(found, LAW, strict=True)]
-    return lambda side: low + (high - low) * (side - near) / (far - near)
+    (near, far), (low, high) = LAW, [(total - one) / side**2 for total, side in zip(found, LAW, strict=True)]
+    return lambda side: one + side**2 * (low + (high - low) * (side - near) / (far - near))
 
 
 def predicted_bytes(form: str, side: int) -> int | None:
     """Of the attention of one layer: by the law where it holds, else by a run without memory."""
-    law = bytes_a_token(partial(attention_bytes, form)) if form in OURS and side > LAW[1] else None
-    return attention_bytes(form, side) if law is None else round(law(side) * side**2)
+    law = law_of(partial(attention_bytes, form)) if form in OURS and side > LAW[1] else None
+    return attention_bytes(form, side) if law is None else round(law(side))
 
 
 def measure(side: int, rounds: int) -> list[Row]:
@@ -168,8 +168,8 @@ def largest_side(form: str, bytes_of: Callable[..., int | None], budget: int) ->
     """The largest side whose predicted memory is within the budget; None if it cannot be predicted."""
     if form not in OURS:
         return bisected_side(partial(bytes_of, form), budget)
-    law = bytes_a_token(partial(bytes_of, form))
-    return law and max(side for side in range(1, MAX_SIDE) if law(side) * side**2 <= budget)
+    law = law_of(partial(bytes_of, form))
+    return law and max(side for side in range(1, MAX_SIDE) if law(side) <= budget)
 
 
 def bisected_side(bytes_of: Callable[..., int | None], budget: int) -> int | None:

@@ -46,6 +46,12 @@ def study_tables(rows: list[Row]) -> str:
     return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(found), SIZES)])
 
 
+def ladder_tables(rows: list[Row]) -> str:
+    """Steps from ape+sape2, each against it; then the same against ape."""
+    found = [outcome(rows, baseline) for baseline in ("ape+sape2", "ape")]
+    return "\n".join(markdown_table(accuracy_table(one, "last"), accuracy_columns(one)) for one in found)
+
+
 def attach_table(rows: list[Row]) -> str:
     """Each arm, and its difference to `without` in pairs of the same run and seed."""
     without = {(row["run"], row["seed"]): row["value"] for row in rows if row["arm"] == "without"}
@@ -65,6 +71,7 @@ def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "digits_encodings": digits_encodings.table,
+    "digits_ladder": ladder_tables,
     "cifar10_budget": cifar10_budget.table,
     "cifar10_short": study_tables,
     "cifar10_measures": cifar10_measures.tables,

@@ -24,7 +24,7 @@ def test_every_kept_row_makes_a_table(name):
     assert len(table_lines(tables.TABLES[name](rows))) >= 2
 
 
-@pytest.mark.parametrize("name", ["digits_encodings", "cifar10_budget", "cifar10_short", "cifar10_measures"])
+@pytest.mark.parametrize("name", ["digits_encodings", "digits_ladder", "cifar10_budget", "cifar10_short", "cifar10_measures"])
 def test_the_page_shows_what_the_rows_say(name):
     rows = read_rows(tables.RESULTS / f"{name}.jsonl")
     shown = table_lines(PAGE)
