@@ -328,6 +328,24 @@ def full_disk_on_process_0(rank):
         sape2.train.save_checkpoint = full
 
 
+def full_disk_at_the_end_of_an_epoch(rank):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    if rank == 0:
+        sape2.train.write_rows = full
+
+
+def break_process_1_before_backward(rank):
+    """The other one is in the middle of exchanging gradients then."""
+
+    def broken(*_):
+        raise Broken("lost in the middle of a step")
+
+    if rank == 1:
+        sape2.train.F.cross_entropy = broken
+
+
 def stop_process_1(rank):
     """It alone gets the signal."""
     step = Trainer._step
@@ -358,6 +376,27 @@ def test_a_failure_in_one_process_ends_all_with_its_reason(tmp_path, sabotage, l
     assert second.said.splitlines()[-1].endswith(said)
     kept = last_checkpoint(folder)
     assert (kept and kept.name) == (step and f"step-{step:08d}")
+
+
+@pytest.mark.slow
+def test_a_failure_of_the_main_process_reaches_those_that_put_divided_weights_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("process_cases.LIMIT_S", 120)
+    settings = ("train.parallel=fsdp", "train.ema_decay=0.9")
+    ended = in_processes(tmp_path / "logs", 2, run, tmp_path / "run" / "two", settings, full_disk_at_the_end_of_an_epoch)
+    for process in ended:
+        assert process.status == 1
+        assert process.said.splitlines()[-1].endswith("no space left on device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_process_that_fails_within_a_step_ends_all_and_soon(tmp_path, monkeypatch, parallel):
+    monkeypatch.setattr("process_cases.LIMIT_S", 120)
+    settings = (f"train.parallel={parallel}",)
+    ended = in_processes(tmp_path / "logs", 2, run, tmp_path / "run" / "two", settings, break_process_1_before_backward)
+    assert [process.status for process in ended] == [1, 1]
+    assert "another process of this run is gone" in ended[0].said.splitlines()[-1]
+    assert "lost in the middle of a step" in ended[1].said.splitlines()[-1]
 
 
 @pytest.mark.slow

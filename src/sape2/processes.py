@@ -79,8 +79,10 @@ class Processes:
         if self._group is None:
             return
         with contextlib.suppress(RuntimeError, OSError):
-            state = torch.tensor([FAILED, 0])
-            dist.all_reduce(state, dist.ReduceOp.MAX, group=self._group, async_op=True).wait(timedelta(seconds=HEARD_WITHIN_S))
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp.MAX
+            options.timeout = timedelta(seconds=HEARD_WITHIN_S)  # of the operation: closing waits for one that goes on
+            self._group.allreduce([torch.tensor([FAILED, 0])], options).wait()
             self._gather(str(error) or type(error).__name__)
         self._close()
 

@@ -120,7 +120,12 @@ class Trainer:
         return None if self.ema is None else self.ema.module
 
     def whole(self) -> list[nn.Module]:
-        """The model, and its moving average where there is one, undivided. All processes must call it."""
+        """The model, and its moving average where there is one, undivided. All processes must call it.
+
+        Putting divided weights together waits for every process, so it begins only where none has failed.
+        """
+        if self.undivided:
+            self.processes.largest(0)
         parts = [self.model] if self.ema is None else [self.model, self.ema.module]
         for part, undivided in zip(parts, self.undivided, strict=False):
             put_together(part, undivided)
