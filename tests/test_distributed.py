@@ -157,8 +157,34 @@ def test_processes_with_other_settings_or_images_are_refused_by_name():
 
 def test_what_does_not_join_is_refused_under_a_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="trains in one process, but WORLD_SIZE says that 2"):
+    with pytest.raises(ValueError, match="runs in one process, but WORLD_SIZE says that 2"):
         make_accelerator(tiny().train)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["compare", "digits", "--encodings", "none,ape", "--seeds", "1"],
+        ["detect", "coco_digits"],
+        ["train", "digits", "--dry-run"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_commands_of_one_process_refuse_a_launcher_before_anything_is_made(tmp_path, monkeypatch, capfd, argv):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sape2.processes.connect", lambda: pytest.fail("it joins the others"))
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"sape2: sape2 {argv[0]}")
+    assert "runs in one process, but WORLD_SIZE says that 2 were started" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_divided_weights_is_refused_before_anything_is_made(tmp_path, capfd):
+    argv = ["compare", "digits", "--encodings", "none,ape", "--seeds", "1", "--set", "train.parallel=fsdp"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "leave it out, which changes no result" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- groups of processes ---------------------------------------------------------------------------------------------
@@ -434,7 +460,7 @@ def test_the_command_measures_and_draws_once_and_knows_a_finished_run(tmp_path):
     [
         ([], "is in use by process"),
         (["--set", "train.batch_size=33"], "divisible by processes x accumulation; got 33, 2 and 1"),
-        (["--dry-run"], "trains in one process, but WORLD_SIZE says that 2"),
+        (["--dry-run"], "sape2 train --dry-run runs in one process, but WORLD_SIZE says that 2"),
     ],
     ids=["held", "batch", "dry-run"],
 )

@@ -83,6 +83,7 @@ ALLOWED = {
         "detection",
         "encodings",
         "grid",
+        "processes",
         "runs",
         "shortage",
         "train",

@@ -245,7 +245,7 @@ def test_fp16_without_an_accelerator_is_refused_rather_than_ignored():
 
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="trains in one process, but WORLD_SIZE says that 2"):
+    with pytest.raises(ValueError, match="runs in one process, but WORLD_SIZE says that 2"):
         run(tmp_path, tiny())
 
 

@@ -134,6 +134,15 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def refuse_launcher(command: str) -> None:
+    """Raises ValueError if a launcher started several processes; `command` runs in one."""
+    if launched() > 1:
+        raise ValueError(
+            f"{command} runs in one process, but WORLD_SIZE says that {launched()} were started; start it without torchrun "
+            "(of several processes only `sape2 train` makes use)"
+        )
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """All processes that the launcher started, from here to the end of the block; `ALONE` if it is this one only.

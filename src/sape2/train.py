@@ -36,7 +36,7 @@ from sape2.checkpoint import (
 from sape2.config import RunConfig, TrainConfig
 from sape2.data import ImageData, ImageFiles, normalize
 from sape2.encodings import AttentionEncoding
-from sape2.processes import ALONE, Processes, launched
+from sape2.processes import ALONE, Processes, refuse_launcher
 from sape2.sharding import divided_state, here, put_together, shard, whole_state
 
 # model -> (accuracy, loss) on the validation set; called in every process, and the same in each
@@ -360,11 +360,8 @@ def make_accelerator(config: TrainConfig, processes: Processes = ALONE) -> Any:
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
-    if launched() != processes.size:
-        raise ValueError(
-            f"this trains in one process, but WORLD_SIZE says that {launched()} were started; start it without torchrun. "
-            "Of several processes only `sape2 train` makes use, and not with --dry-run"
-        )
+    if processes.size == 1:
+        refuse_launcher("this training")
     AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
     accelerator = Accelerator(mixed_precision=mixed_precision(config.precision), cpu=not torch.accelerator.is_available())
     if accelerator.num_processes != processes.size:
