@@ -41,8 +41,8 @@ from sape2.sharding import divided_state, here, put_together, shard, whole_state
 
 # model -> (accuracy, loss) on the validation set; called in every process, and the same in each
 Evaluate = Callable[[nn.Module], tuple[float, float]]
-# called after each step with where the run stands and whether it is about to save; what it returns goes into the epoch's line
-Watch = Callable[[Progress, bool], dict[str, Any] | None]
+# called after each step with where the run stands; what it returns goes into the epoch's line
+Watch = Callable[[Progress], dict[str, Any] | None]
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the accelerator
 
 
@@ -61,17 +61,19 @@ def train(
     config: RunConfig,
     folder: Path,
     quiet: bool = False,
-    watch: Watch = lambda progress, saving: None,
+    watch: Watch = lambda progress: None,
     processes: Processes = ALONE,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
     What could stop the first step is found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
-    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising.
-    Raises ValueError when the loss is no longer finite, TrainingStopped on SIGINT and SIGTERM. Of several `processes`
-    all must call it; the folder is that of the main one.
+    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising,
+    and so does `check_folder`, which is called before anything is written there. Raises ValueError when the loss is no
+    longer finite, TrainingStopped on SIGINT and SIGTERM. Of several `processes` all must call it; the folder is that of
+    the main one.
     """
-    Trainer(model, images, evaluate, config, folder, quiet, processes).run(watch)
+    Trainer(model, images, evaluate, config, folder, quiet, processes, check_folder).run(watch)
 
 
 class Trainer:
@@ -86,7 +88,9 @@ class Trainer:
         folder: Path,
         quiet: bool,
         processes: Processes = ALONE,
+        check_folder: Callable[[], None] = lambda: None,
     ) -> None:
+        self.check_folder = check_folder if processes.is_main else lambda: None
         self.config, self.folder, self.evaluate, self.processes = config, folder, evaluate, processes
         self.quiet = quiet or not processes.is_main
         check_same_run(config, images.fingerprint, processes)
@@ -133,7 +137,7 @@ class Trainer:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(self, watch: Watch = lambda progress, saving: None) -> None:
+    def run(self, watch: Watch = lambda progress: None) -> None:
         stream, steps_per_epoch = self.stream, self.stream.steps_per_epoch
         if self.processes.is_main:
             start_run(self.folder, self.config, self.stream.data.fingerprint)
@@ -162,7 +166,9 @@ class Trainer:
                 self._add(seconds=now - mark, wait_seconds=waited)
                 mark = now
                 show(self.progress, epoch + (done > 0), self.config.train.epochs)
-                self.known |= watch(self.progress, save) or {}
+                self.known |= watch(self.progress) or {}
+                if save:
+                    self.check_folder()  # before what takes long
                 if done == 0:
                     self._end_epoch(epoch)
                 if save:
@@ -171,6 +177,7 @@ class Trainer:
                 if stop and self.progress.step < stream.total_steps:
                     raise TrainingStopped(stop, self.progress.step)
         weights = self.whole()[-1]
+        self.check_folder()
         if self.processes.is_main:
             save_weights(self.folder / "model.safetensors", weights)
 
@@ -249,6 +256,7 @@ class Trainer:
         waited = max(self.processes.gather(sums["wait_seconds"]))
         weights = self.whole()[-1]
         accuracy, loss = self.evaluate(weights)
+        self.check_folder()
         row = {
             "epoch": epoch,
             "step": self.progress.step,
@@ -290,6 +298,7 @@ class Trainer:
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
         if self.processes.is_main:
+        self.check_folder()
             save_checkpoint(self.folder, self.progress, model, average[0] if average else None, state)
 
     def _take_up_checkpoint(self) -> tuple[Progress, dict[str, Any] | None]:
