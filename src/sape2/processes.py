@@ -167,5 +167,11 @@ def connect() -> Processes:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     beside = "" if accelerator is None else f",{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of patches of one channel; harmless
-    dist.init_process_group(f"cpu:gloo{beside}")
-    return Processes(dist.new_group(backend="gloo"))
+    try:
+        dist.init_process_group(f"cpu:gloo{beside}")
+        return Processes(dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"the {launched()} processes of this run did not come together: {reason}") from error

@@ -255,7 +255,8 @@ class Trainer:
         sums, self.progress.sums = self.progress.sums, {}
         waited = max(self.processes.gather(sums["wait_seconds"]))
         weights = self.whole()[-1]
-        accuracy, loss = self.evaluate(weights)
+        with self.accelerator.autocast():  # the average and undivided weights were copied before accelerate had the model
+            accuracy, loss = self.evaluate(weights)
         self.check_folder()
         row = {
             "epoch": epoch,
@@ -270,6 +271,7 @@ class Trainer:
             "seconds": sums["seconds"],
             "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
             "device": self.accelerator.device.type,
+            "processes": self.processes.size,
         } | self.known
         if accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = accuracy, epoch
@@ -278,7 +280,7 @@ class Trainer:
         if self.processes.is_main:
             path = self.folder / "metrics.jsonl"
             write_rows(path, [*read_rows(path), row])
-            for name in row.keys() - {"epoch", "step", "precision", "device"}:
+            for name in row.keys() - {"epoch", "step", "precision", "device", "processes"}:
                 self.board.add_scalar(name, row[name], epoch)
             self.board.flush()
         self._say(
@@ -297,8 +299,8 @@ class Trainer:
         state: dict[str, Any] = {"optimizer": whole_state(self.optimizer) if self.undivided else self.optimizer.state_dict()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        if self.processes.is_main:
         self.check_folder()
+        if self.processes.is_main:
             save_checkpoint(self.folder, self.progress, model, average[0] if average else None, state)
 
     def _take_up_checkpoint(self) -> tuple[Progress, dict[str, Any] | None]:
@@ -310,7 +312,8 @@ class Trainer:
         taken = self.processes.from_main(taken)
         if taken[1] is not None and self.processes.size > 1:
             for part in self.whole():
-                part.load_state_dict(self.processes.from_main(part.state_dict()))
+                mine = {name: tensor.cpu() for name, tensor in part.state_dict().items()} if self.processes.is_main else None
+                part.load_state_dict(self.processes.from_main(mine))
         return taken
 
     def _divide(self) -> nn.Module:
@@ -332,7 +335,8 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(divided_state(kept, self.optimizer) if self.undivided else kept)
         except (KeyError, TypeError, ValueError) as error:
-            where = f"the optimiser's state in {last_checkpoint(self.folder)}"
+            at = f" in {last_checkpoint(self.folder)}" if self.processes.is_main else ""  # the others have no folder
+            where = f"the optimiser's state{at}"
             raise ValueError(f"{where} does not fit this version of sape2 ({error}); remove it to start again") from error
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
