@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from study_cases import TINY
 
 from sape2 import files
+import sape2
 from sape2.checkpoint import last_checkpoint, read_config, read_rows, save_weights, write_rows
 from sape2.cli import main
 from sape2.config import override
@@ -477,6 +478,10 @@ def checkpoint_of_other_groups(run):
 
 def checkpoint_with_another_progress(run):
     (last_checkpoint(run) / "progress.json").write_text('{"iteration": 3}')
+    "a field of another version": (
+        lambda values: (values.update(sape2_version="9.1"), values["train"].update(momentum=0.9)),
+        [f"of sape2, {sape2.__version__}, but was written by 9.1: unknown key train.momentum"],
+    ),
 
 
 def metrics_without_step(run):
@@ -493,6 +498,12 @@ def metrics_without_step(run):
     ],
 )
 def test_a_checkpoint_of_another_version_says_what_to_do(run, line_of, change, named):
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null"])
+def test_a_config_that_is_no_object_is_one_line(run, line_of, text):
+    (run / "config.json").write_text(text)
+    assert "does not fit this version of sape2" in line_of("evaluate", run)
+
+
     (run / "model.safetensors").unlink()
     change(run)
     line = line_of(*TRAIN, run)
