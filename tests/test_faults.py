@@ -21,11 +21,12 @@ import jaxtyping
 import pytest
 import torch
 from kill_cases import half_written
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from study_cases import TINY
 
-from sape2 import files
 import sape2
+from sape2 import files
 from sape2.checkpoint import last_checkpoint, read_config, read_rows, save_weights, write_rows
 from sape2.cli import main
 from sape2.config import override
@@ -212,6 +213,31 @@ def test_a_read_only_folder_is_named_before_anything_is_trained(tmp_path, monkey
     line = line_of(*argv, tmp_path / "out")
     assert "Read-only file system" in line
     assert str(tmp_path / "out") in line
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),
+        (SafetensorError(""), True),
+        (RuntimeError(ALLOCATOR), False),
+        (RuntimeError(""), False),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory while writing"), False),
+        (RecursionError("maximum recursion depth exceeded while writing"), False),
+    ],
+    ids=lambda value: "",
+)
+def test_only_errors_of_writing_are_told_as_such(tmp_path, error, named):
+    def write(path):
+        raise error
+
+    with pytest.raises(OSError if named else type(error)) as told:
+        files.write_atomic(tmp_path / "results", write)
+    if named:
+        (line,) = str(told.value).splitlines()
+        assert "results cannot be written: " in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_read_only_run_is_named_before_it_is_measured(run, monkeypatch, line_of):
@@ -452,6 +478,10 @@ def test_an_older_run_folder_goes_on_and_is_measured(run, change, finished):
 OTHER = {
     "an unknown field": (lambda values: values["train"].update(momentum=0.9), ["unknown key train.momentum"]),
     "a missing section": (lambda values: values.pop("model"), ["missing key model"]),
+    "a field of another version": (
+        lambda values: (values.update(sape2_version="9.1"), values["train"].update(momentum=0.9)),
+        [f"of sape2, {sape2.__version__}, but was written by 9.1: unknown key train.momentum"],
+    ),
     "a newer format": (
         lambda values: values.update(format=2, sape2_version="9.1"),
         ["format 2", "sape2 9.1"],
@@ -468,6 +498,12 @@ def test_a_run_folder_that_cannot_be_read_says_what_to_do(run, line_of, change, 
     assert [text for text in wanted if text not in line] == []
 
 
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null"])
+def test_a_config_that_is_no_object_is_one_line(run, line_of, text):
+    (run / "config.json").write_text(text)
+    assert "does not fit this version of sape2" in line_of("evaluate", run)
+
+
 def checkpoint_without_optimizer(run):
     torch.save({"adam": {}}, last_checkpoint(run) / "optimizer.pt")
 
@@ -478,10 +514,6 @@ def checkpoint_of_other_groups(run):
 
 def checkpoint_with_another_progress(run):
     (last_checkpoint(run) / "progress.json").write_text('{"iteration": 3}')
-    "a field of another version": (
-        lambda values: (values.update(sape2_version="9.1"), values["train"].update(momentum=0.9)),
-        [f"of sape2, {sape2.__version__}, but was written by 9.1: unknown key train.momentum"],
-    ),
 
 
 def metrics_without_step(run):
@@ -498,12 +530,6 @@ def metrics_without_step(run):
     ],
 )
 def test_a_checkpoint_of_another_version_says_what_to_do(run, line_of, change, named):
-@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null"])
-def test_a_config_that_is_no_object_is_one_line(run, line_of, text):
-    (run / "config.json").write_text(text)
-    assert "does not fit this version of sape2" in line_of("evaluate", run)
-
-
     (run / "model.safetensors").unlink()
     change(run)
     line = line_of(*TRAIN, run)

@@ -32,7 +32,7 @@ ALLOWED = {
     "costing": set(),
     "costing.rows": {"evaluation"},
     "costing.subjects": {"attention", "config", "encodings", "evaluation", "grid", "vit"},
-    "costing.sweep": {"config", "costing.rows", "costing.subjects", "encodings", "evaluation", "grid"},
+    "costing.sweep": {"config", "costing.rows", "costing.subjects", "encodings", "evaluation", "files", "grid", "shortage"},
     "runs": {"augment", "config", "checkpoint", "data", "evaluation", "shortage", "vit", "viz"},
     "probing": {"augment", "checkpoint", "config", "encodings", "probes", "report", "runs", "train", "vit", "viz"},
     "probes": {"probes", "grid"},

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sape2.commands.options import add_json, resolve, whole_number
+from sape2.commands.options import add_json, resolve, split_encodings, whole_number
 from sape2.commands.output import say, show_outcome
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.costing.sweep import split_encodings
     from sape2.processes import refuse_launcher
     from sape2.study.plan import Study
     from sape2.study.work import Stopped, forget_failures, work
