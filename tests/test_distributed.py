@@ -34,6 +34,7 @@ MIXED += ("train.clip_grad=1", "augment.policy=randaugment", "augment.policy_gro
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
 TIMING = {"images_per_s", "wait_fraction", "seconds", "processes"}
 CLI = ["train", "digits", "--model", "vit_nano", "--epochs", "2", "--set", "data.train_limit=128", "--set", "train.workers=0"]
+UNMIXED = ["--set", "augment.mixup=0", "--set", "augment.cutmix=0"]
 CLI += ["--set", "train.precision=fp32", "--set", "train.batch_size=32", "--set", "train.checkpoint_every=1"]
 
 
@@ -521,7 +522,7 @@ def test_the_command_measures_and_draws_once_and_knows_a_finished_run(tmp_path):
     ("extra", "line"),
     [
         ([], "is in use by process"),
-        (["--set", "train.batch_size=33"], "divisible by processes x accumulation; got 33, 2 and 1"),
+        (["--set", "train.batch_size=33", *UNMIXED], "divisible by processes x accumulation; got 33, 2 and 1"),
         (["--dry-run"], "sape2 train --dry-run runs in one process, but WORLD_SIZE says that 2"),
     ],
     ids=["held", "batch", "dry-run"],
