@@ -9,7 +9,7 @@ import jaxtyping
 import pytest
 from PIL import Image
 
-from sape2.checkpoint import start_run, write_rows
+from sape2.checkpoint import read_rows, start_run, write_rows
 from sape2.cli import main
 from sape2.comparison.groups import group_runs, mean_and_std
 from sape2.comparison.headlines import read_runs, telling_layer
@@ -170,6 +170,16 @@ def test_differing_numbers_of_images_are_told(make):
     assert "shift was measured on different numbers of images: 20, 100." in compare(runs, None).notes()
     assert not any(note.startswith("health was") for note in compare(runs, None).notes())
     assert compare(runs[:1], None).notes() == []
+
+
+def test_times_of_different_numbers_of_processes_are_not_compared_silently(make):
+    """A line from before they were counted is one of a single process."""
+    folders = [make(name, seed=seed, rows=results(0.5)) for seed, name in enumerate("abc")]
+    for folder, processes in ((folders[1], 1), (folders[2], 2)):
+        write_rows(folder / "metrics.jsonl", [row | {"processes": processes} for row in read_rows(folder / "metrics.jsonl")])
+    for chosen, expected in ((folders[:2], 0), (folders, 1)):
+        notes = compare(read_runs(chosen)[0], None).notes()
+        assert sum("different numbers of processes" in note for note in notes) == expected
 
 
 def test_report_writes_tables_and_figures_with_a_line_for_each(make, tmp_path, capfd):

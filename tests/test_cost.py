@@ -14,13 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sape2 import create_encoding, create_model
+from sape2 import create_encoding, create_model, files
 from sape2.attention import describe_path
 from sape2.cli import main
+from sape2.commands.options import split_encodings
 from sape2.config import MODELS
 from sape2.costing.rows import count_table, growth_rows, lines_of_growth, time_table
 from sape2.costing.subjects import AttentionSubject, Cell, EncodedAttention, ModelSubject, PlainAttention
-from sape2.costing.sweep import Sweep, attention_part, measure, parse_grid, run_sweep, split_encodings
+from sape2.costing.sweep import Sweep, attention_part, measure, parse_grid, run_sweep
 from sape2.evaluation import MEASURES, memory
 from sape2.evaluation.cost import count_macs, count_parameters, forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.memory import available_bytes, highest_sum, peak_bytes, predicted_peak
@@ -472,7 +473,7 @@ def test_running_out_of_memory_is_a_note_and_other_errors_are_not_hidden(monkeyp
     message = "[enforce fail] DefaultCPUAllocator: can't allocate memory"
     rows = measure(sweep.cells()[0], sweep, CONDITIONS)
     assert all("out of memory" in row["note"] for row in rows if row["name"].startswith("forward"))
-    message = "shapes do not fit"
+    message = "unsupported memory format: shapes do not fit"
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         measure(sweep.cells()[0], sweep, CONDITIONS)
 
@@ -490,6 +491,27 @@ def test_rows_that_are_there_survive_an_interruption(tmp_path):
         list(run_sweep(sweep, tmp_path / "results.jsonl", CONDITIONS, interrupt))
     rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert {row["grid"] for row in rows} == {"2x2"}
+
+
+@pytest.mark.parametrize("cells", [0, 1])
+def test_a_sweep_that_is_killed_while_it_writes_leaves_whole_cells(tmp_path, monkeypatch, cells):
+    """What stands there is the last whole state: that of the sweep before, until the first cell is done."""
+    path, sync = tmp_path / "results.jsonl", files._sync
+    path.write_text('{"grid": "before"}\n')
+    synced = []
+
+    def killed(temporary):
+        if len(synced) == cells:
+            raise KeyboardInterrupt
+        synced.append(temporary)
+        sync(temporary)
+
+    monkeypatch.setattr(files, "_sync", killed)
+    sweep = small_sweep(encodings=("none",), levels=("attention",))
+    with pytest.raises(KeyboardInterrupt):
+        list(run_sweep(sweep, path, CONDITIONS))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["grid"] for row in rows} == ({"2x2"} if cells else {"before"})
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

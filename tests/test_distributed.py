@@ -24,7 +24,7 @@ from sape2.evaluation.accuracy import quick_accuracy
 from sape2.processes import ALONE, Processes, joined
 from sape2.running import NOWHERE, shared_accuracy
 from sape2.runs import build_model
-from sape2.train import Trainer, check_same_run, make_accelerator, train
+from sape2.train import Trainer, check_same_run, make_accelerator, make_ema, train
 
 # Everything that is drawn for a batch as a whole; without drop path, which each process draws for its own images.
 MIXED = ("model.drop_path=0", "augment.mixup=0.8", "augment.cutmix=1", "augment.flip=true", "train.ema_decay=0.9")
@@ -32,8 +32,9 @@ MIXED += ("train.clip_grad=1", "augment.policy=randaugment", "augment.policy_gro
 # Sums of gradients in another order differ by 1e-7 of them. Adam divides by their size, so that a weight whose gradient is
 # almost 0 can move by another part of its step, of 1e-3 at most here; over 15 steps weights of 0.02 differ in the fifth digit.
 CLOSE = {"rtol": 1e-3, "atol": 2e-5}
-TIMING = {"images_per_s", "wait_fraction", "seconds"}
+TIMING = {"images_per_s", "wait_fraction", "seconds", "processes"}
 CLI = ["train", "digits", "--model", "vit_nano", "--epochs", "2", "--set", "data.train_limit=128", "--set", "train.workers=0"]
+UNMIXED = ["--set", "augment.mixup=0", "--set", "augment.cutmix=0"]
 CLI += ["--set", "train.precision=fp32", "--set", "train.batch_size=32", "--set", "train.checkpoint_every=1"]
 
 
@@ -157,8 +158,94 @@ def test_processes_with_other_settings_or_images_are_refused_by_name():
 
 def test_what_does_not_join_is_refused_under_a_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="trains in one process, but WORLD_SIZE says that 2"):
+    with pytest.raises(ValueError, match="runs in one process, but WORLD_SIZE says that 2"):
         make_accelerator(tiny().train)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["compare", "digits", "--encodings", "none,ape", "--seeds", "1"],
+        ["detect", "coco_digits"],
+        ["train", "digits", "--dry-run"],
+    ],
+    ids=lambda argv: argv[0],
+)
+def test_commands_of_one_process_refuse_a_launcher_before_anything_is_made(tmp_path, monkeypatch, capfd, argv):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sape2.processes.connect", lambda: pytest.fail("it joins the others"))
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"sape2: sape2 {argv[0]}")
+    assert "runs in one process, but WORLD_SIZE says that 2 were started" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_comparison_of_divided_weights_is_refused_before_anything_is_made(tmp_path, capfd):
+    argv = ["compare", "digits", "--encodings", "none,ape", "--seeds", "1", "--set", "train.parallel=fsdp"]
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "leave it out, which changes no result" in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+class Sending(Processes):
+    """Process `rank` of two; what it gives to be sent is kept, and what the main one sends is given."""
+
+    def __init__(self, rank, sent):
+        super().__init__()
+        self.rank, self.size, self.sent, self.given = rank, 2, iter(sent), []
+
+    def gather(self, value):
+        return [value, value]
+
+    def from_main(self, value):
+        self.given.append(value)
+        return value if self.is_main else next(self.sent)
+
+
+def trainer_of(processes, folder):
+    config = tiny("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0")
+    trainer = Trainer.__new__(Trainer)
+    trainer.folder, trainer.processes, trainer.undivided = folder, processes, []
+    trainer.model = build_model(config)
+    trainer.ema = make_ema(trainer.model, config.train)
+    return trainer
+
+
+def test_the_weights_of_a_checkpoint_are_sent_by_the_main_process_alone_and_from_the_cpu(tmp_path):
+    run(tmp_path / "run", ("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0"))
+    main_one = trainer_of(Sending(0, ()), tmp_path / "run")
+    main_one._take_up_checkpoint()
+    taken, *sent = main_one.processes.given
+    assert [value.device.type for weights in sent for value in weights.values()] == ["cpu"] * 2 * len(
+        main_one.model.state_dict()
+    )
+    helper = trainer_of(Sending(1, [taken, *sent]), NOWHERE)
+    helper._take_up_checkpoint()
+    assert helper.processes.given[1:] == [None, None]
+    for mine, theirs in zip(helper.whole(), main_one.whole(), strict=True):
+        assert same(mine.state_dict(), theirs.state_dict())
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_state_of_another_version_is_named_with_its_place_where_there_is_one(tmp_path, rank):
+    run(tmp_path / "run", ["train.epochs=1", "train.warmup_epochs=0"])
+    trainer = trainer_of(Sending(rank, ()), tmp_path / "run" if rank == 0 else NOWHERE)
+    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
+    with pytest.raises(ValueError, match="does not fit this version of sape2") as refused:
+        trainer._load_optimizer({"optimizer": {"state": {}, "param_groups": []}})
+    assert ("step-00000005" in str(refused.value)) == (rank == 0)
+    assert "None" not in str(refused.value)
+
+
+def test_processes_that_do_not_come_together_are_told_in_one_line(monkeypatch):
+    def late(*_, **__):
+        raise torch.distributed.DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.")
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", late)
+    with pytest.raises(ConnectionError, match="did not come together: Timed out after 601 seconds"), joined():
+        pass
 
 
 # --- groups of processes ---------------------------------------------------------------------------------------------
@@ -170,6 +257,8 @@ def test_two_processes_give_the_weights_and_rows_of_one(tmp_path):
     for ended in in_processes(tmp_path / "logs", 2, run, tmp_path / "run" / "two", settings):
         assert ended == type(ended)(0, "")  # nothing to say, no warning either
     assert_same_run(tmp_path / "run" / "two", tmp_path / "one", **CLOSE)
+    for name, size in (("one", 1), ("run/two", 2)):
+        assert [row["processes"] for row in read_rows(tmp_path / name / "metrics.jsonl")] == [size] * 2
 
 
 @pytest.mark.slow
@@ -328,6 +417,24 @@ def full_disk_on_process_0(rank):
         sape2.train.save_checkpoint = full
 
 
+def full_disk_at_the_end_of_an_epoch(rank):
+    def full(*_):
+        raise OSError("no space left on device")
+
+    if rank == 0:
+        sape2.train.write_rows = full
+
+
+def break_process_1_before_backward(rank):
+    """The other one is in the middle of exchanging gradients then."""
+
+    def broken(*_):
+        raise Broken("lost in the middle of a step")
+
+    if rank == 1:
+        sape2.train.F.cross_entropy = broken
+
+
 def stop_process_1(rank):
     """It alone gets the signal."""
     step = Trainer._step
@@ -358,6 +465,27 @@ def test_a_failure_in_one_process_ends_all_with_its_reason(tmp_path, sabotage, l
     assert second.said.splitlines()[-1].endswith(said)
     kept = last_checkpoint(folder)
     assert (kept and kept.name) == (step and f"step-{step:08d}")
+
+
+@pytest.mark.slow
+def test_a_failure_of_the_main_process_reaches_those_that_put_divided_weights_together(tmp_path, monkeypatch):
+    monkeypatch.setattr("process_cases.LIMIT_S", 120)
+    settings = ("train.parallel=fsdp", "train.ema_decay=0.9")
+    ended = in_processes(tmp_path / "logs", 2, run, tmp_path / "run" / "two", settings, full_disk_at_the_end_of_an_epoch)
+    for process in ended:
+        assert process.status == 1
+        assert process.said.splitlines()[-1].endswith("no space left on device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_process_that_fails_within_a_step_ends_all_and_soon(tmp_path, monkeypatch, parallel):
+    monkeypatch.setattr("process_cases.LIMIT_S", 120)
+    settings = (f"train.parallel={parallel}",)
+    ended = in_processes(tmp_path / "logs", 2, run, tmp_path / "run" / "two", settings, break_process_1_before_backward)
+    assert [process.status for process in ended] == [1, 1]
+    assert "another process of this run is gone" in ended[0].said.splitlines()[-1]
+    assert "lost in the middle of a step" in ended[1].said.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -394,8 +522,8 @@ def test_the_command_measures_and_draws_once_and_knows_a_finished_run(tmp_path):
     ("extra", "line"),
     [
         ([], "is in use by process"),
-        (["--set", "train.batch_size=33"], "divisible by processes x accumulation; got 33, 2 and 1"),
-        (["--dry-run"], "trains in one process, but WORLD_SIZE says that 2"),
+        (["--set", "train.batch_size=33", *UNMIXED], "divisible by processes x accumulation; got 33, 2 and 1"),
+        (["--dry-run"], "sape2 train --dry-run runs in one process, but WORLD_SIZE says that 2"),
     ],
     ids=["held", "batch", "dry-run"],
 )

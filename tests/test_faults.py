@@ -21,18 +21,25 @@ import jaxtyping
 import pytest
 import torch
 from kill_cases import half_written
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from study_cases import TINY
 
+import sape2
 from sape2 import files
 from sape2.checkpoint import last_checkpoint, read_config, read_rows, save_weights, write_rows
 from sape2.cli import main
+from sape2.config import override
+from sape2.data import load_data
 from sape2.detection.settings import DetectionConfig
 from sape2.evaluation.accuracy import predict
 from sape2.files import sweep, write_text
+from sape2.processes import Processes
 from sape2.recipes import get_recipe
+from sape2.running import help_to_train
+from sape2.runs import build_model
 from sape2.shortage import OutOfMemory, count_tokens, in_detection, in_evaluation, in_training, told_in_one_line
-from sape2.train import Trainer
+from sape2.train import Trainer, train
 from sape2.vit import ViT
 
 SETTINGS = [text for setting in [*TINY, "train.epochs=2", "train.checkpoint_every=2"] for text in ("--set", setting)]
@@ -208,6 +215,31 @@ def test_a_read_only_folder_is_named_before_anything_is_trained(tmp_path, monkey
     assert str(tmp_path / "out") in line
 
 
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0\nmore"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),
+        (SafetensorError(""), True),
+        (RuntimeError(ALLOCATOR), False),
+        (RuntimeError(""), False),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory while writing"), False),
+        (RecursionError("maximum recursion depth exceeded while writing"), False),
+    ],
+    ids=lambda value: "",
+)
+def test_only_errors_of_writing_are_told_as_such(tmp_path, error, named):
+    def write(path):
+        raise error
+
+    with pytest.raises(OSError if named else type(error)) as told:
+        files.write_atomic(tmp_path / "results", write)
+    if named:
+        (line,) = str(told.value).splitlines()
+        assert "results cannot be written: " in line
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_read_only_run_is_named_before_it_is_measured(run, monkeypatch, line_of):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     monkeypatch.setattr("sape2.runs.load_run_model", lambda *_: pytest.fail("it measures"))
@@ -229,6 +261,39 @@ def test_a_folder_that_is_removed_in_the_middle_is_named_and_not_made_again(tmp_
     line = line_of(*argv, folder)
     assert "was removed while it was being written to; nothing more is written there" in line
     assert list(tmp_path.rglob("*.safetensors")) == list(tmp_path.rglob("metrics.jsonl")) == []
+
+
+@pytest.mark.parametrize("taken", [False, True], ids=["removed", "taken over"])
+def test_a_folder_that_is_lost_during_validation_is_not_written_to(tmp_path, monkeypatch, line_of, taken):
+    folder = tmp_path / "out"
+
+    def losing(model, data):
+        if taken:
+            (folder / ".claim").write_text("{}")
+        else:
+            shutil.rmtree(folder)
+        return 0.5, 1.0
+
+    monkeypatch.setattr("sape2.running.quick_accuracy", losing)
+    line = line_of(*TRAIN, folder)
+    assert ("the claim of this process" if taken else "was removed while it was being written to") in line
+    assert folder.exists() == taken
+    assert [path for path in tmp_path.rglob("*") if path.name in ("best.safetensors", "metrics.jsonl", "step-00000004")] == []
+
+
+@pytest.mark.parametrize("writer", ["save_checkpoint", "save_weights"])
+def test_the_folder_is_looked_at_right_before_the_last_files_are_written(tmp_path, monkeypatch, writer):
+    """`save_weights` of the end; that of the best epoch is stood in for."""
+    heard = []
+    config = override(get_recipe("digits"), [*TINY])
+    splits = load_data(config.data, config.model)
+    for name in ("save_checkpoint", "save_weights"):
+        monkeypatch.setattr(f"sape2.train.{name}", lambda *a, name=name: heard.append(name))
+    train(
+        build_model(config), splits.train, lambda _: (-2.0, 1.0), config, tmp_path / "run", True,
+        check_folder=lambda: heard.append("look"),
+    )  # fmt: skip
+    assert heard[heard.index(writer) - 1] == "look"
 
 
 def test_a_run_that_is_removed_while_it_is_measured_is_not_made_again(run, monkeypatch, line_of):
@@ -262,6 +327,22 @@ def test_memory_that_ends_in_training_names_the_batch_the_tokens_and_the_ways_ou
     line = line_of(*TRAIN, tmp_path / "run")
     wanted = ["32 images at a time", "16 tokens", "--set train.accumulation=2", "smaller --set train.batch_size", "lean path"]
     assert [text for text in wanted if text not in line] == []
+
+
+def test_memory_that_ends_in_training_is_one_line_in_a_helping_process_too(monkeypatch):
+    def raising(*_, **__):
+        raise RuntimeError(ALLOCATOR)
+
+    class Helper(Processes):
+        rank, size = 1, 2
+
+        def __init__(self):
+            pass
+
+    monkeypatch.setattr("sape2.running.train", raising)
+    config = override(get_recipe("digits"), [*TINY, "train.epochs=1"])
+    with pytest.raises(OutOfMemory, match="16 images at a time in each of 2 processes"):
+        help_to_train(config, Helper())
 
 
 def test_memory_that_ends_in_a_measure_names_it(run, monkeypatch, line_of):
@@ -303,16 +384,19 @@ def test_prediction_halves_batches_until_they_fit(finished, monkeypatch):
 
 
 def test_what_is_said_about_memory_follows_the_settings():
-    def said(*settings):
-        from sape2.config import override
-
-        return in_training(override(get_recipe("digits"), list(settings)))
+    def said(*settings, size=1):
+        return in_training(override(get_recipe("digits"), list(settings)), size)
 
     assert "without which attention cannot take its lean path" in said("model.attention_dropout=0.1")
     assert "gradient_checkpointing" not in said("model.gradient_checkpointing=true")
     assert "train.accumulation" not in said("train.accumulation=64", "train.batch_size=64")
     assert "16 images at a time" in said("train.batch_size=64", "train.accumulation=4")
     assert "train.accumulation=8 (the same batch in 8 parts)" in said("train.batch_size=64", "train.accumulation=4")
+    assert "a time in each of 8 processes" in said("train.batch_size=64", size=8)
+    assert "4 images at a time" in said("train.batch_size=64", "train.accumulation=2", size=8)
+    assert "train.accumulation=3 (the" in said("train.batch_size=48", "train.accumulation=2", size=8)  # 4 does not divide 6
+    assert "train.accumulation=2 (the" in said("train.batch_size=72", size=4)
+    assert "train.accumulation" not in said("train.batch_size=8", size=8)
     assert "sape2:readout=direct" in said("model.encoding=ape+sape2")
     assert "sape2:readout=direct" not in said("model.encoding=ape")
     model = get_recipe("digits").model
@@ -394,6 +478,10 @@ def test_an_older_run_folder_goes_on_and_is_measured(run, change, finished):
 OTHER = {
     "an unknown field": (lambda values: values["train"].update(momentum=0.9), ["unknown key train.momentum"]),
     "a missing section": (lambda values: values.pop("model"), ["missing key model"]),
+    "a field of another version": (
+        lambda values: (values.update(sape2_version="9.1"), values["train"].update(momentum=0.9)),
+        [f"of sape2, {sape2.__version__}, but was written by 9.1: unknown key train.momentum"],
+    ),
     "a newer format": (
         lambda values: values.update(format=2, sape2_version="9.1"),
         ["format 2", "sape2 9.1"],
@@ -408,6 +496,12 @@ def test_a_run_folder_that_cannot_be_read_says_what_to_do(run, line_of, change, 
     line = line_of(*({"train": [*TRAIN, run], "evaluate": ["evaluate", run]}[command]))
     wanted = [*named, str(run / "config.json"), "Use the version that wrote it, or choose another --out"]
     assert [text for text in wanted if text not in line] == []
+
+
+@pytest.mark.parametrize("text", ["[]", "3", '"x"', "null"])
+def test_a_config_that_is_no_object_is_one_line(run, line_of, text):
+    (run / "config.json").write_text(text)
+    assert "does not fit this version of sape2" in line_of("evaluate", run)
 
 
 def checkpoint_without_optimizer(run):

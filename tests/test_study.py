@@ -4,16 +4,18 @@ import json
 import shutil
 import threading
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 from study_cases import finish, tiny_study
 
 from sape2.checkpoint import read_rows
 from sape2.claim import NAME, Holder, Watcher, this_machine
+from sape2.commands.options import default_name
 from sape2.comparison import rawrows
-from sape2.comparison.rawrows import raw_row, read_raw
+from sape2.comparison.rawrows import digest_of, raw_row, read_raw
+from sape2.files import safe_name
 from sape2.study import work as working
-from sape2.study.plan import safe_name
 from sape2.study.progress import duration
 from sape2.study.work import Stopped, forget_failures, seconds_left, work
 
@@ -261,6 +263,10 @@ def test_folders_have_safe_names_and_two_encodings_never_share_one(tmp_path):
     assert safe_name("ape+sape2:count=cyclic,dot=key") == "ape+sape2_count=cyclic_dot=key"
     assert safe_name("rope:" + "x" * 200) != safe_name("rope:" + "x" * 201)
     assert len(safe_name("rope:" + "x" * 200)) < 130
+    long = "rope:" + "x" * 300
+    run = SimpleNamespace(recipe="digits", model=SimpleNamespace(name="vit_nano", encoding=long), seed=0)
+    assert default_name(run) == f"digits-vit_nano-{safe_name(long)}-s0"
+    assert safe_name(long).endswith(digest_of({"encoding": long}))  # as folders are named that exist
     with pytest.raises(ValueError, match="would share a folder"):
         tiny_study(tmp_path, ("a:b", "a_b"))
 

@@ -243,9 +243,23 @@ def test_fp16_without_an_accelerator_is_refused_rather_than_ignored():
         mixed_precision("fp16")
 
 
+@pytest.mark.parametrize("ema", [False, True], ids=["plain", "ema"])
+def test_validation_is_in_the_precision_of_the_training(tmp_path, ema):
+    """Also that of an average, which is a copy of the model from before accelerate wrapped it."""
+    seen = []
+
+    def evaluate(trained):
+        seen.append((torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return quick_accuracy(trained, images())
+
+    run(tmp_path / "run", tiny("train.precision=bf16", "train.epochs=2", *["train.ema_decay=0.9"] * ema), evaluate)
+    assert seen == [(True, torch.bfloat16)] * 2
+    assert not torch.is_autocast_enabled("cpu")
+
+
 def test_several_processes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="trains in one process, but WORLD_SIZE says that 2"):
+    with pytest.raises(ValueError, match="runs in one process, but WORLD_SIZE says that 2"):
         run(tmp_path, tiny())
 
 

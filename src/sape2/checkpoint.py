@@ -175,7 +175,7 @@ def read_config(folder: Path) -> RunConfig:
         return RunConfig.from_dict(_without_format(values))
     except ValueError as error:
         raise ValueError(
-            f"{path} does not fit this version of sape2, {sape2.__version__}: {error}. "
+            f"{path} does not fit this version of sape2, {sape2.__version__}{_writer(values)}: {error}. "
             "Use the version that wrote it, or choose another --out"
         ) from error
 
@@ -189,6 +189,11 @@ def _without_format(values: Any) -> Any:
         wrote = values.get("sape2_version", "an unknown version")
         raise ValueError(f"it has format {number!r}, of sape2 {wrote}; format {FORMAT} is read here")
     return {key: value for key, value in values.items() if key not in ("format", "sape2_version")}
+
+
+def _writer(values: Any) -> str:
+    version = values.get("sape2_version") if isinstance(values, dict) else None
+    return f", but was written by {version}" if version else ""
 
 
 def is_finished(folder: Path) -> bool:

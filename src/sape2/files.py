@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import os
 import re
 import uuid
@@ -13,6 +15,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 WAY_OUT = "what was there is unchanged; make room or the folder writable, and give the same command again"
+WRITER = re.compile(r"StreamWriter|inline_container|iostream|writing|write failed|cannot be opened|directory .* does not exist")
+
+
+def safe_name(encoding: str) -> str:
+    """ "ape+sape2:count=cyclic" -> "ape+sape2_count=cyclic": a part of a path, not too long for one."""
+    name = re.sub(r"[^\w+=.-]+", "_", encoding)
+    digest = hashlib.blake2b(json.dumps({"encoding": encoding}).encode(), digest_size=8).hexdigest()
+    return name if len(name) <= 120 else f"{name[:100]}-{digest}"
 
 
 def beside(path: Path) -> Path:
@@ -33,7 +43,9 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
         _sync(temporary)
         os.replace(temporary, path)
     except (SafetensorError, RuntimeError) as error:
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}; {WAY_OUT}") from error
+        if not _is_about_writing(error):
+            raise
+        raise OSError(f"{path} cannot be written: {(str(error).splitlines() or ['no reason given'])[0]}; {WAY_OUT}") from error
     except OSError as error:
         if error.errno is None:  # not the system's: it says what it is about
             raise
@@ -41,6 +53,11 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _is_about_writing(error: Exception) -> bool:
+    """torch's writer of zip files raises a plain RuntimeError; its other errors (memory, a lost process) have other words."""
+    return isinstance(error, SafetensorError) or (type(error) is RuntimeError and bool(WRITER.search(str(error))))
 
 
 def sweep(folder: Path) -> None:

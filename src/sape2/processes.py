@@ -79,8 +79,10 @@ class Processes:
         if self._group is None:
             return
         with contextlib.suppress(RuntimeError, OSError):
-            state = torch.tensor([FAILED, 0])
-            dist.all_reduce(state, dist.ReduceOp.MAX, group=self._group, async_op=True).wait(timedelta(seconds=HEARD_WITHIN_S))
+            options = dist.AllreduceOptions()
+            options.reduceOp = dist.ReduceOp.MAX
+            options.timeout = timedelta(seconds=HEARD_WITHIN_S)  # of the operation: closing waits for one that goes on
+            self._group.allreduce([torch.tensor([FAILED, 0])], options).wait()
             self._gather(str(error) or type(error).__name__)
         self._close()
 
@@ -132,6 +134,15 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def refuse_launcher(command: str) -> None:
+    """Raises ValueError if a launcher started several processes; `command` runs in one."""
+    if launched() > 1:
+        raise ValueError(
+            f"{command} runs in one process, but WORLD_SIZE says that {launched()} were started; start it without torchrun "
+            "(of several processes only `sape2 train` makes use)"
+        )
+
+
 @contextmanager
 def joined() -> Iterator[Processes]:
     """All processes that the launcher started, from here to the end of the block; `ALONE` if it is this one only.
@@ -156,5 +167,11 @@ def connect() -> Processes:
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     beside = "" if accelerator is None else f",{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of patches of one channel; harmless
-    dist.init_process_group(f"cpu:gloo{beside}")
-    return Processes(dist.new_group(backend="gloo"))
+    try:
+        dist.init_process_group(f"cpu:gloo{beside}")
+        return Processes(dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        if not is_lost(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise ConnectionError(f"the {launched()} processes of this run did not come together: {reason}") from error

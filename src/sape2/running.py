@@ -46,15 +46,14 @@ def run_to_end(
     if not is_finished(folder):
         memory = StepMemory(len(splits.train) // config.train.batch_size)
 
-        def guard(progress: Progress, saving: bool) -> Row:
-            if saving:
-                claim.check()
+        def look(progress: Progress) -> Row:
             watch(progress)
             return memory.after_step(progress.step)
 
         try:
-            with told_in_one_line(lambda: in_training(config)):
-                train(model, splits.train, validation_of(splits, processes), config, folder, quiet, guard, processes)
+            with told_in_one_line(lambda: in_training(config, processes.size)):
+                validate = validation_of(splits, processes)
+                train(model, splits.train, validate, config, folder, quiet, look, processes, claim.check)
         finally:
             memory.close()
     processes.leave()
@@ -66,7 +65,9 @@ def help_to_train(config: RunConfig, processes: Processes) -> int:
     """What every process but the main one does of `run_to_end`: no folder is read or written. Returns an exit status."""
     try:
         splits = load_data(config.data, config.model)
-        train(build_model(config), splits.train, validation_of(splits, processes), config, NOWHERE, processes=processes)
+        model, validate = build_model(config), validation_of(splits, processes)
+        with told_in_one_line(lambda: in_training(config, processes.size)):
+            train(model, splits.train, validate, config, NOWHERE, processes=processes)
     except TrainingStopped as stopped:
         return 128 + stopped.signal_number
     except Dismissed:  # the main process found nothing to train

@@ -41,11 +41,13 @@ def count_tokens(model: ModelConfig) -> int:
     return height * width + model.num_registers + (model.pool == "class")
 
 
-def in_training(config: RunConfig) -> str:
-    """The batch, its tokens, and what makes it smaller."""
+def in_training(config: RunConfig, size: int = 1) -> str:
+    """The batch as `size` processes share it, its tokens, and what makes it smaller."""
     train, model = config.train, config.model
-    part = train.batch_size // train.accumulation
-    more = next((n for n in range(train.accumulation + 1, train.batch_size + 1) if train.batch_size % n == 0), None)
+    share = train.batch_size // size
+    part = share // train.accumulation
+    more = next((n for n in range(train.accumulation + 1, share + 1) if share % n == 0), None)  # those TrainStream takes
+    where = f" in each of {size} processes" if size > 1 else ""
     ways = [f"--set train.accumulation={more} (the same batch in {more} parts)"] if more else []
     if train.batch_size > 1:
         ways.append(f"a smaller --set train.batch_size (now {train.batch_size})")
@@ -53,8 +55,8 @@ def in_training(config: RunConfig) -> str:
         ways.append("--set model.gradient_checkpointing=true")
     ways += _of_attention(model)
     return (
-        f"out of memory in training with {part} images at a time, {count_tokens(model)} tokens each; the last checkpoint is "
-        f"kept. Try, with another --out, {', '.join(ways)}"
+        f"out of memory in training with {part} images at a time{where}, {count_tokens(model)} tokens each; "
+        f"the last checkpoint is kept. Try, with another --out, {', '.join(ways)}"
     )
 
 

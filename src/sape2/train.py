@@ -36,13 +36,13 @@ from sape2.checkpoint import (
 from sape2.config import RunConfig, TrainConfig
 from sape2.data import ImageData, ImageFiles, normalize
 from sape2.encodings import AttentionEncoding
-from sape2.processes import ALONE, Processes, launched
+from sape2.processes import ALONE, Processes, refuse_launcher
 from sape2.sharding import divided_state, here, put_together, shard, whole_state
 
 # model -> (accuracy, loss) on the validation set; called in every process, and the same in each
 Evaluate = Callable[[nn.Module], tuple[float, float]]
-# called after each step with where the run stands and whether it is about to save; what it returns goes into the epoch's line
-Watch = Callable[[Progress, bool], dict[str, Any] | None]
+# called after each step with where the run stands; what it returns goes into the epoch's line
+Watch = Callable[[Progress], dict[str, Any] | None]
 CHECK_EVERY = 10  # steps between looks at the loss: each look waits for the accelerator
 
 
@@ -61,17 +61,19 @@ def train(
     config: RunConfig,
     folder: Path,
     quiet: bool = False,
-    watch: Watch = lambda progress, saving: None,
+    watch: Watch = lambda progress: None,
     processes: Processes = ALONE,
+    check_folder: Callable[[], None] = lambda: None,
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
     What could stop the first step is found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
-    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising.
-    Raises ValueError when the loss is no longer finite, TrainingStopped on SIGINT and SIGTERM. Of several `processes`
-    all must call it; the folder is that of the main one.
+    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising,
+    and so does `check_folder`, which is called before anything is written there. Raises ValueError when the loss is no
+    longer finite, TrainingStopped on SIGINT and SIGTERM. Of several `processes` all must call it; the folder is that of
+    the main one.
     """
-    Trainer(model, images, evaluate, config, folder, quiet, processes).run(watch)
+    Trainer(model, images, evaluate, config, folder, quiet, processes, check_folder).run(watch)
 
 
 class Trainer:
@@ -86,7 +88,9 @@ class Trainer:
         folder: Path,
         quiet: bool,
         processes: Processes = ALONE,
+        check_folder: Callable[[], None] = lambda: None,
     ) -> None:
+        self.check_folder = check_folder if processes.is_main else lambda: None
         self.config, self.folder, self.evaluate, self.processes = config, folder, evaluate, processes
         self.quiet = quiet or not processes.is_main
         check_same_run(config, images.fingerprint, processes)
@@ -120,7 +124,12 @@ class Trainer:
         return None if self.ema is None else self.ema.module
 
     def whole(self) -> list[nn.Module]:
-        """The model, and its moving average where there is one, undivided. All processes must call it."""
+        """The model, and its moving average where there is one, undivided. All processes must call it.
+
+        Putting divided weights together waits for every process, so it begins only where none has failed.
+        """
+        if self.undivided:
+            self.processes.largest(0)
         parts = [self.model] if self.ema is None else [self.model, self.ema.module]
         for part, undivided in zip(parts, self.undivided, strict=False):
             put_together(part, undivided)
@@ -128,7 +137,7 @@ class Trainer:
 
     # --- the loop ----------------------------------------------------------------------------------------------------
 
-    def run(self, watch: Watch = lambda progress, saving: None) -> None:
+    def run(self, watch: Watch = lambda progress: None) -> None:
         stream, steps_per_epoch = self.stream, self.stream.steps_per_epoch
         if self.processes.is_main:
             start_run(self.folder, self.config, self.stream.data.fingerprint)
@@ -157,7 +166,9 @@ class Trainer:
                 self._add(seconds=now - mark, wait_seconds=waited)
                 mark = now
                 show(self.progress, epoch + (done > 0), self.config.train.epochs)
-                self.known |= watch(self.progress, save) or {}
+                self.known |= watch(self.progress) or {}
+                if save:
+                    self.check_folder()  # before what takes long
                 if done == 0:
                     self._end_epoch(epoch)
                 if save:
@@ -166,6 +177,7 @@ class Trainer:
                 if stop and self.progress.step < stream.total_steps:
                     raise TrainingStopped(stop, self.progress.step)
         weights = self.whole()[-1]
+        self.check_folder()
         if self.processes.is_main:
             save_weights(self.folder / "model.safetensors", weights)
 
@@ -243,7 +255,9 @@ class Trainer:
         sums, self.progress.sums = self.progress.sums, {}
         waited = max(self.processes.gather(sums["wait_seconds"]))
         weights = self.whole()[-1]
-        accuracy, loss = self.evaluate(weights)
+        with self.accelerator.autocast():  # the average and undivided weights were copied before accelerate had the model
+            accuracy, loss = self.evaluate(weights)
+        self.check_folder()
         row = {
             "epoch": epoch,
             "step": self.progress.step,
@@ -257,6 +271,7 @@ class Trainer:
             "seconds": sums["seconds"],
             "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
             "device": self.accelerator.device.type,
+            "processes": self.processes.size,
         } | self.known
         if accuracy > self.progress.best_accuracy:
             self.progress.best_accuracy, self.progress.best_epoch = accuracy, epoch
@@ -265,7 +280,7 @@ class Trainer:
         if self.processes.is_main:
             path = self.folder / "metrics.jsonl"
             write_rows(path, [*read_rows(path), row])
-            for name in row.keys() - {"epoch", "step", "precision", "device"}:
+            for name in row.keys() - {"epoch", "step", "precision", "device", "processes"}:
                 self.board.add_scalar(name, row[name], epoch)
             self.board.flush()
         self._say(
@@ -284,6 +299,7 @@ class Trainer:
         state: dict[str, Any] = {"optimizer": whole_state(self.optimizer) if self.undivided else self.optimizer.state_dict()}
         if self.accelerator.scaler is not None:
             state["scaler"] = self.accelerator.scaler.state_dict()
+        self.check_folder()
         if self.processes.is_main:
             save_checkpoint(self.folder, self.progress, model, average[0] if average else None, state)
 
@@ -296,7 +312,8 @@ class Trainer:
         taken = self.processes.from_main(taken)
         if taken[1] is not None and self.processes.size > 1:
             for part in self.whole():
-                part.load_state_dict(self.processes.from_main(part.state_dict()))
+                mine = {name: tensor.cpu() for name, tensor in part.state_dict().items()} if self.processes.is_main else None
+                part.load_state_dict(self.processes.from_main(mine))
         return taken
 
     def _divide(self) -> nn.Module:
@@ -318,7 +335,8 @@ class Trainer:
         try:
             self.optimizer.load_state_dict(divided_state(kept, self.optimizer) if self.undivided else kept)
         except (KeyError, TypeError, ValueError) as error:
-            where = f"the optimiser's state in {last_checkpoint(self.folder)}"
+            at = f" in {last_checkpoint(self.folder)}" if self.processes.is_main else ""  # the others have no folder
+            where = f"the optimiser's state{at}"
             raise ValueError(f"{where} does not fit this version of sape2 ({error}); remove it to start again") from error
         if self.accelerator.scaler is not None and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -355,11 +373,8 @@ def make_accelerator(config: TrainConfig, processes: Processes = ALONE) -> Any:
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
-    if launched() != processes.size:
-        raise ValueError(
-            f"this trains in one process, but WORLD_SIZE says that {launched()} were started; start it without torchrun. "
-            "Of several processes only `sape2 train` makes use, and not with --dry-run"
-        )
+    if processes.size == 1:
+        refuse_launcher("this training")
     AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
     accelerator = Accelerator(mixed_precision=mixed_precision(config.precision), cpu=not torch.accelerator.is_available())
     if accelerator.num_processes != processes.size:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sape2.commands.options import add_json, resolve, whole_number
+from sape2.commands.options import add_json, resolve, split_encodings, whole_number
 from sape2.commands.output import say, show_outcome
 
 if TYPE_CHECKING:
@@ -35,11 +35,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.costing.sweep import split_encodings
+    from sape2.processes import refuse_launcher
     from sape2.study.plan import Study
     from sape2.study.work import Stopped, forget_failures, work
 
+    refuse_launcher("sape2 compare")
     config = resolve(arguments)
+    if config.train.parallel == "fsdp":
+        raise ValueError(
+            "train.parallel=fsdp divides the weights among several processes, and sape2 compare trains every run in one; "
+            "leave it out, which changes no result"
+        )
     folder = Path(arguments.out or Path("runs") / f"compare-{config.recipe}-{config.model.name}")
     seeds = whole_number("--seeds", arguments.seeds)
     study = Study(config, split_encodings(arguments.encodings), seeds, folder)

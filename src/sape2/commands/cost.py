@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sape2.commands.options import add_json, whole_number
+from sape2.commands.options import add_json, split_encodings, whole_number
 from sape2.commands.output import Row, say
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _sweep(arguments: argparse.Namespace) -> Sweep:
     import torch
 
-    from sape2.costing.sweep import LEVELS, Sweep, parse_grid, split_encodings
+    from sape2.costing.sweep import LEVELS, Sweep, parse_grid
 
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if arguments.threads is not None:

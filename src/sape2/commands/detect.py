@@ -25,6 +25,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from sape2.processes import refuse_launcher
+
+    refuse_launcher("sape2 detect")
     from sape2.recipes.coco import get_detection_recipe
 
     config = get_detection_recipe(arguments.recipe)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,8 +42,25 @@ def resized(model: ModelConfig, name: str) -> ModelConfig:
 
 
 def default_name(config: RunConfig | DetectionConfig) -> str:
-    encoding = re.sub(r"[^\w+=.-]+", "_", config.model.encoding)
-    return f"{config.recipe}-{config.model.name}-{encoding}-s{config.seed}"
+    """The name of the run folder that a command makes where no --out is given."""
+    from sape2.files import safe_name
+
+    return f"{config.recipe}-{config.model.name}-{safe_name(config.model.encoding)}-s{config.seed}"
+
+
+def split_encodings(text: str) -> tuple[str, ...]:
+    """ "a,b:x=1,y=2,c" -> a, b:x=1,y=2, c: what has an "=" before any ":" belongs to the options before it."""
+    from sape2.encodings import parse_encoding
+
+    names: list[str] = []
+    for piece in (piece.strip() for piece in text.split(",")):
+        if names and "=" in piece and ":" not in piece.partition("=")[0]:
+            names[-1] += f",{piece}"
+        else:
+            names.append(piece)
+    for name in names:
+        parse_encoding(name)
+    return tuple(dict.fromkeys(names))
 
 
 def whole_number(option: str, text: str) -> int:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sape2.commands.options import add_json, whole_number
+from sape2.commands.options import add_json, split_encodings, whole_number
 from sape2.commands.output import Row, drawn, say
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ def _draw_examples(task: str, path: Path) -> int:
 
 def _probe_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Seed by seed, so that a stop leaves whole comparisons."""
-    from sape2.costing.sweep import split_encodings
     from sape2.probing import Cell
 
     steps = None if arguments.steps is None else whole_number("--steps", arguments.steps)

@@ -37,8 +37,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     config = resolve(arguments)
-    from sape2.processes import joined
+    from sape2.processes import joined, refuse_launcher
 
+    if arguments.dry_run:
+        refuse_launcher("sape2 train --dry-run")
     with joined() as processes:
         if processes.is_main:
             return _train(config, arguments, processes)

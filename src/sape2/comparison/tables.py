@@ -81,9 +81,12 @@ class Comparison:
             lacking = [group.label for group in self.groups if any(measure not in run.measures() for run in group.runs)]
             if lacking:
                 notes.append(f"{measure} is not measured for every run of: {'; '.join(lacking)}.")
-        machines = {(row.get("device"), row.get("precision")) for run in self._runs() for row in run.epochs[-1:]}
-        if len(machines) > 1:
-            notes.append("ms per step is not comparable: runs were trained on different devices or in different precision.")
+        last = [row for run in self._runs() for row in run.epochs[-1:]]
+        if len({(row.get("device"), row.get("precision"), row.get("processes", 1)) for row in last}) > 1:
+            notes.append(
+                "ms per step is not comparable: runs were trained on different devices, in different precision, or by "
+                "different numbers of processes."
+            )
         return notes
 
     def _images(self, measure: str) -> list[int]:

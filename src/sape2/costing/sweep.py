@@ -20,7 +20,9 @@ from sape2.costing.subjects import DTYPES, NONE, PLAIN, AttentionSubject, Cell, 
 from sape2.encodings import create_encodings, parse_encoding
 from sape2.evaluation.memory import available_bytes, peak_bytes
 from sape2.evaluation.timing import alternate
+from sape2.files import write_text
 from sape2.grid import Grid, check_grid, num_tokens
+from sape2.shortage import is_out_of_memory
 
 WARMUP = 2
 SAFE_SHARE = 0.9  # of the available memory, which a prediction must not exceed
@@ -72,19 +74,6 @@ class Sweep:
         return len(self.cells()) * 2 * (WARMUP + self.repeats)
 
 
-def split_encodings(text: str) -> tuple[str, ...]:
-    """ "a,b:x=1,y=2,c" -> a, b:x=1,y=2, c: what has an "=" before any ":" belongs to the options before it."""
-    names: list[str] = []
-    for piece in (piece.strip() for piece in text.split(",")):
-        if names and "=" in piece and ":" not in piece.partition("=")[0]:
-            names[-1] += f",{piece}"
-        else:
-            names.append(piece)
-    for name in names:
-        parse_encoding(name)
-    return tuple(dict.fromkeys(names))
-
-
 def parse_grid(text: str) -> Grid:
     """ "8x14" -> (8, 14): rows, columns."""
     sides = text.strip().lower().split("x")
@@ -106,16 +95,15 @@ def attention_part(name: str) -> str:
 def run_sweep(
     sweep: Sweep, path: Path, conditions: Row, on_round: Callable[[], None] = lambda: None
 ) -> Iterator[tuple[Cell | None, list[Row]]]:
-    """The rows of every cell as they come and, last, for None, the growth exponents; all are also written to `path`."""
+    """The rows of every cell as they come and, last, for None, the growth exponents; all are also written to `path`,
+    which holds the cells so far or, before the first, what it held.
+    """
     everything: list[Row] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for cell in (*sweep.cells(), None):
-            rows = growth_rows(everything) if cell is None else measure(cell, sweep, conditions, on_round)
-            everything += rows
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-            file.flush()
-            yield cell, rows
+    for cell in (*sweep.cells(), None):
+        rows = growth_rows(everything) if cell is None else measure(cell, sweep, conditions, on_round)
+        everything += rows
+        write_text(path, "".join(json.dumps(row) + "\n" for row in everything))
+        yield cell, rows
 
 
 def measure(cell: Cell, sweep: Sweep, conditions: Row, on_round: Callable[[], None] = lambda: None) -> list[Row]:
@@ -188,8 +176,8 @@ def _out_of_memory(subject: Subject, phase: str) -> str | None:
     """Runs the phase once; why it cannot run, if memory ends although it was predicted to be enough."""
     try:
         subject.run(phase)
-    except (MemoryError, RuntimeError) as error:  # the CPU's allocator and CUDA's both raise a RuntimeError
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         return f"out of memory: {' '.join(str(error).split())}"
     return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from sape2.detection.metrics import Row, evaluate_detector, make_metric
 from sape2.detection.models import build_detector, no_weight_decay
 from sape2.detection.settings import DetectionConfig, TrainingConfig
 from sape2.files import write_text
+from sape2.processes import refuse_launcher
 from sape2.runs import hardware
 from sape2.shortage import in_detection, told_in_one_line
 from sape2.train import mixed_precision
@@ -276,8 +276,7 @@ def make_accelerator(training: TrainingConfig) -> Any:
         from accelerate.state import AcceleratorState
     except ImportError as error:
         raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("sape2 detect runs in one process; start it without torchrun")
+    refuse_launcher("sape2 detect")
     AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
     return Accelerator(mixed_precision=mixed_precision(training.precision))
 

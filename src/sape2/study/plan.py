@@ -7,7 +7,6 @@ finished or has failed. What is to be done follows from these files alone, so a 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 from sape2.checkpoint import check_run, difference
 from sape2.comparison.rawrows import Row, digest_of, failure, finished_rows, gather, is_done, shared_settings
 from sape2.config import RunConfig
-from sape2.files import write_text
+from sape2.files import safe_name, write_text
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,3 @@ class Study:
     def gather(self) -> list[Row]:
         """OUT/rows.jsonl, brought up to date."""
         return gather(self.rows, {cell.folder: cell.config for cell in self.cells()})
-
-
-def safe_name(encoding: str) -> str:
-    """ "ape+sape2:count=cyclic" -> "ape+sape2_count=cyclic"."""
-    name = re.sub(r"[^\w+=.-]+", "_", encoding)
-    return name if len(name) <= 120 else f"{name[:100]}-{digest_of({'encoding': encoding})}"
