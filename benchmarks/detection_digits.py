@@ -10,17 +10,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import math
-import statistics
 from pathlib import Path
 
 from sape2.checkpoint import read_rows, write_rows
 from sape2.cli import main as sape2
+from sape2.comparison.paired import paired_difference
 from sape2.report import markdown_table, summarize
 
 ROWS = Path(__file__).parent / "results" / "detection_digits.jsonl"
 BASELINE = "ape"
-STUDENT_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776}  # two-sided 95 % quantile of Student's t by degrees of freedom
+MEASURES = ("box_map", "box_map_50", "box_map_75")
 
 
 def run(encoding: str, seed: int, out: Path, settings: list[str]) -> list[dict]:
@@ -38,19 +37,25 @@ def run(encoding: str, seed: int, out: Path, settings: list[str]) -> list[dict]:
 def summary(rows: list[dict], name: str) -> list[dict]:
     """Mean, spread and n per encoding, and the paired difference to the baseline over the seeds both have."""
     chosen = [row for row in rows if row["name"] == name]
-    values = {(row["encoding"], row["seed"]): row["value"] for row in chosen}
+    values: dict[str, dict[int, float]] = {}
+    for row in chosen:
+        values.setdefault(row["encoding"], {})[row["seed"]] = row["value"]
     table = []
     for group in summarize(chosen):
         encoding = group["encoding"]
-        row = {"name": name, "encoding": encoding, "mean": group["mean"], "std": group["std"], "n": group["n"]}
-        seeds = [seed for other, seed in values if other == encoding and (BASELINE, seed) in values]
-        if encoding != BASELINE and len(seeds) > 1:
-            differences = [values[encoding, seed] - values[BASELINE, seed] for seed in seeds]
-            half = STUDENT_95[len(seeds) - 1] * statistics.stdev(differences) / math.sqrt(len(seeds))
-            mean = statistics.mean(differences)
-            row |= {f"minus {BASELINE}": mean, "95 % interval": f"{mean - half:+.4f} to {mean + half:+.4f}"}
+        row = {"measure": name, "encoding": encoding} | {key: group[key] for key in ("mean", "std", "n")}
+        pair = paired_difference(values[encoding], values[BASELINE])
+        if encoding != BASELINE and pair:
+            row[f"minus {BASELINE}"] = pair.difference
+            if pair.ci_low is not None:
+                row["95 % interval"] = f"{pair.ci_low:+.4f} to {pair.ci_high:+.4f}"
         table.append(row)
     return table
+
+
+def table(rows: list[dict]) -> str:
+    columns = ["measure", "encoding", "mean", "std", "n", f"minus {BASELINE}", "95 % interval"]
+    return markdown_table([line for name in MEASURES for line in summary(rows, name)], columns)
 
 
 def main() -> None:
@@ -64,9 +69,7 @@ def main() -> None:
     if not arguments.table:
         grid = [(encoding, seed) for seed in range(arguments.seeds) for encoding in arguments.encodings.split(",")]
         write_rows(ROWS, [row for encoding, seed in grid for row in run(encoding, seed, arguments.out, arguments.set)])
-    columns = ["name", "encoding", "mean", "std", "n", f"minus {BASELINE}", "95 % interval"]
-    rows = read_rows(ROWS)
-    print(markdown_table([line for name in ("box_map", "box_map_50") for line in summary(rows, name)], columns))
+    print(table(read_rows(ROWS)))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], basel
     right.axvline(0, color="0.4", linestyle="--", linewidth=1)
     for panel in (left, right):
         panel.grid(alpha=0.3)
+        panel.locator_params(axis="x", nbins=5)
     figure.legend(handles=_legend(markers), loc="outside right upper", fontsize=8)
     save(figure, path)
 
