@@ -16,7 +16,7 @@ from sape2.comparison import rawrows
 from sape2.comparison.rawrows import digest_of, raw_row, read_raw
 from sape2.files import safe_name
 from sape2.study import work as working
-from sape2.study.progress import duration
+from sape2.study.progress import duration, study_progress
 from sape2.study.work import Stopped, forget_failures, seconds_left, work
 
 
@@ -280,6 +280,14 @@ def test_the_time_left_is_the_mean_of_what_the_encoding_took(study):
     assert seconds_left(study, rows, 1, (ape, 0.25, 40.0)) == 30 + 10 + 40
     everything = [{"digest": cell.digest, "encoding": "none", "training_s": 10.0} for cell in study.cells()]
     assert seconds_left(study, everything, 1, None) == 0
+
+
+def test_runs_of_other_encodings_in_the_folder_are_not_counted(tmp_path, study, capfd):
+    work(study, Runner())
+    part = tiny_study(study.folder, encodings=("ape",))
+    with study_progress(part) as progress:
+        progress.tell("finished", part.cells()[0], part.gather())
+    assert "(2 of 2 runs" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (720.0, "12 min"), (11100.0, "3 h 05 min")])

@@ -56,7 +56,7 @@ class StudyProgress:
         if what == "starting":
             return f"{cell.name}: starting, or going on, in {cell.folder}"
         row = next(row for row in self.rows if row["digest"] == cell.digest)
-        done = f"{len(self.rows)} of {len(self.study.cells())} runs"
+        done = f"{self._settled()} of {len(self.study.cells())} runs"
         if "failed" in row:
             return f"{cell.name}: failed: {row['failed']} ({done})"
         accuracy = next(r["value"] for r in row["rows"] if (r["name"], r["weights"]) == ("accuracy", "last"))
@@ -74,8 +74,11 @@ class StudyProgress:
         self._show_runs((progress.step, total))
 
     def _show_runs(self, at: tuple[int, int] = (0, 1)) -> None:
-        settled = {row["digest"] for row in self.rows} & {cell.digest for cell in self.study.cells()}
-        self.bar.update(self.runs, completed=len(settled), left=self._left(at).removeprefix(", "))
+        self.bar.update(self.runs, completed=self._settled(), left=self._left(at).removeprefix(", "))
+
+    def _settled(self) -> int:
+        """Runs of this study that are finished or failed; the folder may hold others."""
+        return len({row["digest"] for row in self.rows} & {cell.digest for cell in self.study.cells()})
 
     def _left(self, at: tuple[int, int] = (0, 1)) -> str:
         """Shared by as many processes as hold runs."""
