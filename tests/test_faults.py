@@ -140,6 +140,15 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
+@pytest.mark.parametrize("missing", ["results.jsonl", "model.safetensors"])
+def test_what_a_kill_left_is_gone_after_the_same_command(run, missing, capfd):
+    """A kill while a finished run was measured, and one before its weights were saved."""
+    (run / missing).unlink()
+    (run / f".{missing}.4711-0123abcd").write_text("")
+    assert main([*TRAIN, str(run)]) == 0
+    assert list(run.rglob(".*")) == []
+
+
 # --- disks -----------------------------------------------------------------------------------------------------------
 
 

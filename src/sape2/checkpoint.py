@@ -27,7 +27,7 @@ from torch import nn
 
 import sape2
 from sape2.config import RunConfig
-from sape2.files import sweep, write_atomic, write_text
+from sape2.files import write_atomic, write_text
 
 Row = dict[str, Any]
 FORMAT = 1  # of a run folder, written into its config.json; those that do not say have this one
@@ -114,7 +114,6 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
     """Makes the run folder, or takes it up if it holds this run on these images (see `check_run`, `check_data`)."""
     check_run(folder, config)
     check_data(folder, fingerprint)
-    sweep(folder)
     if last := last_checkpoint(folder):
         _keep_only(last)
     if not (folder / "config.json").exists():

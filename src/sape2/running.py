@@ -15,6 +15,7 @@ from sape2.config import RunConfig
 from sape2.data import ImageData, ImageFiles, Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.memory import PeakMeter
+from sape2.files import sweep
 from sape2.processes import ALONE, Dismissed, Processes
 from sape2.runs import build_model, measure
 from sape2.shortage import in_training, told_in_one_line
@@ -43,6 +44,7 @@ def run_to_end(
     """
     folder = claim.folder
     check_run(folder, config)
+    sweep(folder)
     if not is_finished(folder):
         memory = StepMemory(len(splits.train) // config.train.batch_size)
 
