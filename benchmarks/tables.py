@@ -11,7 +11,7 @@ from collections.abc import Callable
 import attention_cost
 import cifar10_budget
 import cifar10_measures
-import digits_encodings
+import detection_digits
 import memory
 import model_cost
 from timing import RESULTS, Row
@@ -46,10 +46,14 @@ def study_tables(rows: list[Row]) -> str:
     return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(found), SIZES)])
 
 
-def ladder_tables(rows: list[Row]) -> str:
-    """Steps from ape+sape2, each against it; then the same against ape."""
-    found = [outcome(rows, baseline) for baseline in ("ape+sape2", "ape")]
-    return "\n".join(markdown_table(accuracy_table(one, "last"), accuracy_columns(one)) for one in found)
+def accuracy_tables(*baselines: str) -> Callable[[list[Row]], str]:
+    """Raw rows of `sape2 compare`: accuracy of the last epoch, against each of the baselines."""
+
+    def tables(rows: list[Row]) -> str:
+        found = [outcome(rows, baseline) for baseline in baselines]
+        return "\n".join(markdown_table(accuracy_table(one, "last"), accuracy_columns(one)) for one in found)
+
+    return tables
 
 
 def attach_table(rows: list[Row]) -> str:
@@ -70,11 +74,13 @@ def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "digits_encodings": digits_encodings.table,
-    "digits_ladder": ladder_tables,
+    "digits_encodings": accuracy_tables("ape"),
+    "digits_ladder": accuracy_tables("ape+sape2", "ape"),
+    "digits_layerscale": accuracy_tables("ape"),
     "cifar10_budget": cifar10_budget.table,
     "cifar10_short": study_tables,
     "cifar10_measures": cifar10_measures.tables,
+    "detection_digits": detection_digits.table,
     "attach_cifar10": attach_table,
     "attention_cost": attention_tables,
     "model_cost": model_tables,

@@ -26,7 +26,7 @@ from sape2.recipes import get_recipe
 from sape2.running import StepMemory, run_to_end
 from sape2.runs import build_model, measure
 from sape2.study.plan import Study
-from sape2.study.work import work
+from sape2.study.work import forget_failures, work
 
 SETTINGS = [
     "model.dim=12", "model.depth=1", "model.drop_path=0.2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=32",
@@ -59,6 +59,7 @@ class Tasks:
     def compare(self, folder):
         study = Study(self.config, ("none", "ape"), 1, folder)
         study.start()
+        forget_failures(study)  # three kills at one place are taken for a fault of the run; as `--retry-failed`
 
         def run(cell, claim):
             run_to_end(build_model(cell.config), self.splits, cell.config, claim, quiet=True)
