@@ -334,6 +334,8 @@ def test_overrides_that_only_fit_together_are_checked_together():
         ("name=x", ["model.name or data.name", "in full"]),
         ("learning_rate=1", ["'learning_rate'", "train.lr", "model.depth", "augment.flip", "data.mean"]),
         ("train.depth=1", ["'train.depth'", "model.depth"]),
+        ("model.dimm=1", ["'model.dimm'; did you mean model.dim? known", "model.depth"]),
+        ("num_head=1", ["did you mean num_heads?"]),
         ("=1", ["''", "train.lr"]),
         ("train.lr", ["key=value", "'train.lr'"]),
         ("train.lr=", ["train.lr", "float", "''"]),

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import types
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 Real = int | float  # an int is accepted, and kept as a float
@@ -324,7 +325,9 @@ def _find_key(values: dict[str, Any], path: str) -> tuple[str, str]:
         return section, key
     if matches:
         raise ValueError(f"--set {path} could be {' or '.join(matches)}; write one of them in full")
-    raise ValueError(f"--set knows no {path!r}; known keys: {', '.join(known)}")
+    near = get_close_matches(path, known + [name.split(".")[1] for name in known], n=1, cutoff=0.8)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"--set knows no {path!r}; {hint}known keys: {', '.join(known)}")
 
 
 def _parse(text: str) -> Any:
