@@ -42,7 +42,7 @@ def coco_digits() -> DetectionConfig:
     Command:  sape2 detect coco_digits --encoding ape+sape2
     Design:   ours. Patches of 8, so grids of 12x12, 8x12 and 12x8 in windows of 6; strides 4, 8 and 16. No flips: a
               mirrored digit is none. Few proposals of an image reach the heads, which is where a CPU spends its time.
-    Time:     not measured as a whole, nor is the precision it ends with.
+    Time:     measured for 4 of the 24 epochs: 8 minutes of one core of an AMD EPYC, box mAP 0.35 (docs/detection.md).
     """
     return DetectionConfig(
         recipe="coco_digits",
