@@ -26,7 +26,8 @@ tables: $(VENV)/.demo  ## the tables of the docs, from the rows in benchmarks/re
 	$(BIN)/python benchmarks/tables.py
 
 docs: $(VENV)/.docs  ## the site, in build/site: no network, a warning is an error, every link and every source of a page checked
-	$(BIN)/python -m sphinx -q -W --keep-going -b html -d build/doctrees docs build/site
+	rm -rf build/site
+	$(BIN)/python -m sphinx -q -W --keep-going -a -b html -d build/doctrees docs build/site
 	$(BIN)/python docs/site_checks.py build/site
 
 notebooks: $(VENV)/.docs  ## executes docs/notebooks/*.py into notebooks with outputs
