@@ -106,12 +106,14 @@ def missing(texts, line):
         ([], ["COMMAND", "--help"]),
         (["trane"], ["'trane'", "train", "evaluate", "list"]),
         (["list", "colours"], ["'colours'", "encodings", "models", "recipes", "measures"]),
+        (["list"], ["encodings", "models", "recipes", "measures"]),
         (["train"], ["RECIPE"]),
-        (["train", "digits", "--learning-rate", "1"], ["--learning-rate", "--help"]),
+        (["train", "digits", "--learning-rate", "1"], ["--learning-rate", "sape2 train --help"]),
         (["train", "digits", "--epochs", "many"], ["--epochs", "'many'"]),
         (["train", "digits", "--epochs", "0"], ["train.epochs", "at least 1", "0"]),
         (["train", "digits", "--seed", "-1"], ["seed", "-1"]),
         (["train", "mnist"], ["unknown recipe 'mnist'", *RECIPES]),
+        (["train", "coco_digits"], ["sape2 detect coco_digits"]),
         (["train", "digits", "--model", "vit_tiny"], ["unknown model 'vit_tiny'", *MODELS]),
         (["train", "digits", "--encoding", "sape3"], ["unknown encoding 'sape3'", *list_encodings()]),
         (["train", "digits", "--encoding", "ape+"], ["unknown encoding ''"]),
@@ -208,6 +210,18 @@ def test_a_folder_with_other_files_is_no_run(mistake, tmp_path, command):
     folder.mkdir()
     (folder / "notes.txt").write_text("mine")
     assert missing([str(folder), "not a run folder", "config.json"], mistake(*commands(folder)[command])) == []
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_a_study_is_no_run(mistake, tmp_path, command):
+    (tmp_path / "study.json").write_text("{}")
+    assert missing([str(tmp_path), "is a study", "rows.jsonl"], mistake(*commands(tmp_path)[command])) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(mistake, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    folder = tmp_path / "file" / "run"
+    assert missing([f"{folder} cannot be made: Not a directory", "--out"], mistake(*commands(folder)["train"])) == []
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

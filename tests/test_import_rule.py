@@ -70,7 +70,7 @@ ALLOWED = {
     "processes": set(),
     "sharding": set(),
     "claim": set(),
-    "running": {"checkpoint", "claim", "config", "data", "evaluation", "processes", "runs", "shortage", "train", "vit"},
+    "running": {"checkpoint", "claim", "config", "data", "evaluation", "files", "processes", "runs", "shortage", "train", "vit"},
     "study": set(),
     "study.plan": {"checkpoint", "comparison.rawrows", "config", "files"},
     "study.work": {"checkpoint", "claim", "comparison.rawrows", "study.plan"},

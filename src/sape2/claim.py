@@ -203,7 +203,10 @@ class _Look:
 def _make(folder: Path) -> list[Path]:
     """Makes the folder; returns those that were not there, from the outermost."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{folder} cannot be made: {error.strerror}; choose another --out") from error
     return missing[::-1]
 
 

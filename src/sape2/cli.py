@@ -17,7 +17,9 @@ from sape2.commands import COMMANDS
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    arguments = build_parser().parse_args(argv)
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line about the profiler at every measurement of memory
     try:
         return arguments.run(arguments)
@@ -52,7 +54,7 @@ def build_parser() -> Parser:
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.HELP)
         command.add_options(subparser)
-        subparser.set_defaults(run=command.run)
+        subparser.set_defaults(run=command.run, parser=subparser)
     return parser
 
 

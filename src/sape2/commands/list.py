@@ -13,7 +13,8 @@ HELP = "what there is to choose from"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("what", choices=["encodings", "models", "recipes", "measures", "probes"])
+    choices = ["encodings", "models", "recipes", "measures", "probes"]
+    parser.add_argument("what", choices=choices, metavar=f"{{{','.join(choices)}}}")
     add_json(parser)
 
 
@@ -99,4 +100,4 @@ def _measures() -> list[Row]:
 def _probes() -> list[Row]:
     from sape2.probes import TASKS
 
-    return [{"name": name, "summary": task.summary, "splits": ", ".join(task.splits)} for name, task in TASKS.items()]
+    return [{"name": name, "summary": task.summary, "splits": "; ".join(task.splits)} for name, task in TASKS.items()]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from sape2.config import RunConfig
 from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_paper, cifar10_short, cifar100, cifar100_paper
+from sape2.recipes.coco import DETECTION_RECIPES
 from sape2.recipes.digits import digits
 from sape2.recipes.imagenet import imagenet, imagenet_base, imagenet_plain
 
@@ -25,6 +26,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 
 def get_recipe(name: str) -> RunConfig:
     """Raises ValueError that lists the known recipes."""
+    if name in DETECTION_RECIPES:
+        raise ValueError(f"{name} is a recipe for detection: sape2 detect {name}")
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known recipes: {', '.join(RECIPES)}")
     return RECIPES[name]()
