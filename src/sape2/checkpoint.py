@@ -164,9 +164,8 @@ def read_config(folder: Path) -> RunConfig:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a run folder")
     if (folder / "study.json").exists():
-        raise FileNotFoundError(
-            f"{folder} is a study, not a run: give one of its runs, {folder}/ENCODING-sSEED (to sape2 report also {folder}/rows.jsonl)"
-        )
+        runs = f"one of its runs, {folder}/ENCODING-sSEED; sape2 report takes {folder}/rows.jsonl too"
+        raise FileNotFoundError(f"{folder} is a study, not a run; give {runs}")
     if not path.exists():
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
     text = _read_text(path)
