@@ -1,6 +1,7 @@
 """`sape2 evaluate` with several measures: progress, figures, how many images, and nothing lost."""
 
 import json
+import re
 import sys
 
 import jaxtyping
@@ -10,6 +11,7 @@ from PIL import Image
 from sape2 import evaluation
 from sape2.checkpoint import read_rows, save_weights, start_run, write_rows
 from sape2.cli import main
+from sape2.commands.output import MANY
 from sape2.config import override
 from sape2.evaluation.base import row
 from sape2.recipes import get_recipe
@@ -41,6 +43,11 @@ def test_measures_draw_their_figures_and_the_last_line_names_them(run, capfd):
     for name in names:
         assert Image.open(run / "figures" / f"{name}.png").size[0] > 400
     rows = read_rows(run / "results.jsonl")
+    shift = [row for row in rows if row["measure"] == "shift"]
+    consistency = next(row["value"] for row in shift if row["name"] == "circular_consistency" and row["shifts"] == "sub_patch")
+    assert re.search(rf"consistency +│ +{consistency:.4f}", out)
+    assert f"{len(shift)} rows of shift in results.jsonl; with --all they are printed" in out
+    assert "lie_derivative" not in out
     told = [f"{measure}: {sum(row['measure'] == measure for row in rows)} rows, " for measure in names if measure[0] != "e"]
     lines = err.splitlines()
     assert len(lines) == 4
@@ -84,6 +91,23 @@ def test_what_was_measured_before_a_measure_fails_is_kept(run, monkeypatch, capf
         *[("second", 0.0)] * 2,
         *[("first", 0.0)] * 2,
     ]
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_of_many_rows_a_reader_gets_headlines_and_warnings_unless_all_are_asked_for(run, monkeypatch, capfd, everything):
+    def health(model, data, limit=None):
+        for layer in range(MANY):
+            yield row("health", "gate_mean", 0.5, "number", 1, "protocol", layer=layer)
+        yield row("health", "warning_gates", 0.9, "fraction", 1, "protocol", layer=1, message="gates of layer 1 are saturated")
+        yield row("health", "warnings", 1.0, "warnings", 1, "protocol")
+
+    monkeypatch.setitem(evaluation.MEASURES, "health", health)
+    monkeypatch.setattr("sape2.runs.draw_measures", lambda *_: [])
+    assert main(["evaluate", str(run), "--measures", "health", *(["--all"] if everything else [])]) == 0
+    out = capfd.readouterr().out
+    assert ("gate_mean" in out) == everything
+    assert ("warning: gates of layer 1 are saturated" in out) != everything
+    assert (f"{MANY + 2} rows of health in results.jsonl; with --all they are printed" in out) != everything
 
 
 def test_without_matplotlib_there_are_rows_and_one_line_that_says_why(run, monkeypatch, capfd):

@@ -22,6 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set")
+    parser.add_argument("--all", action="store_true", help="print every row, not the headline numbers of a measure of many")
     add_json(parser)
 
 
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch)
     whole = "accuracy" in measures and limit is None  # confusion is of all images
     files = drawn(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if whole else ())])
-    return show_results(rows, folder, arguments.json, files)
+    return show_results(rows, folder, arguments.json, files, arguments.all)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
               "data", "recipe", "epochs", "seed", "precision", "torch", "hardware"}  # fmt: skip
+MANY = 40  # rows of one measure that are not printed unless asked for
 COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
 
 
@@ -26,24 +27,54 @@ def drawn(draw: Callable[[], list[Path]]) -> list[Path]:
         return []
 
 
-def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path]) -> int:
+def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path], everything: bool = False) -> int:
+    """Tables, or JSON; of a measure of many rows its headline numbers and warnings, unless `everything` is asked for."""
     from sape2.report import print_json
 
     if as_json:
         print_json(rows)
         return 0
     for measure in dict.fromkeys(row["measure"] for row in rows):
-        _print_measure([row for row in rows if row["measure"] == measure])
+        some = [row for row in rows if row["measure"] == measure]
+        if everything or len(some) <= MANY or not _print_headlines(measure, some, folder):
+            _print_measure(some)
     print(f"in {folder}: {', '.join(['results.jsonl', 'metrics.jsonl', *(f'figures/{path.name}' for path in figures)])}")
     return 0
+
+
+def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
+    """Those that `sape2 report` compares, and the warnings in words; False if the measure has none."""
+    from sape2.checkpoint import read_config
+    from sape2.comparison.headlines import COLUMNS as HEADLINES
+    from sape2.comparison.headlines import COUNTS, Run, telling_layer
+    from sape2.report import print_table
+
+    run = Run(folder, read_config(folder), rows, [])
+    layer = telling_layer([run])
+    chosen = [(column, column.pick(run, layer)) for column in HEADLINES if column.measure == measure]
+    table = [
+        {"name": c.heading, "value": round(v) if c.unit in COUNTS else v, "unit": c.unit, "meaning": c.meaning}
+        for c, v in chosen
+        if v is not None
+    ]
+    if not table:
+        return False
+    print_table(table, list(table[0]), f"{measure}, {_title(rows[0])}")
+    for row in rows:
+        if "message" in row:
+            print(f"warning: {row['message']}")
+    print(f"{len(rows)} rows of {measure} in results.jsonl; with --all they are printed\n")
+    return True
+
+
+def _title(row: Row) -> str:
+    return f"{row['data']}, {row['model']}, {row['encoding']}, {row['epochs']} epochs, seed {row['seed']}"
 
 
 def _print_measure(rows: list[Row]) -> None:
     """One line a number with what it was measured at, one column for the weights it was measured with."""
     from sape2.report import print_table
 
-    first = rows[0]
-    title = f"{first['data']}, {first['model']}, {first['encoding']}, {first['epochs']} epochs, seed {first['seed']}"
     details = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in CONDITIONS]
     table: dict[tuple, Row] = {}
     for row in rows:
@@ -51,7 +82,7 @@ def _print_measure(rows: list[Row]) -> None:
         line_of = table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})
         line_of[COLUMNS[row["weights"]]] = row["value"]
     used = [heading for weights, heading in COLUMNS.items() if any(row["weights"] == weights for row in rows)]
-    print_table(table.values(), ["name", *details, *used, "unit", "n", "split"], title)
+    print_table(table.values(), ["name", *details, *used, "unit", "n", "split"], _title(rows[0]))
 
 
 def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: bool) -> None:
