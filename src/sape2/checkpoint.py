@@ -163,10 +163,10 @@ def read_config(folder: Path) -> RunConfig:
         raise FileNotFoundError(f"there is no run folder {folder}")
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file, not a run folder")
-    if (folder / "study.json").exists():
-        runs = f"one of its runs, {folder}/ENCODING-sSEED; sape2 report takes {folder}/rows.jsonl too"
-        raise FileNotFoundError(f"{folder} is a study, not a run; give {runs}")
     if not path.exists():
+        if (folder / "study.json").exists():
+            runs = f"one of its runs, {folder}/ENCODING-sSEED; sape2 report takes {folder}/rows.jsonl too"
+            raise FileNotFoundError(f"{folder} is a study, not a run; give {runs}")
         raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
     text = _read_text(path)
     try:

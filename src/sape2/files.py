@@ -21,8 +21,12 @@ WRITER = re.compile(r"StreamWriter|inline_container|iostream|writing|write faile
 def safe_name(encoding: str) -> str:
     """ "ape+sape2:count=cyclic" -> "ape+sape2_count=cyclic": a part of a path, not too long for one."""
     name = re.sub(r"[^\w+=.-]+", "_", encoding)
-    digest = hashlib.blake2b(json.dumps({"encoding": encoding}).encode(), digest_size=8).hexdigest()
-    return name if len(name) <= 120 else f"{name[:100]}-{digest}"
+    return name if len(name) <= 120 else f"{name[:100]}-{digest_of({'encoding': encoding})}"
+
+
+def digest_of(settings: dict[str, Any]) -> str:
+    """Sixteen digits that tell settings apart."""
+    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def beside(path: Path) -> Path:

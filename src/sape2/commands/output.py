@@ -45,17 +45,17 @@ def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Pat
 def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
     """Those that `sape2 report` compares, and the warnings in words; False if the measure has none."""
     from sape2.checkpoint import read_config
-    from sape2.comparison.headlines import COLUMNS as HEADLINES
-    from sape2.comparison.headlines import COUNTS, Run, telling_layer
+    from sape2.comparison.groups import Group
+    from sape2.comparison.headlines import Run
+    from sape2.comparison.tables import Comparison
     from sape2.report import print_table
 
-    run = Run(folder, read_config(folder), rows, [])
-    layer = telling_layer([run])
-    chosen = [(column, column.pick(run, layer)) for column in HEADLINES if column.measure == measure]
+    group = Group(folder.name, [Run(folder, read_config(folder), rows, [])])
+    compared = Comparison([group], [measure], rows[0]["split"], rows[0]["weights"])
+    (line,) = compared.table()
     table = [
-        {"name": c.heading, "value": round(v) if c.unit in COUNTS else v, "unit": c.unit, "meaning": c.meaning}
-        for c, v in chosen
-        if v is not None
+        {"name": column.heading, "value": line[column.heading], "unit": column.unit, "meaning": column.meaning}
+        for column in compared.columns()
     ]
     if not table:
         return False

@@ -7,7 +7,6 @@ A run that failed has `failed`, the reason, instead of numbers.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -18,17 +17,12 @@ from sape2.checkpoint import Row, difference, is_finished, read_config, read_row
 from sape2.comparison.headlines import Run, step_ms
 from sape2.config import ModelConfig, RunConfig
 from sape2.evaluation.cost import count_model_operations, count_parameters
-from sape2.files import write_text
+from sape2.files import digest_of, write_text
 from sape2.runs import describe, is_measured
 from sape2.vit import ViT
 
 FAILED = ".failed.json"  # in the folder of a run that cannot go on
 CURVE = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "images_per_s", "seconds")
-
-
-def digest_of(settings: dict[str, Any]) -> str:
-    """Sixteen digits that tell settings apart."""
-    return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:

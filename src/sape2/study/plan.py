@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from sape2.checkpoint import check_run, difference
-from sape2.comparison.rawrows import Row, digest_of, failure, finished_rows, gather, is_done, shared_settings
+from sape2.comparison.rawrows import Row, failure, finished_rows, gather, is_done, shared_settings
 from sape2.config import RunConfig
-from sape2.files import safe_name, write_text
+from sape2.files import digest_of, safe_name, write_text
 
 
 @dataclass(frozen=True)
