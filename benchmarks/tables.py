@@ -18,6 +18,8 @@ from timing import RESULTS, Row
 
 from sape2.checkpoint import read_rows
 from sape2.comparison.outcome import accuracy_columns, accuracy_table, cost_table, outcome
+from sape2.probes import find_task
+from sape2.probing import table as probe_table
 from sape2.report import markdown_table, summarize
 
 SIZES = ["encoding", "parameters", "MACs per image", "MiB per step"]
@@ -65,6 +67,11 @@ def attach_table(rows: list[Row]) -> str:
     return markdown_table(table, list(table[0]))
 
 
+def probe_tables(rows: list[Row]) -> str:
+    """Rows of `sape2 probe`: a table for each task."""
+    return _by(rows, ("task",), lambda some: markdown_table(*probe_table(some, find_task(some[0]["task"]))))
+
+
 def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str]) -> str:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -76,10 +83,12 @@ def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "digits_encodings": accuracy_tables("ape"),
     "digits_ladder": accuracy_tables("ape+sape2", "ape"),
+    "digits_equations": accuracy_tables("ape", "ape+sape2"),
     "digits_layerscale": accuracy_tables("ape"),
     "cifar10_budget": cifar10_budget.table,
     "cifar10_short": study_tables,
     "cifar10_measures": cifar10_measures.tables,
+    "probes": probe_tables,
     "detection_digits": detection_digits.table,
     "attach_cifar10": attach_table,
     "attention_cost": attention_tables,

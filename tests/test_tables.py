@@ -33,7 +33,9 @@ def lines_of(page: str) -> list[list[str]]:
     [
         ("digits_encodings", "results.md"),
         ("digits_ladder", "results.md"),
+        ("digits_equations", "results.md"),
         ("digits_layerscale", "results.md"),
+        ("probes", "probes.md"),
         ("cifar10_budget", "results.md"),
         ("cifar10_short", "results.md"),
         ("cifar10_measures", "results.md"),
