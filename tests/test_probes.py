@@ -2,6 +2,7 @@
 
 import math
 
+import distant_ceiling
 import pytest
 import torch
 
@@ -139,6 +140,16 @@ def test_the_majority_of_a_type_is_better_than_a_token():
     inside = scenes.groups > 0
     voted = torch.tensor([[majority_label(scenes, i, t) for t in range(64)] for i in range(40)])
     assert (voted == scenes.labels)[inside].double().mean() > distant_task.SHOWN + 0.05
+
+
+def test_the_ceiling_counts_votes_and_halves_ties():
+    scenes, points = draw("distant", TRAIN, 20), []
+    for index in range(20):
+        for token in (scenes.labels[index] != NOT_ASKED).nonzero().flatten():
+            votes = scenes.cells[index, -1].flatten()[scenes.groups[index] == scenes.groups[index, token]].sum()
+            points.append(0.5 if votes == 0 else float((votes > 0) == (scenes.labels[index, token] == 1)))
+    assert 0.5 in points
+    assert distant_ceiling.majority_accuracy(scenes) == pytest.approx(sum(points) / len(points), abs=1e-6)
 
 
 # --- chance ----------------------------------------------------------------------------------------------------------

@@ -158,11 +158,8 @@ def measure(model: ViT, task: Task, name: str, split: str, device: torch.device)
     """Accuracy on scenes that are the same for every model, and that no training batch was drawn with."""
     model.eval()
     height, width = task.splits[split].grid
-    number = max(FEWEST_SCENES, TOKENS_MEASURED // (height * width))
     correct = asked = 0
-    for part in range(math.ceil(number / task.batch_size)):
-        generator = torch.Generator().manual_seed(derive_seed("probe", name, "measured", split, part))
-        scenes = task.sample(split, task.batch_size, generator)
+    for scenes in measured_scenes(task, name, split):
         with _autocast(device):
             predicted = answer(model, scenes.cells.to(device), task).argmax(-1).cpu()
         correct += int((predicted == scenes.labels).sum())
@@ -178,6 +175,15 @@ def measure(model: ViT, task: Task, name: str, split: str, device: torch.device)
         "grid": f"{height}x{width}",
         "protocol": f"weights of the last step, scenes of their own seed; {_size_rule(model, (height, width))}",
     }
+
+
+def measured_scenes(task: Task, name: str, split: str) -> Iterator[Scenes]:
+    """Batches of the scenes that every model is measured on."""
+    height, width = task.splits[split].grid
+    number = max(FEWEST_SCENES, TOKENS_MEASURED // (height * width))
+    for part in range(math.ceil(number / task.batch_size)):
+        generator = torch.Generator().manual_seed(derive_seed("probe", name, "measured", split, part))
+        yield task.sample(split, task.batch_size, generator)
 
 
 def _size_rule(model: ViT, grid: tuple[int, int]) -> str:
