@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import platform
 from collections.abc import Callable
@@ -51,6 +52,7 @@ def measure(
 ) -> list[Row]:
     """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl.
 
+    Weights that lie in two files (the last epoch was the best one) are measured once, and have rows under both names.
     `limit` images (None: what each measure takes by default). `watch` is told the measure, how many rows it has given so
     far, and whether it has finished. Raises PermissionError before it measures if rows could not be written, OutOfMemory.
     """
@@ -60,13 +62,19 @@ def measure(
         )
     data: ImageData | ImageFiles = getattr(splits, split)
     images = len(data) if limit is None else min(limit, len(data))
-    rows = []
+    rows: list[Row] = []
     for which in weights:
+        twin = next((name for name in weights[: weights.index(which)] if _same_file(folder, name, which)), None)
+        if twin is not None:
+            found = [row | {"weights": which} for row in rows if row["weights"] == twin]
+            update_results(folder, found)
+            rows += found
+            continue
         model = load_run_model(folder, which)
         conditions = describe(folder) | {"split": split, "weights": which}
         for name in measures:
             watch(name, 0, False)
-            found: list[Row] = []
+            found = []
             with told_in_one_line(partial(in_evaluation, name, model.config, images)):
                 for row in MEASURES[name](model, data, limit):
                     found.append(row | conditions)
@@ -75,6 +83,11 @@ def measure(
             watch(name, len(found), True)
             rows += found
     return rows
+
+
+def _same_file(folder: Path, *weights: str) -> bool:
+    paths = [folder / WEIGHTS[name] for name in weights]
+    return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
 
 
 def is_measured(folder: Path) -> bool:

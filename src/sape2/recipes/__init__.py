@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from sape2.config import RunConfig
-from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_paper, cifar10_short, cifar100, cifar100_paper
+from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_glance, cifar10_paper, cifar10_short, cifar100, cifar100_paper
 from sape2.recipes.coco import DETECTION_RECIPES
 from sape2.recipes.digits import digits
 from sape2.recipes.imagenet import imagenet, imagenet_base, imagenet_plain
@@ -18,6 +18,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cifar100_paper": cifar100_paper,
     "cifar10_budget": cifar10_budget,
     "cifar10_short": cifar10_short,
+    "cifar10_glance": cifar10_glance,
     "imagenet": imagenet,
     "imagenet_base": imagenet_base,
     "imagenet_plain": imagenet_plain,
