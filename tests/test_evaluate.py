@@ -2,20 +2,23 @@
 
 import json
 import re
+import shutil
 import sys
+from dataclasses import replace
 
 import jaxtyping
 import pytest
 from PIL import Image
 
 from sape2 import evaluation
-from sape2.checkpoint import read_rows, save_weights, start_run, write_rows
+from sape2.checkpoint import read_config, read_rows, save_weights, start_run, write_rows
 from sape2.cli import main
 from sape2.commands.output import MANY
 from sape2.config import override
+from sape2.data import load_data
 from sape2.evaluation.base import row
 from sape2.recipes import get_recipe
-from sape2.runs import build_model
+from sape2.runs import build_model, measure
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -91,6 +94,26 @@ def test_what_was_measured_before_a_measure_fails_is_kept(run, monkeypatch, capf
         *[("second", 0.0)] * 2,
         *[("first", 0.0)] * 2,
     ]
+
+
+@pytest.mark.parametrize(("same", "times"), [(True, 1), (False, 2)])
+def test_weights_that_lie_in_two_files_are_measured_once(run, monkeypatch, same, times):
+    """As after a run whose last epoch was the best one."""
+    config, calls = read_config(run), []
+    last, best = (run / f"{name}.safetensors" for name in ("model", "best"))
+    if same:
+        shutil.copy(last, best)
+    else:
+        save_weights(best, build_model(replace(config, seed=1)))
+    monkeypatch.setitem(
+        evaluation.MEASURES, "first", lambda model, data, limit: calls.append(1) or given("first", 0.5)(model, data)
+    )
+    rows = measure(run, load_data(config.data, config.model), ["first"], "test", ["last", "best"])
+    assert len(calls) == times
+    assert [(row["weights"], row["name"], row["value"]) for row in rows] == [
+        (weights, name, 0.5) for weights in ("last", "best") for name in ("number", "another")
+    ]
+    assert read_rows(run / "results.jsonl") == rows
 
 
 @pytest.mark.parametrize("everything", [False, True])
