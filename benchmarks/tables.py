@@ -14,10 +14,11 @@ import cifar10_measures
 import detection_digits
 import memory
 import model_cost
+import torch
 from timing import RESULTS, Row
 
 from sape2.checkpoint import read_rows
-from sape2.comparison.outcome import accuracy_columns, accuracy_table, cost_table, outcome
+from sape2.comparison.outcome import Outcome, accuracy_columns, accuracy_table, cost_table, outcome
 from sape2.probes import find_task
 from sape2.probing import table as probe_table
 from sape2.report import markdown_table, summarize
@@ -46,6 +47,53 @@ def study_tables(rows: list[Row]) -> str:
     found = outcome(rows, "ape")
     accuracy = [markdown_table(accuracy_table(found, weights), accuracy_columns(found)) for weights in ("last", "best")]
     return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(found), SIZES)])
+
+
+LADDER = "readout=direct|readout=direct,count=between|sign=minus|sign=learned|gates=none|axes=raster|preset=equations|dot=key"
+SETS = {  # of docs/decisions/0006-study.md: title -> (baseline, encodings)
+    "contenders": ("ape", ["none", "rope", "rpe_contextual", "ape+cope", "sape2", "ape+sape2"]),
+    "field": (
+        "ape",
+        [
+            "sincos",
+            "cpe",
+            "rope_mixed",
+            "rpe",
+            "rpe_decomposed",
+            "alibi",
+            "cope",
+            "ape+rope",
+            "ape+sape2:preset=equations",
+            "ape+sape2:dot=key",
+        ],
+    ),
+    "ladder": ("ape+sape2", [f"ape+sape2:{step}" for step in LADDER.split("|")]),
+}
+
+
+def set_tables(rows: list[Row]) -> str:
+    """Raw rows of the study: a table for each set, p adjusted over its rows; then sizes of all."""
+    tables = []
+    for title, (baseline, encodings) in SETS.items():
+        found = outcome([row for row in rows if row["encoding"] in [baseline, *encodings]], baseline)
+        tables.append(f"{title}\n\n{markdown_table(accuracy_table(found, 'last'), accuracy_columns(found))}")
+    tables.append(f"order\n\n{order_table(rows, read_rows(RESULTS / 'cifar10_short.jsonl'))}")
+    return "\n".join([*tables, markdown_table(cost_table(outcome(rows, "ape")), SIZES)])
+
+
+def order_table(rows: list[Row], longer: list[Row]) -> str:
+    """Mean accuracies of the encodings that another study has too, best first, and how far the two orders agree."""
+    here, there = (_means(outcome(some, "ape")) for some in (rows, longer))
+    both = sorted((name for name in there if name in here), key=lambda name: -here[name])
+    lines = [{"encoding": name, "half a pass": f"{here[name]:.4f}", "two passes": f"{there[name]:.4f}"} for name in both]
+    ranks = torch.tensor([[means[name] for name in both] for means in (here, there)], dtype=torch.float64).argsort().argsort()
+    return (
+        markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {torch.corrcoef(ranks.double())[0, 1]:.2f}\n"
+    )
+
+
+def _means(found: Outcome) -> Row:
+    return {row["encoding"]: row["mean"] for row in found.rows() if (row["name"], row.get("weights")) == ("accuracy", "last")}
 
 
 def accuracy_tables(*baselines: str) -> Callable[[list[Row]], str]:
@@ -86,6 +134,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "digits_equations": accuracy_tables("ape", "ape+sape2"),
     "digits_layerscale": accuracy_tables("ape"),
     "cifar10_budget": cifar10_budget.table,
+    "cifar10_glance": set_tables,
+    "cifar10_glance_layerscale": accuracy_tables("ape"),
     "cifar10_short": study_tables,
     "cifar10_measures": cifar10_measures.tables,
     "probes": probe_tables,

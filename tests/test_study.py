@@ -15,6 +15,7 @@ from sape2.commands.options import default_name
 from sape2.comparison import rawrows
 from sape2.comparison.rawrows import digest_of, raw_row, read_raw
 from sape2.files import safe_name
+from sape2.study import progress as progress_module
 from sape2.study import work as working
 from sape2.study.progress import duration, study_progress
 from sape2.study.work import Stopped, forget_failures, seconds_left, work
@@ -278,6 +279,7 @@ def test_the_time_left_is_the_mean_of_what_the_encoding_took(study):
     assert seconds_left(study, rows, 3, None) == 10
     ape = study.cells()[1]
     assert seconds_left(study, rows, 1, (ape, 0.25, 40.0)) == 30 + 10 + 40
+    assert seconds_left(study, rows, 1, (ape, 0.25, 40.0), besides=2.0) == 30 + 10 + 40 + 3 * 2
     everything = [{"digest": cell.digest, "encoding": "none", "training_s": 10.0} for cell in study.cells()]
     assert seconds_left(study, everything, 1, None) == 0
 
@@ -288,6 +290,26 @@ def test_runs_of_other_encodings_in_the_folder_are_not_counted(tmp_path, study, 
     with study_progress(part) as progress:
         progress.tell("finished", part.cells()[0], part.gather())
     assert "(2 of 2 runs" in capfd.readouterr().err
+
+
+def test_measuring_counts_as_time_left_once_a_whole_run_was_seen(study, monkeypatch, capfd):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(progress_module, "time", clock)
+    first, *others = study.cells()
+    with study_progress(study) as progress:
+        progress.tell("starting", first, [])
+        progress.step(SimpleNamespace(step=1), 4)
+        clock.now += 25
+        work(tiny_study(study.folder, encodings=(first.config.model.encoding,), seeds=1), Runner())
+        rows = study.gather()
+        progress.tell("finished", first, rows)
+        trained = rows[0]["training_s"]
+        assert progress.besides == pytest.approx(25 - trained)
+        progress.tell("starting", others[0], [])
+        progress.step(SimpleNamespace(step=3), 4)  # a run taken up in its middle tells nothing of a whole one
+        clock.now += 1000
+        progress.tell("finished", first, rows)
+        assert progress.besides == pytest.approx(25 - trained)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (720.0, "12 min"), (11100.0, "3 h 05 min")])

@@ -35,18 +35,20 @@ class StudyProgress:
         self.rows: list[Row] = study.gather()
         self.cell: Cell | None = None
         self.start, self.first_step, self.shown = 0.0, -1, 0.0
+        self.began, self.besides = 0.0, 0.0  # when this run began; what the last whole one took besides its training
         self.runs = bar.add_task("runs", total=len(study.cells()), left="")
         self.run = bar.add_task("", total=None, visible=False, left="")
         self._show_runs()
 
     def tell(self, what: str, cell: Cell, rows: list[Row]) -> None:
         if what == "starting":
-            self.cell, self.first_step = cell, -1
+            self.cell, self.first_step, self.began = cell, -1, time.monotonic()
             self.bar.reset(self.run, description=cell.name, visible=True, total=None)
         elif what == "waiting":
             self.bar.reset(self.run, description="waiting for runs of other processes", visible=True, total=None)
         else:
             self.rows, self.cell = rows, None
+            self._look_back(cell)
             self.bar.update(self.run, visible=False)
             self._show_runs()
         if what != "waiting":
@@ -61,6 +63,12 @@ class StudyProgress:
             return f"{cell.name}: failed: {row['failed']} ({done})"
         accuracy = next(r["value"] for r in row["rows"] if (r["name"], r["weights"]) == ("accuracy", "last"))
         return f"{cell.name}: accuracy {accuracy:.4f}, {duration(row['training_s'])} ({done}{self._left()})"
+
+    def _look_back(self, cell: Cell) -> None:
+        """At a run that this process did from its first step to its end."""
+        took = next((row["training_s"] for row in self.rows if row["digest"] == cell.digest and "failed" not in row), None)
+        if took is not None and self.first_step == 1:
+            self.besides = max(0.0, time.monotonic() - self.began - took)
 
     def step(self, progress: Progress, total: int) -> None:
         """After each step of the present run; shown once a second."""
@@ -87,7 +95,7 @@ class StudyProgress:
         if self.cell is not None and at[0] > self.first_step:
             whole = (time.monotonic() - self.start) * at[1] / (at[0] - self.first_step)
             present = self.cell, at[0] / at[1], whole
-        seconds = seconds_left(self.study, self.rows, held, present)
+        seconds = seconds_left(self.study, self.rows, held, present, self.besides)
         return "" if not seconds else f", about {duration(seconds)} left"
 
 

@@ -99,11 +99,13 @@ def forget_failures(study: Study) -> None:
         (cell.folder / FAILED).unlink(missing_ok=True)
 
 
-def seconds_left(study: Study, rows: list[Row], workers: int, present: tuple[Cell, float, float] | None) -> float | None:
+def seconds_left(
+    study: Study, rows: list[Row], workers: int, present: tuple[Cell, float, float] | None, besides: float = 0.0
+) -> float | None:
     """From the training time of finished runs: the mean of the same encoding, else of all; None if nothing is known.
 
-    `present` is the run under way, the share of it that is done, and the seconds that the whole of it takes at this pace;
-    `workers` share the rest evenly.
+    `present` is the run under way, the share of it that is done, and the seconds that its whole training takes at this
+    pace; `besides` is what a run takes besides its training. `workers` share the rest evenly.
     """
     finished = [row for row in rows if "failed" not in row]
     took: dict[str, list[float]] = {}
@@ -120,5 +122,5 @@ def seconds_left(study: Study, rows: list[Row], workers: int, present: tuple[Cel
         if cell.digest not in settled:
             known = took.get(cell.config.model.encoding, everything)
             done = present[1] if present and present[0] == cell else 0.0
-            left += sum(known) / len(known) * (1 - done)
+            left += sum(known) / len(known) * (1 - done) + besides
     return left / max(1, workers)
