@@ -186,10 +186,12 @@ def write_outcome(found: Outcome, folder: Path) -> list[Path]:
 
 
 def draw_outcome(found: Outcome, folder: Path) -> list[Path]:
-    """comparison.png: accuracy of every seed, and its paired differences. Raises ImportError without matplotlib."""
-    last, best = ({e: found.by_seed(e, "accuracy", weights) for e in found.encodings} for weights in ("last", "best"))
+    """comparison.png: accuracy of every seed, best mean first, and its differences. Raises ImportError without matplotlib."""
+    values = {e: found.by_seed(e, "accuracy", "last") for e in found.encodings}
+    last = dict(sorted(values.items(), key=lambda item: -sum(item[1].values()) / len(item[1])))
+    best = {e: found.by_seed(e, "accuracy", "best") for e in last}
     paired = {e: (pair.difference, pair.ci_low, pair.ci_high) for e, pair in found.paired("accuracy", "last").items()}
-    viz.plot_seeds(last, best, paired, found.baseline, folder / "comparison.png")
+    viz.plot_seeds(last, best if best != last else {}, paired, found.baseline, folder / "comparison.png")
     return [folder / "comparison.png"]
 
 

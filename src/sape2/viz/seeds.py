@@ -17,7 +17,8 @@ Interval = tuple[float, float | None, float | None]  # mean difference and its e
 def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], baseline: str, path: Path) -> None:
     """Left: accuracy of every seed, last epoch (filled) and best on validation (hollow). Right: differences to the baseline.
 
-    One line an encoding, ordered as given; a seed has its marker in both panels; black: means, and 95 % intervals on the right.
+    One line an encoding, ordered as given; `best` may lack any of them. A seed has its marker in both panels; black: means,
+    and 95 % intervals on the right.
     """
     height = 1.6 + 0.42 * len(last)
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, height), sharey=True, layout="constrained")
@@ -39,7 +40,7 @@ def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], basel
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.locator_params(axis="x", nbins=5)
-    figure.legend(handles=_legend(markers), loc="outside right upper", fontsize=8)
+    figure.legend(handles=_legend(markers, bool(best)), loc="outside right upper", fontsize=8)
     save(figure, path)
 
 
@@ -58,14 +59,15 @@ def _mark_mean(panel: Any, values: list[float], place: float) -> None:
     panel.plot(sum(values) / len(values), place, "|", color="black", markersize=13, markeredgewidth=2)
 
 
-def _legend(markers: Mapping[int, str]) -> list[Any]:
+def _legend(markers: Mapping[int, str], with_best: bool) -> list[Any]:
     from matplotlib.lines import Line2D
 
     plain: dict[str, Any] = {"linestyle": "none", "markersize": 5}
+    best = Line2D([], [], marker="o", color=LINES[1], markerfacecolor="none", label="best on validation", **plain)
     return [
         *(Line2D([], [], marker=marker, color="0.4", label=f"seed {seed}", **plain) for seed, marker in markers.items()),
         Line2D([], [], marker="o", color=LINES[0], label="last epoch", **plain),
-        Line2D([], [], marker="o", color=LINES[1], markerfacecolor="none", label="best on validation", **plain),
+        *([best] if with_best else []),
         Line2D([], [], marker="|", color="black", label="mean", linestyle="none", markersize=11, markeredgewidth=2),
         Line2D([], [], color="black", label="95 % interval", linewidth=1.5),
     ]
