@@ -37,6 +37,8 @@ def lines_of(page: str) -> list[list[str]]:
         ("digits_layerscale", "results.md"),
         ("probes", "probes.md"),
         ("cifar10_budget", "results.md"),
+        ("cifar10_glance", "results.md"),
+        ("cifar10_glance_layerscale", "results.md"),
         ("cifar10_short", "results.md"),
         ("cifar10_measures", "results.md"),
         ("detection_digits", "detection.md"),
