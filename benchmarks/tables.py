@@ -75,8 +75,8 @@ def set_tables(rows: list[Row]) -> str:
     """Raw rows of the study: a table for each set, p adjusted over its rows; then sizes of all."""
     tables = []
     for title, (baseline, encodings) in SETS.items():
-        found = outcome([row for row in rows if row["encoding"] in [baseline, *encodings]], baseline)
-        tables.append(f"{title}\n\n{markdown_table(accuracy_table(found, 'last'), accuracy_columns(found))}")
+        some = [row for row in rows if row["encoding"] in [baseline, *encodings]]
+        tables.append(f"{title}\n\n{accuracy_tables(baseline)(some)}")
     tables.append(f"order\n\n{order_table(rows, read_rows(RESULTS / 'cifar10_short.jsonl'))}")
     return "\n".join([*tables, markdown_table(cost_table(outcome(rows, "ape")), SIZES)])
 
@@ -86,7 +86,7 @@ def order_table(rows: list[Row], longer: list[Row]) -> str:
     here, there = (_means(outcome(some, "ape")) for some in (rows, longer))
     both = sorted((name for name in there if name in here), key=lambda name: -here[name])
     lines = [{"encoding": name, "half a pass": f"{here[name]:.4f}", "two passes": f"{there[name]:.4f}"} for name in both]
-    ranks = torch.tensor([[means[name] for name in both] for means in (here, there)], dtype=torch.float64).argsort().argsort()
+    ranks = torch.tensor([[means[name] for name in both] for means in (here, there)]).argsort().argsort()
     return (
         markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {torch.corrcoef(ranks.double())[0, 1]:.2f}\n"
     )
