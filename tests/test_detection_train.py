@@ -15,7 +15,8 @@ from sape2.detection.metrics import predict
 from sape2.detection.models import no_weight_decay
 from sape2.detection.settings import DetectionConfig, DetectorConfig, TrainingConfig
 from sape2.detection.train import DetectionTrainer, check_folder, make_optimizer, make_schedule, new_detector, open_images
-from sape2.recipes.coco import DETECTION_RECIPES, get_detection_recipe
+from sape2.recipes import get_detection_recipe
+from sape2.recipes.coco import DETECTION_RECIPES
 
 pytest.importorskip("faster_coco_eval")
 TINY = [
@@ -231,7 +232,8 @@ def test_the_command_trains_measures_and_prints_rows(tmp_path, capfd, data):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        (["imagenet"], ["unknown detection recipe", "coco_digits"]),
+        (["faster"], ["unknown detection recipe", "coco_digits"]),
+        (["imagenet"], ["sape2 train imagenet"]),
         (["coco"], ["coco needs --data"]),
         (["coco", "--data", "nowhere"], ["no folder nowhere"]),
         (["coco_digits", "--set", "windw=3"], ["'windw'", "detector.window"]),

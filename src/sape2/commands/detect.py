@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.processes import refuse_launcher
 
     refuse_launcher("sape2 detect")
-    from sape2.recipes.coco import get_detection_recipe
+    from sape2.recipes import get_detection_recipe
 
     config = get_detection_recipe(arguments.recipe)
     model, detector, images = config.model, config.detector, config.images

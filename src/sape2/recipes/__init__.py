@@ -1,10 +1,11 @@
-"""Recipes by name: functions without arguments that return a whole `RunConfig`. Options change it afterwards."""
+"""Recipes by name: functions without arguments that return a whole config. Options change it afterwards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from sape2.config import RunConfig
+from sape2.detection.settings import DetectionConfig
 from sape2.recipes.cifar import cifar10, cifar10_budget, cifar10_glance, cifar10_paper, cifar10_short, cifar100, cifar100_paper
 from sape2.recipes.coco import DETECTION_RECIPES
 from sape2.recipes.digits import digits
@@ -32,3 +33,12 @@ def get_recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         raise ValueError(f"unknown recipe {name!r}; known recipes: {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def get_detection_recipe(name: str) -> DetectionConfig:
+    """Raises ValueError that lists the known recipes."""
+    if name in RECIPES:
+        raise ValueError(f"{name} is a recipe for classification: sape2 train {name}")
+    if name not in DETECTION_RECIPES:
+        raise ValueError(f"unknown detection recipe {name!r}; known recipes: {', '.join(DETECTION_RECIPES)}")
+    return DETECTION_RECIPES[name]()

@@ -70,10 +70,3 @@ def coco_digits() -> DetectionConfig:
 
 
 DETECTION_RECIPES = {"coco": coco, "coco_digits": coco_digits}
-
-
-def get_detection_recipe(name: str) -> DetectionConfig:
-    """Raises ValueError that lists the known recipes."""
-    if name not in DETECTION_RECIPES:
-        raise ValueError(f"unknown detection recipe {name!r}; known recipes: {', '.join(DETECTION_RECIPES)}")
-    return DETECTION_RECIPES[name]()
