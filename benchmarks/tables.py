@@ -49,7 +49,22 @@ def study_tables(rows: list[Row]) -> str:
     return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(found), SIZES)])
 
 
-LADDER = "readout=direct|readout=direct,count=between|sign=minus|sign=learned|gates=none|axes=raster|preset=equations|dot=key"
+LADDER = [
+    "readout=direct",
+    "readout=direct,count=between",
+    "readout=squared_distance",
+    "preset=equations",
+    "normalize=sqrt_length",
+    "sign=minus",
+    "sign=learned",
+    "gates=none",
+    "gates=constant",
+    "axes=raster",
+    "axes=x",
+    "count=between",
+    "count=cyclic",
+    "dot=key",
+]
 SETS = {  # of docs/decisions/0006-study.md: title -> (baseline, encodings)
     "contenders": ("ape", ["none", "rope", "rpe_contextual", "ape+cope", "sape2", "ape+sape2"]),
     "field": (
@@ -67,7 +82,7 @@ SETS = {  # of docs/decisions/0006-study.md: title -> (baseline, encodings)
             "ape+sape2:dot=key",
         ],
     ),
-    "ladder": ("ape+sape2", [f"ape+sape2:{step}" for step in LADDER.split("|")]),
+    "ladder": ("ape+sape2", [f"ape+sape2:{step}" for step in LADDER]),
 }
 
 
