@@ -35,12 +35,17 @@ class Number:
     name: str
     where: dict[str, Any]
 
-    def of(self, rows: list[Row]) -> str:
-        """ "0.712 (0.690 to 0.733)", an interval over images; "" where there is no such row."""
+    def row(self, rows: list[Row]) -> Row | None:
+        """The row itself; None where there is none, or where it has no value."""
         for row in rows:
             if (row["measure"], row["name"]) == (self.measure, self.name) and self.where.items() <= row.items():
-                return "" if row["value"] is None else _text(row)
-        return ""
+                return None if row["value"] is None else row
+        return None
+
+    def of(self, rows: list[Row]) -> str:
+        """ "0.712 (0.690 to 0.733)", an interval over images; "" where there is no such row."""
+        row = self.row(rows)
+        return _text(row) if row else ""
 
 
 def _text(row: Row) -> str:
@@ -56,17 +61,26 @@ def of_layers(heading: str, measure: str, name: str, **where: Any) -> list[Numbe
 
 SCALED = {"transform": "scaled"}
 ONE_PATCH = {"axis": "x", "shift_px": 4}
+WITHIN_A_PATCH = Number("consistency, within a patch", "shift", "circular_consistency", {"shifts": "sub_patch"})
+WHOLE_PATCHES = Number("whole patches", "shift", "circular_consistency", {"shifts": "patch_multiples"})
+LIE_DERIVATIVE = Number("Lie derivative, x, reflected", "shift", "lie_derivative_error", {"axis": "x", "border": "reflect"})
+FEATURES = Number(
+    "features leaving layer 4, one patch along x", "shift", "feature_equivariance_error", ONE_PATCH | {"layer": LAYERS}
+)
+AUROC = of_layers("AUROC", "grouping", "bias_auroc", masks="scenes", distance="far", sign="minus")
+LIFT = of_layers("lift", "grouping", "same_label_lift", masks="scenes", distance="far")
+BIAS_TO_CONTENT = of_layers("bias to content", "health", "bias_to_content")
 TABLES = {
     "shift: predictions": [
         Number("accuracy", "accuracy", "accuracy", {}),
-        Number("consistency, within a patch", "shift", "circular_consistency", {"shifts": "sub_patch"}),
-        Number("whole patches", "shift", "circular_consistency", {"shifts": "patch_multiples"}),
+        WITHIN_A_PATCH,
+        WHOLE_PATCHES,
         Number("two crops", "shift", "cropped_consistency", {"shifts": "crops"}),
         Number("worst case, within a patch", "shift", "worst_case_accuracy", {"shifts": "patch"}),
     ],
     "shift: errors": [
-        Number("Lie derivative, x, reflected", "shift", "lie_derivative_error", {"axis": "x", "border": "reflect"}),
-        Number("features leaving layer 4, one patch along x", "shift", "feature_equivariance_error", ONE_PATCH | {"layer": 4}),
+        LIE_DERIVATIVE,
+        FEATURES,
         Number("bias of layer 1", "shift", "bias_equivariance_error", ONE_PATCH | {"layer": 1}),
         Number("bias of layer 4", "shift", "bias_equivariance_error", ONE_PATCH | {"layer": 4}),
     ],
@@ -78,14 +92,10 @@ TABLES = {
         Number("drop to 64x64, paired", "resolution", "accuracy_drop", SCALED | {"size": "64x64"}),
         Number("larger, padded (reflected)", "resolution", "mean_accuracy_above", {"transform": "padded", "border": "reflect"}),
     ],
-    "grouping: AUROC of a small bias for the same object, patches two or more apart": of_layers(
-        "AUROC", "grouping", "bias_auroc", masks="scenes", distance="far", sign="minus"
-    ),
-    "grouping: attention to the same object against chance, patches two or more apart": of_layers(
-        "lift", "grouping", "same_label_lift", masks="scenes", distance="far"
-    ),
+    "grouping: AUROC of a small bias for the same object, patches two or more apart": AUROC,
+    "grouping: attention to the same object against chance, patches two or more apart": LIFT,
     "health": [
-        *of_layers("bias to content", "health", "bias_to_content"),
+        *BIAS_TO_CONTENT,
         Number("warnings", "health", "warnings", {}),
     ],
 }

@@ -12,10 +12,12 @@ import attention_cost
 import cifar10_budget
 import cifar10_measures
 import detection_digits
+import glance_measures
 import memory
 import model_cost
 import torch
 from timing import RESULTS, Row
+from torchmetrics.functional import spearman_corrcoef
 
 from sape2.checkpoint import read_rows
 from sape2.comparison.outcome import Outcome, accuracy_columns, accuracy_table, cost_table, outcome
@@ -101,10 +103,8 @@ def order_table(rows: list[Row], longer: list[Row]) -> str:
     here, there = (_means(outcome(some, "ape")) for some in (rows, longer))
     both = sorted((name for name in there if name in here), key=lambda name: -here[name])
     lines = [{"encoding": name, "half a pass": f"{here[name]:.4f}", "two passes": f"{there[name]:.4f}"} for name in both]
-    ranks = torch.tensor([[means[name] for name in both] for means in (here, there)]).argsort().argsort()
-    return (
-        markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {torch.corrcoef(ranks.double())[0, 1]:.2f}\n"
-    )
+    agreement = spearman_corrcoef(*torch.tensor([[means[name] for name in both] for means in (here, there)]))
+    return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {agreement:.2f}\n"
 
 
 def _means(found: Outcome) -> Row:
@@ -153,6 +153,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cifar10_glance_layerscale": accuracy_tables("ape"),
     "cifar10_short": study_tables,
     "cifar10_measures": cifar10_measures.tables,
+    "cifar10_glance_measures": glance_measures.tables,
     "probes": probe_tables,
     "detection_digits": detection_digits.table,
     "attach_cifar10": attach_table,

@@ -1,0 +1,117 @@
+"""Shift, grouping and health of the runs of `sape2 compare cifar10_glance`, over seeds; and whether a strong bias costs.
+
+Command:  python benchmarks/glance_measures.py RUN [RUN ...]   keeps what `sape2 evaluate` left in them in
+          benchmarks/results/cifar10_glance_measures.jsonl, and prints the tables;
+          python benchmarks/glance_measures.py                 prints them from the rows that are kept.
+
+What has a value for each layer is its mean over the layers.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from cifar10_measures import AUROC, BIAS_TO_CONTENT, FEATURES, LIE_DERIVATIVE, LIFT, WHOLE_PATCHES, WITHIN_A_PATCH
+from timing import RESULTS, Row
+from torchmetrics.functional import spearman_corrcoef
+
+from sape2.checkpoint import read_config, read_rows, write_rows
+from sape2.comparison.outcome import outcome
+from sape2.comparison.paired import paired_difference
+from sape2.report import markdown_table, summarize
+
+ROWS = RESULTS / "cifar10_glance_measures.jsonl"
+BASELINE = "ape"
+STRENGTH = "bias to content"
+COLUMNS = {
+    "consistency, within a patch": [WITHIN_A_PATCH],
+    "whole patches": [WHOLE_PATCHES],
+    "Lie derivative": [LIE_DERIVATIVE],
+    "features": [FEATURES],
+    "AUROC": AUROC,
+    "lift": LIFT,
+    STRENGTH: BIAS_TO_CONTENT,
+}
+
+
+def collect(folders: list[Path]) -> list[Row]:
+    """A row for each run and column: what was measured on the test set with the last weights, to six digits."""
+    kept = []
+    for folder in folders:
+        config = read_config(folder)
+        found = [row for row in read_rows(folder / "results.jsonl") if (row["split"], row["weights"]) == ("test", "last")]
+        about = {"encoding": config.model.encoding, "seed": config.seed, "recipe": config.recipe}
+        for name, numbers in COLUMNS.items():
+            rows = [row for number in numbers if (row := number.row(found))]
+            if rows:
+                value = float(f"{statistics.mean(row['value'] for row in rows):.6g}")
+                kept.append(about | {"name": name, "value": value, "n": rows[0]["n"], "torch": rows[0]["torch"]})
+    return kept
+
+
+def tables(rows: list[Row]) -> str:
+    """Means and spread over seeds; differences to the baseline in pairs of a seed; strength of the bias and what is lost."""
+    wide = [name for name in dict.fromkeys(row["encoding"] for row in rows) if _by_seed(rows, name, "lift")]
+    means = [{"encoding": name} | {column: _mean(rows, name, column) for column in COLUMNS} for name in wide]
+    differences = [
+        {"encoding": name} | {column: _difference(rows, name, column) for column in COLUMNS} for name in wide if name != BASELINE
+    ]
+    shown = [column for column in COLUMNS if any(line[column] for line in differences)]
+    return "\n".join(
+        [
+            "mean over seeds\n\n" + markdown_table(means, ["encoding", *COLUMNS]),
+            f"minus {BASELINE}\n\n" + markdown_table(differences, ["encoding", *shown]),
+            "strength of the bias\n\n" + strength_table(rows, read_rows(RESULTS / "cifar10_glance.jsonl")),
+        ]
+    )
+
+
+def strength_table(rows: list[Row], accuracies: list[Row]) -> str:
+    """Forms of SaPE2 from the weakest bias to the strongest, with what they lose or gain, and the rank correlation of both."""
+    strength = {row["encoding"]: row["mean"] for row in summarize([row for row in rows if row["name"] == STRENGTH])}
+    gains = outcome(accuracies, BASELINE).paired("accuracy", "last")
+    names = sorted((name for name in strength if "sape2" in name), key=lambda name: strength[name])
+    lines = [
+        {"encoding": name, STRENGTH: _mean(rows, name, STRENGTH), f"accuracy minus {BASELINE}": f"{gains[name].difference:+.4f}"}
+        for name in names
+    ]
+    both = torch.tensor([[strength[name], gains[name].difference] for name in names])
+    return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {spearman_corrcoef(*both.T):.2f}\n"
+
+
+def _by_seed(rows: list[Row], encoding: str, name: str) -> dict[int, float]:
+    return {row["seed"]: row["value"] for row in rows if (row["encoding"], row["name"]) == (encoding, name)}
+
+
+def _mean(rows: list[Row], encoding: str, name: str) -> str:
+    values = list(_by_seed(rows, encoding, name).values())
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{_digits(name)}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{_digits(name)}f}{spread}"
+
+
+def _difference(rows: list[Row], encoding: str, name: str) -> str:
+    paired = paired_difference(_by_seed(rows, encoding, name), _by_seed(rows, BASELINE, name))
+    if paired is None:
+        return ""
+    digits = _digits(name)
+    interval = "" if paired.ci_low is None else f" ({paired.ci_low:+.{digits}f} to {paired.ci_high:+.{digits}f})"
+    return f"{paired.difference:+.{digits}f}{interval}"
+
+
+def _digits(name: str) -> int:
+    return 4 if name == "Lie derivative" else 3
+
+
+def main() -> None:
+    if len(sys.argv) > 1:
+        write_rows(ROWS, collect([Path(name) for name in sys.argv[1:]]))
+    print(tables(read_rows(ROWS)))
+
+
+if __name__ == "__main__":
+    main()
