@@ -56,9 +56,8 @@ def tables(rows: list[Row]) -> str:
     """Means and spread over seeds; differences to the baseline in pairs of a seed; strength of the bias and what is lost."""
     wide = [name for name in dict.fromkeys(row["encoding"] for row in rows) if _by_seed(rows, name, "lift")]
     means = [{"encoding": name} | {column: _mean(rows, name, column) for column in COLUMNS} for name in wide]
-    differences = [
-        {"encoding": name} | {column: _difference(rows, name, column) for column in COLUMNS} for name in wide if name != BASELINE
-    ]
+    others = [name for name in wide if name != BASELINE]
+    differences = [{"encoding": name} | {column: _difference(rows, name, column) for column in COLUMNS} for name in others]
     shown = [column for column in COLUMNS if any(line[column] for line in differences)]
     return "\n".join(
         [
@@ -74,9 +73,9 @@ def strength_table(rows: list[Row], accuracies: list[Row]) -> str:
     strength = {row["encoding"]: row["mean"] for row in summarize([row for row in rows if row["name"] == STRENGTH])}
     gains = outcome(accuracies, BASELINE).paired("accuracy", "last")
     names = sorted((name for name in strength if "sape2" in name), key=lambda name: strength[name])
+    gained = f"accuracy minus {BASELINE}"
     lines = [
-        {"encoding": name, STRENGTH: _mean(rows, name, STRENGTH), f"accuracy minus {BASELINE}": f"{gains[name].difference:+.4f}"}
-        for name in names
+        {"encoding": name, STRENGTH: _mean(rows, name, STRENGTH), gained: f"{gains[name].difference:+.4f}"} for name in names
     ]
     both = torch.tensor([[strength[name], gains[name].difference] for name in names])
     return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {spearman_corrcoef(*both.T):.2f}\n"

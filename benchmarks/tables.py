@@ -44,11 +44,12 @@ def memory_tables(rows: list[Row]) -> str:
 def study_tables(rows: list[Row]) -> str:
     """Raw rows of `sape2 compare`: accuracy of the last epoch, of the chosen one where it is another, sizes.
 
-    Without its times: other work ran beside these runs.
+    Without its times: other work ran beside these runs. Sizes are those of seed 0: other seeds ran in another precision.
     """
     found = outcome(rows, "ape")
     accuracy = [markdown_table(accuracy_table(found, weights), accuracy_columns(found)) for weights in ("last", "best")]
-    return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(found), SIZES)])
+    first = outcome([row for row in rows if row["seed"] == 0], "ape")
+    return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(first), SIZES)])
 
 
 LADDER = [
@@ -99,10 +100,14 @@ def set_tables(rows: list[Row]) -> str:
 
 
 def order_table(rows: list[Row], longer: list[Row]) -> str:
-    """Mean accuracies of the encodings that another study has too, best first, and how far the two orders agree."""
-    here, there = (_means(outcome(some, "ape")) for some in (rows, longer))
+    """Mean accuracies, and those of seed 0 of a longer study, which is the one that all its encodings have; best first, and how
+    far the two orders agree.
+    """
+    here, there = (_means(outcome(some, "ape")) for some in (rows, [row for row in longer if row["seed"] == 0]))
     both = sorted((name for name in there if name in here), key=lambda name: -here[name])
-    lines = [{"encoding": name, "half a pass": f"{here[name]:.4f}", "two passes": f"{there[name]:.4f}"} for name in both]
+    lines = [
+        {"encoding": name, "half a pass": f"{here[name]:.4f}", "two passes, seed 0": f"{there[name]:.4f}"} for name in both
+    ]
     agreement = spearman_corrcoef(*torch.tensor([[means[name] for name in both] for means in (here, there)]))
     return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {agreement:.2f}\n"
 
