@@ -136,8 +136,8 @@ def attach_table(rows: list[Row]) -> str:
 
 
 def probe_tables(rows: list[Row]) -> str:
-    """Rows of `sape2 probe`: a table for each task."""
-    return _by(rows, ("task",), lambda some: markdown_table(*probe_table(some, find_task(some[0]["task"]))))
+    """Rows of `sape2 probe`: a table for each task and number of steps."""
+    return _by(rows, ("task", "steps"), lambda some: markdown_table(*probe_table(some, find_task(some[0]["task"]))))
 
 
 def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str]) -> str:
