@@ -10,14 +10,14 @@ protocols is in docs/evaluation.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kept import keep_and_print, last_test_rows, six_digits
 from timing import RESULTS, Row
 
-from sape2.checkpoint import read_config, read_rows, write_rows
+from sape2.checkpoint import read_config
 from sape2.report import markdown_table
 
 ROWS = RESULTS / "cifar10_measures.jsonl"
@@ -106,7 +106,7 @@ def collect(folders: list[Path]) -> list[Row]:
     rows: list[Row] = []
     for folder in folders:
         encoding = read_config(folder).model.encoding
-        found = [row for row in read_rows(folder / "results.jsonl") if (row["split"], row["weights"]) == ("test", "last")]
+        found = last_test_rows(folder)
         shared = {key: found[0][key] for key in SHARED}
         if rows and rows[0] != shared:
             raise SystemExit(f"{folder} was run or measured under other conditions: {shared}, not {rows[0]}")
@@ -117,7 +117,7 @@ def collect(folders: list[Path]) -> list[Row]:
 
 def _short(row: Row) -> Row:
     kept = {key: value for key, value in row.items() if key not in (*LEFT_OUT, "encoding")}
-    return {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in kept.items()}
+    return {key: six_digits(value) if isinstance(value, float) else value for key, value in kept.items()}
 
 
 def tables(rows: list[Row]) -> str:
@@ -132,11 +132,5 @@ def tables(rows: list[Row]) -> str:
     return "\n".join(parts)
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        write_rows(ROWS, collect([Path(name) for name in sys.argv[1:]]))
-    print(tables(read_rows(ROWS)))
-
-
 if __name__ == "__main__":
-    main()
+    keep_and_print(ROWS, collect, tables)

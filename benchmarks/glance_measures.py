@@ -10,18 +10,16 @@ What has a value for each layer is its mean over the layers.
 from __future__ import annotations
 
 import statistics
-import sys
 from pathlib import Path
 
-import torch
 from cifar10_measures import AUROC, BIAS_TO_CONTENT, FEATURES, LIE_DERIVATIVE, LIFT, WHOLE_PATCHES, WITHIN_A_PATCH
+from kept import keep_and_print, last_test_rows, ranked_table, six_digits
 from timing import RESULTS, Row
-from torchmetrics.functional import spearman_corrcoef
 
-from sape2.checkpoint import read_config, read_rows, write_rows
+from sape2.checkpoint import read_config, read_rows
 from sape2.comparison.outcome import outcome
 from sape2.comparison.paired import paired_difference
-from sape2.report import markdown_table, summarize
+from sape2.report import format_spread, markdown_table, summarize
 
 ROWS = RESULTS / "cifar10_glance_measures.jsonl"
 BASELINE = "ape"
@@ -42,20 +40,21 @@ def collect(folders: list[Path]) -> list[Row]:
     kept = []
     for folder in folders:
         config = read_config(folder)
-        found = [row for row in read_rows(folder / "results.jsonl") if (row["split"], row["weights"]) == ("test", "last")]
+        found = last_test_rows(folder)
         about = {"encoding": config.model.encoding, "seed": config.seed, "recipe": config.recipe}
         for name, numbers in COLUMNS.items():
             rows = [row for number in numbers if (row := number.row(found))]
             if rows:
-                value = float(f"{statistics.mean(row['value'] for row in rows):.6g}")
+                value = six_digits(statistics.mean(row["value"] for row in rows))
                 kept.append(about | {"name": name, "value": value, "n": rows[0]["n"], "torch": rows[0]["torch"]})
     return kept
 
 
 def tables(rows: list[Row]) -> str:
     """Means and spread over seeds; differences to the baseline in pairs of a seed; strength of the bias and what is lost."""
-    wide = [name for name in dict.fromkeys(row["encoding"] for row in rows) if _by_seed(rows, name, "lift")]
-    means = [{"encoding": name} | {column: _mean(rows, name, column) for column in COLUMNS} for name in wide]
+    averages = _averages(rows)
+    wide = [name for name, column in averages if column == "lift"]
+    means = [{"encoding": name} | {column: _mean(averages, name, column) for column in COLUMNS} for name in wide]
     others = [name for name in wide if name != BASELINE]
     differences = [{"encoding": name} | {column: _difference(rows, name, column) for column in COLUMNS} for name in others]
     shown = [column for column in COLUMNS if any(line[column] for line in differences)]
@@ -70,27 +69,30 @@ def tables(rows: list[Row]) -> str:
 
 def strength_table(rows: list[Row], accuracies: list[Row]) -> str:
     """Forms of SaPE2 from the weakest bias to the strongest, with what they lose or gain, and the rank correlation of both."""
-    strength = {row["encoding"]: row["mean"] for row in summarize([row for row in rows if row["name"] == STRENGTH])}
+    averages = _averages(rows)
+    strength = {name: row["mean"] for (name, column), row in averages.items() if column == STRENGTH}
     gains = outcome(accuracies, BASELINE).paired("accuracy", "last")
     names = sorted((name for name in strength if "sape2" in name), key=lambda name: strength[name])
     gained = f"accuracy minus {BASELINE}"
     lines = [
-        {"encoding": name, STRENGTH: _mean(rows, name, STRENGTH), gained: f"{gains[name].difference:+.4f}"} for name in names
+        {"encoding": name, STRENGTH: _mean(averages, name, STRENGTH), gained: f"{gains[name].difference:+.4f}"}
+        for name in names
     ]
-    both = torch.tensor([[strength[name], gains[name].difference] for name in names])
-    return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {spearman_corrcoef(*both.T):.2f}\n"
+    return ranked_table(lines, [strength[name] for name in names], [gains[name].difference for name in names])
 
 
 def _by_seed(rows: list[Row], encoding: str, name: str) -> dict[int, float]:
     return {row["seed"]: row["value"] for row in rows if (row["encoding"], row["name"]) == (encoding, name)}
 
 
-def _mean(rows: list[Row], encoding: str, name: str) -> str:
-    values = list(_by_seed(rows, encoding, name).values())
-    if not values:
-        return ""
-    spread = f" ± {statistics.stdev(values):.{_digits(name)}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{_digits(name)}f}{spread}"
+def _averages(rows: list[Row]) -> dict[tuple[str, str], Row]:
+    """(encoding, column) -> mean and spread over seeds."""
+    return {(row["encoding"], row["name"]): row for row in summarize(rows)}
+
+
+def _mean(averages: dict[tuple[str, str], Row], encoding: str, name: str) -> str:
+    row = averages.get((encoding, name))
+    return format_spread(row["mean"], row["std"], _digits(name)) if row else ""
 
 
 def _difference(rows: list[Row], encoding: str, name: str) -> str:
@@ -106,11 +108,5 @@ def _digits(name: str) -> int:
     return 4 if name == "Lie derivative" else 3
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        write_rows(ROWS, collect([Path(name) for name in sys.argv[1:]]))
-    print(tables(read_rows(ROWS)))
-
-
 if __name__ == "__main__":
-    main()
+    keep_and_print(ROWS, collect, tables)

@@ -15,9 +15,8 @@ import detection_digits
 import glance_measures
 import memory
 import model_cost
-import torch
+from kept import ranked_table
 from timing import RESULTS, Row
-from torchmetrics.functional import spearman_corrcoef
 
 from sape2.checkpoint import read_rows
 from sape2.comparison.outcome import Outcome, accuracy_columns, accuracy_table, cost_table, outcome
@@ -108,8 +107,7 @@ def order_table(rows: list[Row], longer: list[Row]) -> str:
     lines = [
         {"encoding": name, "half a pass": f"{here[name]:.4f}", "two passes, seed 0": f"{there[name]:.4f}"} for name in both
     ]
-    agreement = spearman_corrcoef(*torch.tensor([[means[name] for name in both] for means in (here, there)]))
-    return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {agreement:.2f}\n"
+    return ranked_table(lines, [here[name] for name in both], [there[name] for name in both])
 
 
 def _means(found: Outcome) -> Row:

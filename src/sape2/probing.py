@@ -24,7 +24,7 @@ from sape2.checkpoint import read_rows, write_rows
 from sape2.config import ModelConfig, TrainConfig
 from sape2.encodings import AttentionEncoding, TokenEncoding, parse_encoding
 from sape2.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
-from sape2.report import summarize
+from sape2.report import format_spread, summarize
 from sape2.runs import hardware
 from sape2.train import make_optimizer, make_schedule, mixed_precision
 from sape2.vit import ViT
@@ -236,8 +236,7 @@ def table(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
     for row in summarize([row for row in rows if row["name"] == "accuracy"], ("encoding", "layers", "split")):
         line = lines.setdefault((row["encoding"], row["layers"]), {"encoding": row["encoding"], "layers": row["layers"]})
         line["seeds"] = row["n"]
-        spread = "" if row["std"] is None else f" \u00b1 {row['std']:.3f}"
-        line[headings[row["split"]]] = f"{row['mean']:.3f}{spread}"
+        line[headings[row["split"]]] = format_spread(row["mean"], row["std"], 3)
     return list(lines.values()), ["encoding", "layers", "seeds", *headings.values()]
 
 

@@ -23,6 +23,11 @@ def format_value(value: Any) -> str:
     return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
 
 
+def format_spread(mean: float, std: float | None, digits: int) -> str:
+    """ "0.8121 ± 0.0031"; the mean alone where there is no standard deviation."""
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
+
+
 def print_table(rows: Iterable[Row], columns: list[str], title: str, file: Any = None) -> None:
     """A table of the given columns; numbers stand to the right."""
     from rich.console import Console

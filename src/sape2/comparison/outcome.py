@@ -14,7 +14,7 @@ from sape2.comparison.paired import Paired, holm, paired_difference
 from sape2.comparison.rawrows import check_one_study
 from sape2.comparison.tables import WEIGHTS
 from sape2.files import write_text
-from sape2.report import csv_table, format_value, markdown_table
+from sape2.report import csv_table, format_spread, format_value, markdown_table
 
 Row = dict[str, Any]
 PROTOCOL = (
@@ -133,7 +133,7 @@ def outcome(rows: list[Row], baseline: str | None = None) -> Outcome:
 def accuracy_table(found: Outcome, weights: str) -> list[Row]:
     """For people: accuracy with its paired difference; what one seed cannot tell is empty."""
     return [
-        {"encoding": row["encoding"], "accuracy": _spread(row["mean"], row["std"], 4), "n": row["n"]}
+        {"encoding": row["encoding"], "accuracy": format_spread(row["mean"], row["std"], 4), "n": row["n"]}
         | ({f"minus {found.baseline}": f"{row['difference']:+.4f}", "pairs": row["pairs"]} if row["pairs"] else {})
         | ({"95 % interval": f"{row['ci_low']:+.4f} to {row['ci_high']:+.4f}"} if row["ci_low"] is not None else {})
         | {key: format_p(row[name]) for key, name in (("p", "p"), ("p, Holm", "p_holm")) if row[name] is not None}
@@ -153,7 +153,7 @@ def cost_table(found: Outcome) -> list[Row]:
             line = lines.setdefault(row["encoding"], {"encoding": row["encoding"]})
             whole = row["unit"] in ("parameters", "MACs")
             line[COST_HEADINGS[row["name"]]] = (
-                format_value(round(row["mean"])) if whole else _spread(row["mean"], row["std"], 1)
+                format_value(round(row["mean"])) if whole else format_spread(row["mean"], row["std"], 1)
             )
     return list(lines.values())
 
@@ -165,10 +165,6 @@ COST_HEADINGS = {
     "step_memory_mib": "MiB per step",
     "training_s": "training (s)",
 }
-
-
-def _spread(mean: float, std: float | None, digits: int) -> str:
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
 
 
 def format_p(p: float) -> str:

@@ -13,7 +13,7 @@ from sape2 import viz
 from sape2.comparison.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows
 from sape2.comparison.headlines import COLUMNS, COUNTS, Column, Row, Run
 from sape2.files import write_text
-from sape2.report import csv_table, markdown_table
+from sape2.report import csv_table, format_spread, markdown_table
 
 WEIGHTS = {"last": "weights of the last epoch", "best": "weights of the best epoch on the validation set"}
 
@@ -125,9 +125,8 @@ def _cell(column: Column, group: Group) -> str:
         return ""
     mean, std = mean_and_std(values)
     digits = int(bool(std)) if column.unit in COUNTS else 4 if abs(mean) < 10 else 1
-    spread = f" ± {std:.{digits}f}" if std is not None and digits else ""
     runs = "" if len(values) == len(group.runs) else f" ({len(values)})"
-    return f"{mean:.{digits}f}{spread}{runs}"
+    return format_spread(mean, std if digits else None, digits) + runs
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,36 @@
+"""What the scripts share that keep measured rows in benchmarks/results and make tables from them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from timing import Row
+from torchmetrics.functional import spearman_corrcoef
+
+from sape2.checkpoint import read_rows, write_rows
+from sape2.report import markdown_table
+
+
+def last_test_rows(folder: Path) -> list[Row]:
+    """What `sape2 evaluate` left in a run of the test set and the weights of the last epoch."""
+    return [row for row in read_rows(folder / "results.jsonl") if (row["split"], row["weights"]) == ("test", "last")]
+
+
+def six_digits(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def ranked_table(lines: list[Row], first: Sequence[float], second: Sequence[float]) -> str:
+    """A table, and below it how far two numbers of its lines agree in rank."""
+    agreement = spearman_corrcoef(torch.tensor(first), torch.tensor(second))
+    return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {agreement:.2f}\n"
+
+
+def keep_and_print(path: Path, collect: Callable[[list[Path]], list[Row]], tables: Callable[[list[Row]], str]) -> None:
+    """Keeps the rows of the run folders on the command line, if there are any; prints the tables of the rows that are kept."""
+    if len(sys.argv) > 1:
+        write_rows(path, collect([Path(name) for name in sys.argv[1:]]))
+    print(tables(read_rows(path)))
