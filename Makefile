@@ -20,7 +20,7 @@ shapes: $(VENV)/.test  ## all tests but the slow ones, with the annotated shape 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q --jaxtyping-packages=sape2,beartype.beartype
 
 browser: $(VENV)/.browser  ## the page of sape2 explore, in a Chromium of the system
-	$(BIN)/python -m pytest -q -m browser tests/test_explore_page.py
+	$(BIN)/python -m pytest -q -m browser tests/viz/test_explore_page.py
 
 tables: $(VENV)/.demo  ## the tables of the docs, from the rows in benchmarks/results
 	$(BIN)/python benchmarks/tables.py

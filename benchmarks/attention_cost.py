@@ -13,9 +13,9 @@ import torch
 from peers import PLAIN, PLAIN_FUSED, contenders, random_tokens
 from timing import Row, compare, conditions, parser, save
 
-from sape2.evaluation.cost import forward, forward_backward
-from sape2.grid import Grid
-from sape2.report import markdown_table
+from sape2.encodings.grid import Grid
+from sape2.evaluation.cost.measure import forward, forward_backward
+from sape2.evaluation.report import markdown_table
 
 SHAPES: list[tuple[int, Grid]] = [(64, (8, 8)), (16, (14, 14)), (4, (24, 24))]
 HEADS, HEAD_DIM = 6, 64

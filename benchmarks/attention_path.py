@@ -13,9 +13,9 @@ from collections.abc import Callable
 
 import torch
 
-from sape2 import attention
+from sape2.attention import module
 from sape2.encodings.base import NoEncoding
-from sape2.report import markdown_table
+from sape2.evaluation.report import markdown_table
 
 SHAPES = [(128, 3, (8, 8), 32), (64, 6, (8, 8), 64), (16, 6, (14, 14), 64), (4, 6, (24, 24), 64), (1, 6, (48, 48), 64)]
 
@@ -34,9 +34,9 @@ def medians(steps: dict[str, Callable[[], None]], repeats: int = 11) -> dict[str
 
 def step(path: str, tensors: list[torch.Tensor], grid: tuple[int, int], backward: bool) -> Callable[[], None]:
     def run() -> None:
-        attention.choose_path = lambda *_: path
+        module.choose_path = lambda *_: path
         with torch.set_grad_enabled(backward):
-            output = attention.attend(*tensors, grid, NoEncoding())
+            output = module.attend(*tensors, grid, NoEncoding())
         if backward:
             output.sum().backward()
 

@@ -17,8 +17,8 @@ from typing import Any
 from kept import keep_and_print, last_test_rows, six_digits
 from timing import RESULTS, Row
 
-from sape2.checkpoint import read_config
-from sape2.report import markdown_table
+from sape2.evaluation.report import markdown_table
+from sape2.training.checkpoint import read_config
 
 ROWS = RESULTS / "cifar10_measures.jsonl"
 SHARED = ("recipe", "model", "data", "epochs", "seed", "precision", "torch", "hardware", "split", "weights")

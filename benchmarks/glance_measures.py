@@ -16,10 +16,10 @@ from cifar10_measures import AUROC, BIAS_TO_CONTENT, FEATURES, LIE_DERIVATIVE, L
 from kept import keep_and_print, last_test_rows, ranked_table, six_digits
 from timing import RESULTS, Row
 
-from sape2.checkpoint import read_config, read_rows
-from sape2.comparison.outcome import outcome
-from sape2.comparison.paired import paired_difference
-from sape2.report import format_spread, markdown_table, summarize
+from sape2.evaluation.report import format_spread, markdown_table, summarize
+from sape2.studies.compare.outcome import outcome
+from sape2.studies.compare.paired import paired_difference
+from sape2.training.checkpoint import read_config, read_rows
 
 ROWS = RESULTS / "cifar10_glance_measures.jsonl"
 BASELINE = "ape"

@@ -21,13 +21,13 @@ import torch
 import write_layouts
 from PIL import Image
 
-from sape2.augment import TrainStream, augment_images
-from sape2.checkpoint import write_rows
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, model_config
+from sape2.config.recipes import get_recipe
 from sape2.data import ImageFiles, files, load_data
+from sape2.data.augment import TrainStream, augment_images
 from sape2.data.decoding import CenterCrop, decode
-from sape2.recipes import get_recipe
-from sape2.report import print_table
+from sape2.evaluation.report import print_table
+from sape2.training.checkpoint import write_rows
 
 ROWS = Path(__file__).parent / "results" / "input_path.jsonl"
 CLASSES = ["a", "b"]

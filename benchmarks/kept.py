@@ -10,8 +10,8 @@ import torch
 from timing import Row
 from torchmetrics.functional import spearman_corrcoef
 
-from sape2.checkpoint import read_rows, write_rows
-from sape2.report import markdown_table
+from sape2.evaluation.report import markdown_table
+from sape2.training.checkpoint import read_rows, write_rows
 
 
 def last_test_rows(folder: Path) -> list[Row]:

@@ -7,8 +7,8 @@ Measured: peak extra memory (what PyTorch's allocator gives out above what was a
 (medians of alternating rounds), for squares of 8x8 to 64x64 tokens; a form whose predicted memory the machine does not have
 is left out and says so. Largest grid: the side of the largest square whose *predicted* memory stays within the budget;
 predicted means that the step is run on tensors without memory, whose storages are added up while they live
-(`sape2.evaluation.memory.predicted_peak`). Forms that keep whole maps: by bisection. Forms in blocks: by a law in N and N *
-side through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block, too. The
+(`sape2.evaluation.cost.memory.predicted_peak`). Forms that keep whole maps: by bisection. Forms in blocks: by a law in N
+and N * side through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block, too. The
 rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the attention of one
 layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included; predicted for one
 and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl as it goes, goes on
@@ -39,19 +39,19 @@ from peers import (
 from timing import Row, compare, conditions, parser, save
 from torch import Tensor, nn
 
-from sape2 import attention as sape2_attention
 from sape2 import create_model, viz
-from sape2.checkpoint import read_rows
+from sape2.attention import blocks, choose_path
 from sape2.encodings import AttentionEncoding
-from sape2.evaluation.cost import forward_backward, growth_exponent, loss_gradients
-from sape2.evaluation.memory import available_bytes, peak_bytes, predicted_peak
-from sape2.report import markdown_table
+from sape2.evaluation.cost.measure import forward_backward, growth_exponent, loss_gradients
+from sape2.evaluation.cost.memory import available_bytes, peak_bytes, predicted_peak
+from sape2.evaluation.report import markdown_table
+from sape2.training.checkpoint import read_rows
 
 SIDES = [8, 16, 24, 32, 48, 64]
 HEADS, HEAD_DIM, PATCH = 6, 64, 16
 MAX_SIDE = 1024
 IN_BLOCKS = [56, 64, 80]  # sides at which our forms keep no weights, so that what is left grows
-LAW = (50, 64)  # sides: from 49 on, six maps exceed `sape2.attention.KEPT_ELEMENTS`
+LAW = (50, 64)  # sides: from 49 on, six maps exceed `sape2.attention.paths.KEPT_ELEMENTS`
 LAYERS = 12
 COLUMNS = ["form", "side", "bytes", "predicted_bytes", "ms", "p10", "p90", "note"]
 LARGEST_COLUMNS = ["form", "scope", "side", "bytes"]
@@ -64,7 +64,6 @@ OURS = {
     "sape2 direct: ours": "sape2:readout=direct",
 }
 FORMS = [PLAIN, PLAIN_FUSED, STRAIGHTFORWARD, *OURS]
-CHOOSE_PATH = sape2_attention.choose_path
 ENCODINGS = {"ape": "ape", STRAIGHTFORWARD: "ape+sape2", SAPE2: "ape+sape2"}  # of ViT-Small
 
 
@@ -87,12 +86,12 @@ def predict(step: Callable, module: nn.Module, inputs: list[Tensor]) -> int | No
     The straightforward form keeps the readable one: whole maps, as the paper's listing has them.
     """
 
-    def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> str:
+    def chosen(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> str:
         in_blocks = encoding.makes_bias and not isinstance(encoding, StraightforwardSaPE2)
-        return "blocks" if in_blocks else CHOOSE_PATH(q, encoding, dropout)
+        return "blocks" if in_blocks else choose_path(q, encoding, dropout)
 
-    own_buffers = patch.object(sape2_attention, "_WORKSPACE", type(sape2_attention._WORKSPACE)())
-    with patch.object(sape2_attention, "choose_path", choose_path), own_buffers:
+    own_buffers = patch.object(blocks, "_WORKSPACE", type(blocks._WORKSPACE)())
+    with patch.object(module, "choose_path", chosen), own_buffers:
         return predicted_peak(step, module, inputs)
 
 

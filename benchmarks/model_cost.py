@@ -14,9 +14,9 @@ from peers import make_straightforward
 from timing import Row, compare, conditions, parser, save
 
 from sape2 import create_model
-from sape2.evaluation.cost import TrainingStep, infer
-from sape2.report import markdown_table
-from sape2.vit import ViT
+from sape2.evaluation.cost.measure import TrainingStep, infer
+from sape2.evaluation.report import markdown_table
+from sape2.models.vit import ViT
 
 SHAPES = [(16, 32, 4), (4, 224, 16)]  # images, pixels, patch: grids of 8x8 and of 14x14
 BASELINE = "ape"

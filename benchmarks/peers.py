@@ -1,7 +1,7 @@
 """What the benchmarks compare: plain attention, this package's encodings, and the forms other people have.
 
 A contender is a module that turns q, k, v (B, h, N, d) into the output of attention. Ours and its peers start from the
-same tables, so they compute the same numbers (`tests/test_benchmark_peers.py`).
+same tables, so they compute the same numbers (`tests/benchmarks/test_benchmark_peers.py`).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor, nn
 
 from sape2.attention import attend, describe_path
-from sape2.bias import Matrix
 from sape2.encodings import AttentionBias, AttentionEncoding, SaPE2, create_encoding
-from sape2.grid import Grid
-from sape2.vit import ViT
+from sape2.encodings.bias import Matrix
+from sape2.encodings.grid import Grid
+from sape2.models.vit import ViT
 
 
 class Peer(nn.Module):

@@ -1,7 +1,7 @@
 """Attention under SaPE2, CoPE and iRPE as one writes it down from the papers: the peers that the fast forms must beat.
 
 Nothing here is shared with `sape2`. Shapes: q, k, v are (B, h, N, d), unscaled, N = H*W in row-major order; a table is
-(positions, d). `tests/test_benchmark_peers.py` holds these forms against the literal loops of `sape2.reference`.
+(positions, d). `tests/benchmarks/test_benchmark_peers.py` holds these forms against the literal loops of `sape2.reference`.
 """
 
 from __future__ import annotations

@@ -28,13 +28,13 @@ from pathlib import Path
 import torch
 
 from sape2 import attach, save_adapter
-from sape2.checkpoint import is_finished, load_weights, read_config, read_rows, write_rows
 from sape2.config import RunConfig
 from sape2.data import Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
-from sape2.report import print_table, summarize
-from sape2.train import TrainingStopped, train
-from sape2.vit import ViT
+from sape2.evaluation.report import print_table, summarize
+from sape2.models.vit import ViT
+from sape2.training.checkpoint import is_finished, load_weights, read_config, read_rows, write_rows
+from sape2.training.loop import TrainingStopped, train
 
 LR = {"without": 2e-4, "encoding": 5e-3, "all": 2e-4}  # a tenth of cifar10_budget's for weights that are trained already
 

@@ -18,7 +18,7 @@ from sklearn.datasets import load_sample_image
 from torch import Tensor
 
 from sape2.encodings import SaPE2
-from sape2.grid import Grid
+from sape2.encodings.grid import Grid
 from sape2.viz.base import LINES, MAP_COLOURS, pyplot, save
 
 PATCH = 40

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from sape2.adapters.files import load_adapter, save_adapter
     from sape2.adapters.pytorch import SaPEAttention
     from sape2.encodings import create_encoding, list_encodings
-    from sape2.export import export_model
-    from sape2.frozen import freeze
-    from sape2.vit import create_model
+    from sape2.models.export import export_model
+    from sape2.models.frozen import freeze
+    from sape2.models.vit import create_model
 
 __version__ = "0.1.0"
 
@@ -22,11 +22,11 @@ _HOMES = {
     "attach": "sape2.adapters",
     "attach_attention": "sape2.adapters",
     "create_encoding": "sape2.encodings",
-    "create_model": "sape2.vit",
+    "create_model": "sape2.models.vit",
     "detach": "sape2.adapters",
     "encoding_parameters": "sape2.adapters",
-    "export_model": "sape2.export",
-    "freeze": "sape2.frozen",
+    "export_model": "sape2.models.export",
+    "freeze": "sape2.models.frozen",
     "list_encodings": "sape2.encodings",
     "load_adapter": "sape2.adapters.files",
     "save_adapter": "sape2.adapters.files",

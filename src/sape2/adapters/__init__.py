@@ -10,7 +10,7 @@ from torch import nn
 from sape2.adapters.attached import Host, Trainable, check_free, encoding_parameters, put_in, take_out
 from sape2.adapters.pytorch import SaPEAttention, attach_attention, set_grid
 from sape2.adapters.start import Start
-from sape2.grid import Grid
+from sape2.encodings.grid import Grid
 
 __all__ = ["SaPEAttention", "attach", "attach_attention", "detach", "encoding_parameters", "set_grid"]
 

@@ -21,7 +21,7 @@ from sape2.adapters.start import Start, looks_beyond_pairs, prepare, rotates
 from sape2.attention import attend
 from sape2.encodings import create_encodings
 from sape2.encodings.base import AttentionEncoding, NoEncoding
-from sape2.grid import Grid, check_grid, num_tokens
+from sape2.encodings.grid import Grid, check_grid, num_tokens
 
 Trainable = Literal["all", "encoding"]
 

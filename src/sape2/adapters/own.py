@@ -11,7 +11,7 @@ from sape2.adapters.attached import Attached, Host
 from sape2.adapters.start import rotates
 from sape2.attention import Attention, attend, logits
 from sape2.encodings.base import Composite
-from sape2.grid import Grid, num_prefix_tokens
+from sape2.encodings.grid import Grid, num_prefix_tokens
 
 
 class AttachedOwn(Attached, Attention):

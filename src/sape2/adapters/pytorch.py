@@ -14,7 +14,7 @@ from sape2.adapters.attached import Attached, Host, Trainable, as_additive, atta
 from sape2.adapters.start import Start
 from sape2.attention import Attention
 from sape2.encodings import TokenEncoding, create_encoding
-from sape2.grid import Grid, check_grid
+from sape2.encodings.grid import Grid, check_grid
 
 
 class SaPEAttention(Attention):

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.base import AttentionBias, AttentionEncoding, Composite, LineScores, bias_of, full_precision
-from sape2.grid import Grid, num_tokens
+from sape2.encodings.grid import Grid, num_tokens
 
 Start = Literal["no_effect", "as_is"]
 PROBE: Grid = (2, 3)  # one row and one column would do; oblong, so that axes cannot be confused

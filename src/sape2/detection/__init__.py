@@ -6,13 +6,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sape2.config.detection import DetectionConfig, DetectorConfig
     from sape2.detection.backbone import WindowedViT
     from sape2.detection.coco import CocoImages, open_split
     from sape2.detection.composed import compose
     from sape2.detection.metrics import evaluate_detector
     from sape2.detection.models import build_detector, create_detector
     from sape2.detection.pyramid import SimpleFeaturePyramid
-    from sape2.detection.settings import DetectionConfig, DetectorConfig
     from sape2.detection.train import run_detection
 
 # Looked up when first used, so that recipes, which read the settings alone, do not wait for torch.

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from sape2.config import ModelConfig
 from sape2.encodings import create_encodings
-from sape2.grid import Grid
-from sape2.vit import Block, ViT
+from sape2.encodings.grid import Grid
+from sape2.models.vit import Block, ViT
 
 
 class Region(NamedTuple):
@@ -90,7 +90,7 @@ def spread(depth: int, count: int) -> list[int]:
 def run_block(
     block: Block, x: Float[Tensor, "batch tokens dim"], grid: Grid, window: int | None
 ) -> Float[Tensor, "batch tokens dim"]:
-    """The block of `sape2.vit` with attention inside windows; drop path still drops whole images."""
+    """The block of `sape2.models.vit` with attention inside windows; drop path still drops whole images."""
     if window is None:
         return block(x, grid)
     x = x + block.drop_path(block.ls1(in_windows(block.norm1(x), grid, window, block.attn)))

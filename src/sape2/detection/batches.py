@@ -17,10 +17,10 @@ from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from sape2.augment import derive_seed, epoch_order
+from sape2.config.detection import ImagesConfig
+from sape2.data.augment import derive_seed, epoch_order
 from sape2.detection.coco import CocoImages
-from sape2.detection.settings import ImagesConfig
-from sape2.grid import Grid
+from sape2.encodings.grid import Grid
 
 Sample = tuple[Tensor, dict[str, Any]]
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from sape2.grid import Grid
+from sape2.encodings.grid import Grid
 
 Target = dict[str, Any]
 PUBLISHED = {"train": "train2017", "test": "val2017"}

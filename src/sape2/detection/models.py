@@ -17,9 +17,9 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import MultiScaleRoIAlign
 
 from sape2.config import ModelConfig, make_config, model_config
+from sape2.config.detection import DetectorConfig, ImagesConfig
 from sape2.detection.backbone import WindowedViT
 from sape2.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid, strides
-from sape2.detection.settings import DetectorConfig, ImagesConfig
 
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
 BOX_CELLS, MASK_CELLS = 7, 14  # of the features that are read for a box and for its mask

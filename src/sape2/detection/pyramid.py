@@ -9,8 +9,8 @@ from jaxtyping import Float
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from sape2.config.detection import SCALES
 from sape2.detection.backbone import WindowedViT
-from sape2.detection.settings import SCALES
 
 
 class SimpleFeaturePyramid(nn.Module):

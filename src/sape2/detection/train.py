@@ -19,8 +19,15 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from sape2.augment import derive_seed
-from sape2.checkpoint import (
+from sape2.config.detection import DetectionConfig, TrainingConfig
+from sape2.data.augment import derive_seed
+from sape2.detection.batches import Sample, TrainView, epoch_batches, make_transform, padded_size
+from sape2.detection.coco import CocoImages, count_objects, open_split
+from sape2.detection.composed import compose
+from sape2.detection.metrics import Row, evaluate_detector, make_metric
+from sape2.detection.models import build_detector, no_weight_decay
+from sape2.evaluation.runs import hardware
+from sape2.training.checkpoint import (
     Progress,
     last_checkpoint,
     load_checkpoint,
@@ -31,17 +38,10 @@ from sape2.checkpoint import (
     update_results,
     write_rows,
 )
-from sape2.detection.batches import Sample, TrainView, epoch_batches, make_transform, padded_size
-from sape2.detection.coco import CocoImages, count_objects, open_split
-from sape2.detection.composed import compose
-from sape2.detection.metrics import Row, evaluate_detector, make_metric
-from sape2.detection.models import build_detector, no_weight_decay
-from sape2.detection.settings import DetectionConfig, TrainingConfig
-from sape2.files import write_text
-from sape2.processes import refuse_launcher
-from sape2.runs import hardware
-from sape2.shortage import in_detection, told_in_one_line
-from sape2.train import mixed_precision
+from sape2.training.files import write_text
+from sape2.training.loop import mixed_precision
+from sape2.training.memory_errors import in_detection, told_in_one_line
+from sape2.training.processes import refuse_launcher
 
 COMPOSED = "runs/data/coco_digits"
 

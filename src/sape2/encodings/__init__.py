@@ -20,10 +20,10 @@ from sape2.encodings.base import (
 )
 from sape2.encodings.conditional import Conditional
 from sape2.encodings.cope import CoPE
+from sape2.encodings.grid import Grid
 from sape2.encodings.relative import ALiBi, RelativeContextual, RelativeDecomposed, RelativeTable
 from sape2.encodings.rotary import Rotary, RotaryMixed
 from sape2.encodings.sape2 import SaPE2
-from sape2.grid import Grid
 
 TOKEN_ENCODINGS: dict[str, type[TokenEncoding]] = {
     "ape": LearnedAbsolute,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.base import Facts, TokenEncoding, full_precision, make_options
-from sape2.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
+from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
 
 
 @dataclass(frozen=True)

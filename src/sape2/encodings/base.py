@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.bias import Distances, Factors, Matrix, Places
-from sape2.grid import Axis, Grid
+from sape2.encodings.bias import Distances, Factors, Matrix, Places
+from sape2.encodings.grid import Axis, Grid
 
 Options = TypeVar("Options")
 MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
@@ -36,7 +36,7 @@ LineScores = dict[Axis, Tensor]  # q.k / sqrt(d) of every token with those of it
 
 
 class AttentionBias:
-    """A bias in logits, added after the 1/sqrt(d) scale: a sum of terms, see `sape2.bias` for the kinds.
+    """A bias in logits, added after the 1/sqrt(d) scale: a sum of terms, see `sape2.encodings.bias` for the kinds.
 
     `AttentionBias(Matrix(b))` is a map that is there already; the other kinds need no N x N map in memory.
     """

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.base import Facts, TokenEncoding, make_options
-from sape2.grid import Grid, check_tokens
+from sape2.encodings.grid import Grid, check_tokens
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.bias import Matrix
 from sape2.encodings.base import (
     MAX_POSITIONS,
     AttentionBias,
@@ -27,7 +26,8 @@ from sape2.encodings.base import (
     no_autocast,
     suffix_sum,
 )
-from sape2.grid import Grid, check_grid, check_tokens, num_tokens
+from sape2.encodings.bias import Matrix
+from sape2.encodings.grid import Grid, check_grid, check_tokens, num_tokens
 
 Count = Literal["suffix", "causal", "between"]
 

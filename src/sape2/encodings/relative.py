@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sape2.bias import PLACE_AXES, Matrix, Places
 from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
-from sape2.grid import Grid, check_grid, check_tokens, from_lines, is_symbolic, line_length, offsets, to_lines
+from sape2.encodings.bias import PLACE_AXES, Matrix, Places
+from sape2.encodings.grid import Grid, check_grid, check_tokens, from_lines, is_symbolic, line_length, offsets, to_lines
 
 Beyond = Literal["resize", "clamp"]
 
@@ -148,7 +148,7 @@ class RelativeDecomposedOptions:
 class RelativeDecomposed(AttentionEncoding):
     """b_in = q_i^T R_y[dy] + q_i^T R_x[dx], not divided by sqrt(d): MViTv2 (arXiv:2112.01526), SAM (arXiv:2304.02643).
 
-    It is a value per query and row plus a value per query and column (`sape2.bias.Places`), so it needs no map.
+    It is a value per query and row plus a value per query and column (`sape2.encodings.bias.Places`), so it needs no map.
     Tables are (2H - 1, d) and (2W - 1, d), shared by the heads, zero at the start as in SAM; theirs run from n to i,
     so they are ours upside down.
     """

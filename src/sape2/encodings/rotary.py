@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.base import AttentionEncoding, Facts, full_precision, make_options, no_autocast
-from sape2.grid import Grid, check_grid, check_tokens, coordinates
+from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates
 
 Beyond = Literal["extrapolate", "rescale"]
 

@@ -1,6 +1,6 @@
 """SaPE2, the 2D semantic-aware position encoding (arXiv:2505.09466), equations 9 to 15 in the paper's order.
 
-Everything runs along lines (see `sape2.grid`): for axis x the rows, for axis y the columns. In the shapes below
+Everything runs along lines (see `sape2.encodings.grid`): for axis x the rows, for axis y the columns. In the shapes below
 `lines` is the number of lines and `length` (S) the number of patches in one; i, j, m are places within a line,
 n is any patch of the grid.
 
@@ -19,7 +19,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.bias import PLACE_AXES, Distances, Factors, Matrix, Places
 from sape2.encodings.base import (
     MAX_POSITIONS,
     AttentionBias,
@@ -34,7 +33,18 @@ from sape2.encodings.base import (
     no_autocast,
     suffix_sum,
 )
-from sape2.grid import Axis, Grid, check_grid, check_tokens, from_lines, line_length, num_tokens, places_to_lines, to_lines
+from sape2.encodings.bias import PLACE_AXES, Distances, Factors, Matrix, Places
+from sape2.encodings.grid import (
+    Axis,
+    Grid,
+    check_grid,
+    check_tokens,
+    from_lines,
+    line_length,
+    num_tokens,
+    places_to_lines,
+    to_lines,
+)
 
 Count = Literal["suffix", "prefix", "both", "between", "cyclic"]
 

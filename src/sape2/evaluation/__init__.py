@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sape2.evaluation.accuracy import accuracy
 from sape2.evaluation.base import Measure
-from sape2.evaluation.cost import cost
+from sape2.evaluation.cost.measure import cost
 from sape2.evaluation.grouping import grouping
 from sape2.evaluation.health import health
 from sape2.evaluation.resolution import resolution

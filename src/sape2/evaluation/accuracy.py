@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sape2.evaluation.base import LabelledImages, count_images, first_images
-from sape2.shortage import is_out_of_memory
+from sape2.training.memory_errors import is_out_of_memory
 
 
 def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 500) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sape2.grid import Grid
+from sape2.encodings.grid import Grid
 
 Row = dict[str, Any]
 
@@ -37,7 +37,7 @@ class LabelledImages(Protocol):
 
 @runtime_checkable
 class MappedModel(Protocol):
-    """A model whose layers can be looked into; `sape2.vit.ViT` is one."""
+    """A model whose layers can be looked into; `sape2.models.vit.ViT` is one."""
 
     @property
     def num_prefix_tokens(self) -> int: ...

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sape2.encodings.grid import Grid
 from sape2.evaluation.base import LabelledImages, MappedModel, Row, as_mapped, evaluating, first_images, mean_row, patch_size
 from sape2.evaluation.translation import translate
-from sape2.grid import Grid
 
 Steps = tuple[int, int]  # (dy, dx) in patches
 States = dict[int, Tensor]  # by layer

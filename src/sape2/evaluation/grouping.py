@@ -17,12 +17,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
 from sape2.evaluation.base import LabelledImages, Row, count_images, first_images, image_size, mean_row
 from sape2.evaluation.layers import Layer, embedded, layers_of, mapped
 from sape2.evaluation.masks import MaskedImages, colour_clusters, masked_batches
 from sape2.evaluation.scenes import make_scenes
-from sape2.grid import Grid
 
 LIMIT = 1000  # images
 SCENES = 256  # synthetic ones, fewer if there are fewer images

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sape2.encodings.grid import Grid
 from sape2.evaluation.base import MappedModel, as_mapped, evaluating
-from sape2.grid import Grid
 
 
 class Layer(NamedTuple):

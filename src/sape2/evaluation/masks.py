@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sape2.encodings.grid import Grid
 from sape2.evaluation.base import LabelledImages
-from sape2.grid import Grid
 
 
 @runtime_checkable

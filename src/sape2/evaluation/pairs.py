@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sape2.grid import Grid, offsets
+from sape2.encodings.grid import Grid, offsets
 
 PairMap = Float[Tensor, "batch heads tokens tokens"]
 PairMask = Bool[Tensor, "batch tokens tokens"]

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sape2.encodings.grid import Grid, coordinates
 from sape2.evaluation.base import LabelledImages, Row, count_images, first_images, mean_row
 from sape2.evaluation.layers import embedded, layers_of
-from sape2.grid import Grid, coordinates
 
 PENALTY = 1e-4  # of the ridge regression, in units of the variance of a feature
 AXES = ("y", "x")

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from sape2.grid import Grid
+from sape2.encodings.grid import Grid
 
 NUM_TYPES = 2  # of objects, each in two segments; the background is a third label, 0
 GAP = 2  # Chebyshev distance between the segments of one type, at least: no patch of one touches the other

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sape2.files import beside
+from sape2.training.files import beside
 
 MAP_COLOURS = "cividis"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8AB00")  # Okabe and Ito, darker yellow

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from sape2.files import write_atomic
+from sape2.training.files import write_atomic
 
 INK, FAINT = "#1a1a1a", "#595959"
 FONT = "DejaVu Sans, Verdana, sans-serif"

@@ -1,0 +1,79 @@
+"""Multi-head attention with a position encoding: prefix tokens, scaling, and an encoding known only by its hooks.
+
+Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid tokens in row-major order), d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sape2.attention.blocks import attend_in_blocks
+from sape2.attention.paths import choose_path
+from sape2.attention.products import attend_fused, logits
+from sape2.encodings.base import AttentionEncoding, NoEncoding
+from sape2.encodings.grid import Grid, num_prefix_tokens
+
+
+class Attention(nn.Module):
+    """softmax((q k^T) / sqrt(d) + bias) v with learned projections; parameter names as in timm."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        encoding: AttentionEncoding | None = None,
+        *,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"the width must be divisible by the number of heads; got dim={dim}, num_heads={num_heads}")
+        self.num_heads = num_heads
+        self.encoding = encoding or NoEncoding()
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.attention_dropout = attention_dropout
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
+        q, k, v = self.project(x)
+        dropout = self.attention_dropout if self.training else 0.0
+        output = attend(q, k, v, grid, self.encoding, dropout)  # (B, h, T, d)
+        return self.dropout(self.proj(output.transpose(1, 2).flatten(2)))
+
+    def project(self, x: Float[Tensor, "batch tokens dim"]) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v, each (B, h, T, d), unscaled."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def maps(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> dict[str, Tensor]:
+        """The maps of the encoding and `attention`, the softmax weights, (B, h, T, T)."""
+        q, k, _ = self.project(x)
+        num_prefix = num_prefix_tokens(x.shape[1], grid)
+        maps = self.encoding.maps(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
+        return maps | {"attention": logits(q, k, grid, self.encoding).softmax(-1)}
+
+
+def attend(
+    q: Float[Tensor, "batch heads tokens head_dim"],
+    k: Float[Tensor, "batch heads tokens head_dim"],
+    v: Float[Tensor, "batch heads tokens value_dim"],
+    grid: Grid,
+    encoding: AttentionEncoding,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads tokens value_dim"]:
+    """Attention under an encoding; prefix tokens are neither rotated nor biased."""
+    path = choose_path(q, encoding, dropout)
+    if path == "blocks":
+        return attend_in_blocks(q, k, v, grid, encoding)
+    if path == "products":
+        weights = F.dropout(logits(q, k, grid, encoding).softmax(-1), dropout)
+        return weights.to(v.dtype) @ v
+    return attend_fused(q, k, v, grid, encoding, dropout)

@@ -1,0 +1,76 @@
+"""The products of attention under autograd: plain, and by PyTorch's fused kernel.
+
+Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid tokens in row-major order), d head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sape2.encodings.base import AttentionBias, AttentionEncoding
+from sape2.encodings.grid import Grid, num_prefix_tokens
+
+
+def logits(
+    q: Float[Tensor, "batch heads tokens head_dim"],
+    k: Float[Tensor, "batch heads tokens head_dim"],
+    grid: Grid,
+    encoding: AttentionEncoding,
+) -> Float[Tensor, "batch heads tokens tokens"]:
+    """q k^T / sqrt(d) + bias, both rotated, the bias on grid tokens only."""
+    q, k, bias = encode(q, k, grid, encoding)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return scores if bias is None else scores + _padded(bias.dense(), q.shape[-2]).to(scores.dtype)
+
+
+def attend_fused(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding, dropout: float
+) -> Float[Tensor, "batch heads tokens value_dim"]:
+    """Biases that are dot products become further channels, q' = [q / sqrt(d), query_side], k' = [k, key_side]."""
+    q, k, bias = encode(q, k, grid, encoding)
+    q, mask = q * q.shape[-1] ** -0.5, None
+    if bias is not None:
+        q, k = (_widened(t, side) for t, side in zip((q, k), bias.factored() or (None, None), strict=True))
+        rest = bias.unfactored()
+        mask = None if rest is None else _padded(rest.dense(), q.shape[-2]).to(q.dtype)
+    width = max(q.shape[-1], v.shape[-1])  # the fused kernels take equal widths only; zeros change nothing
+    wide_q, wide_k, wide_v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
+    output = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+    return output[..., : v.shape[-1]]
+
+
+def encode(q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding) -> tuple[Tensor, Tensor, AttentionBias | None]:
+    """(q, k, bias): grid tokens of q and k rotated, the bias of grid tokens, which sees them before."""
+    num_prefix = num_prefix_tokens(q.shape[-2], grid)
+    bias = encoding.bias(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
+    return *rotate(q, k, grid, encoding), bias
+
+
+def rotate(q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding) -> tuple[Tensor, Tensor]:
+    """The same tensors if the encoding does not rotate."""
+    num_prefix = num_prefix_tokens(q.shape[-2], grid)
+    q_grid, k_grid = q[:, :, num_prefix:], k[:, :, num_prefix:]
+    rotated_q, rotated_k = encoding.rotate(q_grid, k_grid, grid)
+    if rotated_q is q_grid and rotated_k is k_grid:
+        return q, k
+    pairs = ((q, rotated_q), (k, rotated_k))
+    rotated = [torch.cat([tokens[:, :, :num_prefix], grid_tokens], dim=-2) for tokens, grid_tokens in pairs]
+    return rotated[0], rotated[1]
+
+
+def _padded(matrix: Tensor, tokens: int) -> Tensor:
+    """The map of all tokens: prefix tokens, which come first, get 0."""
+    num_prefix = tokens - matrix.shape[-1]
+    return F.pad(matrix, (num_prefix, 0, num_prefix, 0)) if num_prefix else matrix
+
+
+def _widened(tokens: Tensor, side: Tensor | None) -> Tensor:
+    """One side of a factored bias as further channels; prefix tokens get zeros."""
+    if side is None:
+        return tokens
+    num_prefix = tokens.shape[-2] - side.shape[-2]
+    side = F.pad(side.expand(*tokens.shape[:-2], *side.shape[-2:]), (0, 0, num_prefix, 0))
+    return torch.cat([tokens, side.to(tokens.dtype)], dim=-1)

@@ -1,0 +1,58 @@
+"""The command line, `sape2 ...`: which command, and what becomes of its errors. The commands are in `sape2.cli.commands`.
+
+Exit status: 0 done, 2 for what the user can put right (one line on standard error; SAPE2_DEBUG=1 shows the traceback),
+128 + n after signal n.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import NoReturn
+
+import sape2
+from sape2.cli.commands import COMMANDS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line about the profiler at every measurement of memory
+    try:
+        return arguments.run(arguments)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("SAPE2_DEBUG"):
+            raise
+        print(f"sape2: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sape2: interrupted", file=sys.stderr)
+        return 130
+
+
+# --- grammar ---------------------------------------------------------------------------------------------------------
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that reports a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="sape2", description="Position encodings for vision transformers: train, measure, compare.")
+    parser.add_argument("--version", action="version", version=f"sape2 {sape2.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = commands.add_parser(name, help=command.HELP)
+        command.add_options(subparser)
+        subparser.set_defaults(run=command.run, parser=subparser)
+    return parser

@@ -1,0 +1,95 @@
+"""`sape2 compare`: encodings x seeds under one recipe."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sape2.cli.options import add_json, resolve, split_encodings, whole_number
+from sape2.cli.output import say, show_outcome
+
+if TYPE_CHECKING:
+    from sape2.data import Splits
+    from sape2.studies.compare.plan import Cell
+    from sape2.studies.compare.progress import StudyProgress
+    from sape2.studies.compare.work import Run
+    from sape2.training.claim import Claim
+
+HELP = "encodings x seeds under one recipe, with paired differences"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="see: sape2 list recipes")
+    parser.add_argument("--encodings", required=True, metavar="A,B", help="see: sape2 list encodings")
+    parser.add_argument("--seeds", required=True, metavar="N", help="seeds 0 to N - 1 of every encoding")
+    parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default the first encoding)")
+    parser.add_argument("--data", metavar="DIR", help="folder (parquet, or torchvision's files) or hub id")
+    parser.add_argument("--model", metavar="NAME", help="see: sape2 list models")
+    parser.add_argument("--epochs", type=int, metavar="N", help="the warm-up keeps its share of them")
+    parser.add_argument("--out", metavar="DIR", help="for runs, rows and tables (default runs/compare-RECIPE-MODEL)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
+    parser.add_argument("--retry-failed", action="store_true", help="try failed runs again, from their last checkpoint")
+    add_json(parser)
+    parser.set_defaults(encoding=None, seed=None)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sape2.studies.compare.plan import Study
+    from sape2.studies.compare.work import Stopped, forget_failures, work
+    from sape2.training.processes import refuse_launcher
+
+    refuse_launcher("sape2 compare")
+    config = resolve(arguments)
+    if config.train.parallel == "fsdp":
+        raise ValueError(
+            "train.parallel=fsdp divides the weights among several processes, and sape2 compare trains every run in one; "
+            "leave it out, which changes no result"
+        )
+    folder = Path(arguments.out or Path("runs") / f"compare-{config.recipe}-{config.model.name}")
+    seeds = whole_number("--seeds", arguments.seeds)
+    study = Study(config, split_encodings(arguments.encodings), seeds, folder)
+    baseline = arguments.baseline or study.encodings[0]
+    if baseline not in study.encodings:
+        raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
+    study.check()
+    from sape2.data import load_data
+    from sape2.evaluation.runs import build_model
+    from sape2.studies.compare.progress import study_progress
+    from sape2.training.loop import catch_signals
+
+    for cell in study.cells()[: len(study.encodings)]:
+        build_model(cell.config)  # a mistake in one of them is told before the first is trained
+    splits = load_data(config.data, config.model)
+    study.start()
+    if arguments.retry_failed:
+        forget_failures(study)
+    with catch_signals() as caught, study_progress(study) as shown:
+        try:
+            rows = work(study, _run_cell(splits, shown), shown.tell, caught)
+            status = int(any("failed" in row for row in rows))
+        except Stopped as stopped:
+            say(f"sape2: {stopped}")
+            rows, status = study.gather(), 128 + stopped.signal_number
+    if any(row["encoding"] == baseline for row in rows):
+        show_outcome(rows, baseline, folder, arguments.json)
+    return status
+
+
+def _run_cell(splits: Splits, shown: StudyProgress) -> Run:
+    """What `sape2 train` does with one cell, without a bar of its own."""
+    from sape2.data.augment import TrainStream
+    from sape2.evaluation.runs import build_model
+    from sape2.studies.compare.work import Stopped
+    from sape2.studies.run import run_to_end
+    from sape2.training.loop import TrainingStopped
+
+    def run(cell: Cell, claim: Claim) -> None:
+        config = cell.config
+        total = TrainStream(splits.train, config.augment, config.train, config.seed).total_steps
+        try:
+            run_to_end(build_model(config), splits, config, claim, True, lambda progress: shown.step(progress, total))
+        except TrainingStopped as stopped:
+            raise Stopped(stopped.signal_number) from stopped
+
+    return run

@@ -1,0 +1,108 @@
+"""`sape2 cost`: operations, time and memory of encodings."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sape2.cli.options import add_json, split_encodings, whole_number
+from sape2.cli.output import Row, say
+
+if TYPE_CHECKING:
+    from sape2.evaluation.cost.sweep import Cell, Sweep
+
+HELP = "what encodings cost: operations, time, memory, growth with the grid"
+ENCODINGS = "none,rope,rpe,rpe_decomposed,cope,sape2,sape2:readout=squared_distance,sape2:readout=direct"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--encodings", default=ENCODINGS, metavar="A,B", help=f"(default {ENCODINGS})")
+    parser.add_argument("--grids", default="8x8,14x14,24x24", metavar="HxW,…", help="token grids (default 8x8,14x14,24x24)")
+    parser.add_argument("--batches", default="4", metavar="N,…", help="images at once (default 4)")
+    parser.add_argument(
+        "--dtypes", default="fp32", metavar="A,B", help="fp32, bf16, fp16; the last two are autocast (default fp32)"
+    )
+    scope = parser.add_mutually_exclusive_group()
+    scope.add_argument("--model", default="vit_small", metavar="NAME", help="see: sape2 list models (default vit_small)")
+    scope.add_argument("--attention-only", action="store_true", help="q, k, v to output only, with the heads of vit_small")
+    parser.add_argument("--repeats", default="7", metavar="N", help="rounds of timing after two of warm-up (default 7)")
+    parser.add_argument("--threads", metavar="N", help="processor threads (default: what PyTorch chooses)")
+    parser.add_argument("--out", default="runs/cost", metavar="DIR", help="for results.jsonl and figures (default runs/cost)")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sape2.evaluation.cost.rows import count_table, time_table
+    from sape2.evaluation.report import print_json, print_table
+
+    sweep, folder = _sweep(arguments), Path(arguments.out)
+    rows, tables = [], {}
+    for cell, found in _with_progress(sweep, folder / "results.jsonl"):
+        rows += found
+        if cell is not None:
+            tables[f"{cell}: for one image"] = count_table(found)
+            tables[f"{cell}: measured"] = time_table(found)
+    _draw_cost(rows, folder)
+    if arguments.json:
+        print_json(rows)
+        return 0
+    for title, lines in tables.items():
+        print_table(lines, list(lines[0]), title)
+    growth = [row for row in rows if row["name"].endswith("_growth") and row["timed_as"] == row["encoding"]]
+    if growth:
+        columns = ["name", "encoding", "level", "dtype", "batch", "grid", "value"]
+        print_table(growth, columns, "growth: exponent of the number of tokens")
+    print(f"in {folder}: results.jsonl, cost_time.png, cost_memory.png")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> Sweep:
+    import torch
+
+    from sape2.evaluation.cost.sweep import LEVELS, Sweep, parse_grid
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if arguments.threads is not None:
+        torch.set_num_threads(whole_number("--threads", arguments.threads))
+    return Sweep(
+        encodings=split_encodings(arguments.encodings),
+        grids=tuple(parse_grid(text) for text in arguments.grids.split(",")),
+        batches=tuple(whole_number("--batches", text) for text in arguments.batches.split(",")),
+        dtypes=tuple(text.strip() for text in arguments.dtypes.split(",")),
+        model=arguments.model,
+        levels=LEVELS[:1] if arguments.attention_only else LEVELS,
+        repeats=whole_number("--repeats", arguments.repeats),
+        device=accelerator or torch.device("cpu"),
+    )
+
+
+def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list[Row]]]:
+    """The rows of the sweep as they come, with a progress bar on standard error."""
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    from sape2.evaluation.cost.sweep import run_sweep
+    from sape2.evaluation.runs import hardware
+
+    conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("measuring", total=sweep.rounds)
+        for cell, rows in run_sweep(sweep, path, conditions, lambda: progress.advance(task)):
+            progress.update(task, description=f"measured {cell}" if cell else "done")
+            yield cell, rows
+
+
+def _draw_cost(rows: list[Row], folder: Path) -> None:
+    from sape2.evaluation.cost.rows import lines_of_growth
+
+    try:
+        from sape2.viz import plot_growth
+
+        plot_growth(lines_of_growth(rows, "ms"), folder / "cost_time.png", "time (ms)")
+        plot_growth(lines_of_growth(rows, "memory"), folder / "cost_memory.png", "peak extra memory (MiB)")
+    except ImportError as error:
+        say(f"no figures: {error}")

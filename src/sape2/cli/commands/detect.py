@@ -1,0 +1,57 @@
+"""`sape2 detect`: a detector on images in COCO format."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from sape2.cli.options import add_json, default_name, resized
+from sape2.config import override
+
+HELP = "train a detector on images in COCO format and measure it"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="coco, or coco_digits, which composes its images")
+    parser.add_argument("--data", metavar="DIR", help="folder in COCO format (coco_digits: where to compose it)")
+    parser.add_argument("--encoding", metavar="NAME", help="see: sape2 list encodings")
+    parser.add_argument("--model", metavar="NAME", help="see: sape2 list models")
+    parser.add_argument("--masks", action="store_true", help="Mask R-CNN instead of Faster R-CNN")
+    parser.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default 0)")
+    parser.add_argument("--out", metavar="DIR", help="run folder (default runs/RECIPE-MODEL-ENCODING-sSEED)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. training.epochs=6")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sape2.training.processes import refuse_launcher
+
+    refuse_launcher("sape2 detect")
+    from sape2.config.recipes import get_detection_recipe
+
+    config = get_detection_recipe(arguments.recipe)
+    model, detector, images = config.model, config.detector, config.images
+    if arguments.model is not None:
+        model = resized(model, arguments.model)
+    if arguments.encoding is not None:
+        model = replace(model, encoding=arguments.encoding)
+    if arguments.masks:
+        detector = replace(detector, masks=True)
+    if arguments.data is not None:
+        images = replace(images, source=arguments.data)
+    seed = config.seed if arguments.seed is None else arguments.seed
+    config = override(replace(config, model=model, detector=detector, images=images, seed=seed), arguments.set)
+    folder = Path(arguments.out or Path("runs") / default_name(config))
+    from sape2.detection import run_detection
+    from sape2.evaluation.report import print_json, print_table
+
+    rows = run_detection(config, folder)
+    if arguments.json:
+        print_json(rows)
+    else:
+        print_table(
+            rows, ["name", "value", "unit", "n", "objects", "protocol"], f"{config.images.name}, {config.model.encoding}"
+        )
+        print(f"in {folder}: results.jsonl, metrics.jsonl")
+    return 0

@@ -1,0 +1,68 @@
+"""`sape2 evaluate`: measures of a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from sape2.cli.options import add_json, check_finished, chosen_measures, whole_number
+from sape2.cli.output import drawn, say, show_results
+
+HELP = "measure a finished run"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
+    parser.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
+    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    parser.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
+    parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set")
+    parser.add_argument("--all", action="store_true", help="print every row, not the headline numbers of a measure of many")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sape2.training.checkpoint import read_config
+
+    folder = Path(arguments.folder)
+    config = read_config(folder)
+    measures = chosen_measures(arguments.measures)
+    limit = None if arguments.limit is None else whole_number("--limit", arguments.limit)
+    check_finished(folder, config)
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, source=arguments.data))
+    from sape2.data import load_data
+    from sape2.evaluation.runs import draw, draw_measures, measure
+
+    splits = load_data(config.data, config.model)
+    with _watching() as watch:
+        rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch)
+    whole = "accuracy" in measures and limit is None  # confusion is of all images
+    files = drawn(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if whole else ())])
+    return show_results(rows, folder, arguments.json, files, arguments.all)
+
+
+@contextlib.contextmanager
+def _watching() -> Iterator[Callable[[str, int, bool], None]]:
+    """Progress on standard error: in a terminal a line a measure that counts its rows, elsewhere one when it is done."""
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} rows"), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def watch(name: str, rows: int, finished: bool) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(name, total=None)
+            progress.update(tasks[name], completed=rows, total=rows if finished else None)
+            if finished and not console.is_terminal:
+                say(f"{name}: {rows} rows, {progress.tasks[tasks[name]].elapsed:.0f} s")
+
+        yield watch

@@ -1,0 +1,68 @@
+"""`sape2 export`: a trained model for other programs."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from sape2.cli.options import add_json, check_finished
+from sape2.cli.output import Row, say
+from sape2.config import check_image_size
+
+HELP = "write a trained model for other programs, and check the file"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
+    formats = ["onnx", "pt2", "safetensors", "hub"]
+    parser.add_argument("--format", choices=formats, required=True, help="hub is a folder with a model card")
+    parser.add_argument("--out", metavar="FILE", help="(default RUN/export/NAME.FORMAT)")
+    parser.add_argument("--size", metavar="HxW", help="a graph for this image size alone, positions as constants (default any)")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
+    parser.add_argument("--normalize", action="store_true", help="mean and std go into the graph: it takes pixels / 255")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sape2.training.checkpoint import read_config
+
+    folder, size = Path(arguments.folder), None if arguments.size is None else _image_size(arguments.size)
+    config = read_config(folder)
+    check_finished(folder, config)
+    if size is not None:
+        check_image_size(size, config.model.patch_size)
+    from sape2.models.export import ParityError, export_run, needed
+
+    needed(arguments.format)
+    out = None if arguments.out is None else Path(arguments.out)
+    options = {"size": size, "weights": arguments.weights, "normalize": arguments.normalize}
+    try:
+        path, rows = export_run(folder, arguments.format, out, **options)
+    except ParityError as error:
+        _show_parity(error.rows, arguments)
+        say(f"sape2: {error}")
+        return 1
+    _show_parity([row | {"file": str(path)} for row in rows], arguments)
+    if not arguments.json:
+        print(f"written: {path}")
+    return 0
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip(), re.ASCII)
+    if not found:
+        raise ValueError(f"--size needs HxW in pixels, for example 32x48; got {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _show_parity(rows: list[Row], arguments: argparse.Namespace) -> None:
+    """How the logits of the file differ from those of the model, for each number and size of images."""
+    from sape2.evaluation.report import print_json, print_table
+
+    if arguments.json:
+        print_json(row | {"format": arguments.format} for row in rows)
+        return
+    table = [row | {key: f"{row[key]:.1e}" for key in ("max_abs_difference", "tolerance")} for row in rows]
+    columns = ["batch", "height", "width", "max_abs_difference", "tolerance", "largest_logit", "agrees"]
+    print_table(table, columns, f"{arguments.format} against the model")

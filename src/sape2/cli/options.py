@@ -1,0 +1,90 @@
+"""What several commands share on the way in: options, and the recipe, measures and run folders that they name."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sape2.config import ModelConfig, RunConfig, model_config, override, with_epochs
+
+if TYPE_CHECKING:
+    from sape2.detection import DetectionConfig
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="rows as JSON on standard output instead of a table")
+
+
+def resolve(arguments: argparse.Namespace) -> RunConfig:
+    """The recipe with the options of the command applied, --set last."""
+    from sape2.config.recipes import get_recipe
+
+    config = get_recipe(arguments.recipe)
+    if arguments.model is not None:
+        config = replace(config, model=resized(config.model, arguments.model))
+    if arguments.encoding is not None:
+        config = replace(config, model=replace(config.model, encoding=arguments.encoding))
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, source=arguments.data))
+    if arguments.seed is not None:
+        config = replace(config, seed=arguments.seed)
+    if arguments.epochs is not None:
+        config = with_epochs(config, arguments.epochs)
+    return override(config, arguments.set)
+
+
+def resized(model: ModelConfig, name: str) -> ModelConfig:
+    """The recipe's model in another size: only the name, width, depth, heads and MLP ratio change."""
+    size = model_config(name)
+    return replace(model, name=name, dim=size.dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio)
+
+
+def default_name(config: RunConfig | DetectionConfig) -> str:
+    """The name of the run folder that a command makes where no --out is given."""
+    from sape2.training.files import safe_name
+
+    return f"{config.recipe}-{config.model.name}-{safe_name(config.model.encoding)}-s{config.seed}"
+
+
+def split_encodings(text: str) -> tuple[str, ...]:
+    """ "a,b:x=1,y=2,c" -> a, b:x=1,y=2, c: what has an "=" before any ":" belongs to the options before it."""
+    from sape2.encodings import parse_encoding
+
+    names: list[str] = []
+    for piece in (piece.strip() for piece in text.split(",")):
+        if names and "=" in piece and ":" not in piece.partition("=")[0]:
+            names[-1] += f",{piece}"
+        else:
+            names.append(piece)
+    for name in names:
+        parse_encoding(name)
+    return tuple(dict.fromkeys(names))
+
+
+def whole_number(option: str, text: str) -> int:
+    if not (text.strip().isascii() and text.strip().isdigit() and int(text) > 0):
+        raise ValueError(f"{option} needs whole numbers from 1 on; got {text.strip()!r}")
+    return int(text)
+
+
+def chosen_measures(text: str) -> list[str]:
+    from sape2.evaluation import MEASURES
+
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in MEASURES:
+            raise ValueError(f"unknown measure {name!r}; known measures: {', '.join(MEASURES)}")
+    return names
+
+
+def check_finished(folder: Path, config: RunConfig) -> None:
+    from sape2.training.checkpoint import is_finished, last_checkpoint
+
+    if not is_finished(folder):
+        at = last_checkpoint(folder)
+        raise ValueError(
+            f"the run in {folder} is not finished ({at.name if at else 'no checkpoint yet'} of its "
+            f"{config.train.epochs} epochs); give its sape2 train command again to go on"
+        )

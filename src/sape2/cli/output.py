@@ -1,0 +1,114 @@
+"""What several commands share on the way out: tables, rows as JSON, figures, and what is said on standard error."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
+              "data", "recipe", "epochs", "seed", "precision", "torch", "hardware"}  # fmt: skip
+MANY = 40  # rows of one measure that are not printed unless asked for
+COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def drawn(draw: Callable[[], list[Path]]) -> list[Path]:
+    """The files that `draw` wrote; none, and a line that says why, without matplotlib."""
+    try:
+        return draw()
+    except ImportError as error:
+        say(f"no figures: {error}")
+        return []
+
+
+def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path], everything: bool = False) -> int:
+    """Tables, or JSON; of a measure of many rows its headline numbers and warnings, unless `everything` is asked for."""
+    from sape2.evaluation.report import print_json
+
+    if as_json:
+        print_json(rows)
+        return 0
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        some = [row for row in rows if row["measure"] == measure]
+        if everything or len(some) <= MANY or not _print_headlines(measure, some, folder):
+            _print_measure(some)
+    print(f"in {folder}: {', '.join(['results.jsonl', 'metrics.jsonl', *(f'figures/{path.name}' for path in figures)])}")
+    return 0
+
+
+def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
+    """Those that `sape2 report` compares, and the warnings in words; False if the measure has none."""
+    from sape2.evaluation.report import print_table
+    from sape2.studies.compare.groups import Group
+    from sape2.studies.compare.headlines import Run
+    from sape2.studies.compare.tables import Comparison
+    from sape2.training.checkpoint import read_config
+
+    group = Group(folder.name, [Run(folder, read_config(folder), rows, [])])
+    compared = Comparison([group], [measure], rows[0]["split"], rows[0]["weights"])
+    (line,) = compared.table()
+    table = [
+        {"name": column.heading, "value": line[column.heading], "unit": column.unit, "meaning": column.meaning}
+        for column in compared.columns()
+    ]
+    if not table:
+        return False
+    print_table(table, list(table[0]), f"{measure}, {_title(rows[0])}")
+    for row in rows:
+        if "message" in row:
+            print(f"warning: {row['message']}")
+    print(f"{len(rows)} rows of {measure} in results.jsonl; with --all they are printed\n")
+    return True
+
+
+def _title(row: Row) -> str:
+    return f"{row['data']}, {row['model']}, {row['encoding']}, {row['epochs']} epochs, seed {row['seed']}"
+
+
+def _print_measure(rows: list[Row]) -> None:
+    """One line a number with what it was measured at, one column for the weights it was measured with."""
+    from sape2.evaluation.report import print_table
+
+    details = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in CONDITIONS]
+    table: dict[tuple, Row] = {}
+    for row in rows:
+        line = {key: row.get(key, "") for key in ("name", *details, "split")}
+        line_of = table.setdefault(tuple(line.values()), line | {"n": row["n"], "unit": row["unit"]})
+        line_of[COLUMNS[row["weights"]]] = row["value"]
+    used = [heading for weights, heading in COLUMNS.items() if any(row["weights"] == weights for row in rows)]
+    print_table(table.values(), ["name", *details, *used, "unit", "n", "split"], _title(rows[0]))
+
+
+def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: bool) -> None:
+    """Tables and figures of raw rows, into the folder and for the reader."""
+    from sape2.evaluation.report import print_json, print_table
+    from sape2.studies.compare.outcome import (
+        COST_HEADINGS,
+        accuracy_columns,
+        accuracy_table,
+        cost_table,
+        draw_outcome,
+        outcome,
+        write_outcome,
+    )
+    from sape2.studies.compare.tables import WEIGHTS
+
+    found = outcome(rows, baseline)
+    files = write_outcome(found, folder)
+    if found.finished:
+        files += drawn(lambda: draw_outcome(found, folder))
+    if as_json:
+        print_json(found.rows())
+        return
+    for weights, title in WEIGHTS.items():
+        print_table(accuracy_table(found, weights), accuracy_columns(found), f"test accuracy, {title}")
+    print_table(cost_table(found), ["encoding", *COST_HEADINGS.values()], "cost")
+    for row in found.failed:
+        print(f"failed: {row['encoding']} seed {row['seed']}: {row['failed']}")
+    print(f"in {folder}: {', '.join(path.name for path in files)}")

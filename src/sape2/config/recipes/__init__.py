@@ -1,0 +1,52 @@
+"""Recipes by name: functions without arguments that return a whole config. Options change it afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sape2.config import RunConfig
+from sape2.config.detection import DetectionConfig
+from sape2.config.recipes.cifar import (
+    cifar10,
+    cifar10_budget,
+    cifar10_glance,
+    cifar10_paper,
+    cifar10_short,
+    cifar100,
+    cifar100_paper,
+)
+from sape2.config.recipes.coco import DETECTION_RECIPES
+from sape2.config.recipes.digits import digits
+from sape2.config.recipes.imagenet import imagenet, imagenet_base, imagenet_plain
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "cifar100": cifar100,
+    "cifar10_paper": cifar10_paper,
+    "cifar100_paper": cifar100_paper,
+    "cifar10_budget": cifar10_budget,
+    "cifar10_short": cifar10_short,
+    "cifar10_glance": cifar10_glance,
+    "imagenet": imagenet,
+    "imagenet_base": imagenet_base,
+    "imagenet_plain": imagenet_plain,
+}
+
+
+def get_recipe(name: str) -> RunConfig:
+    """Raises ValueError that lists the known recipes."""
+    if name in DETECTION_RECIPES:
+        raise ValueError(f"{name} is a recipe for detection: sape2 detect {name}")
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; known recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]()
+
+
+def get_detection_recipe(name: str) -> DetectionConfig:
+    """Raises ValueError that lists the known recipes."""
+    if name in RECIPES:
+        raise ValueError(f"{name} is a recipe for classification: sape2 train {name}")
+    if name not in DETECTION_RECIPES:
+        raise ValueError(f"unknown detection recipe {name!r}; known recipes: {', '.join(DETECTION_RECIPES)}")
+    return DETECTION_RECIPES[name]()

@@ -1,0 +1,120 @@
+"""What a model costs: parameters, operations, speed, memory; and the steps that are timed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sape2.evaluation.base import LabelledImages, Row, first_images, row
+from sape2.evaluation.cost.memory import peak_bytes
+from sape2.evaluation.cost.operations import Operations, count_operations, on_meta
+from sape2.evaluation.cost.timing import alternate, spread
+
+MIB = 2**20
+
+
+def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> list[Row]:
+    """Parameters, MACs and element-wise operations of one image, images per second and peak memory of inference.
+
+    Speed and memory are those of one batch in eval mode, 64 images or `limit`; the speed is the median of seven passes.
+    """
+    device = next(model.parameters()).device
+    images, _ = next(first_images(data, limit or 64, 64))
+    images = images.to(device)
+    was_training = model.training
+    model.eval()
+    operations = count_model_operations(model, images.shape[1], (images.shape[2], images.shape[3]))
+    seconds = alternate({"inference": lambda: infer(model, images)}, repeats=7)["inference"]
+    low, high = spread([len(images) / s for s in seconds])
+    rows = [
+        row("cost", "parameters", count_parameters(model), "parameters", 1, "all parameters"),
+        row("cost", "macs", operations.macs, "MACs per image", 1, "forward, attention counted, on meta"),
+        row("cost", "elementwise", operations.elementwise, "operations per image", 1, "forward, on meta"),
+        row("cost", "inference_images_per_s", len(images) / statistics.median(seconds), "images/s", len(seconds),
+            f"median of alternating passes, batch of {len(images)}", p10=low, p90=high),
+    ]  # fmt: skip
+    if device.type in ("cpu", "cuda"):
+        peak = peak_bytes(lambda: infer(model, images), device)
+        protocol = f"highest extra bytes of a pass, batch of {len(images)}"
+        rows.append(row("cost", "inference_memory", peak / MIB, "MiB", 1, protocol))
+    model.train(was_training)
+    return rows
+
+
+# --- counted ---------------------------------------------------------------------------------------------------------
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_model_operations(model: nn.Module, channels: int, image_size: tuple[int, int]) -> Operations:
+    """MACs, element-wise operations and copied numbers of one image's forward pass (`operations` says what they are)."""
+    shadow = on_meta(model)
+    return count_operations(lambda: shadow(torch.empty(1, channels, *image_size, device="meta")))
+
+
+def count_macs(model: nn.Module, channels: int, image_size: tuple[int, int]) -> int:
+    """Multiply-accumulates of one image's forward pass in matrix products and convolutions, attention included."""
+    return count_model_operations(model, channels, image_size).macs
+
+
+# --- steps -----------------------------------------------------------------------------------------------------------
+
+
+def forward(attention: nn.Module, inputs: list[Tensor]) -> None:
+    """The output for q, k, v, the first three of `inputs`."""
+    with torch.no_grad():
+        attention(*inputs[:3])
+
+
+def forward_backward(attention: nn.Module, inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """The gradients of q, k, v and of all parameters, for q, k, v and the gradient of the output; nothing stays behind."""
+    *tokens, gradient = inputs
+    parameters = [p for p in attention.parameters() if p.requires_grad]
+    return torch.autograd.grad(attention(*tokens), [*tokens, *parameters], gradient, allow_unused=True)
+
+
+@torch.no_grad()
+def infer(model: nn.Module, images: Tensor) -> Tensor:
+    return model(images)
+
+
+def loss_gradients(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, ...]:
+    """Cross-entropy of (images, labels) and its gradients with respect to all parameters that it depends on."""
+    images, labels = batch
+    loss = F.cross_entropy(model(images), labels)
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+
+class TrainingStep:
+    """Forward, cross-entropy, backward and AdamW, for `step(images, labels)`; the gradients are freed at the end."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        if not self.model.training:
+            self.model.train()
+        F.cross_entropy(self.model(images), labels).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+# --- growth ----------------------------------------------------------------------------------------------------------
+
+
+def growth_exponent(points: Sequence[tuple[int | float, int | float]]) -> float:
+    """The slope of log y over log x by least squares: 1 for what grows in proportion, 2 for what grows with the square.
+
+    Raises ValueError unless there are two different x, and for values that are not above 0.
+    """
+    if len({x for x, _ in points}) < 2 or any(x <= 0 or y <= 0 for x, y in points):
+        raise ValueError(f"a growth exponent needs positive values at two sizes or more; got {list(points)}")
+    return statistics.linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope

@@ -1,0 +1,180 @@
+"""What takes its turn in `sape2 cost`: attention under one encoding, or a whole model with it.
+
+A subject runs, predicts and describes each of its phases: for attention `forward` and `forward_backward`, for a model
+`inference` and `training_step`. It makes its inputs when it first runs, so that what is too large is never allocated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from sape2.attention import attend, describe_path
+from sape2.config import model_config
+from sape2.encodings import AttentionEncoding, create_encoding
+from sape2.encodings.grid import Grid, num_tokens
+from sape2.evaluation.cost.measure import TrainingStep, count_parameters, forward, forward_backward, infer, loss_gradients
+from sape2.evaluation.cost.memory import predicted_peak
+from sape2.evaluation.cost.operations import count_operations, on_meta
+from sape2.models.vit import create_model
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLAIN, NONE = "plain", "none"  # the yardsticks: attention written with products, and the same code without an encoding
+PATCH_SIZE, NUM_CLASSES = 16, 1000  # of the models: a 14x14 grid is an image of 224 pixels
+GENEROUS = 64  # N x N maps a head, and arrays of the tokens, that a layer never holds at once
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The conditions under which subjects are compared; `model` is a named size, of which attention has the heads."""
+
+    level: str
+    model: str
+    dtype: str
+    batch: int
+    grid: Grid
+    device: torch.device
+
+    def __str__(self) -> str:
+        what = "attention" if self.level == "attention" else self.model
+        return f"{what}, {self.dtype}, batch {self.batch}, {self.grid[0]}x{self.grid[1]} tokens"
+
+    @property
+    def ceiling(self) -> int:
+        """More bytes than one layer needs: what stays below what is available need not be predicted."""
+        config, tokens = model_config(self.model), num_tokens(self.grid) + 1
+        return 4 * GENEROUS * self.batch * tokens * (config.num_heads * tokens + config.dim)
+
+
+class PlainAttention(nn.Module):
+    """softmax(q k^T / sqrt(d)) v, written with matrix products."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1) @ v
+
+    def describe(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        return "products"
+
+
+class EncodedAttention(nn.Module):
+    """Attention of q, k, v under an encoding, without projections."""
+
+    def __init__(self, encoding: AttentionEncoding, grid: Grid) -> None:
+        super().__init__()
+        self.encoding, self.grid = encoding, grid
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(q, k, v, self.grid, self.encoding)
+
+    def describe(self, q: Tensor, k: Tensor, v: Tensor) -> str:
+        return describe_path(q, k, v, self.grid, self.encoding)
+
+
+class Autocast(nn.Module):
+    """The module under mixed precision, which for float32 is none."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = module, dtype
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs[0].device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.module(*inputs)
+
+
+class AttentionSubject:
+    """q, k, v -> output; under mixed precision q, k, v come in the low precision, as from a projection."""
+
+    def __init__(self, name: str, cell: Cell) -> None:
+        config, self.cell, dtype = model_config(cell.model), cell, DTYPES[cell.dtype]
+        self.attention = PlainAttention() if name == PLAIN else _encoded(name, config.num_heads, config.head_dim, cell.grid)
+        self.module = Autocast(self.attention, dtype).to(cell.device)
+        shape = (cell.batch, config.num_heads, num_tokens(cell.grid), config.head_dim)
+        self.shapes = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=index < 3) for index in range(4)]
+        self.inputs: list[Tensor] = []
+        self.ceiling = cell.ceiling
+        self.parameters = count_parameters(self.module)
+        shadow, one = on_meta(self.attention), [torch.empty(1, *shape[1:], device="meta") for _ in range(3)]
+        self.operations = count_operations(lambda: shadow(*one))
+
+    def run(self, phase: str) -> None:
+        self.inputs = self.inputs or _normal(self.shapes, self.cell.device)
+        _set_training(self.module, phase == "forward_backward")
+        (forward_backward if phase == "forward_backward" else forward)(self.module, self.inputs)
+
+    def predict(self, phase: str) -> int | None:
+        step = forward_backward if phase == "forward_backward" else forward
+        return predicted_peak(step, self.module, self.shapes, self.cell.device)
+
+    def describe(self, phase: str) -> str:
+        q, k, v = self.inputs[:3]
+        with torch.set_grad_enabled(phase == "forward_backward"), _autocast(self.cell):
+            return self.attention.describe(q, k, v)
+
+
+class ModelSubject:
+    """A vision transformer on images of the size that makes the grid; a training step ends with AdamW."""
+
+    def __init__(self, name: str, cell: Cell) -> None:
+        self.cell, size = cell, (cell.grid[0] * PATCH_SIZE, cell.grid[1] * PATCH_SIZE)
+        torch.manual_seed(0)
+        self.model = create_model(cell.model, encoding=name, image_size=size, patch_size=PATCH_SIZE, num_classes=NUM_CLASSES)
+        self.module = Autocast(self.model, DTYPES[cell.dtype]).to(cell.device)
+        self.step = TrainingStep(self.module)
+        self.shapes = [torch.empty(cell.batch, 3, *size, device="meta")]
+        self.inputs: list[Tensor] = []
+        self.labels = torch.zeros(cell.batch, dtype=torch.long, device=cell.device)
+        self.moments = 2 * sum(parameter.nbytes for parameter in self.module.parameters())  # what AdamW keeps
+        self.ceiling = cell.ceiling * (self.model.config.depth + 1) + 4 * self.moments
+        self.parameters = count_parameters(self.module)
+        shadow = on_meta(self.model)
+        self.operations = count_operations(lambda: shadow(self.shapes[0][:1]))
+
+    def run(self, phase: str) -> None:
+        self.inputs = self.inputs or _normal(self.shapes, self.cell.device)
+        _set_training(self.module, phase == "training_step")
+        if phase == "training_step":
+            self.step(self.inputs[0], self.labels)
+        else:
+            infer(self.module, self.inputs[0])
+
+    def predict(self, phase: str) -> int | None:
+        if phase == "inference":
+            return predicted_peak(lambda module, inputs: infer(module, inputs[0]), self.module, self.shapes, self.cell.device)
+        needed = predicted_peak(loss_gradients, self.module, [*self.shapes, self.labels], self.cell.device)
+        return None if needed is None else needed + self.moments
+
+    def describe(self, phase: str) -> str:
+        """The path of every kind of layer that the model has."""
+        config, training = self.model.config, phase == "training_step"
+        shape = (self.cell.batch, config.num_heads, self.model.num_prefix_tokens + num_tokens(self.cell.grid), config.head_dim)
+        kinds = {type(block.attn.encoding): block.attn.encoding for block in self.model.layers()}
+        dtype, device = DTYPES[self.cell.dtype], self.cell.device
+        q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=training) for _ in range(3))
+        with torch.set_grad_enabled(training), _autocast(self.cell):
+            return "; ".join(dict.fromkeys(describe_path(q, k, v, self.cell.grid, kind) for kind in kinds.values()))
+
+
+Subject = AttentionSubject | ModelSubject
+
+
+def _encoded(name: str, num_heads: int, head_dim: int, grid: Grid) -> EncodedAttention:
+    encoding = create_encoding(name, num_heads, head_dim, grid)
+    assert isinstance(encoding, AttentionEncoding)  # `attention_part` left the others out
+    return EncodedAttention(encoding, grid)
+
+
+def _normal(shapes: list[Tensor], device: torch.device) -> list[Tensor]:
+    """Random tensors like those without memory."""
+    return [torch.randn_like(like, device=device).requires_grad_(like.requires_grad) for like in shapes]
+
+
+def _autocast(cell: Cell) -> torch.autocast:
+    return torch.autocast(cell.device.type, DTYPES[cell.dtype], enabled=cell.dtype != "fp32")
+
+
+def _set_training(module: nn.Module, training: bool) -> None:
+    if module.training != training:
+        module.train(training)

@@ -1,0 +1,183 @@
+"""What encodings cost, swept over grids, batches and dtypes: the work behind `sape2 cost`.
+
+In a cell (one level, dtype, batch, grid) all encodings take turns, beside two yardsticks: `none`, the same code without
+an encoding, and at the level of attention `plain`, softmax(q k^T / sqrt(d)) v written with matrix products.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sape2.config import model_config
+from sape2.encodings import create_encodings, parse_encoding
+from sape2.encodings.grid import Grid, check_grid, num_tokens
+from sape2.evaluation.cost.memory import available_bytes, peak_bytes
+from sape2.evaluation.cost.rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
+from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, AttentionSubject, Cell, ModelSubject, Subject
+from sape2.evaluation.cost.timing import alternate
+from sape2.training.files import write_text
+from sape2.training.memory_errors import is_out_of_memory
+
+WARMUP = 2
+SAFE_SHARE = 0.9  # of the available memory, which a prediction must not exceed
+SUBJECTS: dict[str, type[Subject]] = {"attention": AttentionSubject, "model": ModelSubject}
+
+
+# --- what to measure -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What to measure. Raises ValueError for names, sizes and combinations that cannot be."""
+
+    encodings: tuple[str, ...]
+    grids: tuple[Grid, ...]
+    batches: tuple[int, ...] = (4,)
+    dtypes: tuple[str, ...] = ("fp32",)
+    model: str = "vit_small"
+    levels: tuple[str, ...] = LEVELS
+    repeats: int = 7
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        for dtype in self.dtypes:
+            if dtype not in DTYPES:
+                raise ValueError(f"unknown dtype {dtype!r}; known dtypes: {', '.join(DTYPES)}")
+        for name, values in (("batches", self.batches), ("repeats", (self.repeats,))):
+            if min(values) < 1:
+                raise ValueError(f"{name} must be at least 1; got {min(values)}")
+        config = model_config(self.model)
+        for grid in map(check_grid, self.grids):
+            for encoding in self.encodings:
+                with torch.device("meta"):  # what cannot be made is found before anything is measured
+                    create_encodings(encoding, config.num_heads, config.head_dim, grid, config.depth)
+
+    def cells(self) -> list[Cell]:
+        """In the order in which they are measured."""
+        return [
+            Cell(level, self.model, dtype, batch, grid, self.device)
+            for level in self.levels
+            for dtype in self.dtypes
+            for batch in self.batches
+            for grid in self.grids
+        ]
+
+    @property
+    def rounds(self) -> int:
+        """How many rounds of timing there are in all, for a progress bar."""
+        return len(self.cells()) * 2 * (WARMUP + self.repeats)
+
+
+def parse_grid(text: str) -> Grid:
+    """ "8x14" -> (8, 14): rows, columns."""
+    sides = text.strip().lower().split("x")
+    if len(sides) != 2 or not all(side.isascii() and side.isdigit() and int(side) > 0 for side in sides):
+        raise ValueError(f"a grid is rows x columns, both at least 1, as in 8x8 or 14x24; got {text.strip()!r}")
+    return int(sides[0]), int(sides[1])
+
+
+def attention_part(name: str) -> str:
+    """What of a name acts in one attention layer: "ape+sape2:count=cyclic,every=2" -> "sape2:count=cyclic"; else "none"."""
+    parts = [part for part in parse_encoding(name) if not part.acts_on_tokens]
+    options = [",".join(f"{key}={value}" for key, value in part.options.items()) for part in parts]
+    return "+".join(part.name + f":{text}" * bool(text) for part, text in zip(parts, options, strict=True)) or NONE
+
+
+# --- measuring -------------------------------------------------------------------------------------------------------
+
+
+def run_sweep(
+    sweep: Sweep, path: Path, conditions: Row, on_round: Callable[[], None] = lambda: None
+) -> Iterator[tuple[Cell | None, list[Row]]]:
+    """The rows of every cell as they come and, last, for None, the growth exponents; all are also written to `path`,
+    which holds the cells so far or, before the first, what it held.
+    """
+    everything: list[Row] = []
+    for cell in (*sweep.cells(), None):
+        rows = growth_rows(everything) if cell is None else measure(cell, sweep, conditions, on_round)
+        everything += rows
+        write_text(path, "".join(json.dumps(row) + "\n" for row in everything))
+        yield cell, rows
+
+
+def measure(cell: Cell, sweep: Sweep, conditions: Row, on_round: Callable[[], None] = lambda: None) -> list[Row]:
+    """All rows of a cell, the yardsticks first. At the level of attention, names that differ in what acts on the tokens
+    alone are one subject, timed once; `timed_as` names it.
+    """
+    names = dict.fromkeys((NONE, *sweep.encodings))
+    timed_as = {name: attention_part(name) if cell.level == "attention" else name for name in names}
+    if cell.level == "attention":
+        timed_as = {PLAIN: PLAIN} | timed_as
+    subjects = {name: SUBJECTS[cell.level](name, cell) for name in dict.fromkeys(timed_as.values())}
+    results = {phase: _measure_phase(phase, subjects, sweep, on_round) for phase in PHASES[cell.level]}
+    rows = []
+    for name, timed in timed_as.items():
+        subject, about = subjects[timed], {"encoding": name, "timed_as": timed} | _about(cell) | conditions
+        paths = [result[timed].get("path") for result in results.values()]
+        found = counted_rows(subject.parameters, subject.operations, paths[0])
+        for phase, result in results.items():
+            found += timed_rows(phase, timed, result, cell.batch)
+        rows += [row | about for row in found]
+    return rows
+
+
+def _about(cell: Cell) -> Row:
+    config = model_config(cell.model)
+    return {
+        "level": cell.level,
+        "model": cell.model if cell.level == "model" else None,
+        "heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "grid": f"{cell.grid[0]}x{cell.grid[1]}",
+        "tokens": num_tokens(cell.grid),
+        "batch": cell.batch,
+        "dtype": cell.dtype,
+        "device": cell.device.type,
+    }
+
+
+def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_round: Callable[[], None]) -> dict[str, Row]:
+    """For every subject `seconds`, `bytes` and `path`, or a `note` on why there are none."""
+    results: dict[str, Row] = {}
+    for name, subject in subjects.items():
+        note = _too_large(subject, phase) or _out_of_memory(subject, phase)
+        results[name] = {"note": note} if note else {"path": subject.describe(phase)}
+    steps: dict[str, Callable[[], object]] = {
+        name: partial(subject.run, phase) for name, subject in subjects.items() if "note" not in results[name]
+    }
+    if sweep.device.type in ("cpu", "cuda"):
+        for name, step in steps.items():
+            results[name]["bytes"] = peak_bytes(step, sweep.device)
+    for name, seconds in alternate(steps, sweep.repeats, WARMUP, on_round).items():
+        results[name]["seconds"] = seconds
+    return results
+
+
+def _too_large(subject: Subject, phase: str) -> str | None:
+    """Why the phase must not be tried: running out of memory would end the whole process. None if it may."""
+    available = available_bytes(subject.cell.device)
+    if subject.ceiling <= available:
+        return None
+    needed = subject.predict(phase)
+    if needed is None or needed <= SAFE_SHARE * available:
+        return None
+    return (
+        f"too large: needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available; choose a smaller grid or batch"
+    )
+
+
+def _out_of_memory(subject: Subject, phase: str) -> str | None:
+    """Runs the phase once; why it cannot run, if memory ends although it was predicted to be enough."""
+    try:
+        subject.run(phase)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return f"out of memory: {' '.join(str(error).split())}"
+    return None

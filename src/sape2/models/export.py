@@ -1,0 +1,346 @@
+"""A model as a file for other programs: ONNX, PyTorch's .pt2, or safetensors with its config. Each is checked when written.
+
+The check runs the file itself on images that the graph was not traced with, in other numbers and, unless one size was
+chosen, of other sizes, and compares the logits with those of the model in eager mode, which computes attention another
+way (`attention.choose_path`). A file that fails is not left behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from sape2.config import ModelConfig
+from sape2.evaluation.runs import load_run_model
+from sape2.models.frozen import Size, example, freeze, patch_projection, trace
+from sape2.models.hub import (
+    CARD,
+    CONFIG,
+    WEIGHTS,
+    Description,
+    describe,
+    load_pretrained,
+    model_of,
+    read_description,
+    save_pretrained,
+)
+from sape2.training.checkpoint import read_config
+from sape2.training.files import write_atomic
+
+GraphFormat = Literal["onnx", "pt2"]
+Format = Literal["onnx", "pt2", "safetensors", "hub"]
+Row = dict[str, Any]
+Run = Callable[[Tensor], Tensor]
+Model = TypeVar("Model", bound=nn.Module)
+
+TOLERANCE = 1e-4  # of the largest logit, or of 1 if that is smaller; float32 differences are about 1e-6
+OPSET = 20
+NORMALIZED = "images as float32, (pixel / 255 - mean) / std"
+PIXELS = "images as float32, pixel / 255; the graph normalises them itself"
+METADATA_FILE = "sape2.json"  # inside a .pt2 archive
+NEEDED = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
+
+
+class ParityError(ValueError):
+    """An exported file does not compute what the model does; `rows` are what was compared."""
+
+    def __init__(self, message: str, rows: list[Row]) -> None:
+        super().__init__(message)
+        self.rows = rows
+
+
+class Normalized(nn.Module):
+    """A model that takes pixels / 255 and normalises them itself: model((images - mean) / std)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        like = patch_projection(model).weight
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, torch.tensor(values, dtype=like.dtype, device=like.device)[:, None, None])
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Any:
+        return self.model((images - self.mean) / self.std)
+
+
+# --- the calls -------------------------------------------------------------------------------------------------------
+
+
+def export_model(
+    model: nn.Module,
+    path: str | Path,
+    format: Literal["onnx", "pt2", "safetensors"],
+    *,
+    size: Size | None = None,
+    metadata: Description | None = None,
+    train_size: Size | None = None,
+) -> list[Row]:
+    """Writes a model to `path` as "onnx", "pt2" or "safetensors", and checks the file; returns what was compared.
+
+    With `size`, (height, width), the graph is for that size alone (`freeze`); else for any size of whole patches, at least
+    two along each side. The batch is open in both. `metadata` goes into the file, as JSON texts. `train_size` is where the
+    check looks first, by default that of a ViT of this package, and 8 x 8 patches for others.
+
+    Raises ValueError for what cannot be exported, ParityError if the file computes something else (it is then not left
+    behind), ImportError that names the extra if a library is missing.
+    """
+    if format not in ("onnx", "pt2", "safetensors"):
+        raise ValueError(f"format must be onnx, pt2 or safetensors; got {format!r}")
+    needed(format)
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    model = model.eval()
+    if format == "safetensors":
+        _refuse_size(format, size)
+        return _write_safetensors(model, path, metadata)
+    if metadata is None and isinstance(model_config := getattr(model, "config", None), ModelConfig):
+        metadata = describe(model_config)
+    start = size or train_size or _train_size(model)
+    graph = _graph(model, start, frozen=size is not None)
+    write = _write_onnx if format == "onnx" else _write_pt2
+    described = (metadata or {}) | {"image_size": list(size) if size else "any", "patch_size": _patch_size(model)[0]}
+    return write_checked(path, lambda file: write(graph, file, described), RUNNERS[format], model, _cases(model, start, size))
+
+
+def export_run(
+    folder: Path,
+    format: Format,
+    out: Path | None = None,
+    *,
+    size: Size | None = None,
+    weights: str = "last",
+    normalize: bool = False,
+) -> tuple[Path, list[Row]]:
+    """The model of a run folder as a file (default RUN/export/NAME.onnx) or, for "hub", as a folder: (path, comparison).
+
+    `normalize` puts the mean and standard deviation of the training images into the graph. Raises as `export_model`.
+    """
+    config, model = read_config(folder), load_run_model(folder, weights).cpu()
+    name = folder.resolve().name
+    path = out or folder / "export" / (f"{name}.{format}" if format != "hub" else f"{name}-hub")
+    if normalize and format not in get_args(GraphFormat):
+        raise ValueError(f"normalisation goes into a graph, and {format} has none; its config says what to do with images")
+    if format == "hub":
+        _refuse_size(format, size)
+        return path, _write_hub(model, path, folder, weights)
+    described = describe(config.model, folder, weights) | {"input": PIXELS if normalize else NORMALIZED}
+    module = Normalized(model, config.data.mean, config.data.std).eval() if normalize else model
+    return path, export_model(module, path, format, size=size, metadata=described, train_size=config.model.image_size)
+
+
+def _refuse_size(format: Format, size: Size | None) -> None:
+    if size is not None:
+        raise ValueError(f"a size has no effect on {format}, which holds weights and no graph; leave it out")
+
+
+def write_checked(path: Path, write: Callable[[Path], None], run: Callable[[Path], Run], model: nn.Module,
+                  cases: list[tuple[int, Size]]) -> list[Row]:  # fmt: skip
+    """`write` to a file beside `path`, compare what `run` makes of it, and only then put it in its place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as scratch:
+        file = Path(scratch) / path.name
+        write(file)
+        rows = compare(model, run(file), cases)
+        _check_rows(path, rows)
+        write_atomic(path, lambda temporary: os.replace(file, temporary))
+    return rows
+
+
+def _check_rows(path: Path, rows: list[Row]) -> None:
+    wrong = [row for row in rows if not row["agrees"]]
+    if wrong:
+        raise ParityError(
+            "{} was not written: on {batch} images of {height}x{width} its logits differ by {max_abs_difference:.2g} from "
+            "those of the model, more than {tolerance:.2g}".format(path, **wrong[0]),
+            rows,
+        )
+
+
+def compare(model: nn.Module, run: Run, cases: list[tuple[int, Size]]) -> list[Row]:
+    """The largest difference of any logit between the model and `run`, for every case (number of images, their size)."""
+    rows = []
+    for number, (batch, size) in enumerate(cases, start=1):
+        images = example(model, size, batch, seed=number)
+        with torch.no_grad():
+            expected = logits_of(model(images)).float()
+        found = run(images).to(expected)
+        same_shape = found.shape == expected.shape
+        difference = (found - expected).abs().max().item() if same_shape else float("inf")
+        tolerance = TOLERANCE * max(1.0, expected.abs().max().item())
+        agrees = difference <= tolerance  # false for NaN
+        rows.append({"batch": batch, "height": size[0], "width": size[1], "max_abs_difference": difference,
+                     "largest_logit": expected.abs().max().item(), "tolerance": tolerance, "agrees": agrees})  # fmt: skip
+    return rows
+
+
+def logits_of(output: Any) -> Tensor:
+    """The tensor that a model returns, or the `logits` of what a model of transformers returns."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def load_exported(path: str | Path, model_class: type[Model]) -> Model:
+    """The ViT in a .safetensors file of `export_model`, in evaluation mode. Raises ValueError if it is something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("sape2")
+        if text is None:
+            raise ValueError(f"{path} does not say which model it holds; it was not written by sape2 export")
+        make: Any = model_class
+        model = make(read_description(text, str(path))["model"])
+        load_model(model, path)
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[-1].strip()}") from error
+    return model.eval()
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def _graph(model: nn.Module, size: Size, *, frozen: bool) -> ExportedProgram:
+    if frozen:
+        return trace(freeze(model, size), example(model, size))
+    height, width = _patch_size(model)
+    other = (size[0] + height, size[1] + 2 * width)  # not the size of training, where tables need no resampling
+    return trace(model, example(model, other), (height, width))
+
+
+def _patch_size(model: nn.Module) -> tuple[int, int]:
+    height, width = patch_projection(model).stride
+    return int(height), int(width)
+
+
+def _train_size(model: nn.Module) -> Size:
+    config = getattr(model, "config", None)
+    height, width = _patch_size(model)
+    return config.image_size if isinstance(config, ModelConfig) else (8 * height, 8 * width)
+
+
+def _cases(model: nn.Module, start: Size, size: Size | None) -> list[tuple[int, Size]]:
+    """Numbers of images and sizes to compare: at one size, or at that of training, the traced one and two others."""
+    if size is not None:
+        return [(1, size), (3, size)]
+    height, width = _patch_size(model)
+    rows, columns = max(2, start[0] // height), max(2, start[1] // width)
+    grids = {
+        3: (rows, columns),
+        1: (rows + 1, columns + 2),
+        2: (max(2, rows // 2), columns + 3),
+        4: (rows + 3, max(2, columns // 2)),
+    }
+    return [(batch, (height * grid[0], width * grid[1])) for batch, grid in grids.items()]
+
+
+# --- formats ---------------------------------------------------------------------------------------------------------
+
+
+def _write_pt2(program: ExportedProgram, file: Path, metadata: Description) -> None:
+    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
+
+
+def _run_pt2(file: Path) -> Run:
+    module = torch.export.load(file).module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return logits_of(module(images))
+
+    return run
+
+
+def _write_onnx(program: ExportedProgram, file: Path, metadata: Description) -> None:
+    ir = importlib.import_module("onnx_ir")
+    with quiet():
+        onnx_program: Any = torch.onnx.export(program, (), dynamo=True, opset_version=OPSET, verbose=False)
+    graph = onnx_program.model.graph
+    images = graph.inputs[0]
+    height, width = (
+        side if isinstance(side, int) else name for side, name in zip(images.shape[2:], ("height", "width"), strict=True)
+    )
+    images.shape = ir.Shape(["batch", images.shape[1], height, width])
+    images.name, graph.outputs[0].name = "images", "logits"
+    onnx_program.model.metadata_props.update(
+        {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    )
+    onnx_program.save(file, external_data=False)
+
+
+def _run_onnx(file: Path) -> Run:
+    onnxruntime = importlib.import_module("onnxruntime")
+    importlib.import_module("onnx").checker.check_model(str(file))
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
+
+    return run
+
+
+def _write_safetensors(model: nn.Module, path: Path, metadata: Description | None) -> list[Row]:
+    config = model_of(model)
+    text = json.dumps(metadata or describe(config))
+    return write_checked(
+        path,
+        lambda file: save_model(model, str(file), {"sape2": text}),
+        lambda file: load_exported(file, type(model)).to(patch_projection(model).weight),
+        model,
+        _cases(model, config.image_size, None),
+    )
+
+
+def _write_hub(model: nn.Module, folder: Path, run: Path, weights: str) -> list[Row]:
+    """Into a folder beside it first; config.json, without which nothing is loaded, is put in place last."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        save_pretrained(model, scratch, run, weights)
+        rows = compare(model, load_pretrained(type(model), scratch), _cases(model, model_of(model).image_size, None))
+        _check_rows(folder, rows)
+        folder.mkdir(exist_ok=True)
+        for name in (WEIGHTS, CARD, CONFIG):
+            os.replace(Path(scratch) / name, folder / name)
+    return rows
+
+
+RUNNERS: dict[str, Callable[[Path], Run]] = {"onnx": _run_onnx, "pt2": _run_pt2}
+
+
+def needed(format: Format) -> None:
+    """Raises ImportError naming the extra if a library that the format needs is missing."""
+    for library in NEEDED.get(format, ()):
+        try:
+            importlib.import_module(library)
+        except ImportError as error:
+            raise ImportError(f"export to {format} needs {library}: pip install 'sape2[export]'") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress and the warnings of the exporter, which are for its developers."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

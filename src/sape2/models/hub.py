@@ -1,0 +1,244 @@
+"""Models as folders that other people load: config.json, model.safetensors and a model card, in the layout of the hub.
+
+Nothing is unpickled, and there is no network unless an id is given that is no folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import nn
+
+import sape2
+from sape2.config import ModelConfig, RunConfig, model_config
+from sape2.training.checkpoint import load_weights, read_config, read_rows, save_weights
+from sape2.training.files import write_text
+
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+LICENCE, PAPER = "apache-2.0", "arXiv:2505.09466"
+FORMAT = 1
+Description = dict[str, Any]
+Model = TypeVar("Model", bound=nn.Module)
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
+SHOWN = ("accuracy", "top5_accuracy", "loss", "calibration_error")
+
+
+# --- what a model is -------------------------------------------------------------------------------------------------
+
+
+def describe(config: ModelConfig, run: str | Path | None = None, weights: str = "last") -> Description:
+    """All that is needed to build a model and to give it images; from a run folder also what it was trained on."""
+    description: Description = {"library_name": "sape2", "format": FORMAT, "sape2_version": sape2.__version__}
+    description |= {"licence": LICENCE, "paper": PAPER, "encoding": config.encoding, "model": asdict(config)}
+    if run is None:
+        return description
+    trained = read_config(Path(run))
+    images = {"mean": list(trained.data.mean), "std": list(trained.data.std), "formula": "(pixel / 255 - mean) / std"}
+    training = {"recipe": trained.recipe, "epochs": trained.train.epochs, "seed": trained.seed, "weights": weights}
+    classes = class_names(Path(run), config.num_classes)
+    return description | {"data": trained.data.name, "normalization": images, "classes": classes, "training": training}
+
+
+def class_names(run: Path, num_classes: int) -> list[str] | None:
+    """In the order of the logits, read off the accuracy of each class in results.jsonl; None if that does not tell."""
+    rows = read_rows(run / "results.jsonl")
+    names = dict.fromkeys(str(row["class"]) for row in rows if row.get("name") == "class_accuracy" and "class" in row)
+    return list(names) if len(names) == num_classes else None
+
+
+def read_description(text: str, where: str) -> Description:
+    """What `describe` wrote, with "model" a ModelConfig. Raises ValueError in one line if it is something else."""
+    try:
+        description = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} is damaged: {error}") from error
+    if not isinstance(description, dict) or description.get("library_name") != "sape2" or "model" not in description:
+        raise ValueError(f"{where} does not describe a model of sape2")
+    if description.get("format") != FORMAT:
+        raise ValueError(f"{where} has format {description.get('format')!r}; this version of sape2 reads format {FORMAT}")
+    model = description["model"]
+    try:
+        if not isinstance(model, dict) or not isinstance(model.get("name"), str):
+            raise ValueError(f'"model" must be an object with a name; got {model!r}')
+        return description | {"model": model_config(**model)}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} does not fit this version of sape2: {error}") from error
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None = None, weights: str = "last") -> None:
+    """Writes config.json, model.safetensors and a model card; `run`, a run folder, fills the card with what was measured.
+
+    `weights` says which of the run the model has, "last" or "best"; the card shows what was measured with these.
+
+    Raises ValueError for a model with an encoding attached.
+    """
+    if hasattr(model, "sape2_attachment"):
+        raise ValueError("the model has an encoding attached; write that by save_adapter, detach it, and save the model then")
+    folder, config = Path(folder), model_of(model)
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give a folder")
+    description = describe(config, run, weights)
+    save_weights(folder / WEIGHTS, model)
+    write_text(folder / CARD, model_card(description, None if run is None else Path(run)))
+    write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
+
+
+def model_of(model: nn.Module) -> ModelConfig:
+    """The config of a ViT of this package; raises ValueError for anything else."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        raise ValueError(f"this is for the ViT of sape2; got {type(model).__name__}")
+    return config
+
+
+def load_pretrained(model_class: type[Model], source: str | Path, revision: str | None = None) -> Model:
+    """The model that a folder, or a hub repository ("owner/name"), holds, in evaluation mode on the CPU.
+
+    Raises FileNotFoundError or ValueError in one line if it is not there, damaged, or of another version.
+    """
+    folder = find_folder(source, revision)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{source} holds no model: there is no {name}")
+    try:
+        text = (folder / CONFIG).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
+    model: Any = model_class
+    model = model(read_description(text, str(folder / CONFIG))["model"])
+    load_weights(folder / WEIGHTS, model)
+    return model.eval()
+
+
+def find_folder(source: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is; the files of a hub repository downloaded."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{source} is a file; give the folder that holds it")
+    if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        raise FileNotFoundError(f'there is no folder {source}, and a hub id looks like "owner/name"')
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=[CONFIG, WEIGHTS]))
+    except Exception as error:  # the client raises what its http library raises, too
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise OSError(f"there is no folder {source}, and the hub did not give it: {reason}") from error
+
+
+# --- the card --------------------------------------------------------------------------------------------------------
+
+
+def model_card(description: Description, run: Path | None) -> str:
+    """README.md of a model: front matter for the hub, use, what it is, what was measured, licence, citation."""
+    config = RunConfig if run is None else read_config(run)
+    rows = [] if run is None else _shown_rows(run, description["training"]["weights"])
+    parts = [
+        _front_matter(description, rows),
+        f"# {description['model']['name']} with {description['encoding']}\n",
+        _use(description),
+        _table("Model", description["model"]),
+    ]
+    if isinstance(config, RunConfig):
+        training = {"data": config.data.name} | description["training"] | {"command": f"`{command(config)}`"}
+        parts += [_table("Training", training), _results(rows), _classes(description)]
+    return "\n".join([*parts, _LICENCE_AND_CITATION])
+
+
+def command(config: RunConfig) -> str:
+    """A command that trains such a model; settings changed besides are in the config.json of the run."""
+    model = config.model
+    words = ["sape2 train", config.recipe, "--model", model.name, "--encoding", model.encoding]
+    words += ["--epochs", str(config.train.epochs), "--seed", str(config.seed)]
+    return " ".join(words if config.data.name == "digits" else [*words, "--data DIR"])
+
+
+def _shown_rows(run: Path, weights: str) -> list[dict[str, Any]]:
+    return [row for row in read_rows(run / "results.jsonl") if row.get("name") in SHOWN and row.get("weights") == weights]
+
+
+def _front_matter(description: Description, rows: list[dict[str, Any]]) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    data = description.get("data")
+    results = [
+        EvalResult("image-classification", str(data), HUB_IDS.get(str(data), str(data)), row["name"], row["value"],
+                   dataset_split=row.get("split"))
+        for row in rows
+    ]  # fmt: skip
+    card = ModelCardData(
+        license=LICENCE,
+        library_name="sape2",
+        pipeline_tag="image-classification",
+        tags=["vision-transformer", "position-encoding", "sape2", f"arxiv:{PAPER.removeprefix('arXiv:')}"],
+        datasets=[HUB_IDS[data]] if data in HUB_IDS else None,
+        model_name=f"{description['model']['name']}-{description['encoding']}" if results else None,
+        eval_results=results or None,
+    )
+    return f"---\n{card.to_yaml()}\n---\n"
+
+
+def _use(description: Description) -> str:
+    height, width = description["model"]["image_size"]
+    channels, patch = description["model"]["in_channels"], description["model"]["patch_size"]
+    lines = [
+        "```python",
+        "import torch",
+        "from sape2.models.vit import ViT",
+        "",
+        'model = ViT.from_pretrained("FOLDER_OR_ID")',
+        f"images = torch.rand(1, {channels}, {height}, {width})  # pixels / 255; sides are multiples of {patch}",
+    ]
+    if "normalization" in description:
+        mean, std = (description["normalization"][key] for key in ("mean", "std"))
+        lines.append(f"images = (images - torch.tensor({mean})[:, None, None]) / torch.tensor({std})[:, None, None]")
+    return "\n".join([*lines, "logits = model(images)", "```", ""])
+
+
+def _table(title: str, values: dict[str, Any]) -> str:
+    rows = [f"| {key} | {value} |" for key, value in values.items() if value is not None]
+    return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows, ""])
+
+
+def _results(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "## Results\n\nNot measured.\n"
+    columns = ("name", "value", "unit", "n", "split", "weights", "protocol", "precision", "hardware", "torch")
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        texts = (f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(["## Results\n", "One run, one seed: there is no spread over seeds here.\n", *lines, ""])
+
+
+def _classes(description: Description) -> str:
+    return f"Classes, in the order of the logits: {', '.join(description['classes'])}.\n" if description["classes"] else ""
+
+
+_LICENCE_AND_CITATION = f"""## Licence and citation
+
+Apache-2.0. Made with sape2 {sape2.__version__}, which is not by the authors of the paper.
+
+```bibtex
+@article{{sape2_2025,
+  title   = {{A 2D Semantic-Aware Position Encoding for Vision Transformers}},
+  journal = {{arXiv preprint {PAPER}}},
+  year    = {{2025}}
+}}
+@software{{sape2_software,
+  title   = {{sape2: position encodings for vision transformers}},
+  author  = {{The sape2 developers}},
+  version = {{{sape2.__version__}}},
+  license = {{Apache-2.0}}
+}}
+```
+"""

@@ -1,0 +1,181 @@
+"""The headline numbers of a run: a few of each measure, for a table of many runs. docs/evaluation/README.md says why these."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sape2.config import RunConfig
+from sape2.training.checkpoint import is_finished, read_config, read_rows
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: its config, the rows measured on one split with one set of weights, the lines of its epochs."""
+
+    folder: Path
+    config: RunConfig
+    rows: list[Row]
+    epochs: list[Row]
+
+    def value(self, name: str, measure: str, **where: Any) -> float | None:
+        """Of the first row with this name and these conditions; None where there is none."""
+        found = (
+            row["value"]
+            for row in self.rows
+            if (row["measure"], row["name"]) == (measure, name) and all(row.get(key) == value for key, value in where.items())
+        )
+        return next(found, None)
+
+    def measures(self) -> set[str]:
+        return {row["measure"] for row in self.rows}
+
+
+def read_runs(folders: Iterable[Path], split: str = "test", weights: str = "last") -> tuple[list[Run], list[Path]]:
+    """The finished runs, and the folders of those that are not. Raises ValueError or OSError for what is no run folder."""
+    runs, unfinished = [], []
+    for folder in folders:
+        config = read_config(folder)
+        if not is_finished(folder):
+            unfinished.append(folder)
+            continue
+        rows = read_rows(folder / "results.jsonl")
+        chosen = [row for row in rows if (row.get("split"), row.get("weights")) == (split, weights)]
+        runs.append(Run(folder, config, chosen, read_rows(folder / "metrics.jsonl")))
+    return runs, unfinished
+
+
+# --- headline numbers ------------------------------------------------------------------------------------------------
+
+
+def _unseen_drop(run: Run, side: str) -> float | None:
+    """Accuracy at the training size less the mean over the unseen sizes on one side, images scaled, the model's own rule."""
+    rows = [row for row in run.rows if row["measure"] == "resolution" and row.get("transform") == "scaled"]
+    own = [row for row in rows if row["rule"] == rows[0]["rule"]]
+    changed = {row["size"] for row in own if row["name"] == "accuracy_drop"}
+    trained = next((r["value"] for r in own if r["name"] == "accuracy_at_size" and r["size"] not in changed), None)
+    unseen = next((r["value"] for r in own if r["name"] == f"mean_accuracy_{side}"), None)
+    return None if trained is None or unseen is None else trained - unseen
+
+
+def step_ms(run: Run) -> float | None:
+    """Median over the epochs."""
+    speeds = [row["images_per_s"] for row in run.epochs if row.get("images_per_s")]
+    return 1000 * run.config.train.batch_size / statistics.median(speeds) if speeds else None
+
+
+def _objects(runs: Iterable[Run]) -> str | None:
+    """Where the labels of the patches come from: true masks, else scenes; colour clusters are not objects."""
+    there = {row.get("masks") for run in runs for row in run.rows}
+    return next((masks for masks in ("given", "scenes") if masks in there), None)
+
+
+def telling_layer(runs: list[Run]) -> int | None:
+    """The layer whose bias, far pairs, is furthest from chance in either direction, by the mean over the runs."""
+    found: dict[int, list[float]] = {}
+    masks = _objects(runs)
+    for row in (row for run in runs for row in run.rows if row["name"] == "bias_auroc" and "head" not in row):
+        conditions = row["masks"], row["distance"], row["sign"], row["value"] is None
+        if conditions == (masks, "far", "minus", False):
+            found.setdefault(row["layer"], []).append(row["value"])
+    return max(found, key=lambda layer: abs(statistics.mean(found[layer]) - 0.5), default=None)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A headline number: its measure (None: from training), unit, meaning, and its value for a run and its telling layer."""
+
+    heading: str
+    measure: str | None
+    unit: str
+    meaning: str
+    pick: Callable[[Run, int | None], float | None]
+
+
+def _of_bias(name: str, distance: str, **where: Any) -> Callable[[Run, int | None], float | None]:
+    def pick(run: Run, layer: int | None) -> float | None:
+        place = {"masks": _objects([run]), "distance": distance, "layer": layer, "head": None}
+        return None if layer is None else run.value(name, "grouping", **place, **where)
+
+    return pick
+
+
+COUNTS = ("number", "warnings")  # units of whole numbers
+COLUMNS = (
+    Column("accuracy", "accuracy", "fraction", "top-1, one view", lambda run, _: run.value("accuracy", "accuracy")),
+    Column(
+        "consistency",
+        "shift",
+        "fraction",
+        "the same prediction after two random shifts within one patch, circular border; read it beside accuracy",
+        lambda run, _: run.value("circular_consistency", "shift", shifts="sub_patch"),
+    ),
+    Column(
+        "worst case",
+        "shift",
+        "fraction",
+        "right under every shift within one patch, circular border",
+        lambda run, _: run.value("worst_case_accuracy", "shift", shifts="patch"),
+    ),
+    Column(
+        "drop, smaller",
+        "resolution",
+        "fraction",
+        "accuracy at the training size less the mean over smaller sizes, images scaled, no fine-tuning",
+        lambda run, _: _unseen_drop(run, "below"),
+    ),
+    Column(
+        "drop, larger",
+        "resolution",
+        "fraction",
+        "the same over larger sizes, under the model's own rule for positions beyond its tables",
+        lambda run, _: _unseen_drop(run, "above"),
+    ),
+    Column(
+        "layer",
+        "grouping",
+        "number",
+        "whose bias is furthest from chance (far pairs); the next three are of this layer, chosen by what it shows",
+        lambda _, layer: layer,
+    ),
+    Column(
+        "AUROC near",
+        "grouping",
+        "AUROC",
+        "a small bias as a mark of the same object, neighbouring patches; chance 0.5, above it b is smaller within objects",
+        _of_bias("bias_auroc", "near", sign="minus"),
+    ),
+    Column(
+        "AUROC far",
+        "grouping",
+        "AUROC",
+        "the same for patches two or more apart",
+        _of_bias("bias_auroc", "far", sign="minus"),
+    ),
+    Column(
+        "d'",
+        "grouping",
+        "standard deviations",
+        "mean bias across objects less that within, over their spread; chance 0",
+        _of_bias("bias_separation", "all"),
+    ),
+    Column(
+        "warnings",
+        "health",
+        "warnings",
+        "broken limits of the health report; empty where the layers have no bias to check",
+        lambda run, _: run.value("warnings", "health"),
+    ),
+    Column(
+        "ms per step",
+        None,
+        "ms",
+        "of training, median over epochs, for one batch on the machine that trained",
+        lambda run, _: step_ms(run),
+    ),
+)

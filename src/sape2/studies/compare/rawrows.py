@@ -1,0 +1,154 @@
+"""Raw rows: what a finished run gave, in one line, so that every table of a study is made from one small file.
+
+A line holds the settings of the run (those that decide its result) with their digest, encoding and seed, the conditions it
+was measured under, parameters, MACs, time and memory of a step, the rows of the test set, and the curve of its epochs.
+A run that failed has `failed`, the reason, instead of numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sape2.config import ModelConfig, RunConfig
+from sape2.evaluation.cost.measure import count_model_operations, count_parameters
+from sape2.evaluation.runs import describe, is_measured
+from sape2.models.vit import ViT
+from sape2.studies.compare.headlines import Run, step_ms
+from sape2.training.checkpoint import Row, difference, is_finished, read_config, read_rows, write_rows
+from sape2.training.files import digest_of, write_text
+
+FAILED = ".failed.json"  # in the folder of a run that cannot go on
+CURVE = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "images_per_s", "seconds")
+
+
+def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a study have in common: everything but the encoding and the seed."""
+    model = {key: value for key, value in settings["model"].items() if key != "encoding"}
+    return {key: value for key, value in settings.items() if key != "seed"} | {"model": model}
+
+
+def is_done(folder: Path) -> bool:
+    return is_finished(folder) and is_measured(folder)
+
+
+def raw_row(folder: Path) -> Row:
+    """The line of a finished and measured run."""
+    config, epochs = read_config(folder), read_rows(folder / "metrics.jsonl")
+    if not epochs:
+        raise ValueError(f"{folder} is finished but has no metrics.jsonl; remove the folder to run it again")
+    results = read_rows(folder / "results.jsonl")
+    test = [row for row in results if (row.get("split"), row.get("measure")) == ("test", "accuracy")]
+    conditions = describe(folder) | {key: test[0][key] for key in ("torch", "hardware")}  # of then, not of now
+    memory = [row["step_memory_mib"] for row in epochs if row.get("step_memory_mib") is not None]
+    row = _head(config) | {key: value for key, value in conditions.items() if key not in ("encoding", "seed")}
+    row |= _size(config.model) | {
+        "device": epochs[-1].get("device"),
+        "step_ms": step_ms(Run(folder, config, test, epochs)),
+        "step_memory_mib": max(memory, default=None),
+        "training_s": sum(row["seconds"] for row in epochs),
+        "rows": [{key: value for key, value in row.items() if key not in conditions} for row in test],
+        "curve": {key: [row.get(key) for row in epochs] for key in CURVE},
+    }
+    return row
+
+
+def _head(config: RunConfig) -> Row:
+    settings = json.loads(json.dumps(config.identity()))  # as it will be read again
+    return {"encoding": config.model.encoding, "seed": config.seed, "digest": digest_of(settings), "settings": settings}
+
+
+@cache
+def _size(config: ModelConfig) -> Row:
+    model = ViT(config)
+    macs = count_model_operations(model, config.in_channels, config.image_size).macs
+    return {"parameters": count_parameters(model), "macs_per_image": macs}
+
+
+# --- failures --------------------------------------------------------------------------------------------------------
+
+
+def note_failure(folder: Path, config: RunConfig, reason: str) -> None:
+    write_text(folder / FAILED, json.dumps(_head(config) | {"failed": reason}) + "\n")
+
+
+def failure(folder: Path) -> Row | None:
+    path = folder / FAILED
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def read_raw(path: Path) -> list[Row]:
+    """The lines of a file of raw rows, each run once.
+
+    A run that is there twice counts once, and a failed one that finished later counts as finished. Raises ValueError for
+    a line that is no raw row, or whose settings are not those of its digest.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    return each_once(_checked(row, f"{path} line {number}") for number, row in enumerate(read_rows(path), start=1))
+
+
+def _checked(row: Row, where: str) -> Row:
+    """The row, with the settings that an older version did not know of at their defaults."""
+    if not {"encoding", "seed", "digest", "settings"} <= row.keys() or not ("failed" in row or {"rows", "curve"} <= row.keys()):
+        raise ValueError(f"{where} is not a raw row of sape2 compare")
+    try:
+        head = _read_head(json.dumps(row["settings"], sort_keys=True))
+    except ValueError as error:
+        raise ValueError(f"{where} does not fit this version of sape2: {error}") from error
+    if (row["encoding"], row["seed"], row["digest"]) != (head["encoding"], head["seed"], digest_of(row["settings"])):
+        raise ValueError(f"{where} was changed: its encoding, seed and digest are not those of its settings")
+    return row | head
+
+
+@cache
+def _read_head(settings: str) -> Row:
+    """What tells a run, from its settings in JSON: a file is read often while a study goes on."""
+    return _head(RunConfig.from_dict(json.loads(settings)))
+
+
+def each_once(rows: Iterable[Row]) -> list[Row]:
+    """One row a run, the first finished one, in the order of first mention."""
+    runs: dict[str, Row] = {}
+    for row in rows:
+        known = runs.setdefault(row["digest"], row)
+        if "failed" in known and "failed" not in row:
+            runs[row["digest"]] = row
+    return list(runs.values())
+
+
+def check_one_study(rows: list[Row]) -> None:
+    """Raises ValueError naming a difference if the runs differ in more than encoding and seed."""
+    for row in rows[1:]:
+        first, other = (shared_settings(r["settings"]) for r in (rows[0], row))
+        if first != other:
+            raise ValueError(
+                "these runs cannot stand in one comparison: they differ in more than encoding and seed, "
+                f"{difference(first, other)}; give the rows of one study"
+            )
+
+
+def gather(path: Path, runs: Mapping[Path, RunConfig]) -> list[Row]:
+    """Brings the file up to date with the runs in these folders, and returns its rows. Finished rows are never lost.
+
+    Several processes may do so at once: each looks again after it has written, so the last one leaves everything there.
+    """
+    known = {row["digest"] for row in finished_rows(path)}
+    new = {folder: config for folder, config in runs.items() if _head(config)["digest"] not in known}
+    found = [row for folder in new if (row := raw_row(folder) if is_done(folder) else failure(folder))]
+    while True:
+        there = read_raw(path) if path.exists() else []
+        rows = each_once([*(row for row in there if "failed" not in row), *found])
+        if rows == there:
+            return rows
+        write_rows(path, rows)
+
+
+def finished_rows(path: Path) -> list[Row]:
+    return [row for row in read_raw(path) if "failed" not in row] if path.exists() else []

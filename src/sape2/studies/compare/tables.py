@@ -1,0 +1,191 @@
+"""Many runs in one table and one set of figures: a line for each, or for each setting with its seeds together.
+
+What was not measured stays empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sape2 import viz
+from sape2.evaluation.report import csv_table, format_spread, markdown_table
+from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows
+from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, Row, Run
+from sape2.training.files import write_text
+
+WEIGHTS = {"last": "weights of the last epoch", "best": "weights of the best epoch on the validation set"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Groups of runs side by side; `measures` are those shown, `split` and `weights` say which rows were read."""
+
+    groups: list[Group]
+    measures: list[str]
+    split: str
+    weights: str
+
+    @property
+    def title(self) -> str:
+        return f"{self.split} set, {WEIGHTS[self.weights]}"
+
+    @property
+    def has_seeds(self) -> bool:
+        return any(len(group.runs) > 1 for group in self.groups)
+
+    def columns(self) -> list[Column]:
+        """Those of the measures shown that any run has a number for."""
+        return [
+            column
+            for column in COLUMNS
+            if (column.measure is None or column.measure in self.measures) and any(g.numbers(column) for g in self.groups)
+        ]
+
+    def rows(self) -> Iterator[Row]:
+        """For programs: one row a group and headline number; `mean` is None and n 0 where it was not measured."""
+        for group in self.groups:
+            for column in self.columns():
+                values = group.numbers(column)
+                mean, std = mean_and_std(values) if values else (None, None)
+                about = {"label": group.label, "seeds": group.seeds, "split": self.split, "weights": self.weights}
+                number = {"name": column.heading, "mean": mean, "std": std, "n": len(values), "unit": column.unit}
+                yield about | number | {"measure": column.measure, "runs": [str(run.folder) for run in group.runs]}
+
+    def table(self) -> list[Row]:
+        """For people: one line a group, "mean ± std" over seeds; cells that were not measured are not there."""
+        return [
+            {"encoding": group.label, "seeds": group.seeds}
+            | {column.heading: text for column in self.columns() if (text := _cell(column, group))}
+            for group in self.groups
+        ]
+
+    def headings(self, most: int = len(COLUMNS)) -> list[list[str]]:
+        """The columns of the table, in parts of at most `most` numbers, each beginning with what tells the lines apart."""
+        numbers = [column.heading for column in self.columns()]
+        parts = range(0, len(numbers), most)
+        return [["encoding", "seeds", *numbers[start : start + most]] for start in parts]
+
+    def notes(self) -> list[str]:
+        """What a reader must know before comparing."""
+        notes = []
+        if self.has_seeds:
+            notes.append(
+                "± is the standard deviation over seeds, not an interval; (n) where fewer runs than seeds were measured."
+            )
+        for measure in self.measures:
+            numbers = self._images(measure)
+            if len(numbers) > 1 and measure != "cost":
+                notes.append(f"{measure} was measured on different numbers of images: {', '.join(map(str, numbers))}.")
+            lacking = [group.label for group in self.groups if any(measure not in run.measures() for run in group.runs)]
+            if lacking:
+                notes.append(f"{measure} is not measured for every run of: {'; '.join(lacking)}.")
+        last = [row for run in self._runs() for row in run.epochs[-1:]]
+        if len({(row.get("device"), row.get("precision"), row.get("processes", 1)) for row in last}) > 1:
+            notes.append(
+                "ms per step is not comparable: runs were trained on different devices, in different precision, or by "
+                "different numbers of processes."
+            )
+        return notes
+
+    def _images(self, measure: str) -> list[int]:
+        """The different n of the first number of the measure that all runs have which have any."""
+        found: list[dict[str, int]] = []
+        for run in (run for run in self._runs() if measure in run.measures()):
+            found.append({})
+            for row in (row for row in run.rows if row["measure"] == measure):
+                found[-1].setdefault(row["name"], row["n"])
+        shared = next((name for name in (found[0] if found else ()) if all(name in numbers for numbers in found)), None)
+        return sorted({numbers[shared] for numbers in found}) if shared else []
+
+    def _runs(self) -> list[Run]:
+        return [run for group in self.groups for run in group.runs]
+
+
+def compare(runs: list[Run], measures: list[str] | None, split: str = "test", weights: str = "last") -> Comparison:
+    """Raises ValueError if there are no runs, or none was measured with what is asked for (None: whatever there is)."""
+    if not runs:
+        raise ValueError("none of these runs is finished; give their sape2 train commands again to go on")
+    known = [column.measure for column in COLUMNS if column.measure is not None]
+    there = {measure for run in runs for measure in run.measures()}
+    wanted = [measure for measure in dict.fromkeys(known) if measure in (there if measures is None else measures)]
+    if not there & set(wanted):
+        asked = ", ".join(measures or known)
+        raise ValueError(
+            f"no run has results of {asked} on the {split} set with weights {weights}; sape2 evaluate measures them"
+        )
+    return Comparison(group_runs(runs), wanted, split, weights)
+
+
+def _cell(column: Column, group: Group) -> str:
+    """ "0.8121 ± 0.0031", with the number of runs behind it if not all of them have the number; "" if none has."""
+    values = group.numbers(column)
+    if not values:
+        return ""
+    mean, std = mean_and_std(values)
+    digits = int(bool(std)) if column.unit in COUNTS else 4 if abs(mean) < 10 else 1
+    runs = "" if len(values) == len(group.runs) else f" ({len(values)})"
+    return format_spread(mean, std if digits else None, digits) + runs
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
+    """report.md, with what the columns mean, and report.csv, with every digit."""
+    write_text(folder / "report.md", page(comparison, []))
+    write_text(folder / "report.csv", csv_table(_wide(comparison)))
+    return [folder / "report.md", folder / "report.csv"]
+
+
+def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
+    """The figures, one line a group, and report.md with them in it. Raises ImportError without matplotlib."""
+    groups = comparison.groups
+    epochs = {group.label: mean_epochs([run.epochs for run in group.runs]) for group in groups}
+    files = []
+    if all(epochs.values()):
+        files.append(folder / "curves.png")
+        viz.plot_curves(epochs, files[0])
+    band = "one std over seeds" if comparison.has_seeds else "95 % over images"
+    rows = {group.label: _shown_rows(group, comparison.has_seeds) for group in groups}
+    files += viz.plot_measures(rows, comparison.measures, folder, band=band)
+    write_text(folder / "report.md", page(comparison, files))
+    return files
+
+
+def _shown_rows(group: Group, as_means: bool) -> list[Row]:
+    """As measured, with intervals over images; or means over seeds, with one standard deviation where there are several."""
+    return list(mean_rows([run.rows for run in group.runs])) if as_means else group.runs[0].rows
+
+
+def _wide(comparison: Comparison) -> list[Row]:
+    """One line a group: mean, std and n of every column."""
+    lines: dict[str, Row] = {}
+    for row in comparison.rows():
+        line = lines.setdefault(row["label"], {"encoding": row["label"], "seeds": row["seeds"]})
+        line |= {row["name"]: row["mean"], f"{row['name']} std": row["std"], f"{row['name']} n": row["n"]}
+    return list(lines.values())
+
+
+def page(comparison: Comparison, figures: list[Path]) -> str:
+    """The report in markdown."""
+    columns = comparison.columns()
+    meanings = [{"column": c.heading, "measure": c.measure or "train", "unit": c.unit, "meaning": c.meaning} for c in columns]
+    folders = [
+        {"encoding": group.label, "seed": run.config.seed, "run": str(run.folder)}
+        for group in comparison.groups
+        for run in group.runs
+    ]
+    parts = [
+        f"# Comparison of {len(folders)} runs\n\n{comparison.title}. An empty cell was not measured, or the model "
+        "has nothing to measure there.\n",
+        markdown_table(comparison.table(), *comparison.headings()),
+        "".join(f"- {note}\n" for note in comparison.notes()),
+        "## Columns\n",
+        markdown_table(meanings, ["column", "measure", "unit", "meaning"]),
+        *(f"![{path.stem}]({path.name})\n" for path in figures),
+        "## Runs\n",
+        markdown_table(folders, ["encoding", "seed", "run"]),
+    ]
+    return "\n".join(part for part in parts if part)

@@ -1,0 +1,126 @@
+"""The work on a study, shared by any number of processes; each run that fails is noted, and the rest goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from sape2.studies.compare.plan import Cell, Study
+from sape2.studies.compare.rawrows import FAILED, Row, failure, is_done, note_failure
+from sape2.training.checkpoint import standing
+from sape2.training.claim import Claim, ClaimLost, Held, Watcher
+
+DEATHS = 3  # so many processes that vanished in a run without a new checkpoint: it is not tried a further time
+LOOK_S = 2.0  # between looks at runs that others hold
+Run = Callable[[Cell, Claim], None]  # trains and measures one cell, from where it stands
+Tell = Callable[[str, Cell, list[Row]], None]  # hears what happens to which cell, and the rows there are then
+
+
+class Stopped(Exception):
+    """The process was asked to stop, by this signal."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__("stopped; the same command goes on from there")
+        self.signal_number = signal_number
+
+
+def work(
+    study: Study,
+    run: Run,
+    tell: Tell = lambda what, cell, rows: None,
+    caught: Sequence[int] = (),
+    watcher: Watcher | None = None,
+) -> list[Row]:
+    """Does what is left of the study together with other processes, and returns the rows when nothing is left.
+
+    A run that another process holds is skipped and looked at again at the end: waited for, or taken over if that process
+    is gone. A run that raises is noted as failed, and the rest goes on; only OSError (a full disk, a folder that is gone)
+    stops the work. `tell` hears "starting", "finished", "failed" or "waiting". Raises Stopped before the next run, or while
+    waiting, once a signal is in `caught`.
+    """
+    watcher = watcher or Watcher()
+    for cell in _until_settled(study, caught, tell):
+        try:
+            claim = watcher.claim(cell.folder, note=standing(cell.folder))
+        except Held:
+            continue
+        with claim:
+            if is_done(cell.folder) or failure(cell.folder):  # by another process, since we looked
+                continue
+            tell("starting", cell, [])
+            what = _attempt(cell, claim, run)
+            if what:
+                tell(what, cell, study.gather())
+    return study.gather()
+
+
+def _until_settled(study: Study, caught: Sequence[int], tell: Tell) -> Iterator[Cell]:
+    """The cells that are not settled, again and again until there are none, with a pause where a round settled none."""
+    settled = study.settled()
+    while left := [cell for cell in study.cells() if cell.digest not in settled]:
+        for cell in left:
+            if caught:
+                raise Stopped(caught[0])
+            yield cell
+        before, settled = settled, study.settled()
+        if settled == before:
+            tell("waiting", left[0], [])
+            time.sleep(LOOK_S)
+
+
+def _attempt(cell: Cell, claim: Claim, run: Run) -> str | None:
+    """Runs the cell; "finished", or "failed" with the reason noted, or None if another process took it over."""
+    if claim.holder.deaths >= DEATHS:
+        reason = f"{DEATHS} processes in turn vanished in it at {claim.holder.note}; killed for want of memory, perhaps"
+        note_failure(cell.folder, cell.config, reason)
+        return "failed"
+    try:
+        run(cell, claim)
+    except ClaimLost:
+        return None
+    except (OSError, Stopped):
+        raise
+    except Exception as error:
+        claim.check()
+        note_failure(cell.folder, cell.config, reason_of(error))
+        return "failed"
+    return "finished"
+
+
+def reason_of(error: Exception) -> str:
+    """One line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"[:500]
+
+
+def forget_failures(study: Study) -> None:
+    """So that failed runs are tried again, from their last checkpoint."""
+    for cell in study.cells():
+        (cell.folder / FAILED).unlink(missing_ok=True)
+
+
+def seconds_left(
+    study: Study, rows: list[Row], workers: int, present: tuple[Cell, float, float] | None, besides: float = 0.0
+) -> float | None:
+    """From the training time of finished runs: the mean of the same encoding, else of all; None if nothing is known.
+
+    `present` is the run under way, the share of it that is done, and the seconds that its whole training takes at this
+    pace; `besides` is what a run takes besides its training. `workers` share the rest evenly.
+    """
+    finished = [row for row in rows if "failed" not in row]
+    took: dict[str, list[float]] = {}
+    for row in finished:
+        took.setdefault(row["encoding"], []).append(row["training_s"])
+    if present:
+        took.setdefault(present[0].config.model.encoding, [present[2]])
+    everything = [seconds for some in took.values() for seconds in some]
+    if not everything:
+        return None
+    settled = {row["digest"] for row in rows}
+    left = 0.0
+    for cell in study.cells():
+        if cell.digest not in settled:
+            known = took.get(cell.config.model.encoding, everything)
+            done = present[1] if present and present[0] == cell else 0.0
+            left += sum(known) / len(known) * (1 - done) + besides
+    return left / max(1, workers)

@@ -1,0 +1,265 @@
+"""The controlled tasks run: one small model for each (encoding, seed, layers), the work behind `sape2 probe`.
+
+Within a seed all encodings see the same batches and start from the same weights outside of the encoding. The scenes that
+are measured are the same for all. What is measured are the weights of the last step; nothing is selected.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from sape2 import viz
+from sape2.config import ModelConfig, TrainConfig
+from sape2.data.augment import derive_seed
+from sape2.encodings import AttentionEncoding, TokenEncoding, parse_encoding
+from sape2.evaluation.report import format_spread, summarize
+from sape2.evaluation.runs import hardware
+from sape2.models.vit import ViT
+from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
+from sape2.training.checkpoint import read_rows, write_rows
+from sape2.training.loop import make_optimizer, make_schedule, mixed_precision
+
+Row = dict[str, Any]
+DIM, NUM_HEADS = 128, 4
+WARMUP_SHARE = 0.1
+CLIP_GRAD = 1.0
+TOKENS_MEASURED = 2**16  # of every split: 1024 scenes of 8x8
+FEWEST_SCENES = 256
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training. Raises ValueError for names and sizes that cannot be."""
+
+    task: str
+    encoding: str
+    seed: int = 0
+    layers: int = 2
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        find_task(self.task)
+        parse_encoding(self.encoding)
+        for name, value, least in (("steps", self.steps or 1, 1), ("layers", self.layers, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise ValueError(f"--{name} must be at least {least}; got {value}")
+        if self.steps is None:
+            object.__setattr__(self, "steps", find_task(self.task).steps)
+        with torch.device("meta"):  # what cannot be made is found before anything is trained
+            ViT(model_config(self))
+
+    @property
+    def key(self) -> Row:
+        """What tells its rows from those of other cells."""
+        task = find_task(self.task)
+        settings = {"steps": self.steps, "batch_size": task.batch_size, "lr": task.lr}
+        return {"task": self.task, "encoding": self.encoding, "seed": self.seed, "layers": self.layers} | settings
+
+
+def model_config(cell: Cell) -> ModelConfig:
+    """The ViT of the package with patches of one cell: its patch embedding is then a linear embedding of the features."""
+    task = find_task(cell.task)
+    return ModelConfig(
+        name="probe",
+        encoding=cell.encoding,
+        image_size=task.grid,
+        patch_size=1,
+        in_channels=task.channels,
+        num_classes=task.num_classes,
+        dim=DIM,
+        depth=cell.layers,
+        num_heads=NUM_HEADS,
+        pool="mean",
+    )
+
+
+def build_model(cell: Cell) -> ViT:
+    """A new model whose weights outside its encodings depend on task, seed and layers alone."""
+    torch.manual_seed(derive_seed(cell.seed, "weights"))
+    return ViT(model_config(cell))
+
+
+def answer(model: ViT, cells: Float[Tensor, "batch channels height width"], task: Task) -> Tensor:
+    """Logits for every token, (B, N, classes), or for the scene, (B, classes); norm and head are the same two modules."""
+    if task.readout == "mean":
+        return model(cells)
+    return model.head(model.fc_norm(model.features(cells)))
+
+
+# --- one cell --------------------------------------------------------------------------------------------------------
+
+
+def run_cell(cell: Cell, on_step: Callable[[], None] = lambda: None) -> list[Row]:
+    """Trains and measures; a row for every split. Raises ValueError when the loss is no longer finite."""
+    start = time.perf_counter()
+    task, precision, device = find_task(cell.task), mixed_precision("auto"), _device()
+    model = build_model(cell).to(device)
+    for module in model.modules():
+        if isinstance(module, AttentionEncoding):
+            module.check_trainable()
+    loss = train(model, task, cell, device, on_step)
+    about = {
+        "train_loss": loss,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "precision": precision.replace("no", "fp32"),
+        "torch": torch.__version__,
+        "hardware": hardware(),
+    }
+    rows = [row | cell.key | about for name in measured_splits(task) for row in measure(model, task, cell.task, name, device)]
+    return [row | {"seconds": time.perf_counter() - start} for row in rows]
+
+
+def train(model: ViT, task: Task, cell: Cell, device: torch.device, on_step: Callable[[], None] = lambda: None) -> float:
+    """AdamW, linear warm-up over a tenth of the steps, cosine; the mean loss of the last tenth."""
+    steps = cell.key["steps"]
+    config = TrainConfig(
+        epochs=1, warmup_epochs=WARMUP_SHARE, batch_size=task.batch_size, lr=task.lr, label_smoothing=0.0, clip_grad=CLIP_GRAD
+    )
+    optimizer = make_optimizer(model, config)
+    schedule = make_schedule(optimizer, config, steps)
+    model.train()
+    losses = []
+    for step in range(steps):
+        schedule.step_update(step)
+        scenes = training_batch(task, cell.task, cell.seed, step)
+        with _autocast(device):
+            logits = answer(model, scenes.cells.to(device), task).float()
+        loss = F.cross_entropy(logits.flatten(0, -2), scenes.labels.flatten().to(device), ignore_index=NOT_ASKED)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
+        optimizer.step()
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"{cell.encoding}, seed {cell.seed}: the loss is {losses[-1]} at step {step}")
+        on_step()
+    last = losses[-max(1, steps // 10) :]
+    return sum(last) / len(last)
+
+
+def training_batch(task: Task, name: str, seed: int, step: int) -> Scenes:
+    """Batch number `step`, decided by (task, seed, step): the same for every encoding."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "probe", name, step))
+    return task.sample(TRAIN, task.batch_size, generator)
+
+
+@torch.no_grad()
+def measure(model: ViT, task: Task, name: str, split: str, device: torch.device) -> Iterator[Row]:
+    """Accuracy on scenes that are the same for every model, and that no training batch was drawn with."""
+    model.eval()
+    height, width = task.splits[split].grid
+    correct = asked = 0
+    for scenes in measured_scenes(task, name, split):
+        with _autocast(device):
+            predicted = answer(model, scenes.cells.to(device), task).argmax(-1).cpu()
+        correct += int((predicted == scenes.labels).sum())
+        asked += int((scenes.labels != NOT_ASKED).sum())
+    yield {
+        "name": "accuracy",
+        "value": correct / asked,
+        "unit": "fraction",
+        "n": asked,
+        "chance": task.splits[split].chance,
+        "split": split,
+        "in_distribution": task.splits[split].in_distribution,
+        "grid": f"{height}x{width}",
+        "protocol": f"weights of the last step, scenes of their own seed; {_size_rule(model, (height, width))}",
+    }
+
+
+def measured_scenes(task: Task, name: str, split: str) -> Iterator[Scenes]:
+    """Batches of the scenes that every model is measured on."""
+    height, width = task.splits[split].grid
+    number = max(FEWEST_SCENES, TOKENS_MEASURED // (height * width))
+    for part in range(math.ceil(number / task.batch_size)):
+        generator = torch.Generator().manual_seed(derive_seed("probe", name, "measured", split, part))
+        yield task.sample(split, task.batch_size, generator)
+
+
+def _size_rule(model: ViT, grid: tuple[int, int]) -> str:
+    """How each part of the encoding treats a grid that it was not trained on."""
+    if grid == model.config.grid:
+        return "the training grid"
+    parts = {m for m in model.modules() if isinstance(m, (AttentionEncoding, TokenEncoding))}
+    rules = {type(part).__name__: getattr(getattr(part, "options", None), "beyond", None) for part in parts}
+    told = ", ".join(sorted(f"{name} {rule}" for name, rule in rules.items() if rule))
+    return "another grid than in training, the encoding's own rule" + (f" ({told})" if told else "")
+
+
+def _device() -> torch.device:
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def _autocast(device: torch.device) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision("auto") == "bf16")
+
+
+# --- many cells ------------------------------------------------------------------------------------------------------
+
+
+def run_cells(cells: list[Cell], folder: Path, on_step: Callable[[], None] = lambda: None) -> Iterator[tuple[Cell, list[Row]]]:
+    """Every cell with its rows, read from results.jsonl where it is finished, else trained and written there at once."""
+    path = folder / "results.jsonl"
+    for cell in cells:
+        rows = finished(read_rows(path), cell)
+        if not rows:
+            rows = run_cell(cell, on_step)
+            write_rows(path, [*read_rows(path), *rows])
+        yield cell, rows
+
+
+def finished(rows: list[Row], cell: Cell) -> list[Row]:
+    """The rows of a cell; [] unless every split is there."""
+    found = [row for row in rows if row.items() >= cell.key.items()]
+    return found if {row["split"] for row in found} >= set(measured_splits(find_task(cell.task))) else []
+
+
+def measured_splits(task: Task) -> list[str]:
+    return [name for name, split in task.splits.items() if split.measured]
+
+
+def table(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
+    """A line for each encoding (and number of layers), mean +- standard deviation over seeds; chance stands in the heading."""
+    headings = {name: f"{name} ({task.splits[name].chance:.3f})" for name in measured_splits(task)}
+    lines: dict[tuple, Row] = {}
+    for row in summarize([row for row in rows if row["name"] == "accuracy"], ("encoding", "layers", "split")):
+        line = lines.setdefault((row["encoding"], row["layers"]), {"encoding": row["encoding"], "layers": row["layers"]})
+        line["seeds"] = row["n"]
+        line[headings[row["split"]]] = format_spread(row["mean"], row["std"], 3)
+    return list(lines.values()), ["encoding", "layers", "seeds", *headings.values()]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def draw_examples(name: str, path: Path, number: int = 2) -> None:
+    """The first scenes of every split."""
+    task = find_task(name)
+    panels: dict[str, list[Any]] = {}
+    for split in measured_splits(task):
+        scenes = task.sample(split, number, torch.Generator().manual_seed(derive_seed("examples", name, split)))
+        panels[split] = [task.example(scenes, index) for index in range(number)]
+    viz.plot_examples(panels, path, f"{name}: {task.summary}")
+
+
+def draw_results(rows: list[Row], task: Task, path: Path) -> Path:
+    """Accuracy by split, a point for each seed; returns the file."""
+    chance = {name: task.splits[name].chance for name in measured_splits(task)}
+    points: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        if row["name"] == "accuracy":
+            label = row["encoding"] if len({r["layers"] for r in rows}) == 1 else f"{row['encoding']}, {row['layers']} layers"
+            points.setdefault(label, {}).setdefault(row["split"], []).append(row["value"])
+    viz.plot_probe(points, chance, path)
+    return path

@@ -1,0 +1,29 @@
+"""Controlled tasks by name.
+
+To add one: a file with a `Task`, a line here, a slow oracle of its labels in the tests, a part in docs/probes.md.
+"""
+
+from __future__ import annotations
+
+from sape2.studies.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task
+from sape2.studies.probes.count import Count
+from sape2.studies.probes.distant import Distant
+from sape2.studies.probes.profile import Profile
+from sape2.studies.probes.scenes import ObjectScenes
+
+TASKS: dict[str, Task] = {
+    "count": Count(),
+    "row_profile": Profile(),
+    "column_profile": Profile(columns=True),
+    "scenes": ObjectScenes(),
+    "distant": Distant(),
+}
+
+__all__ = ["NOT_ASKED", "TASKS", "TRAIN", "Example", "Scenes", "Split", "Task", "find_task"]
+
+
+def find_task(name: str) -> Task:
+    """The task of that name; raises ValueError that lists the known ones."""
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
+    return TASKS[name]

@@ -1,0 +1,119 @@
+"""One run from its settings to its rows: what `sape2 train`, and every run of `sape2 compare`, does."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sape2.config import RunConfig
+from sape2.data import ImageData, ImageFiles, Splits, load_data
+from sape2.evaluation.accuracy import quick_accuracy
+from sape2.evaluation.cost.memory import PeakMeter
+from sape2.evaluation.runs import build_model, measure
+from sape2.models.vit import ViT
+from sape2.training.checkpoint import Progress, Row, check_run, is_finished
+from sape2.training.claim import Claim
+from sape2.training.files import sweep
+from sape2.training.loop import TrainingStopped, train
+from sape2.training.memory_errors import in_training, told_in_one_line
+from sape2.training.processes import ALONE, Dismissed, Processes
+
+MIB = 2**20
+NOWHERE = Path(os.devnull)  # no file can be made in it
+WARM_UP = 2  # steps before the one whose memory is measured: the optimiser's state is there then
+
+
+def run_to_end(
+    model: ViT,
+    splits: Splits,
+    config: RunConfig,
+    claim: Claim,
+    quiet: bool = False,
+    watch: Callable[[Progress], None] = lambda progress: None,
+    processes: Processes = ALONE,
+) -> list[Row]:
+    """Trains on from where the run in the claimed folder stands, unless it is finished, and measures the test set.
+
+    Nothing is saved once the claim is lost. `watch` hears where the run stands after each step. Raises what `train` and
+    `Claim.check` raise, and OutOfMemory. The other `processes` must call `help_to_train`; they are let go when the
+    training is done.
+    """
+    folder = claim.folder
+    check_run(folder, config)
+    sweep(folder)
+    if not is_finished(folder):
+        memory = StepMemory(len(splits.train) // config.train.batch_size)
+
+        def look(progress: Progress) -> Row:
+            watch(progress)
+            return memory.after_step(progress.step)
+
+        try:
+            with told_in_one_line(lambda: in_training(config, processes.size)):
+                validate = validation_of(splits, processes)
+                train(model, splits.train, validate, config, folder, quiet, look, processes, claim.check)
+        finally:
+            memory.close()
+    processes.leave()
+    claim.check()
+    return measure(folder, splits, ["accuracy"], "test", ["last", "best"])
+
+
+def help_to_train(config: RunConfig, processes: Processes) -> int:
+    """What every process but the main one does of `run_to_end`: no folder is read or written. Returns an exit status."""
+    try:
+        splits = load_data(config.data, config.model)
+        model, validate = build_model(config), validation_of(splits, processes)
+        with told_in_one_line(lambda: in_training(config, processes.size)):
+            train(model, splits.train, validate, config, NOWHERE, processes=processes)
+    except TrainingStopped as stopped:
+        return 128 + stopped.signal_number
+    except Dismissed:  # the main process found nothing to train
+        pass
+    return 0
+
+
+def validation_of(splits: Splits, processes: Processes) -> Callable[[nn.Module], tuple[float, float]]:
+    """`shared_accuracy` on the validation set, as `train` wants it."""
+    return lambda trained: shared_accuracy(trained, splits.validation, processes)
+
+
+def shared_accuracy(model: nn.Module, data: ImageData | ImageFiles, processes: Processes) -> tuple[float, float]:
+    """`quick_accuracy` of all images, of which each process measures every size-th: each image counts once."""
+    if processes.size == 1:
+        return quick_accuracy(model, data)
+    mine = torch.arange(processes.rank, len(data), processes.size)
+    accuracy, loss = quick_accuracy(model, data[mine]) if len(mine) else (0.0, 0.0)
+    parts = processes.gather((round(accuracy * len(mine)), loss * len(mine)))
+    return sum(correct for correct, _ in parts) / len(data), sum(loss for _, loss in parts) / len(data)
+
+
+class StepMemory:
+    """The highest extra memory of one step, its batch included, measured once in every process that trains a run."""
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self.steps_per_epoch, self.seen = steps_per_epoch, 0
+        self.meter: PeakMeter | None = None
+        self.known: Row = {}
+
+    def after_step(self, step: int) -> Row:
+        """To be called after every step; what is known by then. What is measured is never an epoch's end."""
+        self.seen += 1
+        if self.meter is not None:
+            self.known = {"step_memory_mib": self.meter.stop() / MIB}
+            self.meter = None
+        elif not self.known and self.seen >= WARM_UP and step % self.steps_per_epoch:
+            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+            if device is not None and device.type in ("cpu", "cuda"):
+                self.meter = PeakMeter(device)
+                self.meter.start()
+        return self.known
+
+    def close(self) -> None:
+        """Ends a measurement that an exception interrupted."""
+        if self.meter is not None:
+            self.meter.stop()

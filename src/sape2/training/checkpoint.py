@@ -1,0 +1,286 @@
+"""The run folder: config, weights, checkpoints, metrics and results. Every file appears whole or not at all.
+
+config.json, data.json (which images, see data/fingerprint.py), model.safetensors (last epoch; its presence says that the
+run is finished), best.safetensors (best epoch on the validation set), checkpoint/step-N/ (resume), metrics.jsonl (a line per
+epoch), results.jsonl, figures/.
+
+There is no random state to keep: every draw of a step is seeded by (seed, step). Nothing here is unpickled freely:
+weights are safetensors, the optimiser is read with weights_only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from torch import nn
+
+import sape2
+from sape2.config import RunConfig
+from sape2.training.files import write_atomic, write_text
+
+Row = dict[str, Any]
+FORMAT = 1  # of a run folder, written into its config.json; those that do not say have this one
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The objects of a .jsonl file; [] if there is none. Raises ValueError for a line that is not one."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} is not a JSON object: {line[:50]}")
+        rows.append(row)
+    return rows
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def update_results(folder: Path, rows: list[Row]) -> None:
+    """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before.
+
+    Raises FileNotFoundError if the folder is gone.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} was removed while it was being measured; nothing is written there")
+    new = {_measured(row) for row in rows}
+    kept = [row for row in read_rows(folder / "results.jsonl") if _measured(row) not in new]
+    write_rows(folder / "results.jsonl", [*kept, *rows])
+
+
+def _measured(row: Row) -> tuple:
+    return row.get("measure"), row.get("split"), row.get("weights")
+
+
+def save_weights(path: Path, model: nn.Module) -> None:
+    write_atomic(path, lambda temporary: save_model(model, str(temporary)))
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Raises ValueError naming the first difference if the file holds another model or is damaged."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        load_model(model, path)
+    except (RuntimeError, SafetensorError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = lines[1] if len(lines) > 1 else lines[0]
+        raise ValueError(f"{path} does not hold the weights of this model: {reason}") from error
+
+
+# --- run folder ------------------------------------------------------------------------------------------------------
+
+
+def check_run(folder: Path, config: RunConfig) -> None:
+    """Raises ValueError if the folder holds another run, or something that is not a run. Changes nothing."""
+    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+        return
+    existing = read_config(folder)
+    if existing.identity() != config.identity():
+        raise ValueError(
+            f"{folder} holds another run, which differs in {difference(existing.identity(), config.identity())}; "
+            "choose another --out, or give the same settings to go on"
+        )
+
+
+def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -> None:
+    """Makes the run folder, or takes it up if it holds this run on these images (see `check_run`, `check_data`)."""
+    check_run(folder, config)
+    check_data(folder, fingerprint)
+    if last := last_checkpoint(folder):
+        _keep_only(last)
+    if not (folder / "config.json").exists():
+        values = {"format": FORMAT, "sape2_version": sape2.__version__} | config.to_dict()
+        write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
+    if fingerprint is not None and not (folder / "data.json").exists():
+        write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
+
+
+def check_data(folder: Path, fingerprint: Row | None) -> None:
+    """Raises ValueError if the run in the folder saw other images, as far as `data.fingerprint` can tell.
+
+    Another layout of the same files is no difference: names and sizes are compared only within one layout.
+    """
+    path = folder / "data.json"
+    if fingerprint is None or not path.exists():
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        found = _other_images(before, fingerprint)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); remove it if you know that --data holds the images of this run"
+        ) from error
+    if found is not None:
+        raise ValueError(
+            f"{folder} saw other images: {found}. Give the --data it began with, or choose another --out for a new run"
+        )
+
+
+def _other_images(before: Row, now: Row) -> str | None:
+    what = {"images": "the number", "labels": "the labels", "bytes": "the content", "pixels": "the content"}
+    if before["layout"] == now["layout"]:
+        what["names"] = "the names or sizes"
+    for split in ("train", "test"):
+        for key, words in what.items():
+            old, new = before[split].get(key), now[split].get(key)
+            if old is not None and new is not None and old != new:
+                return f"{words} of its {split} images ({old} there, {new} here)"
+    return None
+
+
+def read_config(folder: Path) -> RunConfig:
+    """Raises FileNotFoundError or ValueError if the folder is not a run folder."""
+    path = folder / "config.json"
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no run folder {folder}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file, not a run folder")
+    if not path.exists():
+        if (folder / "study.json").exists():
+            runs = f"one of its runs, {folder}/ENCODING-sSEED; sape2 report takes {folder}/rows.jsonl too"
+            raise FileNotFoundError(f"{folder} is a study, not a run; give {runs}")
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
+    text = _read_text(path)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    try:
+        return RunConfig.from_dict(_without_format(values))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not fit this version of sape2, {sape2.__version__}{_writer(values)}: {error}. "
+            "Use the version that wrote it, or choose another --out"
+        ) from error
+
+
+def _without_format(values: Any) -> Any:
+    """What `start_run` wrote, less what it put before the config. Raises ValueError for another format."""
+    if not isinstance(values, dict):
+        return values
+    number = values.get("format", FORMAT)
+    if number != FORMAT:
+        wrote = values.get("sape2_version", "an unknown version")
+        raise ValueError(f"it has format {number!r}, of sape2 {wrote}; format {FORMAT} is read here")
+    return {key: value for key, value in values.items() if key not in ("format", "sape2_version")}
+
+
+def _writer(values: Any) -> str:
+    version = values.get("sape2_version") if isinstance(values, dict) else None
+    return f", but was written by {version}" if version else ""
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "model.safetensors").exists()
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
+    """The first setting in which two identities of configs differ, with both values."""
+    for key in new:
+        if old[key] != new[key]:
+            if isinstance(new[key], dict):
+                return difference(old[key], new[key], f"{prefix}{key}.")
+            return f"{prefix}{key} ({old[key]!r} there, {new[key]!r} here)"
+    raise AssertionError("the configs are equal")
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Progress:
+    """Where a run stands: the next step, what the current epoch has summed up, the best epoch so far."""
+
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best_epoch: int | None = None
+    best_accuracy: float = -1.0
+
+
+def save_checkpoint(
+    folder: Path, progress: Progress, model: nn.Module, ema: nn.Module | None, optimizer_state: dict[str, Any]
+) -> None:
+    """Writes checkpoint/step-N beside the last one, then removes that."""
+    parent = folder / "checkpoint"
+    final = parent / f"step-{progress.step:08d}"
+    if final.exists():  # the same step again: what it holds is the same
+        return
+    temporary = parent / f".writing-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        save_weights(temporary / "model.safetensors", model)
+        if ema is not None:
+            save_weights(temporary / "ema.safetensors", ema)
+        write_atomic(temporary / "optimizer.pt", lambda path: torch.save(optimizer_state, path))
+        write_text(temporary / "progress.json", json.dumps(asdict(progress)))
+        os.replace(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _keep_only(final)
+
+
+def _keep_only(checkpoint: Path) -> None:
+    for other in checkpoint.parent.iterdir():
+        if other != checkpoint:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    parent = folder / "checkpoint"
+    if not parent.is_dir():
+        return None
+    return max((path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name)), default=None)
+
+
+def standing(folder: Path) -> str:
+    """Where a run stands, for a person or for a comparison with where it stood."""
+    at = last_checkpoint(folder)
+    return at.name if at else "no checkpoint yet"
+
+
+def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tuple[Progress, dict[str, Any]]:
+    """Loads the weights in place; returns the progress and the optimiser's state.
+
+    Raises ValueError if it is damaged, or of a version that kept other things.
+    """
+    load_weights(path / "model.safetensors", model)
+    if ema is not None:
+        load_weights(path / "ema.safetensors", ema)
+    try:
+        progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+        state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        if not isinstance(state, dict) or "optimizer" not in state:
+            raise ValueError("optimizer.pt has no optimizer in it")
+        return progress, state
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError, RecursionError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} is damaged, or of another version ({reason}); remove it to start again") from error

@@ -1,0 +1,328 @@
+"""What a trained model did with one image: prediction, bias or attention, gates and positions, as one page or picture.
+
+The page is a single HTML file that needs nothing else: figures are inside it as SVG, there is no script and no
+address. Its panels are those of `sape2 explore`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sape2 import viz
+from sape2.config import ModelConfig, RunConfig
+from sape2.data import ImageData
+from sape2.data.picture import Picture, read_picture
+from sape2.encodings.grid import Grid
+from sape2.evaluation import pairs
+from sape2.evaluation.findings import findings
+from sape2.evaluation.health import layer_rows
+from sape2.evaluation.layers import Layer, layers_of
+from sape2.evaluation.report import format_value
+from sape2.evaluation.runs import load_run_model
+from sape2.training.checkpoint import is_finished, read_config, read_rows
+from sape2.training.files import write_text
+from sape2.viz.drawing import Drawing
+
+Row = dict[str, Any]
+Patch = tuple[int, int]
+
+
+# --- what is shown ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which layer and head (both from 1, None for all or their mean), and which patches (None: the centre and a corner)."""
+
+    layer: int | None = None
+    head: int | None = None
+    patches: tuple[Patch, ...] = ()
+
+    def check(self, config: ModelConfig) -> None:
+        """Raises ValueError for what the model does not have."""
+        for name, value, number in (("layer", self.layer, config.depth), ("head", self.head, config.num_heads)):
+            if value is not None and not 1 <= value <= number:
+                raise ValueError(f"--{name} must be from 1 to {number}, which the model has; got {value}")
+        height, width = config.grid
+        for y, x in self.patches:
+            if not (0 <= y < height and 0 <= x < width):
+                raise ValueError(f"--patch is ROW,COLUMN from 0,0 to {height - 1},{width - 1}; got {y},{x}")
+
+    def named_patches(self, grid: Grid) -> dict[str, Patch]:
+        """By default the patch in the middle, where photographs have their object, and the first, where they have none."""
+        if not self.patches:
+            return {"centre patch": (grid[0] // 2, grid[1] // 2), "corner patch": (0, 0)}
+        return {f"patch {y},{x}": (y, x) for y, x in self.patches}
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that a page or a picture is made of."""
+
+    image_path: Path
+    config: RunConfig
+    picture: Picture
+    choice: Choice
+    probabilities: list[Row]
+    layers: list[Layer]
+    rows: list[Row]
+
+    @property
+    def shown(self) -> list[Layer]:
+        """The chosen layer, or all that have what is shown."""
+        layers = [layer for layer in self.layers if layer.bias is not None] or self.layers
+        return [layer for layer in self.layers if layer.number == self.choice.layer] or layers
+
+    @property
+    def quantity(self) -> str:
+        """Bias where the layers shown have one, else attention."""
+        heads = "mean of heads" if self.choice.head is None else f"head {self.choice.head}"
+        return f"bias (logits, {heads})" if self.has_bias else f"attention ({heads})"
+
+    @property
+    def has_bias(self) -> bool:
+        return all(layer.bias is not None for layer in self.shown)
+
+    def maps(self) -> dict[str, Tensor]:
+        """Name of a layer -> (heads, N, N), the chosen head or all."""
+        found = {f"layer {layer.number}": layer.bias if self.has_bias else layer.attention for layer in self.shown}
+        head = slice(None) if self.choice.head is None else slice(self.choice.head - 1, self.choice.head)
+        return {name: values[0, head].cpu() for name, values in found.items() if values is not None}
+
+    def counting_layer(self) -> Layer | None:
+        """Of the layers shown that count positions, the one whose bias makes up most of its logits."""
+        counting = [layer for layer in self.shown if any(name.startswith("positions") for name in layer.maps)]
+        return max(counting, key=lambda layer: self.number("bias_variance_share", layer.number) or 0.0, default=None)
+
+    def number(self, name: str, layer: int, axis: str | None = None) -> float | None:
+        """A value of the health rows."""
+        found = (r["value"] for r in self.rows if (r["name"], r.get("layer"), r.get("axis")) == (name, layer, axis))
+        return next(found, None)
+
+
+def explain(
+    folder: Path, image_path: Path, out: Path | None = None, choice: Choice | None = None, weights: str = "last"
+) -> tuple[Path, list[Row]]:
+    """Writes the page (.html) or the picture (.png); returns where, and the numbers on it as rows.
+
+    Raises ValueError or OSError, before anything is written, for a run, an image or a choice that cannot be.
+    """
+    config = read_config(folder)
+    if not is_finished(folder):
+        raise ValueError(f"the run in {folder} is not finished; give its sape2 train command again to go on")
+    out = out or folder / "figures" / f"explain-{image_path.stem}.html"
+    if out.suffix.lower() not in (".html", ".png"):
+        raise ValueError(f"--out must end in .html or .png; got {out}")
+    choice = choice or Choice()
+    choice.check(config.model)
+    picture = read_picture(image_path, config.model)
+    found = look(load_run_model(folder, weights), config, picture, image_path, choice, class_names(folder, config))
+    if out.suffix.lower() == ".png":
+        viz.as_one(_pairs(found)).save(out)
+    else:
+        write_text(out, page(found))
+    about = {"image": str(image_path), "encoding": config.model.encoding, "model": config.model.label, "weights": weights}
+    return out, [row | about for row in [*found.probabilities, *found.rows]]
+
+
+def look(
+    model: nn.Module, config: RunConfig, picture: Picture, image_path: Path, choice: Choice, classes: list[str]
+) -> Explanation:
+    """Runs the model on the picture and takes down what its layers did."""
+    one = ImageData(picture.pixels[None], torch.zeros(1, dtype=torch.long), tuple(classes), config.data.mean, config.data.std)
+    images, _ = next(one.batches(1))
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        probabilities = model(images.to(device))[0].double().softmax(-1).cpu()
+    layers = list(layers_of(model, images))
+    rows = [*_attention_rows(layers, config.model.grid), *layer_rows(model, one, 1, 1)]
+    rows += findings(rows)
+    return Explanation(image_path, config, picture, choice, _predictions(probabilities, classes), layers, rows)
+
+
+def class_names(folder: Path, config: RunConfig) -> list[str]:
+    """From the results of the run, which name each class of its data; numbers where they do not."""
+    rows = [row for row in read_rows(folder / "results.jsonl") if row.get("name") == "class_accuracy"]
+    names = list(dict.fromkeys(row["class"] for row in rows))
+    return names if len(names) == config.model.num_classes else [str(label) for label in range(config.model.num_classes)]
+
+
+def _predictions(probabilities: Tensor, classes: list[str]) -> list[Row]:
+    """The five most likely classes, or all if there are fewer."""
+    top = probabilities.topk(min(5, len(classes)))
+    about = {
+        "measure": "explain",
+        "name": "probability",
+        "unit": "fraction",
+        "n": 1,
+        "protocol": "softmax of the logits, one view",
+    }
+    return [about | {"class": classes[c], "value": p} for p, c in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+
+
+def _attention_rows(layers: list[Layer], grid: Grid) -> Iterator[Row]:
+    for layer in layers:
+        found = {
+            "attention_distance": (pairs.attention_distance(layer.attention, grid), "patches"),
+            "attention_entropy": (pairs.attention_entropy(layer.attention), "nats"),
+        }
+        for name, (value, unit) in found.items():
+            about = {"measure": "explain", "n": 1, "protocol": "grid tokens only; mean of heads"}
+            yield about | {"name": name, "value": value.mean().item(), "unit": unit, "layer": layer.number}
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def _pairs(found: Explanation) -> list[Drawing]:
+    means = {name: values.mean(0) for name, values in found.maps().items()}
+    grid = found.config.model.grid
+    return viz.pairs_figure(found.picture.pixels, means, grid, found.choice.named_patches(grid), found.quantity)
+
+
+def _distance(found: Explanation) -> list[Drawing]:
+    quantity = found.quantity.replace("mean of heads", "all heads")
+    return viz.distance_figure(found.maps(), found.config.model.grid, quantity)
+
+
+def _counts(found: Explanation, layer: Layer) -> list[Drawing]:
+    """Gates and positions of the first patch."""
+    grid = found.config.model.grid
+    y, x = next(iter(found.choice.named_patches(grid).values()))
+    heads = slice(None) if found.choice.head is None else slice(found.choice.head - 1, found.choice.head)
+    axes = {key.removeprefix("positions").removeprefix("_") for key in layer.maps if key.startswith("positions")}
+    maps = {
+        axis or "sequence": {
+            kind: layer.maps["_".join(filter(None, (kind, axis)))][0, heads, y * grid[1] + x].cpu()
+            for kind in ("gates", "positions")
+        }
+        for axis in sorted(axes)
+    }
+    return viz.counts_figure(found.picture.pixels, maps, grid, (y, x))
+
+
+# --- page ------------------------------------------------------------------------------------------------------------
+
+META = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto;
+  padding: 0 1rem }
+h1 { font-size: 1.5rem; margin-bottom: 0 }
+h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd; vertical-align: bottom }
+th:first-child, td:first-child { text-align: left }
+.panels { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
+.panels div { max-width: 100% }
+svg { display: block; max-width: 100%; height: auto }
+figure { margin: 1rem 0 }
+figcaption { margin-top: .6rem }
+figcaption, .about { color: #555; font-size: .9rem }
+.scroll { overflow-x: auto }
+"""
+
+
+def page(found: Explanation) -> str:
+    """The whole page as one text."""
+    best = found.probabilities[0]
+    sections = [
+        f"<h1>{_text(found.image_path.name)}: {_text(best['class'])}, {best['value']:.1%}</h1>",
+        f"<p class=about>{_text(_about(found))}</p>",
+        "<h2>Prediction</h2>",
+        _table(["class", "probability"], [[row["class"], row["value"]] for row in found.probabilities]),
+        *_figures(found),
+        "<h2>Numbers of this image, by layer</h2>",
+        _layer_table(found),
+        "<h2>Health of the encoding on this image</h2>",
+        _health(found),
+    ]
+    head = f"{META}<title>{_text(found.image_path.name)}</title>"
+    return (
+        f"<!doctype html>\n<html lang=en>\n<head>{head}<style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _about(found: Explanation) -> str:
+    config = found.config
+    return (
+        f"{config.model.label} with {config.model.encoding}, trained on {config.data.name} for {config.train.epochs} epochs "
+        f"(seed {config.seed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. "
+        f"The image: {found.picture.notes}."
+    )
+
+
+def _figures(found: Explanation) -> Iterator[str]:
+    what = "bias" if found.has_bias else "attention"
+    patches = ", ".join(f"the {name}" for name in found.choice.named_patches(found.config.model.grid))
+    yield f"<h2>{what.capitalize()} between patches</h2>"
+    if found.has_bias:
+        about = "The bias is added to the logits: against what content alone would give, attention moves from dark to bright."
+    else:
+        about = f"The encoding {found.config.model.encoding} adds no bias in these layers, so this is the attention itself."
+    yield _figure(
+        _pairs(found), f"{what.capitalize()} between all patches, and from {patches} to all others, by layer. {about}"
+    )
+    layer = found.counting_layer()
+    if layer is not None:
+        share = found.number("bias_variance_share", layer.number)
+        name, (y, x) = next(iter(found.choice.named_patches(found.config.model.grid).items()))
+        why = f", whose bias makes up most of its logits ({share:.0%} of their variance)" if share is not None else ""
+        about = f"Gates and positions of the {name} (row {y}, column {x}) in layer {layer.number}, by head and axis"
+        about += ("" if found.choice.layer else why) + ". A gate says how much a patch counts; a position is a sum of gates "
+        about += "along the line, counted as the encoding does."
+        yield "<h2>Gates and positions</h2>"
+        yield _figure(_counts(found, layer), about)
+    yield f"<h2>{what.capitalize()} against distance</h2>"
+    about = "mean of all pairs, band: one standard deviation. A flat line: it does not depend on how far apart two patches are."
+    yield _figure(_distance(found), f"{what.capitalize()} against the distance of two patches, by layer; {about}")
+
+
+def _figure(panels: list[Drawing], caption: str) -> str:
+    shown = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
+    return f"<figure><div class=panels>{shown}</div><figcaption>{_text(caption)}</figcaption></figure>"
+
+
+COLUMNS = {  # heading -> number of the layer
+    "attention distance (patches)": "attention_distance",
+    "attention entropy (nats)": "attention_entropy",
+    "bias, mean (logits)": "bias_mean",
+    "bias, within rows (logits)": "bias_row_std",
+    "content, within rows (logits)": "content_row_std",
+    "bias, share of logit variance": "bias_variance_share",
+}
+
+
+def _layer_table(found: Explanation) -> str:
+    used = {head: name for head, name in COLUMNS.items() if any(row["name"] == name for row in found.rows)}
+    lines = [[layer.number, *(found.number(name, layer.number) for name in used.values())] for layer in found.layers]
+    return _table(["layer", *used], lines)
+
+
+def _health(found: Explanation) -> str:
+    messages = [row["message"] for row in found.rows if "message" in row]
+    if not any(row["name"] == "bias_mean" for row in found.rows):
+        return "<p>The layers add no bias and count no positions: there is nothing to check here.</p>"
+    if not messages:
+        return "<p>Gates, positions and bias are within all limits on this image (docs/evaluation/health.md has them).</p>"
+    return "<ul>" + "".join(f"<li>{_text(message)}</li>" for message in messages) + "</ul>"
+
+
+def _table(headings: list[str], lines: list[list[Any]]) -> str:
+    top = "".join(f"<th scope=col>{_text(heading)}</th>" for heading in headings)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{_text('' if v is None else format_value(v))}</td>" for v in line) + "</tr>" for line in lines
+    )
+    return f"<div class=scroll><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _text(value: str) -> str:
+    return html.escape(str(value), quote=True)

@@ -1,0 +1,52 @@
+"""`sape2 explore`: a page on this machine in which one points at a patch and sees what the encoding makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+from sape2.data import load_data
+from sape2.evaluation.runs import load_run_model
+from sape2.training.checkpoint import is_finished, read_config
+from sape2.viz.explore.microscope import Microscope, Subject
+from sape2.viz.explore.page import import_gradio, serve
+
+SHIPPED = Path(str(resources.files("sape2.viz.explore").joinpath("model")))  # a run folder; how it was made: its README.md
+
+
+def explore(
+    folder: Path | None = None,
+    against: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    data: str | None = None,
+    weights: str = "last",
+    say: Callable[[str], None] = print,
+) -> None:
+    """Serves the page until it is interrupted; without a run folder that of the model that comes with the package.
+
+    Raises ValueError, OSError or ImportError, before anything is served, for what cannot be shown.
+    """
+    import_gradio()
+    serve(open_microscope(folder, against, data, weights), host, port, say)
+
+
+def open_microscope(
+    folder: Path | None = None, against: Path | None = None, data: str | None = None, weights: str = "last"
+) -> Microscope:
+    """The models of one or two finished runs, and the test images of the first."""
+    subject = _subject(folder or SHIPPED, "shipped model" if folder is None else folder.name, weights)
+    other = None if against is None else _subject(against, against.name, weights)
+    if other is not None and other.name == subject.name:
+        other = replace(other, name=f"{other.name} (2)")
+    config = subject.config.data if data is None else replace(subject.config.data, source=data)
+    return Microscope(subject, load_data(config, subject.config.model).test, other)
+
+
+def _subject(folder: Path, name: str, weights: str) -> Subject:
+    config = read_config(folder)
+    if not is_finished(folder):
+        raise ValueError(f"the run in {folder} is not finished; give its sape2 train command again to go on")
+    return Subject(name, load_run_model(folder, weights), config)

@@ -1,0 +1,235 @@
+"""The microscope: images, models and what there is to see of them, as numbers. No page, no drawing.
+
+An image goes through a model once (`Microscope.seen`); a click only cuts something else out of what that gave.
+Notation as in the paper: i is the patch one looks from, n another patch, m a place in i's line. Head 0 is the mean of all.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sape2.config import RunConfig, check_image_size
+from sape2.data import ImageData, ImageFiles, normalize
+from sape2.data.picture import Picture
+from sape2.evaluation.translation import Border, translate
+from sape2.evaluation.views import plain_sizes, scaled
+from sape2.models.vit import ViT
+from sape2.viz.explore.change import Change, changes
+from sape2.viz.explore.columns import Column, View, axes_of, axis_view, of_head
+from sape2.viz.explore.looking import Seen, look
+from sape2.viz.explore.state import Patch, State, whole_number
+
+LARGEST_GRID = 32 * 32  # patches: maps of all layers and heads stay in memory
+KEPT = 12  # images that have gone through a model
+KEPT_UPLOADS = 16
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained model to look into, with the name that stands above its column."""
+
+    name: str
+    model: ViT
+    config: RunConfig
+
+
+class Microscope:
+    """Images, one trained model and perhaps another one; `view(state)` gives what is to be shown.
+
+    Both models must take the same images: size, patches, channels and classes. Raises ValueError otherwise.
+    """
+
+    def __init__(self, subject: Subject, samples: ImageData | ImageFiles, against: Subject | None = None) -> None:
+        self.subject, self.samples, self.against = subject, samples, against
+        self.uploads: OrderedDict[str, Picture] = OrderedDict()
+        self._seen: OrderedDict[tuple, Seen] = OrderedDict()
+        if against is not None:
+            _check_alike(subject.config, against.config)
+
+    @functools.cached_property
+    def start(self) -> State:
+        """Of the first image the patch in the middle, in the last layer, at the size trained at."""
+        config = self.subject.config.model
+        height, width = config.grid
+        beside = "run" if self.against else "nothing"
+        return State(layer=config.depth, patch=(height // 2, width // 2), size=config.image_size, beside=beside)
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """What the page offers: from 0.6 to twice the size trained at."""
+        config = self.subject.config.model
+        sizes = plain_sizes(config.image_size, (config.patch_size,) * 2)
+        return [size for size in sizes if _patches(size, config.patch_size) <= LARGEST_GRID]
+
+    def add(self, key: str, picture: Picture) -> str:
+        """Keeps an uploaded picture; returns its name for `State.image`."""
+        self.uploads[key] = picture
+        while len(self.uploads) > KEPT_UPLOADS:
+            self.uploads.popitem(last=False)
+        return f"upload:{key}"
+
+    def check(self, state: State) -> None:
+        """Raises ValueError for a state that cannot be shown."""
+        config = self.subject.config.model
+        self._pixels(state.image)
+        grid = check_image_size(state.size, config.patch_size)
+        if grid[0] * grid[1] > LARGEST_GRID:
+            raise ValueError(f"size {state.size[0]}x{state.size[1]} makes {grid[0] * grid[1]} patches; at most {LARGEST_GRID}")
+        _check_within("layer", state.layer, 1, config.depth)
+        _check_within("head", state.head, 0, config.num_heads)
+        for name, patch in (("patch", state.patch), ("other", state.other)):
+            if patch is not None and not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
+                raise ValueError(f"{name} is row,column from 0,0 to {grid[0] - 1},{grid[1] - 1}; got {patch[0]},{patch[1]}")
+        for shift, length in zip(state.shift, state.size, strict=True):
+            _check_within("shift", shift, -length, length)
+        if state.border not in get_args(Border):
+            raise ValueError(f"border must be one of {', '.join(get_args(Border))}; got {state.border!r}")
+        self._check_beside(state.beside)
+
+    def _check_beside(self, beside: str) -> None:
+        what, _, which = beside.partition(":")
+        config = self.subject.config.model
+        if what in ("head", "layer") and which:
+            low, high = (0, config.num_heads) if what == "head" else (1, config.depth)
+            _check_within(f"beside {what}", whole_number(what, which), low, high)
+        elif beside == "run" and self.against is None:
+            raise ValueError("there is no other run to set beside; start with sape2 explore RUN --against RUN2")
+        elif beside not in ("nothing", "before", "run"):
+            raise ValueError(f"beside must be nothing, head:N, layer:N, before or run; got {beside!r}")
+
+    def view(self, state: State) -> View:
+        """Raises ValueError for a state that cannot be shown."""
+        self.check(state)
+        what, _, which = state.beside.partition(":")
+        columns = [self._column(self.subject, state, state.patch, state.other, self._name(self.subject, state))]
+        if what in ("head", "layer"):
+            other = replace(state, head=int(which)) if what == "head" else replace(state, layer=int(which))
+            columns.append(self._column(self.subject, other, state.patch, state.other, self._name(self.subject, other)))
+        if what == "run" and self.against is not None:
+            theirs = _within(state, self.against.config)
+            columns.append(self._column(self.against, theirs, state.patch, state.other, self._name(self.against, theirs)))
+        if what == "before":
+            columns.append(self._before(state))
+        return View(state, columns, self._changes(state) if any(state.shift) else [], self._notes(state.image))
+
+    def _name(self, subject: Subject, state: State) -> str:
+        heads = "mean of heads" if state.head == 0 else f"head {state.head}"
+        return f"{subject.name}, layer {state.layer}, {heads}"
+
+    def _before(self, state: State) -> Column:
+        """The image not moved, from where the patches lay then, as nearly as whole patches can say."""
+        other = None if state.other is None else self._back(state, state.other)
+        still = replace(state, shift=(0, 0))
+        name = f"{self._name(self.subject, state)}, not moved"
+        return self._column(self.subject, still, self._back(state, state.patch), other, name)
+
+    def _back(self, state: State, patch: Patch) -> Patch:
+        down, right = self.steps(state)
+        height, width = check_image_size(state.size, self.subject.config.model.patch_size)
+        return (patch[0] - down) % height, (patch[1] - right) % width
+
+    def steps(self, state: State) -> Patch:
+        """The shift in whole patches (down, right), rounded."""
+        patch = self.subject.config.model.patch_size
+        return round(state.shift[0] / patch), round(state.shift[1] / patch)
+
+    def _changes(self, state: State) -> list[Change]:
+        before, after = self.seen(self.subject, replace(state, shift=(0, 0))), self.seen(self.subject, state)
+        pick = functools.partial(of_head, head=state.head)
+        tables = [
+            {name: pick(value) for name, value in layer.maps.items()} | {"attention": pick(layer.attention)}
+            for layer in (before.layers[state.layer - 1], after.layers[state.layer - 1])
+        ]
+        tokens = [seen.layers[state.layer - 1].leaving for seen in (before, after)]
+        probabilities = [seen.probabilities for seen in (before, after)]
+        return changes(tables, tokens, probabilities, before.grid, self.steps(state), state.border)
+
+    def _column(self, subject: Subject, state: State, patch: Patch, other: Patch | None, name: str) -> Column:
+        seen = self.seen(subject, state)
+        layer, (height, width) = seen.layers[state.layer - 1], seen.grid
+        pick = functools.partial(of_head, head=state.head)
+        i, n = patch[0] * width + patch[1], None if other is None else other[0] * width + other[1]
+        from_i = {name: pick(values)[i] for name, values in layer.maps.items()}
+        axes = {axis: axis_view(layer, axis, state.head, i, n) for axis in axes_of(layer.maps)}
+        top = np.argsort(-seen.probabilities)[:5]
+        return Column(
+            name=name,
+            encoding=subject.config.model.encoding,
+            grid=seen.grid,
+            patch=patch,
+            other=other,
+            pixels=seen.pixels,
+            prediction=[(self.samples.classes[c], float(seen.probabilities[c])) for c in top],
+            axes=axes,
+            bias=from_i["bias"].reshape(height, width) if "bias" in from_i else None,
+            attention=pick(layer.attention)[i].reshape(height, width),
+            attention_without_bias=pick(layer.content)[i].reshape(height, width),
+            readout=layer.readout,
+        )
+
+    def seen(self, subject: Subject, state: State) -> Seen:
+        """The image through the model, from memory if it has been there."""
+        key = (subject.name, state.image, state.size, state.shift, state.border if any(state.shift) else "")
+        if key not in self._seen:
+            self._seen[key] = self._look(subject, state)
+            while len(self._seen) > KEPT:
+                self._seen.popitem(last=False)
+        self._seen.move_to_end(key)
+        return self._seen[key]
+
+    def _look(self, subject: Subject, state: State) -> Seen:
+        data = subject.config.data
+        images = normalize(self._pixels(state.image)[None], data.mean, data.std)
+        images = translate(scaled(images, state.size), torch.tensor([state.shift], dtype=torch.float32), state.border)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+        pixels = ((images[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+        grid = check_image_size(state.size, subject.config.model.patch_size)
+        return Seen(pixels.numpy(), grid, *look(subject.model, images))
+
+    def _pixels(self, image: str) -> Tensor:
+        kind, _, which = image.partition(":")
+        if kind == "upload":
+            if which not in self.uploads:
+                raise ValueError("this uploaded image is no longer here: uploads live as long as the server; upload it again")
+            return self.uploads[which].pixels
+        if kind != "test" or not re.fullmatch(r"\d{1,9}", which, re.ASCII) or int(which) >= len(self.samples):
+            raise ValueError(f"image must be test:0 to test:{len(self.samples) - 1}, or an upload; got {image!r}")
+        return self.samples[int(which) : int(which) + 1].images[0]
+
+    def _notes(self, image: str) -> str:
+        kind, _, which = image.partition(":")
+        if kind == "upload":
+            return f"uploaded: {self.uploads[which].notes}"
+        label = self.samples.classes[int(self.samples.labels[int(which)])]
+        return f"image {which} of the test set, labelled {label}"
+
+
+def _check_within(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be from {low} to {high}; got {value}")
+
+
+def _check_alike(mine: RunConfig, theirs: RunConfig) -> None:
+    for name in ("image_size", "patch_size", "in_channels", "num_classes"):
+        if getattr(mine.model, name) != getattr(theirs.model, name):
+            raise ValueError(
+                f"the two runs cannot be shown side by side: {name} is {getattr(mine.model, name)} in one and "
+                f"{getattr(theirs.model, name)} in the other; choose runs on the same images"
+            )
+
+
+def _within(state: State, config: RunConfig) -> State:
+    """The layer and head nearest to those of the state that the other model has."""
+    return replace(state, layer=min(state.layer, config.model.depth), head=min(state.head, config.model.num_heads))
+
+
+def _patches(size: tuple[int, int], patch: int) -> int:
+    return (size[0] // patch) * (size[1] // patch)

@@ -1,0 +1,263 @@
+"""The page of the microscope. Gradio makes the controls and takes uploads; `views` draws what is seen, page.js fetches it.
+
+A click asks one plain route for the new view, not gradio's queue, so it costs little more than drawing it. The state is
+in the address; the files of a view are links with the same state. Nothing comes from, or goes to, another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sape2.data.picture import read_picture
+from sape2.viz.drawing import escape
+from sape2.viz.explore.columns import View
+from sape2.viz.explore.microscope import Microscope
+from sape2.viz.explore.state import State, parse_state
+from sape2.viz.explore.views import to_drawing, to_html, to_json
+
+LARGEST_UPLOAD = "64mb"
+USUAL_PORTS = range(7860, 7960)
+HELP = (
+    "Click a patch to look from it (i), with Shift for a second one (n). In the view arrow keys move i, with Shift n; Escape "
+    "removes n. Drag the image with the mouse, with Alt by whole patches."
+)
+
+
+def import_gradio() -> Any:
+    """Gradio, told to stay on this machine; raises ImportError that says how to get it."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        import gradio
+    except ImportError as error:
+        raise ImportError(f"sape2 explore needs gradio: pip install 'sape2[explore]' ({error})") from error
+    return gradio
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+class Desk:
+    """What the routes answer, one request at a time."""
+
+    def __init__(self, microscope: Microscope) -> None:
+        self.microscope = microscope
+        self._lock = threading.Lock()
+
+    def view(self, query: str) -> View:
+        """Raises ValueError for an address that cannot be shown."""
+        with self._lock:
+            return self.microscope.view(parse_state(query, self.microscope.start))
+
+    def answer(self, query: str) -> dict[str, str]:
+        view = self.view(query)
+        return {"html": to_html(view), "query": view.state.query(), "status": status(view)}
+
+    def file(self, query: str, kind: str) -> tuple[bytes, str]:
+        """The view as a file, and its media type."""
+        view = self.view(query)
+        if kind == "json":
+            return to_json(view).encode(), "application/json"
+        drawing = to_drawing(view)
+        return (drawing.png(), "image/png") if kind == "png" else (drawing.svg(standalone=True).encode(), "image/svg+xml")
+
+    def take(self, path: str | None) -> str:
+        """An uploaded file: JSON with the image to show, or a message in one line, or both."""
+        if path is None:
+            return json.dumps({"message": "There was no file."})
+        file = Path(path)
+        config = self.microscope.subject.config.model
+        try:
+            picture = read_picture(file, config)
+        except (ValueError, OSError) as error:
+            return json.dumps({"message": str(error).replace(str(file), file.name)})
+        key = hashlib.sha256(picture.pixels.numpy().tobytes()).hexdigest()[:12]
+        with self._lock:
+            answer = {"image": self.microscope.add(key, picture)}
+        if min(picture.size) < config.patch_size:
+            height, width = picture.size
+            answer["message"] = (
+                f"{file.name} has {width}x{height} pixels, less than one patch of {config.patch_size}x{config.patch_size}: "
+                "what is shown is made up by enlarging it."
+            )
+        return json.dumps(answer)
+
+
+def status(view: View) -> str:
+    """For those who do not see the panels."""
+    column = view.columns[0]
+    (name, probability), (y, x) = column.prediction[0], column.patch
+    other = "" if column.other is None else f", n at row {column.other[0]}, column {column.other[1]}"
+    return f"{column.name}. i at row {y}, column {x}{other}. Answer: {name}, {probability:.1%}."
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def build_app(microscope: Microscope) -> Any:
+    """The whole page as an ASGI application."""
+    gradio = import_gradio()
+    from fastapi import FastAPI
+    from starlette.responses import JSONResponse, Response
+
+    desk = Desk(microscope)
+
+    def guarded(answer: Callable[[str], Any]) -> Callable[[Any], Any]:
+        def route(request: Any) -> Any:
+            try:
+                return answer(request.url.query)
+            except ValueError as error:
+                return JSONResponse({"error": " ".join(str(error).split())}, status_code=400)
+
+        return route
+
+    def export(kind: str) -> Callable[[str], Any]:
+        def send(query: str) -> Any:
+            data, media = desk.file(query, kind)
+            name = {"Content-Disposition": f'attachment; filename="sape2-view.{kind}"'}
+            return Response(data, media_type=media, headers=name)
+
+        return send
+
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_route("/microscope/view", guarded(lambda query: JSONResponse(desk.answer(query))))
+    for kind in ("png", "svg", "json"):
+        app.add_route(f"/microscope/export.{kind}", guarded(export(kind)))
+    fonts = ["system-ui", "sans-serif"]
+    return gradio.mount_gradio_app(
+        app,
+        build_blocks(gradio, microscope, desk.take),
+        path="/",
+        footer_links=[],
+        max_file_size=LARGEST_UPLOAD,
+        ssr_mode=False,
+        theme=gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"], primary_hue="blue"),
+        head=f"<style>{_text('page.css')}</style><script>{_text('page.js')}</script>",  # css= would be limited to a part
+    )
+
+
+def _text(name: str) -> str:
+    return resources.files("sape2.viz.explore").joinpath(name).read_text(encoding="utf-8")
+
+
+def build_blocks(gradio: Any, microscope: Microscope, take: Callable[[str | None], str]) -> Any:
+    """Controls on the left, the view on the right; on a phone one below the other."""
+    state, config = microscope.start, microscope.subject.config.model
+    with gradio.Blocks(title="sape2 explore", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
+        gradio.HTML(_top(microscope))
+        with gradio.Row():
+            with gradio.Column(scale=1, min_width=280):
+                upload = gradio.UploadButton("Upload an image", elem_id="sape2-upload", size="md")
+                controls = _controls(gradio, microscope, state)
+                click = gradio.Radio([("patch i", "patch"), ("patch n", "other")], value="patch", label="A click chooses")
+                click.elem_id = "sape2-click"
+                gradio.HTML(_files(state))
+            with gradio.Column(scale=3, min_width=340):
+                gradio.HTML(_frame(config.patch_size))
+        told = gradio.Textbox(visible="hidden")
+        sync = gradio.Button("sync", visible="hidden", elem_id="sape2-sync")
+        outputs = list(controls.values())
+        for name, control in controls.items():
+            control.input(None, control, None, js=SET[name], api_visibility="private")
+        upload.upload(take, upload, told, api_visibility="private", show_progress="hidden").then(
+            None, told, outputs, js="(told) => sape2.uploaded(told)", api_visibility="private"
+        )
+        sync.click(None, None, outputs, js="() => sape2.controls()", api_visibility="private")
+        blocks.load(None, None, outputs, js="() => sape2.start()", api_visibility="private")
+    return blocks
+
+
+SET = {  # what each control changes; both shifts stand in one pair
+    "image": "(v) => { sape2.set({image: `test:${v}`}) }",
+    "layer": "(v) => { sape2.set({layer: v}) }",
+    "head": "(v) => { sape2.set({head: v}) }",
+    "size": "(v) => { sape2.set({size: v}) }",
+    "right": "(v) => { sape2.set({shift: `${sape2.controls()[5]},${v}`}) }",
+    "down": "(v) => { sape2.set({shift: `${v},${sape2.controls()[4]}`}) }",
+    "border": "(v) => { sape2.set({border: v}) }",
+    "beside": "(v) => { sape2.set({beside: v}) }",
+}
+
+
+def _controls(gradio: Any, microscope: Microscope, state: State) -> dict[str, Any]:
+    """In the order of `controls` in page.js."""
+    config = microscope.subject.config.model
+    heads = [("mean", 0), *((str(head), head) for head in range(1, config.num_heads + 1))]
+    (height, width), last = config.image_size, len(microscope.samples) - 1
+    sizes = [f"{size[0]}x{size[1]}" for size in microscope.sizes]
+    return {
+        "image": gradio.Slider(0, last, 0, step=1, label="Image of the test set", elem_id="sape2-image"),
+        "layer": gradio.Slider(1, config.depth, state.layer, step=1, label="Layer", elem_id="sape2-layer"),
+        "head": gradio.Radio(heads, value=state.head, label="Head", elem_id="sape2-head"),
+        "size": gradio.Dropdown(sizes, value=f"{height}x{width}", label="Size (height x width, px)", elem_id="sape2-size"),
+        "right": gradio.Slider(-width, width, 0, step=1, label="Shift to the right (px)", elem_id="sape2-right"),
+        "down": gradio.Slider(-height, height, 0, step=1, label="Shift down (px)", elem_id="sape2-down"),
+        "border": gradio.Radio(["circular", "reflect"], value="circular", label="What comes in at the border"),
+        "beside": gradio.Dropdown(_beside(microscope), value=state.beside, label="Beside it", elem_id="sape2-beside"),
+    }
+
+
+def _beside(microscope: Microscope) -> list[tuple[str, str]]:
+    config = microscope.subject.config.model
+    run = [] if microscope.against is None else [(f"the other run: {microscope.against.name}", "run")]
+    heads = [("mean of heads", "head:0"), *((f"head {n}", f"head:{n}") for n in range(1, config.num_heads + 1))]
+    layers = [(f"layer {n}", f"layer:{n}") for n in range(1, config.depth + 1)]
+    return [("nothing", "nothing"), *run, ("the image before the shift", "before"), *heads, *layers]
+
+
+def _top(microscope: Microscope) -> str:
+    config = microscope.subject.config
+    about = (
+        f"{microscope.subject.name}: {config.model.label} with {config.model.encoding}, trained on {config.data.name}, "
+        f"{config.train.epochs} epochs, seed {config.seed}."
+    )
+    return f"<div class='sape2-top'><h1>Position encodings under the microscope</h1><p>{escape(about)}</p><p>{HELP}</p></div>"
+
+
+def _files(state: State) -> str:
+    query, names = escape(state.query()), {"png": "PNG", "svg": "SVG", "json": "data"}
+    links = "".join(f"<a data-export='{k}' href='microscope/export.{k}?{query}'>{name}</a>" for k, name in names.items())
+    return f"<div class='sape2-files'><p>This view as a file:</p>{links}<p>The address of the page is this view.</p></div>"
+
+
+def _frame(patch_size: int) -> str:
+    return (
+        "<p id='sape2-alert' class='sape2-alert' role='alert' hidden></p>"
+        "<p id='sape2-status' class='sape2-status' role='status'></p>"
+        f"<div id='sape2-view' class='sape2-view' tabindex='0' role='region' data-patch-side='{patch_size}' "
+        "aria-label='What the model sees; arrow keys move patch i, with Shift patch n'></div>"
+    )
+
+
+# --- server ----------------------------------------------------------------------------------------------------------
+
+
+def open_socket(host: str, port: int | None) -> socket.socket:
+    """Listening on the port, or on the first free one of the usual ones; raises ValueError if it is taken."""
+    reason = ""
+    for candidate in USUAL_PORTS if port is None else [port]:
+        try:
+            return socket.create_server((host, candidate))
+        except (OSError, OverflowError) as error:
+            reason = str(error)
+    wanted = f"{USUAL_PORTS[0]} to {USUAL_PORTS[-1]}" if port is None else str(port)
+    raise ValueError(f"cannot listen on {host}, port {wanted} ({reason}); choose another --port or --host")
+
+
+def serve(microscope: Microscope, host: str, port: int | None, say: Callable[[str], None]) -> None:
+    """Until it is interrupted. The page is told to `say` once it can be opened."""
+    with open_socket(host, port) as listening:
+        app = build_app(microscope)
+        import uvicorn
+
+        shown = f"[{host}]" if ":" in host else host
+        say(f"open http://{shown}:{listening.getsockname()[1]}/ (Ctrl-C ends it)")
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

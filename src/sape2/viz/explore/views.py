@@ -1,0 +1,280 @@
+"""A view as pictures and words: sections of panels, for the page and for files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sape2.viz.drawing import Drawing, Text, escape, flow, framed, stack
+from sape2.viz.explore.columns import Column, View
+from sape2.viz.panels import (
+    FIRST,
+    SECOND,
+    Mark,
+    image_panel,
+    limits_of,
+    line_panel,
+    map_panel,
+    number,
+    place,
+)
+from sape2.viz.plots import bars_panel, pair_panel, table_panel
+
+BIAS, WEIGHT = "logits", "share of attention"
+AXIS_TITLES = {"x": "Along the row", "y": "Along the column"}
+TABLE_TITLES = {"x": "Table of the rows", "y": "Table of the columns", "raster": "Table", "": "Table"}
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, a sentence, panels for each column, and perhaps a table."""
+
+    key: str
+    title: str
+    words: str
+    panels: list[list[Drawing]]
+    table: list[dict[str, Any]] | None = None
+
+
+def sections(view: View) -> list[Section]:
+    """What there is to show; sections without content are left out."""
+    columns = view.columns
+    limits = _shared_limits(columns)
+    found = [
+        Section("answer", "Image and answer", _words(view), [[_image(c), _answer(c)] for c in columns]),
+        Section("lines", "1  Gates, positions, position vector", _line_words(columns), [list(_lines(c)) for c in columns]),
+        Section("tables", "2  The table, read between its rows",
+                "Each whole position has a value for patch i, the product of its query (or key) with a row of the table. "
+                "Positions are fractions, so values are read between two rows; in the order of the line they are the vector.",
+                [list(_tables(c)) for c in columns]),
+        Section("maps", "3  From patch i to all patches",
+                "The bias is added to the logits: where it is high, attention rises against what content alone would give.",
+                [list(_maps(c, limits)) for c in columns]),
+        Section("pair", "4  Two patches: why is their distance what it is", _pair_words(columns),
+                [list(_pairs(c)) for c in columns]),
+    ]  # fmt: skip
+    shown = [section for section in found if any(section.panels) or (section.key == "pair" and columns[0].other)]
+    if view.moved:
+        shown.insert(1, Section("moved", "What moves with the image", _moved_words(view), [], list(_moved_table(view))))
+    return shown
+
+
+# --- panels ----------------------------------------------------------------------------------------------------------
+
+
+def _marks(column: Column) -> list[Mark]:
+    other = [] if column.other is None else [Mark(column.other, "n", SECOND)]
+    return [Mark(column.patch, "i", FIRST), *other]
+
+
+def _image(column: Column) -> Drawing:
+    height, width = column.pixels.shape[-2:]
+    return image_panel(column.pixels, column.grid, _marks(column), "Image",
+                       f"{height} x {width} pixels in {column.grid[0]} x {column.grid[1]} patches")  # fmt: skip
+
+
+def _answer(column: Column) -> Drawing:
+    names, values = zip(*column.prediction, strict=True)
+    return bars_panel(names, values, "The model's answer", "probability of a class")
+
+
+def _lines(column: Column) -> Iterator[Drawing]:
+    for axis, seen in column.axes.items():
+        if axis in ("x", "y"):
+            found = {"gate": seen.gates, "position": seen.positions, "vector": seen.vector}
+            shown = {name: values for name, values in found.items() if values is not None}
+            yield line_panel(column.pixels, column.grid, column.patch, axis, shown, AXIS_TITLES[axis])
+            continue
+        for name, values in (("Gates", seen.gates), ("Positions", seen.positions), ("Position vector", seen.vector)):
+            if values is not None and len(values) == column.grid[0] * column.grid[1]:
+                unit = "rows of the table" if name == "Positions" else "0 to 1" if name == "Gates" else "logits"
+                yield map_panel(values.reshape(column.grid), name, unit, _marks(column))
+
+
+def _tables(column: Column) -> Iterator[Drawing]:
+    for axis, seen in column.axes.items():
+        if seen.products is not None:
+            yield table_panel(seen.products, seen.positions, axis, TABLE_TITLES[axis])
+
+
+def _shared_limits(columns: Sequence[Column]) -> dict[str, tuple[float, float]]:
+    """One scale for the bias, one for attention, whatever the column, so that colours can be compared."""
+    limits = {"attention": limits_of([m for c in columns for m in (c.attention, c.attention_without_bias)])}
+    biases = [column.bias for column in columns if column.bias is not None]
+    if biases:
+        limits["bias"] = limits_of(biases)
+        limits["change"] = limits_of([c.attention - c.attention_without_bias for c in columns], signed=True)
+    return limits
+
+
+def _maps(column: Column, limits: dict[str, tuple[float, float]]) -> Iterator[Drawing]:
+    marks = _marks(column)
+    if column.bias is None:
+        yield map_panel(column.attention, "Attention", WEIGHT, marks, limits["attention"])
+        return
+    yield map_panel(column.bias, "Bias", BIAS, marks, limits["bias"])
+    yield map_panel(column.attention_without_bias, "Attention, no bias", WEIGHT, marks, limits["attention"])
+    yield map_panel(column.attention, "Attention with bias", WEIGHT, marks, limits["attention"])
+    change = column.attention - column.attention_without_bias
+    yield map_panel(change, "What the bias adds", WEIGHT, marks, limits["change"], signed=True)
+
+
+def _pairs(column: Column) -> Iterator[Drawing]:
+    distances = column.distances()
+    for axis, distance in distances.items():
+        seen = column.axes[axis]
+        squared = "squared " if column.readout == "squared_distance" else ""
+        if seen.vector is not None and seen.other_vector is not None:
+            note = f"{squared}distance {number(distance)}; below: squared differences"
+            yield pair_panel(seen.vector, seen.other_vector, axis, AXIS_TITLES.get(axis, "Along the image"), note)
+
+
+# --- words -----------------------------------------------------------------------------------------------------------
+
+
+def _words(view: View) -> str:
+    return f"{view.notes[:1].upper()}{view.notes[1:]}. {_about(view.columns[0])}"
+
+
+def _about(column: Column) -> str:
+    if column.axes:
+        return "Patch i is where one looks from."
+    if column.bias is not None:
+        return f"The encoding {column.encoding} adds a bias but counts nothing: there are no gates and no positions to see."
+    return f"The encoding {column.encoding} adds no bias in this layer: what there is to see is the attention."
+
+
+def _line_words(columns: Sequence[Column]) -> str:
+    return (
+        "A gate says how much patch i lets a patch of its line count (0 to 1). A position is a sum of gates, counted as the "
+        "encoding does, in rows of its table. The vector is what the table gives at these positions."
+    )
+
+
+def _pair_words(columns: Sequence[Column]) -> str:
+    column = columns[0]
+    if column.other is None:
+        return ""
+    distances, at = column.distances(), column.other
+    pair = f"i is {place(column.patch)}, n is {place(at)}. "
+    attention = f"Attention from i to n: {number(float(column.attention[at]))}"
+    if column.bias is None:
+        return f"{pair}There is no bias between them. {attention}."
+    without = number(float(column.attention_without_bias[at]))
+    bias = f"Bias: {number(float(column.bias[at]))} logits. {attention}, without the bias {without}."
+    if not distances:
+        return pair + bias
+    squared = "squared distance" if column.readout == "squared_distance" else "distance"
+    parts = [f"{squared} of the vectors {_along(axis)} {number(value)}" for axis, value in distances.items()]
+    total = f", together {number(sum(distances.values()))}" if len(parts) > 1 else ""
+    return f"{pair}{' and '.join(parts).capitalize()}{total}. {bias}"
+
+
+def _along(axis: str) -> str:
+    return {"x": "along the rows", "y": "along the columns"}.get(axis, "along the image")
+
+
+def _moved_words(view: View) -> str:
+    (dy, dx), border, column = view.state.shift, view.state.border, view.columns[0]
+    rule = (
+        "what leaves at one side comes in at the other" if border == "circular" else "the image goes on mirrored at its border"
+    )
+    sides = zip(view.state.shift, view.state.size, column.grid, strict=True)
+    down, right = (round(shift * cells / side) for shift, side, cells in sides)
+    return (
+        f"Shifted by {dx} px to the right and {dy} px down ({rule}); in patches about {right} and {down}. "
+        "Each number is the length of the change relative to what was there, for this layer and head: 0 is the same. "
+        "In place: the same patch before and after. Moved along: each patch with the one that lay where it came from."
+    )
+
+
+def _moved_table(view: View) -> Iterator[dict[str, Any]]:
+    for change in view.moved:
+        moved = "-" if change.moved is None else _change(change.moved)
+        yield {"quantity": change.what, "in place": _change(change.in_place), "moved along": moved}
+
+
+def _change(value: float) -> str:
+    """Rounding of single precision is nothing."""
+    return "0 (rounding)" if value < 1e-5 else f"{value:.3f}"
+
+
+# --- page and files --------------------------------------------------------------------------------------------------
+
+
+def to_html(view: View) -> str:
+    """For the page; panels keep what a click and a pointer need."""
+    return "".join(_section_html(section, view) for section in sections(view))
+
+
+def _section_html(section: Section, view: View) -> str:
+    columns = []
+    for column, panels in zip(view.columns, section.panels, strict=False):
+        name = f"<h3>{escape(column.name)}</h3>" if section.key == "answer" or len(view.columns) > 1 else ""
+        body = "".join(f"<div class='sape2-panel'>{panel.svg()}</div>" for panel in panels) or "<p>Nothing to show here.</p>"
+        columns.append(f"<div class='sape2-column'>{name}<div class='sape2-panels'>{body}</div></div>")
+    columns = columns if any(section.panels) else []
+    body = f"<p>{escape(section.words)}</p>{_table_html(section.table)}<div class='sape2-columns'>{''.join(columns)}</div>"
+    return f"<section class='sape2-section sape2-{section.key}'><h2>{escape(section.title)}</h2>{body}</section>"
+
+
+def _table_html(rows: list[dict[str, Any]] | None) -> str:
+    if not rows:
+        return ""
+    top = "".join(f"<th scope='col'>{escape(name)}</th>" for name in rows[0])
+    cells = (
+        "".join(f"<th scope='row'>{escape(v)}</th>" if not at else f"<td>{escape(v)}</td>" for at, v in enumerate(row.values()))
+        for row in rows
+    )
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in cells)}</tbody></table>"
+
+
+def to_drawing(view: View) -> Drawing:
+    """The whole view as one picture."""
+    width = 700.0 if len(view.columns) == 1 else 340.0
+    total = 700.0
+    parts: list[Drawing] = [_written([f"{view.columns[0].name}; {view.columns[0].encoding}; {view.notes}"], total, 14, True)]
+    for section in sections(view):
+        parts.append(_written([section.title], total, 14, True))
+        parts.append(_written(_wrapped(section.words, 108), total, 11.5))
+        if section.table:
+            lines = [
+                "   ".join(f"{name} {value}" for name, value in row.items() if name != "quantity") for row in section.table
+            ]
+            parts.append(
+                _written([f"{row['quantity']}:  {line}" for row, line in zip(section.table, lines, strict=True)], total, 11.5)
+            )
+        if any(section.panels):
+            named = len(view.columns) > 1
+            columns = [
+                stack([*([_written([column.name], width, 12, True)] if named else []), flow(panels, width)], 6)
+                for column, panels in zip(view.columns, section.panels, strict=True)
+            ]
+            parts.append(flow(columns, 2 * total, 20))
+    return framed(stack(parts, 12, f"{view.columns[0].name}: {view.notes}"))
+
+
+def _written(lines: Sequence[str], width: float, size: float, bold: bool = False) -> Drawing:
+    texts = [Text(0, (at + 1) * 1.35 * size, line, size, bold=bold) for at, line in enumerate(lines)]
+    return Drawing(width, 1.35 * size * len(lines) + 2, tuple(texts))
+
+
+def _wrapped(text: str, length: int) -> list[str]:
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) + 1 > length:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines
+
+
+def to_json(view: View) -> str:
+    return json.dumps(view.to_dict(), default=_number)
+
+
+def _number(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)

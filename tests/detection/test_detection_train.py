@@ -1,0 +1,258 @@
+"""Detectors: what they are made of, one step, sizes that vary, resume, and the command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sape2.cli import main
+from sape2.config import override
+from sape2.config.detection import DetectionConfig, DetectorConfig, TrainingConfig
+from sape2.config.recipes import get_detection_recipe
+from sape2.config.recipes.coco import DETECTION_RECIPES
+from sape2.detection import compose, create_detector, run_detection
+from sape2.detection.metrics import predict
+from sape2.detection.models import no_weight_decay
+from sape2.detection.train import DetectionTrainer, check_folder, make_optimizer, make_schedule, new_detector, open_images
+from sape2.training.checkpoint import read_rows
+
+pytest.importorskip("faster_coco_eval")
+TINY = [
+    "model.dim=24", "model.depth=2", "model.num_heads=2", "num_global=1", "out_channels=16", "proposals=50", "box_features=32",
+    "mask_channels=8", "train_images=7", "test_images=3", "epochs=2", "batch_size=3", "warmup_steps=1", "lr=2e-3",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return str(compose(tmp_path_factory.mktemp("data") / "digits", train_images=7, test_images=3))
+
+
+@pytest.fixture
+def tiny(data):
+    def made(*assignments) -> DetectionConfig:
+        config = get_detection_recipe("coco_digits")
+        return override(replace(config, images=replace(config.images, source=data)), [*TINY, *assignments])
+
+    return made
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+def small_detector(encoding="ape+sape2", **options):
+    options = {"dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8, "num_global": 1, "window": 3} | options
+    options |= {"out_channels": 16, "box_features": 32, "mask_channels": 8}
+    return create_detector("vit_nano", encoding=encoding, image_size=64, num_classes=3, **options)
+
+
+def test_every_parameter_gets_a_gradient_from_masks_of_all_levels():
+    model = small_detector(masks=True, scales=(2.0, 1.0), extra_level=True).train()
+    box = torch.tensor([[8.0, 8, 40, 56], [0, 0, 20, 20]])
+    masks = torch.zeros(2, 64, 48, dtype=torch.uint8)
+    masks[0, 8:56, 8:40] = masks[1, :20, :20] = 1
+    losses = model([torch.rand(3, 64, 48)], [{"boxes": box, "labels": torch.tensor([1, 3]), "masks": masks}])
+    assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
+    sum(losses.values()).backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_detectors_of_one_seed_differ_in_their_encodings_only():
+    def weights(encoding):
+        torch.manual_seed(3)
+        return small_detector(encoding).state_dict()
+
+    plain, sape2 = weights("none"), weights("ape+sape2")
+    assert set(sape2) > set(plain)
+    assert all(torch.equal(plain[name], sape2[name]) for name in plain)
+
+
+def test_encodings_norms_and_biases_do_not_decay():
+    model = small_detector()
+    names = dict(model.named_parameters())
+    assert no_weight_decay(model) & set(names) == {name for name in names if "encoding" in name}
+    decays = {
+        id(p): group["weight_decay"] for group in make_optimizer(model, TrainingConfig()).param_groups for p in group["params"]
+    }
+    assert decays[id(names["backbone.body.vit.patch_embed.proj.weight"])] == 0.1
+    assert all(decays[id(p)] == 0 for name, p in names.items() if "encoding" in name or name.endswith("bias") or p.dim() == 1)
+
+
+def test_unknown_options_are_refused():
+    with pytest.raises(ValueError, match=r"unknown key model\.windows"):
+        small_detector(windows=3)
+    with pytest.raises(ValueError, match=r"detector\.scales must be neighbours"):
+        small_detector(scales=(4.0, 1.0))
+    with pytest.raises(ValueError, match="one size for each of 5 levels"):
+        DetectorConfig(anchor_sizes=(8, 16))
+
+
+def test_an_image_is_seen_alike_alone_and_among_others_of_its_size():
+    """What evaluation relies on, and why it does not mix sizes: padding is seen."""
+    model = small_detector().eval()
+    first, second, larger = torch.rand(3, 32, 64), torch.rand(3, 32, 64), torch.rand(3, 64, 64)
+
+    def features(*images):
+        return model.backbone(model.transform(list(images))[0].tensors)["0"][0]
+
+    assert features(first).shape == (16, 16, 32)  # stride 2, nothing padded
+    torch.testing.assert_close(features(first), features(first, second), rtol=0, atol=1e-5)
+    mixed = features(first, larger)[:, : features(first).shape[1]]
+    assert (mixed - features(first)).abs().max() > 1e-3
+
+
+def test_predictions_of_every_image_in_batches_of_one_size(tiny):
+    config = tiny("score_threshold=0.0", "masks=true", "batch_size=2")
+    images, _ = open_images(config)
+    assert len(set(images.sizes)) > 1
+    seen = []
+    for batch, predictions, targets in predict(new_detector(config), images, config):
+        assert len({images.sizes[index] for index in batch}) == 1
+        assert [target["image_id"] for target in targets] == [images.images[index]["id"] for index in batch]
+        for row in predictions:
+            assert row["masks"].shape == (len(row["boxes"]), *images.sizes[batch[0]])
+            assert row["masks"].dtype == torch.bool
+        seen += batch
+    assert sorted(seen) == list(range(len(images)))
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+def losses_of(trainer, samples, steps):
+    found = []
+    for _ in range(steps):
+        found.append(trainer._step(samples)["loss"])
+        trainer.progress.step += 1
+    return found
+
+
+def test_a_few_steps_on_two_images_lower_the_loss(tiny, tmp_path):
+    config = tiny("masks=true", "batch_size=2", "warmup_steps=0", "epochs=50")
+    images, _ = open_images(config)
+    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True)
+    alike = [i for i in range(len(images)) if images.sizes[i] == images.sizes[0]][:2]
+    samples = [(image / 255, target) for image, target in (images[i] for i in alike)]
+    found = losses_of(trainer, samples, 12)
+    assert sum(found[-3:]) < 0.9 * sum(found[:3])
+
+
+def test_an_image_without_objects_can_be_learned_from(tiny, tmp_path):
+    config = tiny("masks=true")
+    images, _ = open_images(config)
+    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True)
+    image, target = images[0]
+    empty = {key: value[:0] for key, value in target.items() if key in ("boxes", "labels", "masks")}
+    assert torch.isfinite(torch.tensor(losses_of(trainer, [(image / 255, empty)], 2))).all()
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(tiny, tmp_path, monkeypatch):
+    config = tiny("flip=true")
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    rows = run_detection(config, whole, quiet=True)
+    steps = DetectionTrainer._step
+
+    def stop_at_the_last(self, samples):
+        if self.progress.step == 3:
+            raise KeyboardInterrupt
+        return steps(self, samples)
+
+    monkeypatch.setattr(DetectionTrainer, "_step", stop_at_the_last)
+    with pytest.raises(KeyboardInterrupt):
+        run_detection(config, stopped, quiet=True)
+    assert not (stopped / "model.safetensors").exists()
+    monkeypatch.setattr(DetectionTrainer, "_step", steps)
+    assert run_detection(config, stopped, quiet=True) == rows
+    one, other = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for key in ("epoch", "step", "lr", "loss", "loss_classifier"):
+        first, second = ([row[key] for row in read_rows(folder / "metrics.jsonl")] for folder in (whole, stopped))
+        assert first == second
+    assert run_detection(config, whole, quiet=True) == rows  # finished: nothing is done again
+    with pytest.raises(ValueError, match=r"differs in training\.lr"):
+        run_detection(tiny("flip=true", "lr=1e-3"), whole)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
+    config = tiny()
+    images, _ = open_images(config)
+    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True)
+    image, target = images[0]
+    with pytest.raises(ValueError, match=r"loss is nan at step 0 .* training\.lr"):
+        trainer._step([(image / 255 * float("nan"), target)])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "steps"])
+def test_schedules(schedule):
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
+    training = TrainingConfig(epochs=27, lr=1.0, min_lr=0.0, warmup_steps=10, schedule=schedule)
+    made = make_schedule(optimizer, training, steps_per_epoch=10)
+    rates = []
+    for step in (0, 5, 10, 130, 245, 265, 269):
+        made.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    wanted = {"steps": [0, 0.5, 1, 1, 0.1, 0.01, 0.01]}.get(schedule)
+    if wanted is None:
+        assert rates[:3] == pytest.approx([0, 0.5, 1])
+        assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
+        assert rates[-1] < 0.001
+    else:
+        assert rates == pytest.approx(wanted)
+
+
+# --- recipes and the command -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DETECTION_RECIPES)
+def test_every_recipe_makes_a_detector_and_survives_json(name):
+    config = get_detection_recipe(name)
+    assert config.recipe == name
+    assert DetectionConfig.from_dict(json.loads(config.to_json())) == config
+    assert "Command:" in DETECTION_RECIPES[name].__doc__
+    if name == "coco_digits":
+        assert sum(p.numel() for p in new_detector(config).parameters()) < 1.6e6
+
+
+def test_the_command_trains_measures_and_prints_rows(tmp_path, capfd, data):
+    sets = [part for assignment in TINY for part in ("--set", assignment)]
+    command = ["detect", "coco_digits", "--data", data, "--encoding", "ape", "--masks", *sets, "--set", "epochs=1"]
+    assert main([*command, "--out", str(tmp_path / "run"), "--json"]) == 0
+    out, err = capfd.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert {"box_map", "box_map_50", "mask_map", "mask_mar_100"} <= {row["name"] for row in rows}
+    assert all(row["encoding"] == "ape" and row["n"] == 3 and 0 <= row["value"] <= 1 for row in rows)
+    assert rows == read_rows(tmp_path / "run" / "results.jsonl")
+    assert "epoch 1/1" in err
+    assert main([*command, "--out", str(tmp_path / "run")]) == 0
+    assert "box_map_50" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["faster"], ["unknown detection recipe", "coco_digits"]),
+        (["imagenet"], ["sape2 train imagenet"]),
+        (["coco"], ["coco needs --data"]),
+        (["coco", "--data", "nowhere"], ["no folder nowhere"]),
+        (["coco_digits", "--set", "windw=3"], ["'windw'", "detector.window"]),
+        (["coco_digits", "--set", "pool=class"], ["no prefix tokens"]),
+        (["coco_digits", "--encoding", "sape3"], ["unknown encoding"]),
+    ],
+)
+def test_mistakes_get_one_line(tmp_path, monkeypatch, capfd, argv, named):
+    monkeypatch.chdir(tmp_path)
+    assert main(["detect", *argv]) == 2
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert all(text in err for text in named)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path, tiny):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not a detection run"):
+        check_folder(tmp_path, tiny())
+    (tmp_path / "config.json").write_text('{"recipe": "digits"}')
+    with pytest.raises(ValueError, match="not the config of a detection run"):
+        check_folder(tmp_path, tiny())

@@ -1,0 +1,86 @@
+"""docs/adding_an_encoding.md, followed to the letter in a copy of the repository."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "adding_an_encoding.md"
+
+
+def blocks() -> list[tuple[str, list[str], str]]:
+    """(language, further words, text) of every code block of the page."""
+    found = re.findall(r"^```(\w+)([^\n]*)\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
+    return [(language, words.split(), text) for language, words, text in found]
+
+
+def apply(root: Path, language: str, words: list[str], text: str) -> None:
+    """Does to the copy what a block says: a new file, text at the end of a file, or lines after a line that is there."""
+    path = root / words[-1]
+    if language == "diff":
+        place, *added = text.splitlines()
+        assert place.startswith(" ")
+        assert all(line.startswith("+") for line in added)
+        assert path.read_text().splitlines().count(place[1:]) == 1, f"{place[1:]!r} stands once in {words[-1]}"
+        new = "\n".join([place[1:], *(line[1:] for line in added)])
+        path.write_text(path.read_text().replace(f"{place[1:]}\n", f"{new}\n"))
+    elif words[0] == "new":
+        assert not path.exists()
+        path.write_text(text)
+    else:
+        assert words[0] == "append"
+        path.write_text(path.read_text() + text)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    for folder in ("src", "tests", "docs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {
+        "PYTHONPATH": str(root / "src"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+    }
+    return subprocess.run(command, shell=True, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_the_page_leads_to_an_encoding_that_passes_every_check(copy: Path) -> None:
+    edits = [block for block in blocks() if block[0] in ("python", "diff")]
+    assert [words[-1] for _, words, _ in edits] == [
+        "src/sape2/encodings/gravity.py",
+        "src/sape2/encodings/__init__.py",  # its import
+        "src/sape2/encodings/__init__.py",  # its line
+        "src/sape2/reference.py",
+        "docs/method.md",
+    ]
+    for block in edits:
+        apply(copy, *block)
+    (check,) = [text for language, _, text in blocks() if language == "bash"]
+    tests, example = (run(command, copy) for command in check.splitlines())
+    assert tests.returncode == 0, tests.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", tests.stdout)[1]) > 15 + len(blocks())
+    assert example.stdout.strip() == "Gravity()", example.stderr[-1000:]
+
+
+@pytest.mark.slow
+def test_a_wrong_fact_on_the_page_would_be_found(copy: Path) -> None:
+    """The same steps with `flip` left out of the declaration fail, so the check above means something."""
+    for language, words, text in blocks():
+        if language in ("python", "diff"):
+            apply(copy, language, words, text.replace("Facts(translation=True, flip=True)", "Facts(translation=True)"))
+    tests = run("python -m pytest tests/encodings/test_encoding_facts.py -q -k gravity", copy)
+    assert tests.returncode == 1
+    assert "flip is declared False" in tests.stdout

@@ -1,0 +1,145 @@
+"""What every encoding owes its users: gradients, the documented size, precision under autocast, other grids, clear errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from encoding_cases import DIM, HEAD_DIM, HEADS, VARIANTS, Encoding, content, documented, evaluate, make, queries_and_keys
+from torch import Tensor
+
+from sape2.attention import attend
+from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
+from sape2.encodings.grid import Grid, num_tokens
+
+
+def apply(encoding: Encoding, x: Tensor, grid: Grid) -> Tensor:
+    """Tokens after a token encoding, or the output of attention under an attention encoding."""
+    if isinstance(encoding, TokenEncoding):
+        return encoding(x[..., :DIM], grid)
+    q, k = queries_and_keys(x)
+    return attend(q, k, k, grid, encoding)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_parameter_receives_a_gradient_from_the_start(name: str) -> None:
+    torch.manual_seed(0)
+    encoding = create_encoding(name, HEADS, HEAD_DIM, (3, 7)).double()
+    output = apply(encoding, content(2, 21), (3, 7))
+    (output * torch.randn_like(output)).sum().backward() if output.requires_grad else None
+    for parameter_name, parameter in encoding.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+        assert parameter.grad.abs().max() > 1e-8, parameter_name
+
+
+@pytest.mark.parametrize(("name", "formula"), [(row.name, row.parameters) for row in documented()], ids=str)
+@pytest.mark.parametrize("num_heads", [1, 3])
+def test_parameter_count_equals_the_documented_formula(name: str, formula: str, num_heads: int) -> None:
+    for grid in [(4, 4), (3, 7), (9, 2)]:
+        encoding = create_encoding(name, num_heads, HEAD_DIM, grid)
+        assert sum(p.numel() for p in encoding.parameters()) == evaluate(formula, num_heads, HEAD_DIM, grid)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_autocast_does_not_reach_positions_and_sums(name: str) -> None:
+    """float32 queries and keys under bf16 autocast: attention encodings hand out exactly what they hand out without."""
+    torch.manual_seed(0)
+    encoding, x = make(name, (3, 7)).float(), content(1, 21).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = handed_out(encoding, x, (3, 7))
+    close = {"rtol": 0.0, "atol": 0.0} if isinstance(encoding, AttentionEncoding) else {"rtol": 0.02, "atol": 0.05}
+    torch.testing.assert_close(found, handed_out(encoding, x, (3, 7)), **close)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_bf16_drifts_from_float32_by_rounding_only(name: str) -> None:
+    """bf16 content: bf16 comes out, within a few of its steps (2^-8) of the largest value.
+
+    A running sum in bf16 would put positions into the wrong bin and miss by far more.
+    """
+    torch.manual_seed(0)
+    encoding, x = make(name, (8, 8)).bfloat16(), content(1, 64).bfloat16()
+    found = handed_out(encoding, x, (8, 8))
+    for ours, expected in zip(found, handed_out(encoding.float(), x.float(), (8, 8)), strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours.float() - expected).abs().max() <= 2**-7 * expected.abs().max()
+
+
+def handed_out(encoding: Encoding, x: Tensor, grid: Grid) -> list[Tensor]:
+    """Tokens, or rotated q and k and the bias."""
+    if isinstance(encoding, TokenEncoding):
+        return [encoding(x[..., :DIM], grid)]
+    q, k = queries_and_keys(x)
+    bias = encoding.bias(q, k, grid)
+    return [*encoding.rotate(q, k, grid), *([] if bias is None else [bias.dense()])]
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "none"])
+def test_a_grid_that_does_not_fit_the_tokens_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="20 tokens; got 21"):
+        handed_out(make(name, (3, 7)), content(1, 21), (4, 5))
+
+
+@pytest.mark.parametrize("grid", [(2, 5), (5, 9)], ids=str)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ape:resize=bicubic", 1.0),
+        ("ape:resize=bilinear", 1.0),
+        ("rpe", 1.0),
+        ("rpe_contextual:beyond=resize,divide_bias=false", HEAD_DIM),
+    ],
+)
+def test_a_resized_table_of_ones_stays_one(name: str, value: float, grid: Grid) -> None:
+    """Resampling weights sum to one (float32 in ape)."""
+    encoding = create_encoding(name, HEADS, HEAD_DIM, (3, 7)).double().requires_grad_(False)
+    for table in encoding.parameters():
+        table.fill_(1.0)
+    if isinstance(encoding, TokenEncoding):
+        found = encoding(torch.zeros(1, num_tokens(grid), DIM, dtype=torch.float64), grid)
+    else:
+        ones = torch.ones(1, HEADS, num_tokens(grid), HEAD_DIM, dtype=torch.float64)
+        found = encoding.bias(ones, ones, grid).dense()
+    torch.testing.assert_close(found, torch.full_like(found, value), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "message"),
+    [
+        ("rope", 6, r"rope needs head_dim divisible by 4; got 6 \(dim=12 / num_heads=2\)"),
+        ("rope_mixed", 6, r"rope_mixed needs head_dim divisible by 4; got 6"),
+        ("rope:temperature=0", 8, "rope:temperature must be above 0; got 0"),
+        ("cope:num_positions=1", 8, "cope:num_positions must be at least 2"),
+        ("rope:beyond=clamp", 8, "rope:beyond must be one of extrapolate, rescale; got 'clamp'"),
+        ("alibi:slope=1", 8, "alibi has no option 'slope'; known options: metric, slopes"),
+        ("cpe:kernel=5", 8, "cpe has no option 'kernel'; known options: padding"),
+    ],
+)
+def test_what_cannot_be_says_why(name: str, head_dim: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_encoding(name, HEADS, head_dim, (3, 7))
+
+
+def test_two_rotations_or_two_tables_are_a_contradiction() -> None:
+    with pytest.raises(ValueError, match="two rotations, rope and rope_mixed"):
+        create_encoding("rope+rope_mixed", HEADS, HEAD_DIM, (3, 7))
+    with pytest.raises(ValueError, match="two absolute tables, ape and sincos"):
+        create_encoding("ape+sincos", HEADS, HEAD_DIM, (3, 7))
+
+
+def test_every_encoding_says_what_it_is() -> None:
+    for name in list_encodings():
+        encoding = find_encoding(name)
+        assert encoding.summary
+        assert "\n" not in encoding.summary
+        assert encoding.source
+
+
+@pytest.mark.parametrize("name", ["rpe_decomposed", "sape2:readout=direct", "sape2:readout=squared_distance"])
+def test_a_dot_product_needs_no_map_and_its_factors_equal_it(name: str) -> None:
+    torch.manual_seed(0)
+    encoding, (q, k) = make(name, (3, 7)), queries_and_keys(content(2, 21))
+    bias = encoding.bias(q, k, (3, 7))
+    assert bias.unfactored() is None
+    query_side, key_side = bias.factored()
+    torch.testing.assert_close(query_side @ key_side.transpose(-1, -2), bias.dense(), rtol=1e-10, atol=1e-10)

@@ -1,0 +1,139 @@
+"""Agreement with timm, and for CoPE with a second, independent version of its published definition.
+
+timm computes angles in float32, so its rotations agree to about 1e-6; everything else is compared in float64.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from timm.layers import RelPosBias, RotaryEmbeddingCat, RotaryEmbeddingMixed, apply_rot_embed_cat, build_sincos2d_pos_embed
+from timm.layers.pos_embed_sincos import init_random_2d_freqs
+from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
+from torch import Tensor
+
+from sape2.encodings import create_encoding
+from sape2.encodings.grid import Grid
+
+HEADS, HEAD_DIM = 3, 16
+GRIDS: list[Grid] = [(4, 4), (3, 7)]
+
+
+def queries_and_keys(grid: Grid, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, HEADS, grid[0] * grid[1], HEAD_DIM, dtype=dtype)
+    return q, k
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("temperature", [100.0, 10_000.0])
+def test_rope_against_timm(grid: Grid, temperature: float) -> None:
+    q, k = queries_and_keys(grid, torch.float32)
+    theirs = RotaryEmbeddingCat(HEAD_DIM, temperature=temperature, in_pixels=False, grid_indexing="xy").get_embed(list(grid))
+    rotated = create_encoding(f"rope:temperature={temperature}", HEADS, HEAD_DIM, grid).rotate(q, k, grid)
+    for ours, vectors in zip(rotated, (q, k), strict=True):
+        torch.testing.assert_close(ours, apply_rot_embed_cat(vectors, theirs), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", [(2, 3), (6, 9)], ids=str)
+def test_rope_rescaled_to_the_trained_grid_against_timm(grid: Grid) -> None:
+    q, k = queries_and_keys(grid, torch.float32)
+    rope = RotaryEmbeddingCat(HEAD_DIM, temperature=100.0, in_pixels=False, grid_indexing="xy", ref_feat_shape=[4, 7])
+    rotated, _ = create_encoding("rope:beyond=rescale", HEADS, HEAD_DIM, (4, 7)).rotate(q, k, grid)
+    torch.testing.assert_close(rotated, apply_rot_embed_cat(q, rope.get_embed(list(grid))), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_rope_mixed_against_timm(grid: Grid) -> None:
+    q, k = queries_and_keys(grid, torch.float32)
+    dim = HEADS * HEAD_DIM
+    theirs = RotaryEmbeddingMixed(dim, depth=1, num_heads=HEADS, temperature=10.0, feat_shape=list(grid), grid_indexing="xy")
+    encoding = create_encoding("rope_mixed", HEADS, HEAD_DIM, grid)
+    encoding.load_state_dict({"frequencies": theirs.freqs.detach()[:, 0]})
+    embedding = theirs.get_embed(list(grid))[0]  # layer 0
+    for ours, vectors in zip(encoding.rotate(q, k, grid), (q, k), strict=True):
+        torch.testing.assert_close(ours, apply_rot_embed_cat(vectors, embedding), rtol=1e-5, atol=1e-5)
+
+
+def test_rope_mixed_starts_as_timm_does() -> None:
+    torch.manual_seed(0)
+    theirs = init_random_2d_freqs(HEAD_DIM, depth=1, num_heads=HEADS, temperature=10.0)[:, 0]
+    torch.manual_seed(0)
+    ours = create_encoding("rope_mixed", HEADS, HEAD_DIM, (4, 4)).frequencies
+    torch.testing.assert_close(ours.data, theirs)
+    plain = init_random_2d_freqs(HEAD_DIM, depth=1, num_heads=HEADS, temperature=10.0, rotate=False)[:, 0]
+    torch.testing.assert_close(create_encoding("rope_mixed:init=axes", HEADS, HEAD_DIM, (4, 4)).frequencies.data, plain)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_rpe_against_timm(grid: Grid) -> None:
+    theirs = RelPosBias(grid, HEADS)
+    encoding = create_encoding("rpe", HEADS, HEAD_DIM, grid)
+    table = theirs.relative_position_bias_table.detach().T.unflatten(-1, encoding.table.shape[1:])
+    encoding.load_state_dict({"table": table.flip(1, 2)})  # Swin's offsets run from n to i
+    q, k = queries_and_keys(grid, torch.float32)
+    torch.testing.assert_close(encoding.bias(q, k, grid).dense(), theirs.get_bias()[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 7), (2, 5), (6, 9)], ids=str)
+def test_rpe_decomposed_against_sam_on_trained_and_other_grids(grid: Grid) -> None:
+    torch.manual_seed(0)
+    encoding = create_encoding("rpe_decomposed", HEADS, HEAD_DIM, (3, 7)).double()
+    for table in encoding.parameters():
+        table.data.normal_()
+    q, k = queries_and_keys(grid)
+    theirs = get_decomposed_rel_pos_bias(
+        q.flatten(0, 1), encoding.table_y.flip(0), encoding.table_x.flip(0), grid, grid
+    )  # SAM's offsets run from n to i
+    torch.testing.assert_close(encoding.bias(q, k, grid).dense().flatten(0, 1), theirs, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_sincos_against_timm(grid: Grid) -> None:
+    """timm puts all sines before all cosines of (x, y); ours are sin x, cos x, sin y, cos y."""
+    dim = HEADS * HEAD_DIM
+    theirs = build_sincos2d_pos_embed([grid[1], grid[0]], dim)  # its grid runs over its first axis slowest
+    theirs = theirs.unflatten(0, (grid[1], grid[0])).transpose(0, 1).flatten(0, 1)  # row-major
+    sin_x, sin_y, cos_x, cos_y = theirs.chunk(4, dim=-1)
+    ours = create_encoding("sincos", HEADS, HEAD_DIM, grid).table(grid)
+    torch.testing.assert_close(ours.float(), torch.cat([sin_x, cos_x, sin_y, cos_y], dim=-1), rtol=1e-5, atol=1e-5)
+
+
+def published_cope(q: Tensor, k: Tensor, table: Tensor, causal: bool) -> Tensor:
+    """arXiv:2405.18719, written from its equations, not from ours: gates, positions, vectors e[p], then q^T e[p].
+
+    g_ij = sigmoid(q_i^T k_j / sqrt(d)); p_ij = sum of g_ik for k from j to the last key that i may see; e[p] lies
+    between e[floor p] and e[ceil p]; the logits are q_i^T (k_j + e[p_ij]) / sqrt(d), of which this is the second term.
+    """
+    num_tokens, dim = q.shape
+    logits = torch.einsum("id,jd->ij", q, k) / dim**0.5
+    if causal:
+        logits = logits.masked_fill(torch.ones(num_tokens, num_tokens).triu(1).bool(), -torch.inf)
+    from_j_on = torch.ones(num_tokens, num_tokens, dtype=q.dtype).triu()  # [j, k] = 1 for k >= j
+    positions = torch.einsum("ik,jk->ij", logits.sigmoid(), from_j_on).clamp(max=len(table) - 1)
+    low, high = positions.floor(), positions.ceil()
+    share = (positions - low)[..., None]
+    embedded = share * table[high.long()] + (1 - share) * table[low.long()]  # (N, N, d)
+    return torch.einsum("id,ijd->ij", q, embedded) / dim**0.5
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("count", ["suffix", "causal"])
+@pytest.mark.parametrize("num_positions", [None, 10])
+def test_cope_against_its_published_definition(grid: Grid, count: str, num_positions: int | None) -> None:
+    encoding = create_encoding(f"cope:count={count},num_positions={num_positions}", HEADS, HEAD_DIM, grid).double()
+    encoding.table.data.normal_()
+    q, k = queries_and_keys(grid)
+    bias = encoding.bias(q, k, grid).dense()
+    for b in range(len(q)):
+        for head in range(HEADS):
+            expected = published_cope(q[b, head], k[b, head], encoding.table, causal=count == "causal")
+            torch.testing.assert_close(bias[b, head], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_cope_with_ten_positions_clamps_most_of_an_8x8_grid() -> None:
+    """What P = 10 does: at the start, gates near 1/2, all but the last twenty keys share one position."""
+    q, k = queries_and_keys((8, 8))
+    positions = create_encoding("cope:num_positions=10", HEADS, HEAD_DIM, (8, 8)).double().maps(q, k, (8, 8))["positions"]
+    assert (positions > 9).double().mean() > 0.6
+    assert positions.max() <= 64

@@ -1,0 +1,210 @@
+"""Every encoding and every option of it against its literal loop in `reference.py`.
+
+float64 on both sides. The two sum a few dozen terms in different orders, which leaves about 1e-14; 1e-10 leaves room
+for that and for nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+from torch import Tensor
+
+from sape2 import reference
+from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
+from sape2.encodings.grid import Grid
+
+BATCH, HEADS, HEAD_DIM = 2, 2, 8
+TRAINED: Grid = (3, 7)
+GRIDS: list[Grid] = [(3, 7), (2, 5), (4, 8)]  # the trained one, one inside it, one beyond it
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+# Values to try for options that are numbers, 2 if not here; the values of all others are listed by their type.
+NUMBERS = {
+    "temperature": ["7.5"],
+    "num_positions": ["3"],
+    "table_std": ["0.5"],
+    "gain_init": [],  # needs sign=learned, see below
+}
+TOGETHER = [
+    "sape2:sign=learned,gain_init=0.5",
+    "sape2:preset=equations",
+    "sape2:readout=direct,count=between",
+    "sape2:readout=direct,count=cyclic",
+    "sape2:readout=direct,count=both,beyond=rescale",
+    "sape2:readout=squared_distance,count=both,sign=minus",
+    "sape2:gates=constant,count=between",
+    "sape2:axes=raster,count=cyclic,normalize=sqrt_length",
+    "rpe_contextual:heads=each,beyond=resize",
+    "cope:count=between,num_positions=4",
+    "cope:num_positions=10,divide_bias=false",
+]
+
+
+def variants(name: str) -> Iterator[str]:
+    """The encoding as it is, then with each value of each of its options."""
+    yield name
+    for option, hint in get_type_hints(find_encoding(name).Options).items():
+        numbers = NUMBERS.get(option, ["2"])
+        choices = get_args(hint) if get_origin(hint) is Literal else ("true", "false") if hint is bool else numbers
+        yield from (f"{name}:{option}={choice}" for choice in choices)
+
+
+def cases(slot: type, more: list[str] | None = None) -> list[tuple[str, Grid]]:
+    """Every variant on the trained grid and a smaller one; on a larger one those that have a rule for it."""
+    names = [v for name in list_encodings() if issubclass(find_encoding(name), slot) for v in variants(name)] + (more or [])
+    larger = [(name, GRIDS[2]) for name in names if "beyond" in name or ":" not in name]
+    return [(name, grid) for name in names for grid in GRIDS[:2]] + larger
+
+
+def make(name: str) -> TokenEncoding | AttentionEncoding:
+    """The encoding in float64 with random parameters, none of them at a start value that would hide a mistake."""
+    encoding = create_encoding(name, HEADS, HEAD_DIM, TRAINED).double().requires_grad_(False)
+    for parameter in encoding.parameters():
+        parameter.normal_()
+    return encoding
+
+
+def trained_over(grid: Grid, axis: int) -> float:
+    return TRAINED[axis] / grid[axis]
+
+
+def by_name(name: str, encoding: TokenEncoding | AttentionEncoding, **known: Any) -> Tensor:
+    """The loop of the same name; its arguments are `known` ones, options and parameters of the encoding, found by name."""
+    available = dict(encoding.named_parameters()) | vars(encoding.options) | known
+    loop = getattr(reference, name)
+    return loop(**{argument: available[argument] for argument in inspect.signature(loop).parameters})
+
+
+def expected_tokens(encoding: TokenEncoding, name: str, x: Tensor, grid: Grid) -> Tensor:
+    if name == "cpe":
+        weight, offset = encoding.conv.weight[:, 0], encoding.conv.bias
+        return reference.cpe(x, weight, offset, grid, encoding.options.padding)
+    return by_name(name, encoding, tokens=x, grid=grid)
+
+
+def expected_rotation(encoding: AttentionEncoding, name: str, vectors: Tensor, head: int, grid: Grid) -> Tensor:
+    if type(encoding).rotate is AttentionEncoding.rotate:
+        return vectors
+    rescale = (1.0, 1.0)
+    if encoding.options.beyond == "rescale":
+        rescale = (trained_over(grid, 0), trained_over(grid, 1))
+    if name == "rope_mixed":
+        return reference.rope_mixed(vectors, encoding.frequencies[:, head], grid, rescale)
+    return by_name(name, encoding, vectors=vectors, grid=grid, rescale=rescale)
+
+
+def expected_bias(encoding: AttentionEncoding, name: str, q: Tensor, k: Tensor, head: int, grid: Grid) -> Tensor:
+    options, height, width = encoding.options, *grid
+    resize = getattr(options, "beyond", None) == "resize" and grid != TRAINED
+    if name == "rpe":
+        table = encoding.table[head]
+        return reference.rpe(reference.resize_bicubic(table, 2 * height - 1, 2 * width - 1) if resize else table, grid)
+    if name == "rpe_contextual":
+        table = encoding.table[head if options.heads == "each" else 0]
+        if resize:
+            channels = [reference.resize_bicubic(table[..., c], 2 * height - 1, 2 * width - 1) for c in range(HEAD_DIM)]
+            table = torch.stack(channels, dim=-1)
+        return reference.rpe_contextual(q, table, grid, options.divide_bias)
+    if name == "rpe_decomposed":
+        table_y, table_x = encoding.table_y, encoding.table_x
+        if resize:
+            table_y = reference.resize_linear(table_y, 2 * height - 1)
+            table_x = reference.resize_linear(table_x, 2 * width - 1)
+        return reference.rpe_decomposed(q, table_y, table_x, grid)
+    if name == "alibi":
+        learned = options.slopes == "learned"
+        slope = float(encoding.slopes[head]) if learned else reference.alibi_slopes(HEADS)[head]
+        return reference.alibi(slope, grid, options.metric)
+    if name == "sape2":
+        return expected_sape2(encoding, q, k, head, grid)["bias"]
+    rescale = min(1.0, math.prod(TRAINED) / math.prod(grid)) if getattr(options, "beyond", None) == "rescale" else 1.0
+    return by_name(name, encoding, q=q, k=k, grid=grid, head=head, rescale=rescale)
+
+
+def expected_sape2(encoding: AttentionEncoding, q: Tensor, k: Tensor, head: int, grid: Grid) -> dict[str, Tensor]:
+    o = encoding.options
+    lengths = {"y": (TRAINED[0], grid[0]), "x": (TRAINED[1], grid[1]), "raster": (math.prod(TRAINED), math.prod(grid))}
+    return reference.sape2(
+        q,
+        k,
+        {axis: getattr(encoding, f"table_{axis}") for axis in encoding.axes},
+        grid,
+        dot=o.dot,
+        gates=o.gates,
+        gate_scale=float(encoding.gate_scale[head])
+        if o.gate_scale == "learned"
+        else {"sqrt_dim": None, "none": 1.0}[o.gate_scale],
+        count=o.count,
+        readout=o.readout,
+        gain=float(encoding.gain[head]) if o.sign == "learned" else {"plus": 1.0, "minus": -1.0}[o.sign],
+        divide_bias=o.divide_bias,
+        normalize=o.normalize,
+        rescale={axis: min(1.0, old / new) for axis, (old, new) in lengths.items()} if o.beyond == "rescale" else None,
+    )
+
+
+# The loop of ape has no resampling: test_encoding_duties looks at its other grids.
+@pytest.mark.parametrize(
+    ("name", "grid"), [c for c in cases(TokenEncoding) if not c[0].startswith("ape") or c[1] == TRAINED], ids=str
+)
+def test_tokens_equal_the_literal_loop(name: str, grid: Grid) -> None:
+    torch.manual_seed(0)
+    base = name.partition(":")[0]
+    encoding = make(name)
+    x = torch.randn(BATCH, math.prod(grid), HEADS * HEAD_DIM, dtype=torch.float64)
+    expected = torch.stack([expected_tokens(encoding, base, image, grid) for image in x])
+    torch.testing.assert_close(encoding(x, grid), expected, **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "grid"), cases(AttentionEncoding, TOGETHER), ids=str)
+def test_rotation_and_bias_equal_the_literal_loop(name: str, grid: Grid) -> None:
+    torch.manual_seed(0)
+    base = name.partition(":")[0]
+    encoding = make(name)
+    q, k = torch.randn(2, BATCH, HEADS, math.prod(grid), HEAD_DIM, dtype=torch.float64)
+    bias = encoding.bias(q, k, grid)
+    dense = None if bias is None else bias.dense().expand(BATCH, HEADS, -1, -1)
+    rotated = encoding.rotate(q, k, grid)
+    for b in range(BATCH):
+        for head in range(HEADS):
+            for turned, vectors in zip(rotated, (q, k), strict=True):
+                expected = expected_rotation(encoding, base, vectors[b, head], head, grid)
+                torch.testing.assert_close(turned[b, head], expected, **CLOSE)
+            if dense is not None:
+                expected = expected_bias(encoding, base, q[b, head], k[b, head], head, grid)
+                torch.testing.assert_close(dense[b, head], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["sape2", "sape2:count=both", "sape2:axes=raster"])
+def test_sape2_maps_equal_the_literal_loop(name: str) -> None:
+    torch.manual_seed(0)
+    encoding = make(name)
+    q, k = torch.randn(2, BATCH, HEADS, math.prod(TRAINED), HEAD_DIM, dtype=torch.float64)
+    maps = encoding.maps(q, k, TRAINED)
+    expected = expected_sape2(encoding, q[1, 1], k[1, 1], 1, TRAINED)
+    assert maps.keys() == expected.keys()
+    for key, value in expected.items():
+        torch.testing.assert_close(maps[key][1, 1], value, **CLOSE)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2, 3, 6, 8, 12])
+def test_alibi_slopes_for_any_number_of_heads(num_heads: int) -> None:
+    """Powers of two and what lies between them, to the rounding of float32."""
+    encoding = create_encoding("alibi:slopes=learned", num_heads, HEAD_DIM, TRAINED)
+    torch.testing.assert_close(encoding.slopes.data, torch.tensor(reference.alibi_slopes(num_heads)))
+
+
+def test_a_wrong_loop_is_noticed() -> None:
+    """The comparison itself fails when two rows of a table change places."""
+    torch.manual_seed(0)
+    encoding = make("rpe_decomposed")
+    q, k = torch.randn(2, 1, HEADS, math.prod(TRAINED), HEAD_DIM, dtype=torch.float64)
+    wrong = reference.rpe_decomposed(q[0, 0], encoding.table_y.flip(0), encoding.table_x, TRAINED)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(encoding.bias(q, k, TRAINED).dense()[0, 0], wrong, **CLOSE)

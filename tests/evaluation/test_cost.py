@@ -1,0 +1,603 @@
+"""What `sape2 cost` counts, times and weighs: known cases, cases that a counter must not miss, and the command."""
+
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+
+import jaxtyping
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sape2 import create_encoding, create_model
+from sape2.attention import describe_path
+from sape2.cli import main
+from sape2.cli.options import split_encodings
+from sape2.config import MODELS
+from sape2.evaluation import MEASURES, memory
+from sape2.evaluation.cost.measure import count_macs, count_parameters, forward_backward, growth_exponent, loss_gradients
+from sape2.evaluation.cost.memory import available_bytes, highest_sum, peak_bytes, predicted_peak
+from sape2.evaluation.cost.operations import count_operations, on_meta
+from sape2.evaluation.cost.rows import count_table, growth_rows, lines_of_growth, time_table
+from sape2.evaluation.cost.subjects import AttentionSubject, Cell, EncodedAttention, ModelSubject, PlainAttention
+from sape2.evaluation.cost.sweep import Sweep, attention_part, measure, parse_grid, run_sweep
+from sape2.evaluation.cost.timing import alternate, median_seconds, spread
+from sape2.training import files
+
+MEGA = 1_000_000
+SLACK = 64  # bytes: scalars become tensors for a moment
+
+
+@pytest.fixture(autouse=True, scope="module")
+def a_smaller_model():
+    """One block, so that what is done to models takes a second."""
+    MODELS["vit_test"] = (32, 1, 2, 2.0)
+    yield
+    del MODELS["vit_test"]
+
+
+# --- operations ------------------------------------------------------------------------------------------------------
+
+
+def meta(*shape):
+    return torch.empty(shape, device="meta")
+
+
+def count(function, *shapes):
+    return count_operations(lambda: function(*(meta(*shape) for shape in shapes)))
+
+
+def test_plain_attention_counts_two_products_a_scale_and_a_softmax():
+    h, n, d = 3, 10, 4
+    assert count(PlainAttention(), *[(1, h, n, d)] * 3) == (2 * h * n * n * d, h * n * d + 5 * h * n * n, 0)
+
+
+def test_the_products_of_a_fused_kernel_are_counted():
+    h, n, d = 3, 10, 4
+    fused = count(F.scaled_dot_product_attention, *[(1, h, n, d)] * 3)
+    assert fused.macs == 2 * h * n * n * d
+    assert fused.elementwise >= 5 * h * n * n
+
+
+@pytest.mark.parametrize(
+    ("function", "elementwise", "copied"),
+    [
+        (torch.sigmoid, 12, 0),
+        (lambda x: x + x, 12, 0),
+        (lambda x: 2 * x - 1, 24, 0),
+        (lambda x: x.cumsum(-1), 12, 0),
+        (lambda x: x.sum(), 12, 0),
+        (lambda x: x.mean(-1), 12, 0),
+        (lambda x: x.gather(-1, meta(4, 1).long()), 4, 4),  # the index was cast
+        (lambda x: F.layer_norm(x, (3,)), 8 * 12, 0),
+        (F.gelu, 5 * 12, 0),
+        (lambda x: x.clone().add_(1), 12, 12),
+        (lambda x: x.flip(-1), 0, 12),
+        (lambda x: torch.cat([x, x]), 0, 24),
+        (lambda x: F.pad(x, (0, 1)), 0, 16),
+        (lambda x: x.transpose(0, 1).unsqueeze(0)[..., :2].expand(5, -1, -1), 0, 0),
+        (lambda x: torch.zeros_like(x), 0, 0),
+        (lambda x: x @ x.T, 0, 0),
+        (lambda x: torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist"), 4 * 4 * (3 * 3 + 1), 0),
+    ],
+)
+def test_operations_on_single_numbers_and_copies(function, elementwise, copied):
+    found = count(function, (4, 3))
+    assert (found.elementwise, found.copied) == (elementwise, copied)
+
+
+def test_sape2_adds_gates_sums_look_ups_and_distances():
+    """At least: a sigmoid, a sum, and two look-ups for every gate, and 3 S + 1 for every pair, on both axes."""
+    grid, heads = (4, 6), 2
+    tokens = 24
+    attention = on_meta(EncodedAttention(create_encoding("sape2", heads, 8, grid), grid))
+    with_it, without = count(attention, *[(1, heads, tokens, 8)] * 3), count(PlainAttention(), *[(1, heads, tokens, 8)] * 3)
+    line_work = 4 * heads * tokens * (grid[0] + grid[1])
+    pair_work = heads * tokens * tokens * (3 * sum(grid) + 2)
+    assert with_it.elementwise - without.elementwise > line_work + pair_work
+
+
+def test_counting_leaves_the_model_alone_and_needs_no_memory():
+    model = create_model("vit_nano", image_size=16, patch_size=4)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert peak_bytes(lambda: count_macs(model, 3, (16, 16))) < count_parameters(model)  # bytes, a quarter of the weights
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_of_known_size():
+    assert 4 * MEGA <= peak_bytes(lambda: torch.empty(MEGA)) <= 4 * MEGA + SLACK
+
+
+def test_in_a_chain_of_temporaries_two_live_at_a_time():
+    x = torch.zeros(MEGA)
+
+    def chain():
+        y = x + 1
+        for _ in range(5):
+            y = y + 1
+
+    assert 8 * MEGA <= peak_bytes(chain) <= 8 * MEGA + SLACK
+
+
+def test_views_and_operations_in_place_take_nothing():
+    x = torch.zeros(1000, 1000)
+    assert peak_bytes(lambda: x.T[:10].mul_(2).add_(1)) <= SLACK
+
+
+def test_gradients_of_a_product():
+    x, w = torch.zeros(500, 1000, requires_grad=True), torch.zeros(1000, 1000, requires_grad=True)
+    gradient = torch.ones(500, 1000)
+    peak = peak_bytes(lambda: torch.autograd.grad(x @ w, [x, w], gradient))
+    assert 2 * MEGA + 2 * MEGA + 4 * MEGA <= peak <= 8 * MEGA + SLACK  # the product, and both gradients
+
+
+class Wasteful(torch.autograd.Function):
+    """The identity, with a temporary of 40 MB in its backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        torch.empty(10 * MEGA)
+        return gradient
+
+
+def test_temporaries_of_an_autograd_function_are_seen_by_both():
+    inputs = [torch.zeros(10, requires_grad=True), torch.ones(10)]
+
+    def step(module, inputs):
+        return torch.autograd.grad(Wasteful.apply(inputs[0]), inputs[:1], inputs[1])
+
+    assert 40 * MEGA <= peak_bytes(lambda: step(None, inputs)) <= 40 * MEGA + 1000
+    assert 40 * MEGA <= predicted_peak(step, nn.Identity(), inputs) <= 40 * MEGA + 1000
+
+
+def test_temporaries_inside_an_operator_are_seen():
+    """An operator that works on a copy of what is not contiguous: its result is 4 kB."""
+    x = torch.zeros(1000, 1000).T
+    assert peak_bytes(lambda: x.float().cumsum(1)[:, -1].clone()) >= 4 * MEGA
+    assert peak_bytes(lambda: torch._euclidean_dist(x[:, :1], x[:, :1])) > 4 * MEGA + 1000
+
+
+def test_peak_is_not_what_was_allocated_in_all():
+    assert highest_sum([5, -5, 5, -5, 5]) == 5
+    assert highest_sum([-5, 3]) == 0
+
+
+def test_what_was_there_before_does_not_count():
+    kept = [torch.zeros(MEGA)]
+    assert peak_bytes(lambda: kept.append(kept[0][:10] * 2)) <= SLACK
+
+
+@pytest.mark.parametrize("name", ["none", "rpe_decomposed", "rope", "cope", "sape2", "sape2:readout=squared_distance"])
+def test_prediction_is_close_to_the_allocator(name, monkeypatch):
+    monkeypatch.setattr("sape2.attention.module.choose_path", lambda *_: "products")  # what runs without memory
+    grid = (12, 12)
+    module = EncodedAttention(create_encoding(name, 4, 32, grid), grid)
+    inputs = [torch.randn(2, 4, 144, 32, requires_grad=index < 3) for index in range(4)]
+    measured = peak_bytes(lambda: forward_backward(module.train(), inputs))
+    assert 0.75 * measured < predicted_peak(forward_backward, module, inputs) <= 1.05 * measured
+
+
+def test_prediction_bounds_what_blocks_take():
+    module = EncodedAttention(create_encoding("sape2", 4, 32, (12, 12)), (12, 12))
+    inputs = [torch.randn(2, 4, 144, 32, requires_grad=index < 3) for index in range(4)]
+    peak_bytes(lambda: forward_backward(module.train(), inputs))  # the workspace is there from now on
+    assert peak_bytes(lambda: forward_backward(module, inputs)) <= predicted_peak(forward_backward, module, inputs)
+
+
+def test_prediction_for_a_model_that_was_never_allocated(monkeypatch):
+    monkeypatch.setattr("sape2.attention.module.choose_path", lambda *_: "products")
+    with torch.device("meta"):
+        model = create_model("vit_test", encoding="ape+sape2", image_size=32, patch_size=4)
+    predicted = predicted_peak(loss_gradients, model, [meta(4, 3, 32, 32), meta(4).long()])
+    real = create_model("vit_test", encoding="ape+sape2", image_size=32, patch_size=4)
+    batch = [torch.randn(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)]
+    measured = peak_bytes(lambda: loss_gradients(real, batch))
+    assert 0.75 * measured < predicted <= 1.05 * measured
+
+
+def test_prediction_says_none_where_values_decide():
+    def step(module, inputs):
+        return inputs[0] * 2 if inputs[0].sum() > 0 else inputs[0]
+
+    assert predicted_peak(step, nn.Identity(), [torch.ones(10)]) is None
+
+
+def test_available_memory_heeds_the_limit_of_a_container(tmp_path, monkeypatch):
+    free = available_bytes()
+    assert MEGA < free < 2**50
+    for name, text in (("GROUP_LIMIT", "5000000"), ("GROUP_USE", "2000000")):
+        (tmp_path / name).write_text(text)
+        monkeypatch.setattr(memory, name, tmp_path / name)
+    assert available_bytes() == 3 * MEGA
+    monkeypatch.setattr(memory, "MEMORY_INFO", tmp_path / "missing")
+    (tmp_path / "GROUP_LIMIT").write_text("max")
+    assert MEGA < available_bytes() < 2**50
+
+
+RESIDENT = """
+import resource, torch
+from sape2 import create_encoding
+from sape2.evaluation.cost.subjects import EncodedAttention
+from sape2.evaluation.cost.measure import forward_backward
+from sape2.evaluation.cost.memory import peak_bytes
+def step(side):
+    module = EncodedAttention(create_encoding("sape2", 6, 64, (side, side)), (side, side)).train()
+    inputs = [torch.randn(1, 6, side * side, 64, requires_grad=i < 3) for i in range(4)]
+    return lambda: forward_backward(module, inputs)
+step(8)()
+small, large = step(8), step(40)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+large()
+resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+print(resident, peak_bytes(large))
+"""
+
+
+@pytest.mark.slow
+def test_peak_agrees_with_what_the_system_says_the_process_grew_by():
+    assert resource.RUSAGE_SELF == 0  # getrusage is there
+    found = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True, env=os.environ)
+    resident, peak = map(int, found.stdout.split())
+    assert peak > 200 * MEGA
+    assert 0.8 * peak < resident < 1.3 * peak  # pages, scratch of BLAS, and what malloc keeps
+
+
+# --- time and growth -------------------------------------------------------------------------------------------------
+
+
+def test_steps_take_turns_and_the_warm_up_is_not_kept():
+    order, rounds = [], []
+    times = alternate({name: lambda name=name: order.append(name) for name in "abc"}, 3, 2, lambda: rounds.append(len(order)))
+    assert "".join(order) == "abc" * 5
+    assert rounds == [3, 6, 9, 12, 15]
+    assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
+    with pytest.raises(ValueError, match="at least one repeat; got 0"):
+        alternate({}, 0)
+
+
+def test_a_step_that_sleeps_takes_that_long():
+    assert 0.02 <= median_seconds(lambda: time.sleep(0.02), warmup=0, repeats=3) < 0.2
+
+
+def test_spread_is_the_outer_deciles():
+    assert spread([float(value) for value in range(11)]) == (1.0, 9.0)
+    assert spread([2.0]) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0, 1.5])
+def test_growth_exponent_of_a_power(power):
+    assert growth_exponent([(n, 3 * n**power) for n in (64, 196, 576)]) == pytest.approx(power)
+
+
+@pytest.mark.parametrize("points", [[(64, 1.0)], [(64, 1.0), (64, 2.0)], [(64, 1.0), (100, 0.0)]])
+def test_growth_needs_two_sizes_and_positive_values(points):
+    with pytest.raises(ValueError, match="two sizes or more"):
+        growth_exponent(points)
+
+
+# --- names and paths -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("none,sape2", ("none", "sape2")),
+        ("sape2:count=cyclic,sign=learned,rope", ("sape2:count=cyclic,sign=learned", "rope")),
+        ("sape2:count=cyclic,every=2+ape, rpe:beyond=clamp", ("sape2:count=cyclic,every=2+ape", "rpe:beyond=clamp")),
+        ("none,none", ("none",)),
+    ],
+)
+def test_options_keep_their_commas_in_a_list_of_encodings(text, names):
+    assert split_encodings(text) == names
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("ape", "none"),
+        ("none", "none"),
+        ("ape+sape2", "sape2"),
+        ("rope+ape+sape2:count=cyclic,every=2,sign=learned", "rope+sape2:count=cyclic,sign=learned"),
+    ],
+)
+def test_attention_part(name, part):
+    assert attention_part(name) == part
+
+
+def test_grids_are_rows_by_columns():
+    assert parse_grid(" 8x14 ") == (8, 14)
+    for text in ("8by8", "8", "8x", "0x8", "-8x8", "8x8x8", "8.5x8", ""):
+        with pytest.raises(ValueError, match="rows x columns, both at least 1"):
+            parse_grid(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("none", "products"),
+        ("rpe", "blocks, matrix, weights kept"),
+        ("cope", "blocks, matrix, weights kept"),
+        ("rpe_decomposed", "blocks, places, weights kept"),
+    ],
+)
+def test_the_path_is_told_in_words(name, path):
+    q = torch.zeros(1, 2, 12, 8)
+    assert describe_path(q, q, q, (3, 4), create_encoding(name, 2, 8, (3, 4))) == path
+
+
+# --- the sweep -------------------------------------------------------------------------------------------------------
+
+CONDITIONS = {"torch": torch.__version__, "hardware": "test", "threads": 1}
+KEYS = {
+    "measure", "name", "value", "unit", "n", "protocol", "encoding", "timed_as", "level", "model", "heads", "head_dim", "grid",
+    "tokens", "batch", "dtype", "device", "path", *CONDITIONS,
+}  # fmt: skip
+
+
+def small_sweep(**changes):
+    given = {"encodings": ("none", "ape", "ape+sape2"), "grids": ((2, 2), (2, 4)), "batches": (2,), "repeats": 2}
+    return Sweep(**given | {"model": "vit_test"} | changes)
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory, a_smaller_model):
+    """(cells with their rows, the lines of the file) of a small sweep on both levels."""
+    path, rounds = tmp_path_factory.mktemp("cost") / "new" / "results.jsonl", []
+    sweep = small_sweep()
+    found = [*run_sweep(sweep, path, CONDITIONS, lambda: rounds.append(1))]
+    assert len(rounds) == sweep.rounds == 4 * 2 * 4
+    return found, [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def values(rows, **wanted):
+    return {row["encoding"]: row["value"] for row in rows if all(row[key] == value for key, value in wanted.items())}
+
+
+def test_rows_carry_their_conditions_and_are_in_the_file(swept):
+    found, written = swept
+    rows = [row for _, rows in found for row in rows]
+    assert rows == written
+    assert all(row.keys() >= KEYS for row in rows)
+    assert all(isinstance(row["value"], (int, float)) and math.isfinite(row["value"]) for row in rows)
+    assert [cell and (cell.level, cell.grid) for cell, _ in found] == [
+        ("attention", (2, 2)), ("attention", (2, 4)), ("model", (2, 2)), ("model", (2, 4)), None,
+    ]  # fmt: skip
+
+
+def test_every_quantity_is_there_for_every_encoding(swept):
+    attention, model = swept[0][1][1], swept[0][3][1]
+    counted = {"parameters", "macs", "elementwise", "copied"}
+    for rows, encodings, phases, yardsticks in (
+        (attention, {"plain", "none", "ape", "ape+sape2"}, ("forward", "forward_backward"), ("none", "plain")),
+        (model, {"none", "ape", "ape+sape2"}, ("inference", "training_step"), ("none",)),
+    ):
+        timed = {f"{phase}_{what}" for phase in phases for what in ("ms", "images_per_s", "memory")}
+        ratios = {f"{phase}_{what}_to_{y}" for phase in phases for what in ("ms", "memory") for y in yardsticks}
+        assert {(row["encoding"], row["name"]) for row in rows} == {(e, n) for e in encodings for n in counted | timed | ratios}
+
+
+def test_an_encoding_on_tokens_is_none_in_attention_and_says_so(swept):
+    rows = swept[0][1][1]
+    own = [{k: v for k, v in row.items() if k != "encoding"} for row in rows if row["encoding"] == "ape"]
+    none = [{k: v for k, v in row.items() if k != "encoding"} for row in rows if row["encoding"] == "none"]
+    assert own == none
+    assert {row["timed_as"] for row in rows if row["encoding"] == "ape+sape2"} == {"sape2"}
+    for table in (count_table(rows), time_table(rows)):
+        assert [line["encoding"] for line in table] == ["plain", "none", "ape (= none)", "ape+sape2 (= sape2)"]
+        assert len({tuple(line) for line in table}) == 1
+
+
+def test_ratios_are_of_the_medians_and_1_to_oneself(swept):
+    rows = swept[0][1][1]
+    assert values(rows, name="forward_ms_to_none")["none"] == 1
+    assert values(rows, name="forward_ms_to_plain")["plain"] == 1
+    ms, ratio = values(rows, name="forward_backward_ms"), values(rows, name="forward_backward_ms_to_plain")
+    assert ratio["ape+sape2"] == pytest.approx(ms["ape+sape2"] / ms["plain"])
+    speed = values(rows, name="forward_backward_images_per_s")
+    assert speed["ape+sape2"] == pytest.approx(2000 / ms["ape+sape2"])
+
+
+def test_counts_are_those_of_the_model(swept):
+    rows = swept[0][3][1]
+    model = create_model("vit_test", encoding="ape+sape2", image_size=(32, 64), patch_size=16, num_classes=1000)
+    assert values(rows, name="macs")["ape+sape2"] == count_macs(model, 3, (32, 64))
+    assert values(rows, name="parameters")["ape+sape2"] == count_parameters(model)
+
+
+def test_growth_is_over_the_grids(swept):
+    rows = [row for _, rows in swept[0][:-1] for row in rows]
+    growth = swept[0][-1][1]
+    found = {(row["name"], row["encoding"]): row for row in growth}
+    points = [(row["tokens"], row["value"]) for row in rows if row["name"] == "forward_ms" and row["encoding"] == "plain"]
+    row = found["forward_ms_growth", "plain"]
+    assert row["value"] == pytest.approx(growth_exponent(points))
+    assert (row["grid"], row["n"], row["tokens"]) == ("2x2 to 2x4", 2, None)
+    assert ("training_step_memory_growth", "ape+sape2") in found
+    assert growth_rows([row for row in rows if row["tokens"] == 4]) == []
+
+
+def test_figures_have_a_line_for_everything_that_was_timed(swept):
+    panels = lines_of_growth(swept[1], "ms")
+    assert {title: set(lines) for title, lines in panels.items()} == {
+        "attention, forward backward, fp32, batch 2": {"plain", "none"},
+        "vit_test, training step, fp32, batch 2": {"none", "ape", "ape+sape2"},
+    }
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("subject", [AttentionSubject, ModelSubject])
+def test_a_step_leaves_no_memory_behind(subject, dtype):
+    cell = Cell("", "vit_test", dtype, 2, (3, 4), torch.device("cpu"))
+    made = subject("sape2", cell)
+    phase = "forward_backward" if subject is AttentionSubject else "training_step"
+    made.run(phase)
+    first, second = (peak_bytes(lambda: made.run(phase)) for _ in range(2))
+    assert first == second
+    assert all(parameter.grad is None for parameter in made.module.parameters())
+
+
+def test_what_does_not_fit_is_not_tried_and_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr("sape2.evaluation.cost.sweep.available_bytes", lambda device: 60_000)
+    monkeypatch.setattr(AttentionSubject, "predict", lambda self, phase: 10**10 if self.parameters else 0)
+    ran = []
+    real = AttentionSubject.run
+    monkeypatch.setattr(AttentionSubject, "run", lambda self, phase: (ran.append(self.parameters), real(self, phase)))
+    sweep = small_sweep(encodings=("none", "cope"), grids=((6, 6),), levels=("attention",))
+    rows = measure(sweep.cells()[0], sweep, CONDITIONS)
+    cope = [row for row in rows if row["encoding"] == "cope" and row["name"].startswith("forward")]
+    assert {row["value"] for row in cope} == {None}
+    assert all(row["n"] == 0 and "needs about 10.0 GB, 0.0 GB are available" in row["note"] for row in cope)
+    assert set(ran) == {0}  # those without a table ran
+    assert values(rows, name="forward_ms")["plain"] > 0
+    assert values(rows, name="macs")["cope"] > 0
+
+
+def test_running_out_of_memory_is_a_note_and_other_errors_are_not_hidden(monkeypatch):
+    def run(self, phase):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(AttentionSubject, "run", run)
+    sweep = small_sweep(encodings=("none",), grids=((2, 2),), levels=("attention",))
+    message = "[enforce fail] DefaultCPUAllocator: can't allocate memory"
+    rows = measure(sweep.cells()[0], sweep, CONDITIONS)
+    assert all("out of memory" in row["note"] for row in rows if row["name"].startswith("forward"))
+    message = "unsupported memory format: shapes do not fit"
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        measure(sweep.cells()[0], sweep, CONDITIONS)
+
+
+def test_rows_that_are_there_survive_an_interruption(tmp_path):
+    rounds = []
+
+    def interrupt():
+        rounds.append(1)
+        if len(rounds) > 8:
+            raise KeyboardInterrupt
+
+    sweep = small_sweep(encodings=("none",), levels=("attention",))
+    with pytest.raises(KeyboardInterrupt):
+        list(run_sweep(sweep, tmp_path / "results.jsonl", CONDITIONS, interrupt))
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {row["grid"] for row in rows} == {"2x2"}
+
+
+@pytest.mark.parametrize("cells", [0, 1])
+def test_a_sweep_that_is_killed_while_it_writes_leaves_whole_cells(tmp_path, monkeypatch, cells):
+    """What stands there is the last whole state: that of the sweep before, until the first cell is done."""
+    path, sync = tmp_path / "results.jsonl", files._sync
+    path.write_text('{"grid": "before"}\n')
+    synced = []
+
+    def killed(temporary):
+        if len(synced) == cells:
+            raise KeyboardInterrupt
+        synced.append(temporary)
+        sync(temporary)
+
+    monkeypatch.setattr(files, "_sync", killed)
+    sweep = small_sweep(encodings=("none",), levels=("attention",))
+    with pytest.raises(KeyboardInterrupt):
+        list(run_sweep(sweep, path, CONDITIONS))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["grid"] for row in rows} == ({"2x2"} if cells else {"before"})
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(capfd, tmp_path, monkeypatch):
+    """Runs `sape2 cost` in an empty folder: (status, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    jaxtyping.config.update("jaxtyping_disable", True)
+
+    def run(*argv):
+        try:
+            status = main(["cost", *argv])
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    yield run
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+SMALL = ("--attention-only", "--grids", "2x2,2x4", "--batches", "1", "--repeats", "1")
+
+
+def test_the_command_ends_with_tables_rows_and_figures(command, tmp_path):
+    status, out, _ = command(*SMALL, "--encodings", "ape,sape2:readout=direct,count=between")
+    assert status == 0
+    for text in ("attention, fp32, batch 1, 2x4 tokens: measured", "ape (= none)", "plain", "growth"):
+        assert text in out
+    assert {path.name for path in (tmp_path / "runs/cost").iterdir()} == {"results.jsonl", "cost_time.png", "cost_memory.png"}
+    rows = [json.loads(line) for line in (tmp_path / "runs/cost/results.jsonl").read_text().splitlines()]
+    assert "sape2:readout=direct,count=between" in {row["encoding"] for row in rows}
+
+
+def test_json_is_the_rows_and_nothing_else(command, tmp_path):
+    status, out, _ = command(*SMALL, "--encodings", "none", "--dtypes", "bf16", "--out", "here", "--json")
+    assert status == 0
+    assert out == (tmp_path / "here/results.jsonl").read_text()
+    assert {row["dtype"] for row in map(json.loads, out.splitlines())} == {"bf16"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--encodings", "sape3"], ["unknown encoding 'sape3'", "rope_mixed"]),
+        (["--encodings", "none,"], ["unknown encoding ''"]),
+        (["--encodings", "sape2:every=13"], ["every=13", "12 layers"]),
+        (["--grids", "8by8"], ["rows x columns", "8x8", "'8by8'"]),
+        (["--grids", "8x8,0x4"], ["at least 1", "'0x4'"]),
+        (["--batches", "0"], ["--batches", "from 1 on", "'0'"]),
+        (["--batches", "-2"], ["--batches", "'-2'"]),
+        (["--batches", "two"], ["--batches", "'two'"]),
+        (["--repeats", "0"], ["--repeats", "'0'"]),
+        (["--threads", "0"], ["--threads", "'0'"]),
+        (["--dtypes", "fp64"], ["unknown dtype 'fp64'", "fp32, bf16"]),
+        (["--model", "vit_tiny"], ["unknown model 'vit_tiny'", "vit_nano"]),
+        (["--model", "vit_nano", "--attention-only"], ["not allowed with"]),
+    ],
+)
+def test_mistakes_are_one_line_and_change_nothing(command, tmp_path, argv, named):
+    status, out, err = command(*argv)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert [text for text in named if text not in err] == []
+    assert not any(tmp_path.iterdir())
+
+
+class Images:
+    """Four images of two classes."""
+
+    classes = ("a", "b")
+    labels = torch.tensor([0, 1, 0, 1])
+
+    def batches(self, batch_size):
+        yield from zip(torch.zeros(4, 3, 16, 16).split(batch_size), self.labels.split(batch_size), strict=True)
+
+
+def test_the_measure_of_a_run():
+    model = create_model("vit_nano", encoding="ape", image_size=16, patch_size=4, num_classes=2)
+    rows = {row["name"]: row for row in MEASURES["cost"](model, Images())}
+    assert list(rows) == ["parameters", "macs", "elementwise", "inference_images_per_s", "inference_memory"]
+    assert rows["macs"]["value"] == count_macs(model, 3, (16, 16))
+    speed = rows["inference_images_per_s"]
+    assert speed["n"] == 7
+    assert 0 < speed["p10"] <= speed["value"] <= speed["p90"]
+    assert "batch of 4" in speed["protocol"]
+    assert model.training

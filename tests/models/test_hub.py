@@ -1,0 +1,134 @@
+"""A model as a folder: saved, loaded, described, and one clear line for a damaged one."""
+
+import json
+
+import pytest
+import torch
+from export_cases import assert_same_weights, finished_run, tiny
+
+import sape2
+from sape2.models.hub import find_folder
+from sape2.models.vit import ViT
+
+
+@pytest.fixture
+def saved(tmp_path):
+    run, model = finished_run(tmp_path / "run")
+    model.save_pretrained(tmp_path / "folder", run)
+    return tmp_path / "folder", model
+
+
+def test_a_saved_model_loads_with_the_same_logits(saved):
+    folder, model = saved
+    loaded, images = ViT.from_pretrained(folder), torch.randn(2, 1, 16, 12)
+    assert_same_weights(loaded, model)
+    assert torch.allclose(loaded(images), model(images), atol=1e-5)
+    assert not loaded.training
+    assert loaded.config == model.config
+
+
+def test_a_model_without_a_run_is_saved_too(tmp_path):
+    model = tiny("rope+sape2:count=cyclic,share=true", depth=2, layer_scale=0.1)
+    model.save_pretrained(tmp_path)
+    assert_same_weights(ViT.from_pretrained(str(tmp_path)), model)
+    assert "Results" not in (tmp_path / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "README.md"}
+
+
+def test_the_config_says_all_that_is_needed(saved):
+    config = json.loads((saved[0] / "config.json").read_text())
+    assert config["normalization"]["mean"] == [0.3]
+    assert config["normalization"]["std"] == [0.2]
+    assert config["classes"] == list("abcde")
+    assert (config["licence"], config["encoding"], config["sape2_version"]) == ("apache-2.0", "ape+sape2", sape2.__version__)
+
+
+def test_the_card_is_filled_from_the_run(saved):
+    card = (saved[0] / "README.md").read_text()
+    for text in (
+        "license: apache-2.0",
+        "library_name: sape2",
+        "| accuracy | 0.8750 | fraction | 40 | test | last | top-1, one view |",
+        "sape2 train digits --model vit_nano --encoding ape+sape2 --epochs 100 --seed 3",
+        "arXiv:2505.09466",
+        "a, b, c, d, e",
+        "(images - torch.tensor([0.3])",
+    ):
+        assert text in card
+
+
+def test_the_front_matter_of_the_card_is_read_by_the_hub_client(saved):
+    from huggingface_hub import ModelCard
+
+    data = ModelCard.load(saved[0] / "README.md").data
+    assert (data.license, data.library_name) == ("apache-2.0", "sape2")
+    assert {result.metric_value for result in data.eval_results} == {0.875}
+
+
+def test_the_example_of_the_card_runs(saved, monkeypatch):
+    card = (saved[0] / "README.md").read_text()
+    block = card.split("```python\n")[1].split("```")[0].replace("FOLDER_OR_ID", str(saved[0]))
+    names = {}
+    exec(block, names)
+    assert names["logits"].shape == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_bytes(b"\xff\xfe"), "config.json is damaged"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "does not describe a model of sape2"),
+        (lambda folder: edit(folder, {"format": 9}), "format 9"),
+        (lambda folder: edit(folder, {"model": {"name": "vit_nano", "colour": 1}}), "unknown key model.colour"),
+        (lambda folder: edit(folder, {"model": {"name": ["vit_nano"]}}), "must be an object with a name"),
+        (lambda folder: edit(folder, {"model": {"name": "vit_nano"}}), "does not hold the weights of this model"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"0123"), "does not hold the weights of this model"),
+    ],
+)
+def test_a_damaged_folder_gives_one_line(saved, damage, said):
+    damage(saved[0])
+    with pytest.raises((ValueError, FileNotFoundError), match=said) as caught:
+        ViT.from_pretrained(saved[0])
+    assert "\n" not in str(caught.value)
+
+
+def edit(folder, changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "../x/y", "/nowhere/at/all"])
+def test_what_is_neither_a_folder_nor_an_id_is_refused_without_the_network(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(FileNotFoundError, match="owner/name"):
+        find_folder(name)
+
+
+def test_an_id_is_downloaded_by_the_hub_client(saved, monkeypatch):
+    asked = []
+
+    def download(repository, **options):
+        asked.append((repository, options["allow_patterns"]))
+        return str(saved[0])
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert isinstance(ViT.from_pretrained("someone/model"), ViT)
+    assert asked == [("someone/model", ["config.json", "model.safetensors"])]
+
+
+def test_a_hub_that_does_not_answer_gives_one_line(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("no route\nto the host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(OSError, match=r"the hub did not give it: no route$"):
+        ViT.from_pretrained("someone/model")
+
+
+def test_a_model_with_something_attached_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="save_adapter"):
+        sape2.attach(tiny("ape"), "sape2").save_pretrained(tmp_path)

@@ -1,0 +1,175 @@
+"""The vision transformer: timm's weights and function, any size, one block for every encoding."""
+
+import pytest
+import timm
+import torch
+
+from sape2 import create_model
+from sape2.config import MODELS
+from sape2.models.vit import ViT
+
+SMALL = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 24, "depth": 2, "num_heads": 3}
+
+
+def small(**changes):
+    return create_model("vit_nano", **(SMALL | changes))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {}),
+        ({"pool": "mean"}, {"class_token": False, "global_pool": "avg"}),
+        ({"num_registers": 2}, {"reg_tokens": 2}),
+        ({"num_registers": 2}, {"reg_tokens": 2, "no_embed_class": True}),
+        ({"layer_scale": 0.1, "qk_norm": True}, {"init_values": 0.1, "qk_norm": True}),
+        ({"image_size": (16, 24), "qkv_bias": False}, {"img_size": (16, 24), "qkv_bias": False}),
+    ],
+    ids=str,
+)
+def test_against_timm_with_its_weights(ours, theirs):
+    config = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 24, "depth": 2, "num_heads": 3} | theirs
+    original = timm.models.VisionTransformer(**config).eval()
+    for parameter in original.parameters():  # timm starts biases and tokens near 0, which would hide a difference
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = small(encoding="ape", **ours).eval()
+    missing = model.load_state_dict(original.state_dict())
+    assert not missing.missing_keys
+    images = torch.randn(2, 3, *model.config.image_size)
+    torch.testing.assert_close(model(images), original(images), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_timm_for_another_grid_are_refused_with_the_numbers():
+    original = timm.models.VisionTransformer(img_size=24, patch_size=4, num_classes=5, embed_dim=24, depth=2, num_heads=3)
+    with pytest.raises(ValueError, match="pos_embed has 37 rows, which fits neither the grid 4x4"):
+        small(encoding="ape").load_state_dict(original.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("vit_nano", 0.46), ("vit_micro", 2.70), ("vit_small", 21.3), ("vit_base", 85.2)]
+)
+def test_the_four_sizes_have_their_known_number_of_parameters(name, millions):
+    with torch.device("meta"):
+        model = create_model(name, encoding="ape", image_size=32, patch_size=4, num_classes=10)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
+    assert name in MODELS
+
+
+@pytest.mark.parametrize("encoding", ["none", "ape", "sincos", "sape2", "ape+sape2", "sape2:every=2,share=true"])
+@pytest.mark.parametrize("size", [(16, 16), (8, 20), (24, 12)], ids=str)
+def test_any_image_of_whole_patches_passes_and_every_parameter_learns(encoding, size):
+    model = small(encoding=encoding, num_registers=1, pool="mean")
+    logits = model(torch.randn(2, 3, *size))
+    assert logits.shape == (2, 5)
+    logits.square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert without == []
+
+
+def test_with_a_class_token_the_bias_of_the_last_layer_reaches_nothing():
+    """The class token is not biased and the patches of the last layer are not read, in the paper's models too."""
+    model = small(encoding="sape2", pool="class")
+    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    first, last = (block.attn.encoding.table_x.grad for block in model.blocks)
+    assert first.any()
+    assert not last.any()
+
+
+@pytest.mark.parametrize(
+    ("images", "message"), [((1, 3, 16, 18), "16x18 pixels does not divide"), ((1, 1, 16, 16), "takes 3 channels")]
+)
+def test_images_that_do_not_fit_are_named(images, message):
+    with pytest.raises(ValueError, match=message):
+        small()(torch.randn(images))
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    torch.manual_seed(0)
+    plain = small(encoding="ape+sape2")
+    saving = ViT(plain.config.__class__(**(vars(plain.config) | {"gradient_checkpointing": True})))
+    saving.load_state_dict(plain.state_dict())
+    images = torch.randn(2, 3, 16, 16)
+    for model in (plain, saving):
+        model(images).square().sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+def test_models_of_one_seed_differ_in_their_encoding_only():
+    states = []
+    for encoding in ("none", "ape", "ape+sape2", "sape2:count=both"):
+        torch.manual_seed(3)
+        states.append({k: v for k, v in small(encoding=encoding).state_dict().items() if "encoding" not in k})
+    for state in states[1:]:
+        assert state.keys() == states[0].keys()
+        assert all(torch.equal(state[key], states[0][key]) for key in state)
+    torch.manual_seed(4)
+    assert not torch.equal(small(encoding="none").state_dict()["head.weight"], states[0]["head.weight"])
+
+
+def test_layer_scale_drop_path_and_the_rest_do_not_depend_on_the_encoding():
+    def skeleton(encoding):
+        model = small(encoding=encoding, layer_scale=1e-4, drop_path=0.2)
+        return [str(module) for name, module in model.named_modules() if "encoding" not in name and not list(module.children())]
+
+    assert skeleton("none") == skeleton("ape+sape2")
+
+
+def test_tables_tokens_norms_and_biases_do_not_decay():
+    from sape2.config import TrainConfig
+    from sape2.training.loop import make_optimizer
+
+    model = small(encoding="ape+sape2:sign=learned", num_registers=1)
+    optimizer = make_optimizer(model, TrainConfig())
+    decays = {id(p): group["weight_decay"] > 0 for group in optimizer.param_groups for p in group["params"]}
+    decaying = {name for name, p in model.named_parameters() if decays[id(p)]}
+    assert {"token_encodings.0.table", "cls_token", "reg_token", "norm.weight", "head.bias"} & decaying == set()
+    assert not any("encoding" in name for name in decaying)
+    assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"} <= decaying
+
+
+def test_maps_give_every_layer_what_its_encoding_saw():
+    model = small(encoding="ape+sape2:every=2").eval()
+    images = torch.randn(2, 3, 8, 12)
+    layers = model.maps(images)
+    assert ["bias" in layer for layer in layers] == [False, True]
+    assert layers[1]["positions_x"].shape == (2, 3, 6, 3)
+    torch.testing.assert_close(model.head(model.pool(model.norm(layers[-1]["tokens"]))), model(images))
+
+
+def test_the_ape_table_is_resampled_from_its_own_oblong_grid():
+    model = small(encoding="ape", image_size=(8, 24))
+    ape = model.token_encodings[0]
+    assert ape.table.shape == (2, 6, 24)
+    ramp = torch.linspace(0, 1, 6)[None, :, None].expand(2, 6, 24)
+    torch.nn.init.zeros_(ape.table)
+    ape.table.data += ramp
+    resampled = ape.resampled((4, 12))
+    assert resampled.shape == (4, 12, 24)
+    assert (resampled[:, 1:, 0] - resampled[:, :-1, 0] > -1e-3).all()  # still a ramp along x, and along x only
+    torch.testing.assert_close(resampled[0], resampled[3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_heads": 5}, "dim=24, num_heads=5"),
+        ({"image_size": 18}, "multiples of 4"),
+        ({"encoding": "ape+sincos"}, "two absolute tables"),
+        ({"encoding": "sape2+sape2"}, "sape2 twice"),
+        ({"encoding": "none+ape"}, "joins none"),
+        ({"encoding": "apes"}, "unknown encoding 'apes'; known encodings: none, ape"),
+        ({"encoding": "sape2:every=9"}, "leaves it out of all 2 layers"),
+        ({"encoding": "ape:every=2"}, "acts once on the tokens"),
+        ({"encoding": "sape2:count"}, "must be key=value"),
+        ({"depths": 2}, "unknown key model.depths"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_with_the_reason(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
+
+
+def test_an_unknown_model_lists_the_known_ones():
+    with pytest.raises(ValueError, match="known models: vit_nano, vit_micro, vit_small, vit_base"):
+        create_model("vit_huge")

@@ -1,0 +1,201 @@
+"""The import rule of docs/decisions/0001-structure.md, read off the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "src" / "sape2"
+
+# Which of our modules each module may import at the top or inside functions. A folder stands for its files, unless they
+# are named themselves.
+ALLOWED = {
+    "__init__": {"adapters", "encodings", "models.export", "models.frozen", "models.vit"},  # names looked up when first used
+    "config": {"config"},
+    "reference": set(),
+    "encodings": {"encodings.base", "encodings.bias", "encodings.grid"},
+    "encodings.grid": set(),
+    "encodings.bias": {"encodings.grid"},
+    "attention": {"attention", "encodings.base", "encodings.grid"},
+    "models": set(),
+    "models.vit": {"attention", "config", "encodings", "models.hub"},
+    "models.hub": {"config", "training.checkpoint", "training.files"},
+    "models.frozen": set(),
+    "models.export": {"config", "evaluation.runs", "models.frozen", "models.hub", "training.checkpoint", "training.files"},
+    "adapters": {"adapters", "attention", "encodings", "training.files"},
+    "data": {"config", "data"},
+    "training": set(),
+    "training.files": set(),
+    "training.processes": set(),
+    "training.sharding": set(),
+    "training.claim": set(),
+    "training.memory_errors": {"config"},
+    "training.checkpoint": {"config", "training.files"},
+    "training.loop": {"config", "data", "encodings", "training.checkpoint", "training.processes", "training.sharding"},
+    "evaluation": {"encodings.grid", "evaluation", "training.memory_errors"},
+    "evaluation.report": set(),
+    "evaluation.runs": {
+        "config", "data", "evaluation", "models.vit", "training.checkpoint", "training.memory_errors", "viz",
+    },
+    "evaluation.cost.subjects": {"attention", "config", "encodings", "evaluation", "models.vit"},
+    "evaluation.cost.sweep": {
+        "config", "encodings", "evaluation", "training.files", "training.memory_errors",
+    },
+    "studies": set(),
+    "studies.run": {"config", "data", "evaluation", "models.vit", "training"},
+    "studies.probe": {
+        "config", "data.augment", "encodings", "evaluation", "models.vit", "studies.probes", "training", "viz",
+    },
+    "studies.probes": {"encodings.grid", "studies.probes"},
+    "studies.compare": set(),
+    "studies.compare.headlines": {"config", "training.checkpoint"},
+    "studies.compare.groups": {"studies.compare.headlines"},
+    "studies.compare.tables": {
+        "evaluation.report", "studies.compare.groups", "studies.compare.headlines", "training.files", "viz",
+    },
+    "studies.compare.paired": set(),
+    "studies.compare.rawrows": {
+        "config", "evaluation", "models.vit", "studies.compare.headlines", "training.checkpoint", "training.files",
+    },
+    "studies.compare.outcome": {
+        "evaluation.report", "studies.compare.groups", "studies.compare.paired", "studies.compare.rawrows",
+        "studies.compare.tables", "training.checkpoint", "training.files", "viz",
+    },
+    "studies.compare.plan": {"config", "studies.compare.rawrows", "training.checkpoint", "training.files"},
+    "studies.compare.work": {"studies.compare.plan", "studies.compare.rawrows", "training.checkpoint", "training.claim"},
+    "studies.compare.progress": {
+        "studies.compare.plan", "studies.compare.rawrows", "studies.compare.work", "training.checkpoint", "training.claim",
+    },
+    "detection": {
+        "config", "data.augment", "detection", "encodings", "evaluation.runs", "models.vit", "training",
+    },
+    "viz": {
+        "training.files", "viz.base", "viz.curves", "viz.drawing", "viz.figures", "viz.growth", "viz.maps", "viz.measures",
+        "viz.panels", "viz.plots", "viz.probes", "viz.seeds",
+    },
+    "viz.explain": {"config", "data", "encodings.grid", "evaluation", "training.checkpoint", "training.files", "viz"},
+    "viz.explore": {
+        "attention", "config", "data", "encodings", "evaluation", "models.vit", "training.checkpoint", "viz",
+    },
+    "__main__": {"cli"},
+    "cli": {"cli.commands"},
+    "cli.options": {"*"},
+    "cli.output": {"*"},
+    "cli.commands": {"*"},
+}  # fmt: skip
+SHARED = {"cli.options", "cli.output"}  # by all commands
+OPTIONAL = {
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "onnx_ir",
+    "accelerate",
+    "datasets",
+    "pyarrow",
+    "sklearn",
+    "matplotlib",
+    "torchmetrics",
+    "tensorboard",
+    "transformers",
+    "gradio",
+    "fastapi",
+    "starlette",
+    "uvicorn",
+    "faster_coco_eval",
+}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Everything imported below the package, as "encodings.base"; other packages by their first name, marked "!"."""
+    found = set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.module == "sape2":
+                names = [f"sape2.{alias.name}" for alias in node.names]
+        for name in names:
+            inside = name == "sape2" or name.startswith("sape2.")
+            found.add(name.removeprefix("sape2").removeprefix(".") if inside else "!" + name.split(".")[0])
+    return found
+
+
+def within(name: str, rooms: set[str]) -> bool:
+    """Whether a module is one of these, or lies in one of them."""
+    return any(name == room or name.startswith(room + ".") for room in rooms)
+
+
+def rule_of(module: str) -> set[str]:
+    """What the module itself may import, else what the folder around it may."""
+    parts = module.split(".")
+    return next(ALLOWED[name] for size in range(len(parts), 0, -1) if (name := ".".join(parts[:size])) in ALLOWED)
+
+
+def broken_rules(module: str, tree: ast.AST) -> set[str]:
+    """Imports of ours that `module` ("encodings.sape2") must not have."""
+    ours = {name for name in imports(tree) if name and not name.startswith("!")}
+    allowed = rule_of(module)
+    if "*" in allowed:  # commands join everything but each other, which only their __init__ does
+        own = {"cli.commands"} if module == "cli.commands" else SHARED
+        return {name for name in ours if within(name, {"cli"}) and not within(name, own)}
+    if module == "encodings":  # its __init__ joins the members
+        allowed = allowed | {"encodings"}
+    return {name for name in ours if not within(name, allowed)}
+
+
+def uses_detection_models(tree: ast.AST) -> bool:
+    """Whether torchvision's detectors are imported."""
+    froms = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return any(name.startswith("torchvision.models.detection") for name in froms | plain)
+
+
+def modules() -> list[tuple[str, ast.AST]]:
+    result = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        result.append((name, ast.parse(path.read_text())))
+    return result
+
+
+@pytest.mark.parametrize(("module", "tree"), modules(), ids=[name for name, _ in modules()])
+def test_imports_follow_the_rule(module, tree):
+    assert broken_rules(module, tree) == set()
+
+
+@pytest.mark.parametrize(("module", "tree"), modules(), ids=[name for name, _ in modules()])
+def test_optional_libraries_are_imported_inside_functions_only(module, tree):
+    top = ast.Module([node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))], [])
+    assert {name[1:] for name in imports(top)} & OPTIONAL == set()
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("encodings.grid", "from sape2.config import RunConfig"),
+        ("encodings.rotary", "from sape2.encodings.sape2 import SaPE2"),
+        ("attention.module", "import sape2.encodings"),
+        ("evaluation.shift", "from sape2.cli import main"),
+        ("evaluation.runs", "from sape2.cli.output import say"),
+        ("cli.commands.train", "from sape2.cli.commands.compare import run"),
+        ("cli.commands.train", "from sape2.cli.commands import compare"),
+        ("cli.options", "from sape2.cli.commands import train"),
+        ("cli", "from sape2.training.loop import train"),
+        ("studies.compare.paired", "from sape2.studies.compare.rawrows import raw_row"),
+        ("studies.compare.rawrows", "from sape2.studies.compare.plan import Study"),
+        ("studies.compare.new", "from sape2.studies.compare.plan import Study"),
+        ("evaluation.cost.rows", "from sape2.models.vit import ViT"),
+        ("viz.curves", "from sape2.viz.explain import explain"),
+        ("viz.curves", "from sape2.evaluation.base import Row"),
+        ("reference", "def f():\n    from sape2.encodings import grid"),
+    ],
+)
+def test_the_checker_sees_a_broken_rule(module, code):
+    assert broken_rules(module, ast.parse(code))
+
+
+def test_torchvision_detectors_are_imported_in_detection_only():
+    users = {name for name, tree in modules() if uses_detection_models(tree)}
+    assert users == {"detection.models"}
+    assert uses_detection_models(ast.parse("import torchvision.models.detection"))
