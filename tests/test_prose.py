@@ -58,7 +58,6 @@ NOT_YET = {
     "docs/reference/models.md",
     "docs/reference/runs.md",
     "docs/reproduce.md",
-    "docs/results.md",
     "docs/scaling.md",
     "docs/security.md",
     "docs/tutorial.md",
