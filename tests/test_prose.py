@@ -20,7 +20,6 @@ NOT_YET = {
     "docs/adding_an_encoding.md",
     "docs/choosing.md",
     "docs/data.md",
-    "docs/decisions/0001-structure.md",
     "docs/detection.md",
     "docs/distributed.md",
     "docs/explore.md",
