@@ -108,6 +108,19 @@ def test_make_targets_on_pages_exist():
                 assert f"\n{target}:" in makefile, (name_of(page), target)
 
 
+def paths_that_are_missing(text: str) -> list[str]:
+    named = re.findall(r"`((?:src|tests|docs|benchmarks)/[^`*]*)`", text)
+    return [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_map_of_contributing_names_files_and_folders_that_exist():
+    assert paths_that_are_missing((ROOT / "CONTRIBUTING.md").read_text()) == []
+    assert paths_that_are_missing("`src/sape2/encodings/`, `src/sape2/gone/` and `tests/gone.py`") == [
+        "src/sape2/gone/",
+        "tests/gone.py",
+    ]
+
+
 # --- recipes, citation -----------------------------------------------------------------------------------------------
 
 
