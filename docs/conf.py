@@ -31,6 +31,7 @@ nitpicky = False
 viewcode_follow_imported_members = False
 
 myst_enable_extensions = ["dollarmath"]
+myst_update_mathjax = False  # formulas are MathML: no class of MathJax on any page
 myst_heading_anchors = 4
 myst_fence_as_directive = ["math"]
 nb_execution_mode = "off"  # notebooks are shown as they were executed by `make notebooks`

@@ -2,8 +2,10 @@
 
 import ast
 import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,19 @@ def test_make_targets_on_pages_exist():
                 assert f"\n{target}:" in makefile, (name_of(page), target)
 
 
+def paths_that_are_missing(text: str) -> list[str]:
+    named = re.findall(r"`((?:src|tests|docs|benchmarks)/[^`*]*)`", text)
+    return [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_map_of_contributing_names_files_and_folders_that_exist():
+    assert paths_that_are_missing((ROOT / "CONTRIBUTING.md").read_text()) == []
+    assert paths_that_are_missing("`src/sape2/encodings/`, `src/sape2/gone/` and `tests/gone.py`") == [
+        "src/sape2/gone/",
+        "tests/gone.py",
+    ]
+
+
 # --- recipes, citation -----------------------------------------------------------------------------------------------
 
 
@@ -192,6 +207,30 @@ def test_the_site_is_built_without_a_warning_and_keeps_to_itself(tmp_path):
     first = (tmp_path / "site" / "index.html").read_text()
     assert "<math" in first
     assert "mathjax" not in first.lower()
+
+
+def boxes_that_scroll(folder: Path, css: str) -> int:
+    """How many of two formulas, with indices and roots that reach far up and down, show a scroll bar at 1280 pixels."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    convert = pytest.importorskip("latex2mathml.converter").convert
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    formulas = [r"p_{im} = \sum_{j \ge m} g_{ij}", r"b_{in} = \lVert s^x_i - s^x_n \rVert_2 / \sqrt{d}"]
+    body = "".join(f'<div class="math">{convert(formula, display="block")}</div>' for formula in formulas)
+    (folder / "page.html").write_text(f"<!doctype html><html><head><style>{css}</style></head><body>{body}</body></html>")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        page.goto((folder / "page.html").as_uri())
+        reaches_out = "(box) => box.scrollHeight > box.clientHeight || box.scrollWidth > box.clientWidth"
+        return page.evaluate(f"[...document.querySelectorAll('div.math')].filter({reaches_out}).length")
+
+
+@pytest.mark.browser
+def test_a_formula_has_no_scroll_bar(tmp_path):
+    assert boxes_that_scroll(tmp_path, (DOCS / "static" / "site.css").read_text()) == 0
+    assert boxes_that_scroll(tmp_path, "div.math { overflow-x: auto } math { font-size: 1.1em }") == 2
 
 
 # --- notebooks -------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ ALLOWED = {
     "encodings.bias": {"encodings.grid"},
     "attention": {"attention", "encodings.base", "encodings.grid"},
     "models": set(),
-    "models.vit": {"attention", "config", "encodings", "models.hub"},
+    "models.vit": {"attention", "config", "encodings", "models"},
     "models.hub": {"config", "training.checkpoint", "training.files"},
     "models.frozen": set(),
     "models.export": {"config", "evaluation.runs", "models.frozen", "models.hub", "training.checkpoint", "training.files"},
