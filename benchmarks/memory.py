@@ -9,10 +9,10 @@ is left out and says so. Largest grid: the side of the largest square whose *pre
 predicted means that the step is run on tensors without memory, whose storages are added up while they live
 (`sape2.evaluation.cost.memory.predicted_peak`). Forms that keep whole maps: by bisection. Forms in blocks: by a law in N
 and N * side through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block,
-too. The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the attention of one
-layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included; predicted for one
-and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl as it goes, goes on
-where it stopped (remove the file to measure again), and draws docs/figures/memory.png.
+too. The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the
+attention of one layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included;
+predicted for one and for two layers, further layers taken to be like the second). Writes benchmarks/results/memory.jsonl as
+it goes, goes on where it stopped (remove the file to measure again), and draws docs/figures/memory.png.
 """
 
 from __future__ import annotations

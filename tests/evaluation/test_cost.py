@@ -19,7 +19,8 @@ from sape2.attention import describe_path
 from sape2.cli import main
 from sape2.cli.options import split_encodings
 from sape2.config import MODELS
-from sape2.evaluation import MEASURES, memory
+from sape2.evaluation import MEASURES
+from sape2.evaluation.cost import memory
 from sape2.evaluation.cost.measure import count_macs, count_parameters, forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.cost.memory import available_bytes, highest_sum, peak_bytes, predicted_peak
 from sape2.evaluation.cost.operations import count_operations, on_meta
