@@ -117,7 +117,7 @@ def test_layer_scale_drop_path_and_the_rest_do_not_depend_on_the_encoding():
 
 def test_tables_tokens_norms_and_biases_do_not_decay():
     from sape2.config import TrainConfig
-    from sape2.training.loop import make_optimizer
+    from sape2.training.optimisation import make_optimizer
 
     model = small(encoding="ape+sape2:sign=learned", num_registers=1)
     optimizer = make_optimizer(model, TrainConfig())

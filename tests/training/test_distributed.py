@@ -23,8 +23,11 @@ from sape2.evaluation.runs import build_model
 from sape2.studies.run import NOWHERE, shared_accuracy
 from sape2.training.checkpoint import last_checkpoint, read_rows
 from sape2.training.claim import Watcher
-from sape2.training.loop import Trainer, check_same_run, make_accelerator, make_ema, train
+from sape2.training.loop import Trainer, check_same_run, train
+from sape2.training.optimisation import make_accelerator
 from sape2.training.processes import ALONE, Processes, joined
+from sape2.training.record import Record
+from sape2.training.weights import Weights
 
 # Everything that is drawn for a batch as a whole; without drop path, which each process draws for its own images.
 MIXED = ("model.drop_path=0", "augment.mixup=0.8", "augment.cutmix=1", "augment.flip=true", "train.ema_decay=0.9")
@@ -206,24 +209,24 @@ class Sending(Processes):
 def trainer_of(processes, folder):
     config = tiny("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0")
     trainer = Trainer.__new__(Trainer)
-    trainer.folder, trainer.processes, trainer.undivided = folder, processes, []
-    trainer.model = build_model(config)
-    trainer.ema = make_ema(trainer.model, config.train)
+    trainer.processes, trainer.model = processes, build_model(config)
+    trainer.record = Record(folder, config, processes.is_main, True, lambda: None)
+    trainer.weights = Weights(trainer.model, config.train, processes)
     return trainer
 
 
 def test_the_weights_of_a_checkpoint_are_sent_by_the_main_process_alone_and_from_the_cpu(tmp_path):
     run(tmp_path / "run", ("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0"))
     main_one = trainer_of(Sending(0, ()), tmp_path / "run")
-    main_one._take_up_checkpoint()
+    main_one.weights.take_up(tmp_path / "run")
     taken, *sent = main_one.processes.given
     assert [value.device.type for weights in sent for value in weights.values()] == ["cpu"] * 2 * len(
         main_one.model.state_dict()
     )
     helper = trainer_of(Sending(1, [taken, *sent]), NOWHERE)
-    helper._take_up_checkpoint()
+    helper.weights.take_up(NOWHERE)
     assert helper.processes.given[1:] == [None, None]
-    for mine, theirs in zip(helper.whole(), main_one.whole(), strict=True):
+    for mine, theirs in zip(helper.weights.whole(), main_one.weights.whole(), strict=True):
         assert same(mine.state_dict(), theirs.state_dict())
 
 
@@ -414,7 +417,7 @@ def full_disk_on_process_0(rank):
         raise OSError("no space left on device")
 
     if rank == 0:
-        sape2.training.loop.save_checkpoint = full
+        sape2.training.record.save_checkpoint = full
 
 
 def full_disk_at_the_end_of_an_epoch(rank):
@@ -422,7 +425,7 @@ def full_disk_at_the_end_of_an_epoch(rank):
         raise OSError("no space left on device")
 
     if rank == 0:
-        sape2.training.loop.write_rows = full
+        sape2.training.record.write_rows = full
 
 
 def break_process_1_before_backward(rank):

@@ -22,7 +22,9 @@ from sape2.evaluation.cost.measure import count_macs, count_parameters
 from sape2.evaluation.runs import build_model
 from sape2.models.vit import ViT, create_model
 from sape2.training.checkpoint import Progress, last_checkpoint, load_weights, read_rows, save_checkpoint, save_weights
-from sape2.training.loop import Trainer, TrainingStopped, make_optimizer, make_schedule, mixed_precision, train
+from sape2.training.interruption import TrainingStopped
+from sape2.training.loop import Trainer, train
+from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision
 
 TINY = [
     "model.dim=16", "model.depth=1", "model.num_heads=2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=16",

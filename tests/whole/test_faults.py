@@ -297,7 +297,7 @@ def test_the_folder_is_looked_at_right_before_the_last_files_are_written(tmp_pat
     config = override(get_recipe("digits"), [*TINY])
     splits = load_data(config.data, config.model)
     for name in ("save_checkpoint", "save_weights"):
-        monkeypatch.setattr(f"sape2.training.loop.{name}", lambda *a, name=name: heard.append(name))
+        monkeypatch.setattr(f"sape2.training.record.{name}", lambda *a, name=name: heard.append(name))
     train(
         build_model(config), splits.train, lambda _: (-2.0, 1.0), config, tmp_path / "run", True,
         check_folder=lambda: heard.append("look"),

@@ -31,7 +31,13 @@ ALLOWED = {
     "training.claim": set(),
     "training.memory_errors": {"config"},
     "training.checkpoint": {"config", "training.files"},
-    "training.loop": {"config", "data", "encodings", "training.checkpoint", "training.processes", "training.sharding"},
+    "training.optimisation": {"config", "training.processes"},
+    "training.interruption": {"training.checkpoint"},
+    "training.weights": {
+        "config", "training.checkpoint", "training.optimisation", "training.processes", "training.sharding",
+    },
+    "training.record": {"config", "training.checkpoint"},
+    "training.loop": {"config", "data", "encodings", "training"},
     "evaluation": {"encodings.grid", "evaluation", "training.memory_errors"},
     "evaluation.report": set(),
     "evaluation.runs": {

@@ -39,8 +39,8 @@ from sape2.training.checkpoint import (
     write_rows,
 )
 from sape2.training.files import write_text
-from sape2.training.loop import mixed_precision
 from sape2.training.memory_errors import in_detection, told_in_one_line
+from sape2.training.optimisation import mixed_precision
 from sape2.training.processes import refuse_launcher
 
 COMPOSED = "runs/data/coco_digits"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sape2.evaluation.accuracy import accuracy
 from sape2.evaluation.base import Measure
-from sape2.evaluation.cost.measure import cost
+from sape2.evaluation.cost.measure import cost as cost_of_model  # the name `cost` is the folder's
 from sape2.evaluation.grouping import grouping
 from sape2.evaluation.health import health
 from sape2.evaluation.resolution import resolution
@@ -16,5 +16,5 @@ MEASURES: dict[str, Measure] = {
     "resolution": resolution,
     "grouping": grouping,
     "health": health,
-    "cost": cost,
+    "cost": cost_of_model,
 }

@@ -27,7 +27,7 @@ from sape2.evaluation.runs import hardware
 from sape2.models.vit import ViT
 from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
 from sape2.training.checkpoint import read_rows, write_rows
-from sape2.training.loop import make_optimizer, make_schedule, mixed_precision
+from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision
 
 Row = dict[str, Any]
 DIM, NUM_HEADS = 128, 4

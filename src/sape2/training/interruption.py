@@ -1,0 +1,75 @@
+"""How a run is stopped between two steps, and what it says of itself meanwhile."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sape2.training.checkpoint import Progress
+
+
+class TrainingStopped(Exception):
+    """A signal asked the run to stop; its checkpoint is saved."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped at step {step}; the same command goes on from there")
+        self.signal_number = signal_number
+
+
+@contextmanager
+def catch_signals(patient: bool = False) -> Iterator[list[int]]:
+    """A list that receives the first SIGINT or SIGTERM, instead of its ending the process in the middle of a step.
+
+    A second one ends it, unless it is `patient`.
+    """
+    caught: list[int] = []
+    previous = {}
+
+    def remember(number: int, _: Any) -> None:
+        if caught and not patient:  # the second time: now
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            previous[number] = signal.signal(number, remember)
+        except ValueError:  # not the main thread
+            break
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def progress_bar(total: int, start: int, quiet: bool) -> Iterator[Callable[[Progress, int, int], None]]:
+    """A bar on standard error with epoch, loss, accuracy, images/s and time left."""
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
+    console = Console(stderr=True)
+    with Bar(
+        *columns,
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    ) as bar:
+        task = bar.add_task("training", total=total, completed=start)
+
+        def show(progress: Progress, epoch: int, epochs: int) -> None:
+            sums = progress.sums
+            count = sums.get("images", 0.0)
+            text = f"epoch {epoch}/{epochs}"
+            if count:
+                rate = count / sums["seconds"]
+                text += f"  loss {sums['loss'] / count:.3f}  accuracy {sums['correct'] / count:.3f}  {rate:.0f} images/s"
+            bar.update(task, completed=progress.step, description=text)
+
+        yield show

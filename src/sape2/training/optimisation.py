@@ -1,0 +1,70 @@
+"""What a step is taken with: device and precision, optimiser, schedule, moving average. Built by accelerate and timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sape2.config import TrainConfig
+from sape2.training.processes import ALONE, Processes, refuse_launcher
+
+
+def make_accelerator(config: TrainConfig, processes: Processes = ALONE) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
+    if processes.size == 1:
+        refuse_launcher("this training")
+    AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
+    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision), cpu=not torch.accelerator.is_available())
+    if accelerator.num_processes != processes.size:
+        raise ValueError(f"training in several processes does not work on {accelerator.device}; start it without torchrun")
+    return accelerator
+
+
+def mixed_precision(precision: str) -> str:
+    """accelerate's name for a precision; auto is bf16 where the machine computes in it, else fp32."""
+    if precision == "auto":
+        return "bf16" if _has_bf16() else "no"
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("train.precision=fp16 needs an accelerator, and there is none; choose bf16, fp32 or auto")
+    return "no" if precision == "fp32" else precision
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def make_ema(model: nn.Module, config: TrainConfig) -> Any:
+    from timm.utils import ModelEmaV3
+
+    return None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; norms, biases, tokens and everything of an encoding do not decay (`ViT.no_weight_decay`)."""
+    from timm.optim import create_optimizer_v2
+
+    return create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Any:
+    """Linear warm-up, then cosine from lr to min_lr; a function of the step alone."""
+    from timm.scheduler import CosineLRScheduler
+
+    warmup = min(round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch - 1)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * steps_per_epoch - warmup,
+        lr_min=min(config.min_lr, config.lr),
+        warmup_t=warmup,
+        warmup_lr_init=min(config.min_lr, config.lr) if warmup else config.lr,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )
