@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sape2.cli import build_parser, main
+from sape2.cli.commands import COMMANDS
 from sape2.cli.options import resolve
 from sape2.config import MODELS, RunConfig, override
 from sape2.config.recipes import RECIPES
@@ -103,24 +104,28 @@ def missing(texts, line):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], ["COMMAND", "--help"]),
-        (["trane"], ["'trane'", "train", "evaluate", "list"]),
-        (["list", "colours"], ["'colours'", "encodings", "models", "recipes", "measures"]),
+        (["trane"], ["'trane'", "did you mean train?", "evaluate", "list"]),
+        (["list", "encoding"], ["'encoding'", "did you mean encodings?", "encodings", "models", "recipes", "measures"]),
         (["list"], ["encodings", "models", "recipes", "measures"]),
         (["train"], ["RECIPE"]),
         (["train", "digits", "--learning-rate", "1"], ["--learning-rate", "sape2 train --help"]),
+        (["train", "digits", "--encodings", "ape"], ["--encodings ape; did you mean --encoding?", "sape2 train --help"]),
+        (["--verson"], ["--verson; did you mean --version?", "sape2 --help"]),
         (["train", "digits", "--epochs", "many"], ["--epochs", "'many'"]),
         (["train", "digits", "--epochs", "0"], ["train.epochs", "at least 1", "0"]),
         (["train", "digits", "--seed", "-1"], ["seed", "-1"]),
         (["train", "mnist"], ["unknown recipe 'mnist'", *RECIPES]),
         (["train", "coco_digits"], ["sape2 detect coco_digits"]),
         (["train", "digits", "--model", "vit_tiny"], ["unknown model 'vit_tiny'", *MODELS]),
-        (["train", "digits", "--encoding", "sape3"], ["unknown encoding 'sape3'", *list_encodings()]),
+        (["train", "digits", "--encoding", "sape3"], ["unknown encoding 'sape3'; did you mean sape2?", *list_encodings()]),
         (["train", "digits", "--encoding", "ape+"], ["unknown encoding ''"]),
         (["train", "digits", "--encoding", "sape2:cuont=cyclic"], ["no option 'cuont'", "count", "num_positions"]),
         (["train", "digits", "--encoding", "sape2:count=round"], ["sape2:count", "'round'", "cyclic"]),
         (["train", "digits", "--encoding", "rope", "--model", "vit_nano", "--set", "dim=18"], ["rope", "4", "6"]),
-        (["train", "digits", "--set", "depht=3"], ["'depht'", "model.depth", "train.lr"]),
+        (
+            ["train", "digits", "--set", "depht=3"],
+            ["knows no 'depht'; did you mean model.depth? sape2 train RECIPE --dry-run prints all keys\n"],
+        ),
         (["train", "digits", "--set", "lr"], ["key=value", "'lr'"]),
         (["train", "digits", "--set", "lr=fast"], ["train.lr", "'fast'"]),
         (["train", "digits", "--set", "name=x"], ["model.name", "data.name"]),
@@ -467,6 +472,13 @@ def test_the_command_line_answers_without_heavy_libraries(argv):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "80"}
     )
     assert done.stdout == "[]\n"
+
+
+def test_without_a_command_the_commands_are_shown(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert missing(["usage: sape2", *COMMANDS, "train a model by a recipe"], out) == []
+    assert err == ""
 
 
 def test_help_names_every_command_and_option(capsys):

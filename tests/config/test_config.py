@@ -289,7 +289,7 @@ def test_an_unknown_model_lists_the_known_ones():
 
 
 def test_an_unknown_model_setting_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown key model\.heads; known keys: .*num_heads"):
+    with pytest.raises(ValueError, match=r"unknown key model\.heads; did you mean num_heads\? known keys: .*num_heads"):
         model_config("vit_nano", heads=3)
 
 

@@ -13,7 +13,7 @@ ALLOWED = {
     "__init__": {"adapters", "encodings", "models.export", "models.frozen", "models.vit"},  # names looked up when first used
     "config": {"config"},
     "reference": set(),
-    "encodings": {"encodings.base", "encodings.bias", "encodings.grid"},
+    "encodings": {"config.names", "encodings.base", "encodings.bias", "encodings.grid"},
     "encodings.grid": set(),
     "encodings.bias": {"encodings.grid"},
     "attention": {"attention", "encodings.base", "encodings.grid"},
@@ -46,7 +46,7 @@ ALLOWED = {
     "studies.probe": {
         "config", "data.augment", "encodings", "evaluation", "models.vit", "studies.probes", "training", "viz",
     },
-    "studies.probes": {"encodings.grid", "studies.probes"},
+    "studies.probes": {"config.names", "encodings.grid", "studies.probes"},
     "studies.compare": set(),
     "studies.compare.headlines": {"config", "training.checkpoint"},
     "studies.compare.groups": {"studies.compare.headlines"},
@@ -78,7 +78,7 @@ ALLOWED = {
         "attention", "config", "data", "encodings", "evaluation", "models.vit", "training.checkpoint", "viz",
     },
     "__main__": {"cli"},
-    "cli": {"cli.commands"},
+    "cli": {"cli.commands", "config.names"},
     "cli.options": {"*"},
     "cli.output": {"*"},
     "cli.commands": {"*"},

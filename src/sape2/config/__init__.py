@@ -6,11 +6,14 @@ import dataclasses
 import json
 import types
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from sape2.config.names import did_you_mean, nearest, unknown
 
 Real = int | float  # an int is accepted, and kept as a float
 LARGEST = 2**24  # of a size of a model: more is a slip of the hand
+NEAR = 3  # keys that one which is not known is told about
+SEE = "sape2 train RECIPE --dry-run prints all keys"
 
 # dim, depth, num_heads, mlp_ratio
 MODELS: dict[str, tuple[int, int, int, float]] = {
@@ -98,7 +101,7 @@ def check_image_size(image_size: tuple[int, int], patch_size: int) -> tuple[int,
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}")
+        raise unknown("model", name, MODELS)
     if isinstance(overrides.get("image_size"), int):
         overrides["image_size"] = (overrides["image_size"],) * 2
     sizes = dict(zip(("dim", "depth", "num_heads", "mlp_ratio"), MODELS[name], strict=True))
@@ -298,16 +301,16 @@ def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs, warmup_epochs=warmup))
 
 
-def override(config: Any, assignments: list[str]) -> Any:
+def override(config: Any, assignments: list[str], see: str = SEE) -> Any:
     """The config with "section.key=value" (or "key=value" where the key is unique) applied; values are JSON or text.
 
-    A RunConfig, or another frozen dataclass of sections with `to_dict` and `from_dict`.
+    A RunConfig, or another frozen dataclass of sections with `to_dict` and `from_dict`. `see` says where all keys can be seen.
     """
     values = config.to_dict()
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         _require(bool(equals), f"--set needs key=value; got {assignment!r}")
-        section, key = _find_key(values, path)
+        section, key = _find_key(values, path, see)
         value = _parse(text)
         if (section, key) == ("model", "name") and value != config.model.name:
             raise ValueError("--set model.name would only rename the model; choose its size with --model")
@@ -317,17 +320,21 @@ def override(config: Any, assignments: list[str]) -> Any:
     return type(config).from_dict(values)
 
 
-def _find_key(values: dict[str, Any], path: str) -> tuple[str, str]:
+def _find_key(values: dict[str, Any], path: str, see: str) -> tuple[str, str]:
     known = [f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys]
     matches = [name for name in known if path in (name, name.split(".")[1])]
     if len(matches) == 1:
         section, key = matches[0].split(".")
         return section, key
     if matches:
-        raise ValueError(f"--set {path} could be {' or '.join(matches)}; write one of them in full")
-    near = get_close_matches(path, known + [name.split(".")[1] for name in known], n=1, cutoff=0.8)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"--set knows no {path!r}; {hint}known keys: {', '.join(known)}")
+        raise ValueError(f"--set {path} could be {_either(matches)}; write one of them in full")
+    near = nearest(path.rpartition(".")[2], [name.split(".")[1] for name in known], NEAR)
+    meant = [name for key in near for name in known if name.split(".")[1] == key]
+    raise ValueError(f"--set knows no {path!r}; {f'did you mean {_either(meant)}? ' if meant else ''}{see}")
+
+
+def _either(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _parse(text: str) -> Any:
@@ -349,8 +356,10 @@ def _make(cls: type, values: Any, prefix: str) -> Any:
     """A dataclass from plain JSON values; nested dataclasses and tuples are made, everything else must already fit."""
     _require(isinstance(values, dict), f"{prefix.rstrip('.') or 'the config'} must be an object; got {_shown(values)}")
     hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints), key=str)
-    _require(not unknown, f"unknown key {prefix}{_key(unknown[0]) if unknown else ''}; known keys: {', '.join(hints)}")
+    others = sorted(set(values) - set(hints), key=str)
+    if others:
+        meant = did_you_mean(str(others[0])[:100], hints)
+        raise ValueError(f"unknown key {prefix}{_key(others[0])}; {meant}known keys: {', '.join(hints)}")
     needed = [
         f.name
         for f in dataclasses.fields(cls)

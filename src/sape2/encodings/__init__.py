@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sape2.config.names import unknown
 from sape2.encodings.absolute import LearnedAbsolute, SinCos
 from sape2.encodings.base import (
     AttentionBias,
@@ -78,7 +79,7 @@ def find_encoding(name: str) -> type[TokenEncoding] | type[AttentionEncoding]:
     """The class of a single name; raises ValueError that lists the known ones."""
     encoding = TOKEN_ENCODINGS.get(name) or ATTENTION_ENCODINGS.get(name)
     if encoding is None:
-        raise ValueError(f"unknown encoding {name!r}; known encodings: {', '.join(list_encodings())} (join them with +)")
+        raise unknown("encoding", name, list_encodings(), " (join them with +)")
     return encoding
 
 
