@@ -26,6 +26,9 @@ def main(argv: list[str] | None = None) -> int:
     if others:
         getattr(arguments, "parser", parser).refuse(others)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line about the profiler at every measurement of memory
+    if not sys.stderr.isatty():  # the bars of libraries; ours look themselves
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     try:
         return arguments.run(arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
