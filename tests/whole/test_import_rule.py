@@ -13,7 +13,7 @@ ALLOWED = {
     "__init__": {"adapters", "encodings", "models.export", "models.frozen", "models.vit"},  # names looked up when first used
     "config": {"config"},
     "reference": set(),
-    "encodings": {"config.names", "encodings.base", "encodings.bias", "encodings.grid"},
+    "encodings": {"config.names", "config.options", "encodings.base", "encodings.bias", "encodings.grid"},
     "encodings.grid": set(),
     "encodings.bias": {"encodings.grid"},
     "attention": {"attention", "encodings.base", "encodings.grid"},
@@ -79,11 +79,12 @@ ALLOWED = {
     },
     "__main__": {"cli"},
     "cli": {"cli.commands", "config.names"},
+    "cli.catalogue": {"config.options"},
     "cli.options": {"*"},
     "cli.output": {"*"},
     "cli.commands": {"*"},
 }  # fmt: skip
-SHARED = {"cli.options", "cli.output"}  # by all commands
+SHARED = {"cli.catalogue", "cli.options", "cli.output"}  # by all commands
 OPTIONAL = {
     "onnx",
     "onnxruntime",
