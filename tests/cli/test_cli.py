@@ -16,11 +16,13 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from sape2.cli import build_parser, main
+from sape2.cli import build_parser, catalogue, main
+from sape2.cli.commands import COMMANDS
 from sape2.cli.options import resolve
 from sape2.config import MODELS, RunConfig, override
-from sape2.config.recipes import RECIPES
-from sape2.encodings import list_encodings
+from sape2.config.recipes import DETECTION_RECIPES, RECIPES
+from sape2.encodings import find_encoding, list_encodings, options_of, parse_encoding
+from sape2.encodings.base import AttentionEncoding
 from sape2.evaluation import MEASURES
 from sape2.evaluation.runs import build_model
 from sape2.training.checkpoint import Progress, save_checkpoint, save_weights, start_run
@@ -103,24 +105,28 @@ def missing(texts, line):
 @pytest.mark.parametrize(
     ("argv", "named"),
     [
-        ([], ["COMMAND", "--help"]),
-        (["trane"], ["'trane'", "train", "evaluate", "list"]),
-        (["list", "colours"], ["'colours'", "encodings", "models", "recipes", "measures"]),
+        (["trane"], ["'trane'", "did you mean train?", "evaluate", "list"]),
+        (["list", "encoding"], ["'encoding'", "did you mean encodings?", "encodings", "models", "recipes", "measures"]),
         (["list"], ["encodings", "models", "recipes", "measures"]),
         (["train"], ["RECIPE"]),
         (["train", "digits", "--learning-rate", "1"], ["--learning-rate", "sape2 train --help"]),
+        (["train", "digits", "--encodings", "ape"], ["--encodings ape; did you mean --encoding?", "sape2 train --help"]),
+        (["--verson"], ["--verson; did you mean --version?", "sape2 --help"]),
         (["train", "digits", "--epochs", "many"], ["--epochs", "'many'"]),
         (["train", "digits", "--epochs", "0"], ["train.epochs", "at least 1", "0"]),
         (["train", "digits", "--seed", "-1"], ["seed", "-1"]),
         (["train", "mnist"], ["unknown recipe 'mnist'", *RECIPES]),
         (["train", "coco_digits"], ["sape2 detect coco_digits"]),
         (["train", "digits", "--model", "vit_tiny"], ["unknown model 'vit_tiny'", *MODELS]),
-        (["train", "digits", "--encoding", "sape3"], ["unknown encoding 'sape3'", *list_encodings()]),
+        (["train", "digits", "--encoding", "sape3"], ["unknown encoding 'sape3'; did you mean sape2?", *list_encodings()]),
         (["train", "digits", "--encoding", "ape+"], ["unknown encoding ''"]),
         (["train", "digits", "--encoding", "sape2:cuont=cyclic"], ["no option 'cuont'", "count", "num_positions"]),
         (["train", "digits", "--encoding", "sape2:count=round"], ["sape2:count", "'round'", "cyclic"]),
         (["train", "digits", "--encoding", "rope", "--model", "vit_nano", "--set", "dim=18"], ["rope", "4", "6"]),
-        (["train", "digits", "--set", "depht=3"], ["'depht'", "model.depth", "train.lr"]),
+        (
+            ["train", "digits", "--set", "depht=3"],
+            ["knows no 'depht'; did you mean model.depth? sape2 train RECIPE --dry-run prints all keys\n"],
+        ),
         (["train", "digits", "--set", "lr"], ["key=value", "'lr'"]),
         (["train", "digits", "--set", "lr=fast"], ["train.lr", "'fast'"]),
         (["train", "digits", "--set", "name=x"], ["model.name", "data.name"]),
@@ -342,6 +348,33 @@ def test_list_shows_everything_as_table_and_as_json(capfd, what, names):
     assert (table.err, rows.err) == ("", "")
 
 
+def described(name):
+    """What the class of an encoding says of itself, once it is imported, as rows of `list encodings`."""
+    encoding = find_encoding(name)
+    about = {"slot": "attention" if issubclass(encoding, AttentionEncoding) else "tokens", "source": encoding.source}
+    own = {"name": name, "summary": encoding.summary} | about | {"options": options_of(name)}
+    return [own, *({"name": f"{name}:{text}", "summary": what} | about for text, what in encoding.variants.items())]
+
+
+def test_encodings_and_measures_are_listed_as_they_are():
+    assert catalogue.encodings() == [row for name in list_encodings() for row in described(name)]
+    assert catalogue.measures() == [{"name": n, "summary": (m.__doc__ or "").split("\n")[0]} for n, m in MEASURES.items()]
+
+
+@pytest.mark.parametrize("name", list_encodings())
+def test_the_options_that_are_listed_are_those_that_an_error_names(name):
+    (row,) = [row for row in catalogue.encodings() if row["name"] == name]
+    with pytest.raises(ValueError, match=f"known options: {', '.join(row['options'])}$"):
+        parse_encoding(f"{name}:colour=red")
+
+
+def test_every_recipe_is_listed_with_the_command_that_takes_it(capsys):
+    assert main(["list", "recipes", "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    commands = {row["name"]: row["command"] for row in rows}
+    assert commands == dict.fromkeys(RECIPES, "train") | dict.fromkeys(DETECTION_RECIPES, "detect")
+
+
 def test_train_prints_rows_on_standard_output_and_progress_on_standard_error(finished):
     folder, out, err = finished
     rows = [json.loads(line) for line in out.splitlines()]
@@ -455,7 +488,7 @@ def test_dry_run_in_the_folder_of_a_run_leaves_it_alone(run):
 # --- start ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("argv", [None, ["--help"], ["train", "--help"], ["--version"], ["trane"]])
+@pytest.mark.parametrize("argv", [None, ["--help"], ["train", "--help"], ["--version"], ["trane"], []])
 def test_the_command_line_answers_without_heavy_libraries(argv):
     code = (
         "import contextlib, io, sys, sape2, sape2.cli\n"
@@ -467,6 +500,24 @@ def test_the_command_line_answers_without_heavy_libraries(argv):
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "80"}
     )
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("what", ["encodings", "measures", "models", "recipes"])
+def test_lists_need_neither_torch_nor_timm(what):
+    code = (
+        "import sys, sape2.cli\n"
+        f"sape2.cli.main(['list', {what!r}])\n"
+        "print([name for name in ('torch', 'timm', 'numpy', 'matplotlib', 'datasets') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_without_a_command_the_commands_are_shown(capsys):
+    assert main([]) == 0
+    out, err = capsys.readouterr()
+    assert missing(["usage: sape2", *COMMANDS, "train a model by a recipe"], out) == []
+    assert err == ""
 
 
 def test_help_names_every_command_and_option(capsys):

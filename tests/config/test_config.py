@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import jaxtyping
 import pytest
@@ -19,6 +20,8 @@ from sape2.config import (
     override,
     with_epochs,
 )
+from sape2.config.checks import hints, in_words
+from sape2.config.detection import DetectorConfig, ImagesConfig, TrainingConfig
 from sape2.config.recipes import RECIPES, get_recipe
 
 SECTIONS = ("model", "data", "augment", "train")
@@ -130,12 +133,12 @@ def test_missing_sections_take_their_defaults():
         (("model",), None, ["model must be an object", "None"]),
         (("model", "depht"), 3, ["unknown key model.depht", "depth", "patch_size"]),
         (("trian",), {}, ["unknown key trian", "model", "train", "seed"]),
-        (("train", "lr"), "high", ["train.lr", "float", "'high'"]),
+        (("train", "lr"), "high", ["train.lr must be a number above 0; got 'high'"]),
         (("model", "image_size"), [32], ["model.image_size", "(32,)"]),
         (("model", "image_size"), [32, 32, 32], ["model.image_size", "(32, 32, 32)"]),
         (("model", "image_size"), [32, "32"], ["model.image_size", "(32, '32')"]),
         (("data", "mean"), 0.5, ["data.mean", "0.5"]),
-        (("seed",), "one", ["seed", "'one'"]),
+        (("seed",), "one", ["seed must be a whole number of at least 0; got 'one'"]),
     ],
 )
 def test_json_that_does_not_fit_is_refused_by_name(path, value, named):
@@ -246,7 +249,7 @@ def test_channels_and_normalisation_must_agree():
 
 @pytest.mark.parametrize("seed", [-1, -(2**70)])
 def test_a_negative_run_seed_is_refused(seed):
-    with pytest.raises(ValueError, match=f"seed must not be negative; got {seed}"):
+    with pytest.raises(ValueError, match=f"seed must be at least 0; got {seed}"):
         small_run(seed=seed)
 
 
@@ -266,6 +269,37 @@ def test_head_dim_and_grid_follow_from_the_sizes():
     config = ModelConfig(dim=96, num_heads=3, image_size=(8, 12), patch_size=2)
     assert config.head_dim == 32
     assert config.grid == (4, 6)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "wanted"),
+    [
+        (TrainConfig, "lr", "a number above 0"),
+        (TrainConfig, "clip_grad", "a number above 0 or null"),
+        (TrainConfig, "epochs", "a whole number of at least 1"),
+        (TrainConfig, "ema_decay", "a number in (0, 1) or null"),
+        (TrainConfig, "parallel", "one of ddp, fsdp"),
+        (ModelConfig, "qk_norm", "true or false"),
+        (ModelConfig, "image_size", "2 whole numbers, [a,b]"),
+        (ModelConfig, "layer_scale", "a number or null"),
+        (ModelConfig, "encoding", "text"),
+        (DataConfig, "layout", "one of folder, parquet, webdataset or null"),
+        (DataConfig, "in_memory", "true or false or null"),
+        (DataConfig, "mean", "a list of numbers, [a,b,...]"),
+        (DetectorConfig, "window", "a whole number of at least 1 or null"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_words_what_is_wanted(section, field, wanted):
+    with pytest.raises(ValueError, match=re.escape(f".{field} must be {wanted}; got <object")):
+        section(**{field: object()})
+
+
+def test_every_setting_says_what_it_wants_in_words():
+    """No type of Python is named: a kind without words would be told by its class."""
+    sections = (ModelConfig, DataConfig, AugmentConfig, TrainConfig, DetectorConfig, ImagesConfig, TrainingConfig)
+    told = " ".join(in_words(hint) for section in sections for hint in hints(section, ranges=True).values())
+    assert not re.search(r"\b(int|float|bool|str|None|Union|Literal|tuple)\b", told)
+    assert "bytes" in in_words(bytes)  # so it would be seen
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
@@ -289,7 +323,7 @@ def test_an_unknown_model_lists_the_known_ones():
 
 
 def test_an_unknown_model_setting_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown key model\.heads; known keys: .*num_heads"):
+    with pytest.raises(ValueError, match=r"unknown key model\.heads; did you mean num_heads\? known keys: .*num_heads"):
         model_config("vit_nano", heads=3)
 
 
@@ -332,24 +366,25 @@ def test_overrides_that_only_fit_together_are_checked_together():
     ("assignment", "named"),
     [
         ("name=x", ["model.name or data.name", "in full"]),
-        ("learning_rate=1", ["'learning_rate'", "train.lr", "model.depth", "augment.flip", "data.mean"]),
+        ("learning_rate=1", ["knows no 'learning_rate'; sape2 train RECIPE --dry-run prints all keys"]),
+        ("train.epoch=1", ["knows no 'train.epoch'; did you mean train.epochs? sape2 train"]),
         ("train.depth=1", ["'train.depth'", "model.depth"]),
-        ("model.dimm=1", ["'model.dimm'; did you mean model.dim? known", "model.depth"]),
-        ("num_head=1", ["did you mean num_heads?"]),
-        ("=1", ["''", "train.lr"]),
+        ("model.dimm=1", ["'model.dimm'; did you mean model.dim? sape2 train RECIPE --dry-run"]),
+        ("num_head=1", ["did you mean model.num_heads?"]),
+        ("=1", ["knows no ''; sape2 train"]),
         ("train.lr", ["key=value", "'train.lr'"]),
-        ("train.lr=", ["train.lr", "float", "''"]),
-        ("train.lr=fast", ["train.lr", "float", "'fast'"]),
+        ("train.lr=", ["train.lr must be a number above 0; got ''"]),
+        ("train.lr=fast", ["train.lr must be a number above 0; got 'fast'"]),
         ("train.lr=NaN", ["train.lr", "nan"]),
         ("train.lr=1e400", ["train.lr", "inf"]),
-        ("train.epochs=2.5", ["train.epochs", "int", "2.5"]),
-        ("train.epochs=null", ["train.epochs", "int", "None"]),
-        ("flip=1", ["augment.flip", "bool", "1"]),
+        ("train.epochs=2.5", ["train.epochs must be a whole number of at least 1; got 2.5"]),
+        ("train.epochs=null", ["train.epochs must be a whole number", "None"]),
+        ("flip=1", ["augment.flip must be true or false; got 1"]),
         ("policy=trivial", ["augment.policy", "randaugment", "autoaugment", "'trivial'"]),
         ("image_size=[32]", ["model.image_size", "(32,)"]),
         ("image_size=30", ["30x30", "4x4", "multiples of 4"]),
         ("data.mean=[1]", ["data.mean", "data.std"]),
-        ('model={"depth": 1}', ["'model'", "model.depth"]),
+        ('model={"depth": 1}', ["knows no 'model'"]),
     ],
 )
 def test_a_bad_override_says_what_is_wrong_and_what_is_known(assignment, named):

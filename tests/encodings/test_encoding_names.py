@@ -78,7 +78,7 @@ def test_options_are_described_with_the_default_first():
     [
         ("", "unknown encoding ''"),
         ("rope+", "unknown encoding ''"),
-        ("Sape2", "unknown encoding 'Sape2'; known encodings: none, ape, sincos"),
+        ("Sape2", "unknown encoding 'Sape2'; did you mean sape2. known encodings: none, ape, sincos"),
         ("rope+rope", "has rope twice"),
         ("sape2:dot=key+sape2", "has sape2 twice"),
         ("rope+rope_mixed", "two rotations, rope and rope_mixed"),
@@ -90,7 +90,7 @@ def test_options_are_described_with_the_default_first():
         ("sape2:every=two", "sape2:every needs int; got 'two'"),
         ("cpe:share=true", "acts once on the tokens"),
         ("ape:count=both", "ape has no option 'count'; known options: resize"),
-        ("none:count=both", "none has no option 'count'; known options: none"),
+        ("none:count=both", "none has no option 'count'; known options: every, share"),
     ],
 )
 def test_contradictions_and_mistakes_are_named(name, message):

@@ -158,7 +158,7 @@ def test_the_ape_table_is_resampled_from_its_own_oblong_grid():
         ({"encoding": "ape+sincos"}, "two absolute tables"),
         ({"encoding": "sape2+sape2"}, "sape2 twice"),
         ({"encoding": "none+ape"}, "joins none"),
-        ({"encoding": "apes"}, "unknown encoding 'apes'; known encodings: none, ape"),
+        ({"encoding": "apes"}, "unknown encoding 'apes'; did you mean ape. known encodings: none, ape"),
         ({"encoding": "sape2:every=9"}, "leaves it out of all 2 layers"),
         ({"encoding": "ape:every=2"}, "acts once on the tokens"),
         ({"encoding": "sape2:count"}, "must be key=value"),

@@ -13,7 +13,7 @@ ALLOWED = {
     "__init__": {"adapters", "encodings", "models.export", "models.frozen", "models.vit"},  # names looked up when first used
     "config": {"config"},
     "reference": set(),
-    "encodings": {"encodings.base", "encodings.bias", "encodings.grid"},
+    "encodings": {"config.names", "config.options", "encodings.base", "encodings.bias", "encodings.grid"},
     "encodings.grid": set(),
     "encodings.bias": {"encodings.grid"},
     "attention": {"attention", "encodings.base", "encodings.grid"},
@@ -52,7 +52,7 @@ ALLOWED = {
     "studies.probe": {
         "config", "data.augment", "encodings", "evaluation", "models.vit", "studies.probes", "training", "viz",
     },
-    "studies.probes": {"encodings.grid", "studies.probes"},
+    "studies.probes": {"config.names", "encodings.grid", "studies.probes"},
     "studies.compare": set(),
     "studies.compare.headlines": {"config", "training.checkpoint"},
     "studies.compare.groups": {"studies.compare.headlines"},
@@ -84,12 +84,13 @@ ALLOWED = {
         "attention", "config", "data", "encodings", "evaluation", "models.vit", "training.checkpoint", "viz",
     },
     "__main__": {"cli"},
-    "cli": {"cli.commands"},
+    "cli": {"cli.commands", "config.names"},
+    "cli.catalogue": {"config.options"},
     "cli.options": {"*"},
     "cli.output": {"*"},
     "cli.commands": {"*"},
 }  # fmt: skip
-SHARED = {"cli.options", "cli.output"}  # by all commands
+SHARED = {"cli.catalogue", "cli.options", "cli.output"}  # by all commands
 OPTIONAL = {
     "onnx",
     "onnxruntime",

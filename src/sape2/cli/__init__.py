@@ -9,18 +9,26 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import sape2
 from sape2.cli.commands import COMMANDS
+from sape2.config.names import did_you_mean
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    arguments, unknown = build_parser().parse_known_args(argv)
-    if unknown:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    parser = build_parser()
+    arguments, others = parser.parse_known_args(argv)
+    if arguments.command is None and not others:
+        parser.print_help()
+        return 0
+    if others:
+        getattr(arguments, "parser", parser).refuse(others)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line about the profiler at every measurement of memory
+    if not sys.stderr.isatty():  # the bars of libraries; ours look themselves
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
     try:
         return arguments.run(arguments)
     except BrokenPipeError:  # whoever read the output has seen enough
@@ -46,11 +54,23 @@ class Parser(argparse.ArgumentParser):
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)
         raise SystemExit(2)
 
+    def refuse(self, others: list[str]) -> NoReturn:
+        """For arguments that the command does not take."""
+        options = [text for action in self._actions for text in action.option_strings]
+        meant = did_you_mean(others[0], options) if others[0].startswith("-") else ""
+        self.error(f"unrecognized arguments: {' '.join(others)}{f'; {meant.strip()}' if meant else ''}")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            meant = did_you_mean(str(value), known)
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {meant}choose from {', '.join(known)}")
+
 
 def build_parser() -> Parser:
     parser = Parser(prog="sape2", description="Position encodings for vision transformers: train, measure, compare.")
     parser.add_argument("--version", action="version", version=f"sape2 {sape2.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.HELP)
         command.add_options(subparser)

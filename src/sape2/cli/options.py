@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sape2.config import ModelConfig, RunConfig, model_config, override, with_epochs
+from sape2.config.names import unknown
 
 if TYPE_CHECKING:
     from sape2.detection import DetectionConfig
@@ -75,7 +76,7 @@ def chosen_measures(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     for name in names:
         if name not in MEASURES:
-            raise ValueError(f"unknown measure {name!r}; known measures: {', '.join(MEASURES)}")
+            raise unknown("measure", name, MEASURES)
     return names
 
 

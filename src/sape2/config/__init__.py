@@ -4,13 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
 from dataclasses import dataclass, field
-from difflib import get_close_matches
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
-Real = int | float  # an int is accepted, and kept as a float
-LARGEST = 2**24  # of a size of a model: more is a slip of the hand
+from sape2.config.checks import (
+    LARGEST,
+    Count,
+    Inside01,
+    Magnitude,
+    NotNegative,
+    Number,
+    PartOf1,
+    Positive,
+    Real,
+    Share,
+    ShareBelow1,
+    Size,
+    SizeOr0,
+    SplitSeed,
+    check_types,
+    make_config,
+    require,
+    shown,
+)
+from sape2.config.names import nearest, unknown
+
+NEAR = 3  # keys that one which is not known is told about
+SEE = "sape2 train RECIPE --dry-run prints all keys"
 
 # dim, depth, num_heads, mlp_ratio
 MODELS: dict[str, tuple[int, int, int, float]] = {
@@ -32,37 +52,27 @@ class ModelConfig:
     name: str = "vit_small"
     encoding: str = "ape+sape2"
     image_size: tuple[int, int] = (32, 32)
-    patch_size: int = 4
-    in_channels: int = 3
-    num_classes: int = 10
-    dim: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    mlp_ratio: Real = 4.0
+    patch_size: Size = 4
+    in_channels: Size = 3
+    num_classes: Size = 10
+    dim: Size = 384
+    depth: Size = 12
+    num_heads: Size = 6
+    mlp_ratio: Positive = 4.0
     pool: Literal["class", "mean"] = "class"
-    num_registers: int = 0
+    num_registers: SizeOr0 = 0
     qkv_bias: bool = True
     qk_norm: bool = False
     layer_scale: Real | None = None
-    dropout: Real = 0.0
-    attention_dropout: Real = 0.0
-    drop_path: Real = 0.0
+    dropout: ShareBelow1 = 0.0
+    attention_dropout: ShareBelow1 = 0.0
+    drop_path: ShareBelow1 = 0.0
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("patch_size", "in_channels", "num_classes", "dim", "depth", "num_heads"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("patch_size", "in_channels", "num_classes", "dim", "depth", "num_heads", "num_registers"):
-            _require(
-                getattr(self, name) <= LARGEST, f"model.{name} must be at most {LARGEST}; got {_shown(getattr(self, name))}"
-            )
-        _require(max(self.image_size) <= LARGEST, f"model.image_size must be at most {LARGEST}; got {_shown(self.image_size)}")
-        _require(self.num_registers >= 0, f"model.num_registers must not be negative; got {self.num_registers}")
-        _require(self.mlp_ratio > 0, f"model.mlp_ratio must be above 0; got {self.mlp_ratio}")
-        for name in ("dropout", "attention_dropout", "drop_path"):
-            _require(0 <= getattr(self, name) < 1, f"model.{name} must be in [0, 1); got {getattr(self, name)}")
-        _require(
+        check_types(self)
+        require(max(self.image_size) <= LARGEST, f"model.image_size must be at most {LARGEST}; got {shown(self.image_size)}")
+        require(
             self.dim % self.num_heads == 0,
             f"the width must be divisible by the number of heads; got dim={self.dim}, num_heads={self.num_heads}",
         )
@@ -87,7 +97,7 @@ class ModelConfig:
 def check_image_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """The token grid of an image; raises ValueError unless both sides are positive multiples of the patch."""
     height, width = image_size
-    _require(
+    require(
         height >= patch_size and width >= patch_size and height % patch_size == 0 and width % patch_size == 0,
         f"an image of {height}x{width} pixels does not divide into patches of {patch_size}x{patch_size}; "
         f"choose sides that are multiples of {patch_size}, or another patch_size",
@@ -98,11 +108,11 @@ def check_image_size(image_size: tuple[int, int], patch_size: int) -> tuple[int,
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known models: {', '.join(MODELS)}")
+        raise unknown("model", name, MODELS)
     if isinstance(overrides.get("image_size"), int):
         overrides["image_size"] = (overrides["image_size"],) * 2
     sizes = dict(zip(("dim", "depth", "num_heads", "mlp_ratio"), MODELS[name], strict=True))
-    return _make(ModelConfig, {"name": name} | sizes | overrides, "model.")
+    return make_config(ModelConfig, {"name": name} | sizes | overrides, "model.")
 
 
 @dataclass(frozen=True)
@@ -124,37 +134,21 @@ class DataConfig:
     label_column: str | None = None
     mean: tuple[float, ...] = (0.4914, 0.4822, 0.4465)
     std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
-    validation_fraction: Real = 0.1
-    split_seed: int = 0
-    train_limit: int | None = None
+    validation_fraction: Inside01 = 0.1  # not 0: the test set is never selected on
+    split_seed: SplitSeed = 0
+    train_limit: Count | None = None
     layout: Literal["folder", "parquet", "webdataset"] | None = None
     in_memory: bool | None = None
-    center_crop: Real | None = None
-    max_bad_samples: int | None = None
+    center_crop: PartOf1 | None = None
+    max_bad_samples: Number | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(
-            self.center_crop is None or 0 < self.center_crop <= 1,
-            f"data.center_crop must be above 0 and at most 1; got {self.center_crop}",
-        )
-        _require(
-            self.max_bad_samples is None or self.max_bad_samples >= 0,
-            f"data.max_bad_samples must not be negative; got {self.max_bad_samples}",
-        )
-        _require(
-            0 < self.validation_fraction < 1,
-            f"data.validation_fraction must be in (0, 1): the test set is never selected on; got {self.validation_fraction}",
-        )
-        _require(
+        check_types(self)
+        require(
             len(self.mean) == len(self.std),
             f"data.mean and data.std need one value per channel each; got {self.mean} and {self.std}",
         )
-        _require(all(value > 0 for value in self.std), f"data.std must be above 0; got {self.std}")
-        _require(
-            self.train_limit is None or self.train_limit >= 1, f"data.train_limit must be at least 1; got {self.train_limit}"
-        )
-        _require(0 <= self.split_seed < 2**63, f"data.split_seed must be in 0..2**63 - 1; got {self.split_seed}")
+        require(all(value > 0 for value in self.std), f"data.std must be above 0; got {self.std}")
 
 
 @dataclass(frozen=True)
@@ -165,32 +159,20 @@ class AugmentConfig:
     `repeats` is repeated augmentation: each image is seen that many times in an epoch of unchanged length.
     """
 
-    crop_padding: int = 0
-    crop_area: Real | None = None
+    crop_padding: Number = 0
+    crop_area: PartOf1 | None = None
     flip: bool = False
     policy: Literal["none", "randaugment", "autoaugment"] = "none"
-    policy_magnitude: int = 9
-    policy_group: int = 8
-    erase: Real = 0.0
-    mixup: Real = 0.0
-    cutmix: Real = 0.0
-    mix_probability: Real = 1.0
-    repeats: int = 1
+    policy_magnitude: Magnitude = 9
+    policy_group: Count = 8
+    erase: Share = 0.0
+    mixup: NotNegative = 0.0
+    cutmix: NotNegative = 0.0
+    mix_probability: Share = 1.0
+    repeats: Count = 1
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(self.crop_padding >= 0, f"augment.crop_padding must not be negative; got {self.crop_padding}")
-        _require(
-            self.crop_area is None or 0 < self.crop_area <= 1,
-            f"augment.crop_area must be above 0 and at most 1; got {self.crop_area}",
-        )
-        _require(0 <= self.policy_magnitude <= 30, f"augment.policy_magnitude must be 0 to 30; got {self.policy_magnitude}")
-        for name in ("policy_group", "repeats"):
-            _require(getattr(self, name) >= 1, f"augment.{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("erase", "mix_probability"):
-            _require(0 <= getattr(self, name) <= 1, f"augment.{name} must be in [0, 1]; got {getattr(self, name)}")
-        for name in ("mixup", "cutmix"):
-            _require(getattr(self, name) >= 0, f"augment.{name} must not be negative; got {getattr(self, name)}")
+        check_types(self)
 
     @property
     def mixes(self) -> bool:
@@ -210,38 +192,30 @@ class TrainConfig:
     shuffled within windows of that many; 0 shuffles the whole epoch.
     """
 
-    epochs: int = 100
-    batch_size: int = 128
-    lr: Real = 1e-3
-    min_lr: Real = 1e-5
-    warmup_epochs: Real = 5
-    weight_decay: Real = 0.05
-    label_smoothing: Real = 0.1
-    clip_grad: Real | None = None
-    ema_decay: Real | None = None
-    accumulation: int = 1
+    epochs: Count = 100
+    batch_size: Count = 128
+    lr: Positive = 1e-3
+    min_lr: NotNegative = 1e-5
+    warmup_epochs: NotNegative = 5
+    weight_decay: NotNegative = 0.05
+    label_smoothing: ShareBelow1 = 0.1
+    clip_grad: Positive | None = None
+    ema_decay: Inside01 | None = None
+    accumulation: Count = 1
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    checkpoint_every: int = 0
-    workers: int = 1
-    shuffle_window: int = 0
+    checkpoint_every: Number = 0
+    workers: Number = 1
+    shuffle_window: Number = 0
     parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        for name in ("epochs", "batch_size", "accumulation"):
-            _require(getattr(self, name) >= 1, f"train.{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("min_lr", "warmup_epochs", "weight_decay", "checkpoint_every", "workers", "shuffle_window"):
-            _require(getattr(self, name) >= 0, f"train.{name} must not be negative; got {getattr(self, name)}")
-        _require(self.lr > 0, f"train.lr must be above 0; got {self.lr}")
-        _require(self.min_lr <= self.lr, f"train.min_lr must not be above train.lr; got {self.min_lr} and {self.lr}")
-        _require(0 <= self.label_smoothing < 1, f"train.label_smoothing must be in [0, 1); got {self.label_smoothing}")
-        _require(self.clip_grad is None or self.clip_grad > 0, f"train.clip_grad must be above 0; got {self.clip_grad}")
-        _require(self.ema_decay is None or 0 < self.ema_decay < 1, f"train.ema_decay must be in (0, 1); got {self.ema_decay}")
-        _require(
+        check_types(self)
+        require(self.min_lr <= self.lr, f"train.min_lr must not be above train.lr; got {self.min_lr} and {self.lr}")
+        require(
             self.warmup_epochs < self.epochs,
             f"train.warmup_epochs must be less than train.epochs; got {self.warmup_epochs} and {self.epochs}",
         )
-        _require(
+        require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size must be divisible by train.accumulation; got {self.batch_size} and {self.accumulation}",
         )
@@ -256,16 +230,15 @@ class RunConfig:
     data: DataConfig
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    seed: int = 0
+    seed: Number = 0
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _require(
+        check_types(self)
+        require(
             len(self.data.mean) == self.model.in_channels,
             f"the model takes {self.model.in_channels} channels but data.mean has {len(self.data.mean)}",
         )
-        _require(self.seed >= 0, f"the seed must not be negative; got {self.seed}")
-        _require(
+        require(
             not self.augment.mixes or self.train.batch_size % 2 == 0,
             f"mixup and cutmix need an even train.batch_size; got {self.train.batch_size}",
         )
@@ -279,7 +252,7 @@ class RunConfig:
     @staticmethod
     def from_dict(values: dict[str, Any]) -> RunConfig:
         """Raises ValueError that names the field for anything unknown, missing or of another type."""
-        return _make(RunConfig, values, "")
+        return make_config(RunConfig, values, "")
 
     def identity(self) -> dict[str, Any]:
         """The config without what does not change the result: where and how the data lie, who reads them, who has weights."""
@@ -293,21 +266,21 @@ class RunConfig:
 
 def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
     """The same run in another number of epochs; the warm-up keeps its share of them."""
-    _require(epochs >= 1, f"train.epochs must be at least 1; got {epochs}")
+    require(epochs >= 1, f"train.epochs must be at least 1; got {epochs}")
     warmup = config.train.warmup_epochs * epochs / config.train.epochs
     return dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs, warmup_epochs=warmup))
 
 
-def override(config: Any, assignments: list[str]) -> Any:
+def override(config: Any, assignments: list[str], see: str = SEE) -> Any:
     """The config with "section.key=value" (or "key=value" where the key is unique) applied; values are JSON or text.
 
-    A RunConfig, or another frozen dataclass of sections with `to_dict` and `from_dict`.
+    A RunConfig, or another frozen dataclass of sections with `to_dict` and `from_dict`. `see` says where all keys can be seen.
     """
     values = config.to_dict()
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        _require(bool(equals), f"--set needs key=value; got {assignment!r}")
-        section, key = _find_key(values, path)
+        require(bool(equals), f"--set needs key=value; got {assignment!r}")
+        section, key = _find_key(values, path, see)
         value = _parse(text)
         if (section, key) == ("model", "name") and value != config.model.name:
             raise ValueError("--set model.name would only rename the model; choose its size with --model")
@@ -317,17 +290,21 @@ def override(config: Any, assignments: list[str]) -> Any:
     return type(config).from_dict(values)
 
 
-def _find_key(values: dict[str, Any], path: str) -> tuple[str, str]:
+def _find_key(values: dict[str, Any], path: str, see: str) -> tuple[str, str]:
     known = [f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys]
     matches = [name for name in known if path in (name, name.split(".")[1])]
     if len(matches) == 1:
         section, key = matches[0].split(".")
         return section, key
     if matches:
-        raise ValueError(f"--set {path} could be {' or '.join(matches)}; write one of them in full")
-    near = get_close_matches(path, known + [name.split(".")[1] for name in known], n=1, cutoff=0.8)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise ValueError(f"--set knows no {path!r}; {hint}known keys: {', '.join(known)}")
+        raise ValueError(f"--set {path} could be {_either(matches)}; write one of them in full")
+    near = nearest(path.rpartition(".")[2], [name.split(".")[1] for name in known], NEAR)
+    meant = [name for key in near for name in known if name.split(".")[1] == key]
+    raise ValueError(f"--set knows no {path!r}; {f'did you mean {_either(meant)}? ' if meant else ''}{see}")
+
+
+def _either(names: list[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 
 def _parse(text: str) -> Any:
@@ -335,89 +312,3 @@ def _parse(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None if text == "None" else text
-
-
-# --- types -----------------------------------------------------------------------------------------------------------
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _make(cls: type, values: Any, prefix: str) -> Any:
-    """A dataclass from plain JSON values; nested dataclasses and tuples are made, everything else must already fit."""
-    _require(isinstance(values, dict), f"{prefix.rstrip('.') or 'the config'} must be an object; got {_shown(values)}")
-    hints = get_type_hints(cls)
-    unknown = sorted(set(values) - set(hints), key=str)
-    _require(not unknown, f"unknown key {prefix}{_key(unknown[0]) if unknown else ''}; known keys: {', '.join(hints)}")
-    needed = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
-    ]
-    _require(not needed, f"missing key {prefix}{needed[0] if needed else ''}")
-    made = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]) and not dataclasses.is_dataclass(value):
-            value = _make(hints[name], value, f"{prefix}{name}.")
-        elif get_origin(hints[name]) is tuple and isinstance(value, list):
-            value = tuple(value)
-        made[name] = value
-    return cls(**made)
-
-
-def _key(name: Any) -> str:
-    return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else _shown(name)
-
-
-def _check_types(config: Any) -> None:
-    hints = get_type_hints(type(config))
-    section = type(config).__name__.removesuffix("Config").lower()
-    for name, hint in hints.items():
-        value = getattr(config, name)
-        if not _fits(value, hint):
-            raise ValueError(f"{section}.{name} must be {_hint_text(hint)}; got {_shown(value)}")
-        if float not in (hint, *get_args(hint)):
-            continue
-        for number in value if isinstance(value, tuple) else (value,):
-            small = not isinstance(number, int) or number.bit_length() < 1024
-            _require(small, f"{section}.{name} is larger than any float; got {_shown(number)}")
-        if isinstance(value, int) and not isinstance(value, bool):
-            object.__setattr__(config, name, float(value))
-
-
-def _shown(value: Any) -> str:
-    """At most 100 characters of it."""
-    try:
-        text = repr(value)
-    except (ValueError, RecursionError):  # an int of more digits than Python writes, or too deep
-        return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= 100 else f"{text[:97]}…"
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = get_origin(hint)
-    if origin is Literal:
-        return value in get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, member) for member in get_args(hint))
-    if origin is tuple:
-        members = get_args(hint)
-        length_fits = members[-1] is Ellipsis or (isinstance(value, tuple) and len(value) == len(members))
-        return isinstance(value, tuple) and length_fits and all(_fits(item, members[0]) for item in value)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
-
-
-def _hint_text(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, get_args(hint)))}"
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint)
-
-
-# For configs of other kinds of runs, which live with what they configure.
-check_types, make_config = _check_types, _make

@@ -16,7 +16,8 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 
-from sape2.config import ModelConfig, make_config, model_config
+from sape2.config import ModelConfig, model_config
+from sape2.config.checks import make_config
 from sape2.config.detection import DetectorConfig, ImagesConfig
 from sape2.detection.backbone import WindowedViT
 from sape2.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid, strides

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sape2.config.names import unknown
 from sape2.encodings.absolute import LearnedAbsolute, SinCos
 from sape2.encodings.base import (
     AttentionBias,
@@ -16,6 +17,8 @@ from sape2.encodings.base import (
     Facts,
     NoEncoding,
     TokenEncoding,
+    check_options,
+    describe_options,
     make_options,
 )
 from sape2.encodings.conditional import Conditional
@@ -65,6 +68,7 @@ __all__ = [
     "create_encodings",
     "find_encoding",
     "list_encodings",
+    "options_of",
     "parse_encoding",
 ]
 
@@ -78,7 +82,7 @@ def find_encoding(name: str) -> type[TokenEncoding] | type[AttentionEncoding]:
     """The class of a single name; raises ValueError that lists the known ones."""
     encoding = TOKEN_ENCODINGS.get(name) or ATTENTION_ENCODINGS.get(name)
     if encoding is None:
-        raise ValueError(f"unknown encoding {name!r}; known encodings: {', '.join(list_encodings())} (join them with +)")
+        raise unknown("encoding", name, list_encodings(), " (join them with +)")
     return encoding
 
 
@@ -95,6 +99,14 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.every < 1:
             raise ValueError(f"every must be at least 1; got {self.every}")
+
+
+def options_of(name: str) -> dict[str, str]:
+    """All options that a single name takes, with their values, the default first."""
+    encoding = find_encoding(name)
+    presets = {"preset": "|".join(encoding.presets)} if encoding.presets else {}
+    schedule = {} if name in TOKEN_ENCODINGS else describe_options(Schedule)
+    return presets | describe_options(encoding.Options) | schedule
 
 
 @dataclass(frozen=True)
@@ -140,9 +152,10 @@ def _parse_part(text: str) -> Part:
         if not equals or key in options:
             raise ValueError(f"encoding option {item!r} of {name} must be key=value, each key once")
         options[key] = value
-    schedule = {key: options.pop(key) for key in ("every", "share") if key in options}
-    if schedule and name in TOKEN_ENCODINGS:
+    if name in TOKEN_ENCODINGS and {"every", "share"} & set(options):
         raise ValueError(f"{name} acts once on the tokens; every= and share= are for attention encodings")
+    check_options(name, options, list(options_of(name)))
+    schedule = {key: options.pop(key) for key in ("every", "share") if key in options}
     return Part(name, options, make_options(Schedule, name, schedule))
 
 

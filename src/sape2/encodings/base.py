@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sape2.config.names import did_you_mean
+from sape2.config.options import describe_option, type_name
 from sape2.encodings.bias import Distances, Factors, Matrix, Places
 from sape2.encodings.grid import Axis, Grid
 
@@ -127,6 +129,7 @@ class TokenEncoding(nn.Module):
     summary: str
     source: str
     variants: ClassVar[dict[str, str]] = {}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # names of several options at once, the default first
     facts = Facts()
     after_block: int | None = None
 
@@ -150,6 +153,7 @@ class AttentionEncoding(nn.Module):
     summary: str
     source: str
     variants: ClassVar[dict[str, str]] = {}
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # names of several options at once, the default first
     facts = Facts()
     score_axes: tuple[Axis, ...] = ()
 
@@ -340,31 +344,21 @@ def make_options(options_class: type[Options], encoding: str, given: dict[str, A
     what the encoding takes besides.
     """
     hints = get_type_hints(options_class)
-    unknown = sorted(set(given) - set(hints))
-    if unknown:
-        known = ", ".join([*further, *hints]) or "none"
-        raise ValueError(f"{encoding} has no option {unknown[0]!r}; known options: {known}")
+    check_options(encoding, given, [*further, *hints])
     return options_class(**{name: _convert(f"{encoding}:{name}", hints[name], value) for name, value in given.items()})
+
+
+def check_options(encoding: str, given: Iterable[str], known: Sequence[str]) -> None:
+    """Raises ValueError for the first option that is not known, with those that are."""
+    for name in sorted(set(given) - set(known)):
+        told = f"{did_you_mean(name, known)}known options: {', '.join(known) or 'none'}"
+        raise ValueError(f"{encoding} has no option {name!r}; {told}")
 
 
 def describe_options(options_class: type) -> dict[str, str]:
     """Option name to its values, the default first: {"count": "suffix|prefix|...", "num_positions": "None|int"}."""
     hints = get_type_hints(options_class)
-    return {field.name: _describe(hints[field.name], field.default) for field in dataclasses.fields(options_class)}
-
-
-def _describe(hint: Any, default: Any) -> str:
-    if get_origin(hint) is Literal:
-        rest = [str(value) for value in get_args(hint) if value != default]
-        return "|".join([str(default), *rest])
-    if hint is bool:
-        return "|".join([str(default).lower(), str(not default).lower()])
-    return f"{default} ({_type_name(hint)})"
-
-
-def _type_name(hint: Any) -> str:
-    members = [member for member in get_args(hint) if member is not type(None)] or [hint]
-    return " or ".join(member.__name__ for member in members)
+    return {field.name: describe_option(hints[field.name], field.default) for field in dataclasses.fields(options_class)}
 
 
 def _convert(what: str, hint: Any, value: Any) -> Any:
@@ -375,7 +369,7 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
     for member in members:
         with contextlib.suppress(ValueError, KeyError):
             return _parse(member, value)
-    raise ValueError(f"{what} needs {_type_name(hint)}; got {repr(value)[:100]}")
+    raise ValueError(f"{what} needs {type_name(hint)}; got {repr(value)[:100]}")
 
 
 def _convert_choice(what: str, choices: tuple, value: Any) -> Any:

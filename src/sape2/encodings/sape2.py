@@ -194,6 +194,7 @@ class SaPE2(AttentionEncoding):
     Options = SaPE2Options
     summary = "semantic positions: gated counts along rows and columns, compared by distance"
     source = "arXiv:2505.09466"
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     variants: ClassVar[dict[str, str]] = {
         "preset=equations": "unscaled gates, bias divided by sqrt(d): eq. 9 and 16 instead of the listing of App. D",
         "dot=key": "the key meets the table instead of the query: table 2, SaPE2(K)",

@@ -1,20 +1,22 @@
-"""Measurements by name: each is a function from (model, data) to rows (name, value, unit, n, protocol)."""
+"""Measurements of a model on data: each is a function from (model, data) to rows (name, value, unit, n, protocol).
+
+What trains a model, or sets several beside each other, is in `training` and `studies`. Imports nothing until `MEASURES` is
+asked for, so that tables (`report`) can be written without torch.
+"""
 
 from __future__ import annotations
 
-from sape2.evaluation.accuracy import accuracy
-from sape2.evaluation.base import Measure
-from sape2.evaluation.cost.measure import cost as cost_of_model  # the name `cost` is the folder's
-from sape2.evaluation.grouping import grouping
-from sape2.evaluation.health import health
-from sape2.evaluation.resolution import resolution
-from sape2.evaluation.shift import shift
+from typing import TYPE_CHECKING, Any
 
-MEASURES: dict[str, Measure] = {
-    "accuracy": accuracy,
-    "shift": shift,
-    "resolution": resolution,
-    "grouping": grouping,
-    "health": health,
-    "cost": cost_of_model,
-}
+if TYPE_CHECKING:
+    from sape2.evaluation.measures import MEASURES
+
+__all__ = ["MEASURES"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "MEASURES":
+        from sape2.evaluation.measures import MEASURES
+
+        return MEASURES
+    raise AttributeError(f"module 'sape2.evaluation' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from sape2.cli.options import add_json, default_name, resized
 from sape2.config import override
 
+SEE = "the config.json of a run has all keys"
 HELP = "train a detector on images in COCO format and measure it"
 
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         images = replace(images, source=arguments.data)
     seed = config.seed if arguments.seed is None else arguments.seed
-    config = override(replace(config, model=model, detector=detector, images=images, seed=seed), arguments.set)
+    config = override(replace(config, model=model, detector=detector, images=images, seed=seed), arguments.set, SEE)
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.detection import run_detection
     from sape2.evaluation.report import print_json, print_table

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sape2.config import RunConfig
 from sape2.config.detection import DetectionConfig
+from sape2.config.names import did_you_mean
 from sape2.config.recipes.cifar import (
     cifar10,
     cifar10_budget,
@@ -39,7 +40,7 @@ def get_recipe(name: str) -> RunConfig:
     if name in DETECTION_RECIPES:
         raise ValueError(f"{name} is a recipe for detection: sape2 detect {name}")
     if name not in RECIPES:
-        raise ValueError(f"unknown recipe {name!r}; known recipes: {', '.join(RECIPES)}")
+        raise _unknown("recipe", name, RECIPES, f"sape2 detect knows {', '.join(DETECTION_RECIPES)}")
     return RECIPES[name]()
 
 
@@ -48,5 +49,11 @@ def get_detection_recipe(name: str) -> DetectionConfig:
     if name in RECIPES:
         raise ValueError(f"{name} is a recipe for classification: sape2 train {name}")
     if name not in DETECTION_RECIPES:
-        raise ValueError(f"unknown detection recipe {name!r}; known recipes: {', '.join(DETECTION_RECIPES)}")
+        raise _unknown("detection recipe", name, DETECTION_RECIPES, f"sape2 train knows {', '.join(RECIPES)}")
     return DETECTION_RECIPES[name]()
+
+
+def _unknown(what: str, name: str, known: Iterable[str], others: str) -> ValueError:
+    """What was meant is looked for among the recipes of both kinds."""
+    meant = did_you_mean(name, [*RECIPES, *DETECTION_RECIPES])
+    return ValueError(f"unknown {what} {name!r}; {meant}known {what}s: {', '.join(known)}; {others}")

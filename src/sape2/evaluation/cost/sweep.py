@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from sape2.config import model_config
+from sape2.config.names import unknown
 from sape2.encodings import create_encodings, parse_encoding
 from sape2.encodings.grid import Grid, check_grid, num_tokens
 from sape2.evaluation.cost.memory import available_bytes, peak_bytes
@@ -48,7 +49,7 @@ class Sweep:
     def __post_init__(self) -> None:
         for dtype in self.dtypes:
             if dtype not in DTYPES:
-                raise ValueError(f"unknown dtype {dtype!r}; known dtypes: {', '.join(DTYPES)}")
+                raise unknown("dtype", dtype, DTYPES)
         for name, values in (("batches", self.batches), ("repeats", (self.repeats,))):
             if min(values) < 1:
                 raise ValueError(f"{name} must be at least 1; got {min(values)}")

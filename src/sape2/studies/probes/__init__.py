@@ -5,6 +5,7 @@ To add one: a file with a `Task`, a line here, a slow oracle of its labels in th
 
 from __future__ import annotations
 
+from sape2.config.names import unknown
 from sape2.studies.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task
 from sape2.studies.probes.count import Count
 from sape2.studies.probes.distant import Distant
@@ -25,5 +26,5 @@ __all__ = ["NOT_ASKED", "TASKS", "TRAIN", "Example", "Scenes", "Split", "Task", 
 def find_task(name: str) -> Task:
     """The task of that name; raises ValueError that lists the known ones."""
     if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}; known tasks: {', '.join(TASKS)}")
+        raise unknown("task", name, TASKS)
     return TASKS[name]

@@ -1,0 +1,141 @@
+"""What encodings and measures say of themselves, read off their source, so that a list of them waits for no library.
+
+A test holds it equal to what the classes and functions say once they are imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+from functools import cache, reduce
+from operator import or_
+from pathlib import Path
+from typing import Any, Literal
+
+import sape2
+from sape2.config.options import describe_option
+
+Row = dict[str, Any]
+Node = ast.ClassDef | ast.FunctionDef | ast.expr
+
+
+class Source:
+    """The top level of a module: its classes, functions and values by name, and where names are imported from."""
+
+    def __init__(self, module: str) -> None:
+        path = Path(sape2.__file__).parent.joinpath(*module.split(".")[1:])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        self.nodes: dict[str, Node] = {}
+        self.homes: dict[str, str] = {}
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+                self.nodes[node.name] = node
+            elif isinstance(node, ast.ImportFrom):
+                self.homes |= {alias.name: node.module or "" for alias in node.names}
+            else:
+                self.nodes |= assigned(node)
+
+    def find(self, name: str) -> tuple[Source, Node]:
+        """What a name stands for, with the module that it was written in."""
+        return read(self.homes[name]).find(name) if name in self.homes else (self, self.nodes[name])
+
+    def value(self, node: Any) -> Any:
+        """Of a constant, or of a name that stands for one."""
+        if isinstance(node, ast.Name):
+            source, found = self.find(node.id)
+            return source.value(found)
+        return ast.literal_eval(node)
+
+    def names(self, name: str) -> dict[str, str]:
+        """A dictionary {"rope": Rotary} as {"rope": "Rotary"}."""
+        table: Any = self.nodes[name]
+        return {key.value: value.id for key, value in zip(table.keys, table.values, strict=True)}
+
+    def hint(self, node: Any) -> Any:
+        """An annotation as the type that it stands for: plain types, Literal, unions, and names of such."""
+        if isinstance(node, ast.BinOp):
+            return reduce(or_, [self.hint(node.left), self.hint(node.right)])
+        if isinstance(node, ast.Subscript):
+            choice: Any = Literal
+            return choice[self.value(node.slice)]
+        if isinstance(node, ast.Name):
+            kind = getattr(builtins, node.id, None)
+            return kind if kind is not None else self.hint(self.find(node.id)[1])
+        return ast.literal_eval(node)  # None
+
+
+@cache
+def read(module: str) -> Source:
+    return Source(module)
+
+
+def assigned(node: ast.stmt) -> dict[str, ast.expr]:
+    """{name: value} of an assignment to a name; {} of anything else."""
+    if isinstance(node, ast.Assign):
+        return {target.id: node.value for target in node.targets if isinstance(target, ast.Name)}
+    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+        return {node.target.id: node.value}
+    return {}
+
+
+# --- encodings -------------------------------------------------------------------------------------------------------
+
+
+def encodings() -> list[Row]:
+    """One row an encoding, with its options (the default first), and one for each of its variants."""
+    room = read("sape2.encodings")
+    tokens, attention = room.names("TOKEN_ENCODINGS"), room.names("ATTENTION_ENCODINGS")
+    rows: list[Row] = []
+    for name in dict.fromkeys(["none", *tokens, *attention]):
+        own = attributes(room, (tokens | attention)[name])
+        summary, source, variants, presets = (
+            where.value(node) for where, node in map(own.__getitem__, ("summary", "source", "variants", "presets"))
+        )
+        where, options = own["Options"]
+        described = options_of(where, options)
+        if name in attention:
+            described |= options_of(room, ast.Name("Schedule"))
+        if presets:
+            described = {"preset": "|".join(presets)} | described
+        about = {"slot": "attention" if name in attention else "tokens", "source": source}
+        rows.append({"name": name, "summary": summary} | about | {"options": described})
+        rows += [{"name": f"{name}:{variant}", "summary": text} | about for variant, text in variants.items()]
+    return rows
+
+
+def attributes(source: Source, name: str) -> dict[str, tuple[Source, ast.expr]]:
+    """What a class and those that it is made from assign, with the module that each was written in."""
+    where, node = source.find(name)
+    if not isinstance(node, ast.ClassDef):
+        return {}
+    found: dict[str, tuple[Source, ast.expr]] = {}
+    for base in node.bases:
+        if isinstance(base, ast.Name):
+            found |= attributes(where, base.id)
+    for statement in node.body:
+        found |= {key: (where, value) for key, value in assigned(statement).items()}
+    return found
+
+
+def options_of(source: Source, options: Any) -> dict[str, str]:
+    """The fields of a dataclass of options, described."""
+    where, node = source.find(options.id)
+    fields = [field for field in getattr(node, "body", []) if isinstance(field, ast.AnnAssign)]
+    return {
+        field.target.id: describe_option(where.hint(field.annotation), where.value(field.value))
+        for field in fields
+        if isinstance(field.target, ast.Name)
+    }
+
+
+# --- measures --------------------------------------------------------------------------------------------------------
+
+
+def measures() -> list[Row]:
+    """The first line of what each measure says of itself."""
+    room = read("sape2.evaluation.measures")
+    found: list[Row] = []
+    for name, function in room.names("MEASURES").items():
+        node: Any = room.find(function)[1]
+        found.append({"name": name, "summary": (ast.get_docstring(node) or "").split("\n")[0]})
+    return found

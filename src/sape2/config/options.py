@@ -1,0 +1,21 @@
+"""Options of encodings described for people: their values, the default first. Needs the annotation alone, no class."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args, get_origin
+
+
+def describe_option(hint: Any, default: Any) -> str:
+    """ "suffix|prefix|..." for a choice, "None (int)" for a number."""
+    if get_origin(hint) is Literal:
+        rest = [str(value) for value in get_args(hint) if value != default]
+        return "|".join([str(default), *rest])
+    if hint is bool:
+        return "|".join([str(default).lower(), str(not default).lower()])
+    return f"{default} ({type_name(hint)})"
+
+
+def type_name(hint: Any) -> str:
+    """ "int or float": the types that a value may have, without None."""
+    members = [member for member in get_args(hint) if member is not type(None)] or [hint]
+    return " or ".join(member.__name__ for member in members)
