@@ -156,7 +156,7 @@ def test_the_same_folder_goes_on_with_a_run_and_a_changed_one_does_not(tmp_path)
     config = start()
     assert read_config(tmp_path / "run") == config == start()
     shutil.copy(folder / "cat" / "0.png", folder / "dog" / "new.png")
-    with pytest.raises(ValueError, match="differs in data.mean"):
+    with pytest.raises(ValueError, match=r"differs in data\.mean"):
         start()
     with pytest.raises(ValueError, match="saw other images: the number of its train images"):
         start("--set", f"data.mean={list(config.data.mean)}", "--set", f"data.std={list(config.data.std)}")
