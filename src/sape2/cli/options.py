@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sape2.cli.output import say
 from sape2.config import ModelConfig, RunConfig, model_config, override, with_epochs
 from sape2.config.names import unknown
 
@@ -23,17 +25,30 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
     from sape2.config.recipes import get_recipe
 
     config = get_recipe(arguments.recipe)
+    if arguments.data is not None:
+        config = replace(config, data=replace(config.data, source=arguments.data))
+    if config.recipe == "images":
+        config = fitted(config)
     if arguments.model is not None:
         config = replace(config, model=resized(config.model, arguments.model))
     if arguments.encoding is not None:
         config = replace(config, model=replace(config.model, encoding=arguments.encoding))
-    if arguments.data is not None:
-        config = replace(config, data=replace(config.data, source=arguments.data))
     if arguments.seed is not None:
         config = replace(config, seed=arguments.seed)
     if arguments.epochs is not None:
         config = with_epochs(config, arguments.epochs)
     return override(config, arguments.set)
+
+
+def fitted(config: RunConfig) -> RunConfig:
+    """The recipe `images` for the folder that --data names; what is filled in is told, by the first process only."""
+    from sape2.data.own import fit
+
+    config, lines = fit(config)
+    if int(os.environ.get("RANK", "0")) == 0:  # set by torchrun
+        for line in lines:
+            say(line)
+    return config
 
 
 def resized(model: ModelConfig, name: str) -> ModelConfig:
@@ -46,7 +61,16 @@ def default_name(config: RunConfig | DetectionConfig) -> str:
     """The name of the run folder that a command makes where no --out is given."""
     from sape2.training.files import safe_name
 
-    return f"{config.recipe}-{config.model.name}-{safe_name(config.model.encoding)}-s{config.seed}"
+    return f"{recipe_name(config)}-{config.model.name}-{safe_name(config.model.encoding)}-s{config.seed}"
+
+
+def recipe_name(config: RunConfig | DetectionConfig) -> str:
+    """For a path: the recipe, and whose images where the recipe is for any."""
+    from sape2.training.files import safe_name
+
+    if isinstance(config, RunConfig) and config.recipe == "images":
+        return f"images-{safe_name(config.data.name)}"
+    return config.recipe
 
 
 def split_encodings(text: str) -> tuple[str, ...]:

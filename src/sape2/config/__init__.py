@@ -120,8 +120,9 @@ class DataConfig:
     """Which images. `source` is a folder or a hub id (None: the data set embedded in scikit-learn, digits only).
 
     The validation set is split from the training set by class with `split_seed`, the same for every run seed.
-    `train_limit` keeps that many training images (by class, same seed). Images of another size are resized; with
-    `center_crop` (0.875 is usual) that share of the middle is kept, with sides as they were.
+    `test_fraction` (None: there is a test set) takes that share of each class of the only split there is as the test set,
+    with the same seed. `train_limit` keeps that many training images (by class, same seed). Images of another size are
+    resized; with `center_crop` (0.875 is usual) that share of the middle is kept, with sides as they were.
 
     Four settings decide nothing about a result: `layout` (None: looked for), `in_memory` (decoded once and kept; None: if
     they take at most 4 GiB), `max_bad_samples` (how many images of a split may be unreadable and are skipped; None: one in
@@ -136,6 +137,7 @@ class DataConfig:
     std: tuple[float, ...] = (0.2470, 0.2435, 0.2616)
     validation_fraction: Inside01 = 0.1  # not 0: the test set is never selected on
     split_seed: SplitSeed = 0
+    test_fraction: Inside01 | None = None
     train_limit: Count | None = None
     layout: Literal["folder", "parquet", "webdataset"] | None = None
     in_memory: bool | None = None
@@ -259,6 +261,8 @@ class RunConfig:
         values = self.to_dict()
         for name in ("source", "layout", "in_memory", "max_bad_samples"):
             del values["data"][name]
+        if self.data.test_fraction is None:  # so that runs from before this setting keep their digests
+            del values["data"]["test_fraction"]
         for name in ("workers", "checkpoint_every", "parallel"):
             del values["train"][name]
         return values

@@ -16,7 +16,7 @@ import torch
 from sape2.config import DataConfig, ModelConfig
 from sape2.data import folder, parquet, webdataset
 from sape2.data.arrays import TORCHVISION_FOLDERS, ArrayImages, read_digits, read_torchvision
-from sape2.data.base import Source, UnreadableImages
+from sape2.data.base import Part, Source, UnreadableImages
 from sape2.data.decoding import decode
 from sape2.data.files import ImageFiles, Splits
 from sape2.data.fingerprint import fingerprint
@@ -29,7 +29,7 @@ __all__ = [
 
 # name: (whether a folder holds it, its splits)
 LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, DataConfig], Any]]] = {
-    "folder": (folder.find, lambda path, _: folder.read(path)),
+    "folder": (folder.find, lambda path, config: folder.read(path, config.test_fraction, config.split_seed)),
     "parquet": (parquet.find, parquet.read),
     "webdataset": (webdataset.find, lambda path, _: webdataset.read(path)),
 }
@@ -43,6 +43,8 @@ def load_data(config: DataConfig, model: ModelConfig) -> Splits:
     Only labels are read to make the splits; images are decoded here where they are kept in memory, else when asked for.
     """
     sources = open_sources(config, model)
+    if config.test_fraction is not None and not isinstance(sources["test"], Part):
+        raise ValueError(f"data.test_fraction is for images without a test set; --data {config.source} has one")
     print_ = fingerprint(sources)
     sets = [as_images(source, config, model) for source in sources.values()]
     for images in sets:
@@ -68,7 +70,7 @@ def keep_in_memory(images: int, config: DataConfig, model: ModelConfig) -> bool:
 
 def open_sources(config: DataConfig, model: ModelConfig) -> dict[str, Source] | dict[str, ArrayImages]:
     """{"train": ..., "test": ...} from wherever the config points."""
-    if config.name == "digits":
+    if config.name == "digits" and config.layout is None:  # a folder of that name has a layout
         if config.source is not None:
             raise ValueError(f"digits come with scikit-learn and need no --data; got {config.source!r}")
         return read_digits(model)
@@ -89,7 +91,7 @@ def open_sources(config: DataConfig, model: ModelConfig) -> dict[str, Source] | 
     return read(path, config)
 
 
-def find_layout(path: Path, config: DataConfig) -> str:
+def find_layout(path: Path, config: DataConfig) -> Any:
     """The layout that a folder holds; raises an error if there is none, or more than one."""
     if folder.find(path):
         return "folder"
@@ -98,6 +100,8 @@ def find_layout(path: Path, config: DataConfig) -> str:
         return found[0]
     if found:
         raise ValueError(f"--data {config.source} holds {' and '.join(found)}; choose with --set data.layout={found[0]}")
+    if folder.find_classes(path):
+        return "folder"
     there = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
     known = TORCHVISION_FOLDERS.get(config.name)
     wanted = f"parquet file and no {known}" if known else "parquet file"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import get_worker_info
@@ -84,6 +84,24 @@ def waiting_for(what: str, attempt: Callable[[], Result]) -> Result:
             log.warning("%s: %s; trying again in %g s", what, error.strerror, delay)
             time.sleep(delay)
     raise AssertionError("the last attempt returns or raises")
+
+
+class Part:
+    """Some images of another source, in its order."""
+
+    def __init__(self, parent: Source, rows: Sequence[int], split: str) -> None:
+        self.parent, self.rows, self.layout, self.classes = parent, list(rows), parent.layout, parent.classes
+        self.where = f"{parent.where} ({split})"
+        self.labels: list[Any] = [parent.labels[row] for row in self.rows]
+
+    def name(self, index: int) -> str:
+        return self.parent.name(self.rows[index])
+
+    def read(self, index: int) -> Any:
+        return self.parent.read(self.rows[index])
+
+    def contents(self) -> Any:
+        return [self.parent.contents(), self.rows]
 
 
 def find_splits(names: list[str], where: str) -> tuple[str, list[str]]:

@@ -1,4 +1,7 @@
-"""Image folders: DIR/train/CLASS/*.jpg and the same under test, validation, valid or val. Classes in order of name."""
+"""Image folders: DIR/train/CLASS/*.jpg and the same under test, validation, valid or val, or DIR/CLASS/*.jpg alone.
+
+Classes in order of name; hidden files and folders are left out.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from sape2.data.base import IMAGE_ENDINGS, TEST_NAMES, TRAIN_NAMES, find_splits, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, TEST_NAMES, TRAIN_NAMES, Part, Source, find_splits, waiting_for
+from sape2.data.images import class_split
 
 PEEK = 20  # folders and files looked at to tell the layout
 
@@ -22,9 +27,9 @@ class FolderImages:
     def __init__(self, folder: Path, split: str, classes: tuple[str, ...]) -> None:
         from torchvision.datasets.folder import make_dataset
 
-        self.root, self.where, self.classes = folder / split, f"{folder} {split}", classes
+        self.root, self.where, self.classes = folder / split, f"{folder} {split}".rstrip(), classes
         numbers = {name: number for number, name in enumerate(classes)}
-        found = make_dataset(str(self.root), numbers, IMAGE_ENDINGS, allow_empty=True)
+        found = make_dataset(str(self.root), numbers, is_valid_file=_is_image, allow_empty=True)
         found.sort(key=lambda image: (os.path.basename(image[0]), image[0]))
         self.labels: list[Any] = [label for _, label in found]
         start = len(str(self.root)) + 1
@@ -58,11 +63,23 @@ class FolderImages:
 
 def find(folder: Path) -> bool:
     """Whether DIR/train/*/ holds image files; looks at a few names only."""
+    return any(_holds_classes(folder / split) for split in _split_names(folder))
+
+
+def find_classes(folder: Path) -> bool:
+    """The same of DIR/*/, where there is no split."""
+    return not _split_names(folder) and _holds_classes(folder)
+
+
+def has_test(folder: Path) -> bool:
+    return any(name in TEST_NAMES for name in _split_names(folder))
+
+
+def _holds_classes(folder: Path) -> bool:
     return any(
         any(file.name.lower().endswith(IMAGE_ENDINGS) for file in _some(path.path))
-        for split in _split_names(folder)
-        for path in _some(folder / split)
-        if path.is_dir()
+        for path in _some(folder)
+        if path.is_dir() and not path.name.startswith(".")
     )
 
 
@@ -76,10 +93,30 @@ def _some(folder: str | Path) -> Iterator[os.DirEntry[str]]:
             yield entry
 
 
-def read(folder: Path) -> dict[str, FolderImages]:
+def read(folder: Path, test_fraction: float | None = None, seed: int = 0) -> dict[str, Source]:
+    """{"train": ..., "test": ...}; where there is no test set, `test_fraction` of each class is taken as one, with `seed`."""
+    if test_fraction is not None and not has_test(folder):
+        only = next(iter(_split_names(folder)), "")
+        source = FolderImages(folder, only, _classes(folder / only))
+        rest, part = class_split(torch.tensor(source.labels, dtype=torch.long), test_fraction, seed)
+        return {"train": Part(source, rest.tolist(), "train"), "test": Part(source, part.tolist(), "test")}
+    if find_classes(folder):
+        raise ValueError(
+            f"--data {folder} needs the splits train and test; found classes only. sape2 train images splits them, "
+            "or --set data.test_fraction=0.2"
+        )
     train, tests = find_splits(_split_names(folder), str(folder))
-    classes = tuple(sorted(entry.name for entry in os.scandir(folder / train) if entry.is_dir()))
-    others = sorted({entry.name for entry in os.scandir(folder / tests[0]) if entry.is_dir()} - set(classes))
+    classes = _classes(folder / train)
+    others = sorted({*_classes(folder / tests[0])} - {*classes})
     if others:
         raise ValueError(f"{folder / tests[0]} has the class {others[0]!r}, which {folder / train} has not")
     return {"train": FolderImages(folder, train, classes), "test": FolderImages(folder, tests[0], classes)}
+
+
+def _classes(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def _is_image(path: str) -> bool:
+    name = os.path.basename(path).lower()
+    return name.endswith(IMAGE_ENDINGS) and not name.startswith(".")

@@ -204,11 +204,12 @@ def is_finished(folder: Path) -> bool:
 
 def difference(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> str:
     """The first setting in which two identities of configs differ, with both values."""
-    for key in new:
-        if old[key] != new[key]:
-            if isinstance(new[key], dict):
-                return difference(old[key], new[key], f"{prefix}{key}.")
-            return f"{prefix}{key} ({old[key]!r} there, {new[key]!r} here)"
+    for key in old | new:
+        before, now = old.get(key), new.get(key)
+        if before != now:
+            if isinstance(now, dict):
+                return difference(before or {}, now, f"{prefix}{key}.")
+            return f"{prefix}{key} ({before!r} there, {now!r} here)"
     raise AssertionError("the configs are equal")
 
 

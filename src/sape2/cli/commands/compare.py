@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sape2.cli.options import add_json, resolve, split_encodings, whole_number
+from sape2.cli.options import add_json, recipe_name, resolve, split_encodings, whole_number
 from sape2.cli.output import say, show_outcome
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
             "train.parallel=fsdp divides the weights among several processes, and sape2 compare trains every run in one; "
             "leave it out, which changes no result"
         )
-    folder = Path(arguments.out or Path("runs") / f"compare-{config.recipe}-{config.model.name}")
+    folder = Path(arguments.out or Path("runs") / f"compare-{recipe_name(config)}-{config.model.name}")
     seeds = whole_number("--seeds", arguments.seeds)
     study = Study(config, split_encodings(arguments.encodings), seeds, folder)
     baseline = arguments.baseline or study.encodings[0]

@@ -19,9 +19,11 @@ from sape2.config.recipes.cifar import (
 from sape2.config.recipes.coco import DETECTION_RECIPES
 from sape2.config.recipes.digits import digits
 from sape2.config.recipes.imagenet import imagenet, imagenet_base, imagenet_plain
+from sape2.config.recipes.images import images
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "digits": digits,
+    "images": images,
     "cifar10": cifar10,
     "cifar100": cifar100,
     "cifar10_paper": cifar10_paper,

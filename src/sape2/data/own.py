@@ -1,0 +1,165 @@
+"""The recipe `images`: what a folder of one's own says about a run. The same folder always says the same.
+
+Image size: that of 32, 64, 96, 224 which is nearest, by ratio, to the median of the shorter sides. Channels: one if every
+image looked at is grey, else three. Mean and std: over the pixels of the training images looked at, at that size. Test set:
+where there is none, a fifth of each class. Batch: the largest power of two from 2 to 128 with 8 updates an epoch.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sape2.config import DataConfig, ModelConfig, RunConfig
+from sape2.data import allowed_unreadable, find_layout, folder, keep_in_memory, open_sources
+from sape2.data.base import Part, Source
+from sape2.data.decoding import UNREADABLE, decode
+
+PATCHES = {32: 4, 64: 8, 96: 8, 224: 16}  # image size -> patch: grids of 8, 8, 12 and 14
+TEST_FRACTION = 0.2
+LOOKED_AT = 256  # images, drawn with data.split_seed
+UPDATES = 8  # an epoch, at least, where the images allow it
+GREY = ("1", "L", "LA", "I", "F", "I;16")
+FEWEST_STD = 0.01  # for images that are all of one colour
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of the images looked at: (height, width) of each, and whether all are grey."""
+
+    sizes: list[tuple[int, int]]
+    grey: bool
+
+    @property
+    def median(self) -> tuple[int, int]:
+        height, width = (round(statistics.median(sides)) for sides in zip(*self.sizes, strict=True))
+        return height, width
+
+
+def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
+    """The recipe for the images in `data.source`, and what was filled in, in words.
+
+    Raises ValueError or OSError in one line for a folder that is not there, has no images, or one class only.
+    """
+    data = _find_data(config)
+    sources: Any = open_sources(data, config.model)
+    train = sources["train"]
+    classes = _check_classes(train, sources["test"])
+    looked = _sample(train, data.split_seed)
+    model, look = _fit_model(config.model, train, looked, len(classes))
+    mean, std = _statistics(train, looked, model)
+    bad = max(1, len(train.labels) // 20, allowed_unreadable(len(train.labels), data))
+    data = replace(data, mean=mean, std=std, max_bad_samples=bad)
+    rest = len(train.labels) - sum(max(1, round(data.validation_fraction * n)) for n in Counter(train.labels).values())
+    batch = 2 ** min(7, max(1, int(math.log2(max(2, rest // UPDATES)))))
+    workers = 0 if keep_in_memory(len(train.labels) + len(sources["test"].labels), data, model) else 4
+    training = replace(config.train, batch_size=batch, workers=workers)
+    augment = replace(config.augment, crop_padding=model.image_size[0] // 8)
+    fitted = replace(config, model=model, data=data, augment=augment, train=training)
+    return fitted, _in_words(fitted, sources, classes, look, rest)
+
+
+def _find_data(config: RunConfig) -> DataConfig:
+    """Where the images lie and in which layout; the folder gives the name."""
+    source = config.data.source
+    if source is None:
+        raise ValueError("images needs --data: a folder with a folder of images for each class, DIR/CLASS/*.jpg")
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"--data {source}: there is no such folder")
+    if not path.is_dir():
+        raise NotADirectoryError(f"--data {source} is a file; give the folder that holds it")
+    name = path.resolve().name or "images"
+    layout = find_layout(path, config.data)
+    fraction = TEST_FRACTION if layout == "folder" and not folder.has_test(path) else None
+    return replace(config.data, name=name, layout=layout, test_fraction=fraction)
+
+
+def _check_classes(train: Source, test: Source) -> tuple[str, ...]:
+    """Their names. Raises ValueError if there are too few, or a class has too few images to be split."""
+    counts = Counter(train.labels)
+    classes = tuple(train.classes) or tuple(str(label) for label in range(max(counts, default=-1) + 1))
+    if not counts:
+        raise ValueError(f"{train.where} holds no images")
+    if len(classes) < 2:
+        raise ValueError(f"{train.where} has the one class {classes[0]!r}; at least two are needed, a folder for each")
+    own = not isinstance(test, Part)
+    for label, name in enumerate(classes):
+        if counts[label] < 2:
+            n = counts[label] + (0 if own else test.labels.count(label))
+            sets, least = ("training and validation", 2) if own else ("training, validation and test", 3)
+            raise ValueError(f"{train.where}: the class {name!r} has {n} images; {sets} need one each, at least {least}")
+    return classes
+
+
+def _sample(source: Source, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(len(source.labels), generator=generator)[:LOOKED_AT].sort().values.tolist()
+
+
+def _fit_model(model: ModelConfig, source: Source, looked: list[int], classes: int) -> tuple[ModelConfig, Look]:
+    look = _look(source, looked)
+    side = statistics.median(min(size) for size in look.sizes)
+    size = min(PATCHES, key=lambda known: abs(math.log(known / side)))
+    channels = 1 if look.grey else 3
+    return replace(model, image_size=(size, size), patch_size=PATCHES[size], in_channels=channels, num_classes=classes), look
+
+
+def _look(source: Source, looked: list[int]) -> Look:
+    """Reads the headers. Raises ValueError if none of them is an image."""
+    sizes, grey = [], True
+    for index in looked:
+        try:
+            entry: Any = source.read(index) or {}
+            data = entry.get("bytes")
+            with Image.open(entry["path"] if data is None else io.BytesIO(data)) as image:
+                sizes.append((image.height, image.width))
+                grey = grey and image.mode in GREY
+        except UNREADABLE:
+            continue
+    if not sizes:
+        raise ValueError(f"{source.where}: none of the {len(looked)} images looked at can be read")
+    return Look(sizes, grey)
+
+
+def _statistics(source: Source, looked: list[int], model: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) of every channel in 0..1, to four digits."""
+    total, squares, pixels = np.zeros(model.in_channels), np.zeros(model.in_channels), 0
+    for index in looked:
+        try:
+            image = decode(source.read(index), model, source.name(index)).astype(np.float64) / 255
+        except ValueError:
+            continue
+        total += image.sum((0, 1))
+        squares += (image**2).sum((0, 1))
+        pixels += image.shape[0] * image.shape[1]
+    if not pixels:
+        raise ValueError(f"{source.where}: none of the {len(looked)} images looked at can be decoded")
+    mean = total / pixels
+    std = np.sqrt((squares / pixels - mean**2).clip(0)).clip(FEWEST_STD)
+    return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
+
+
+def _in_words(config: RunConfig, sources: Any, classes: tuple[str, ...], look: Look, rest: int) -> list[str]:
+    data, model, n = config.data, config.model, len(sources["train"].labels)
+    (height, width), drawn = look.median, data.test_fraction is not None
+    names = ", ".join(classes[:8]) + (", …" if len(classes) > 8 else "")
+    kind = "grey" if model.in_channels == 1 else "colour"
+    where = f"{data.test_fraction:.0%} of each class, drawn with seed {data.split_seed}" if drawn else sources["test"].where
+    return [
+        f"{data.name}: {len(classes)} classes ({names}), {kind}, median image {width}x{height} of {len(look.sizes)} looked at",
+        f"{rest} images to train, {n - rest} to validate "
+        f"({data.validation_fraction:.0%} of each class, seed {data.split_seed}) "
+        f"and {len(sources['test'].labels)} to test ({where})",
+        f"resized to {model.image_size[1]}x{model.image_size[0]} in patches of {model.patch_size}; "
+        f"mean {list(data.mean)}, std {list(data.std)}; {config.train.batch_size} images a batch",
+    ]

@@ -1,0 +1,162 @@
+"""The recipe `images`: what a folder of one's own says about a run, the same each time, and one line where it cannot."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sape2.cli import build_parser, main
+from sape2.cli.options import default_name, resolve
+from sape2.data import load_data
+from sape2.training.checkpoint import read_config, start_run
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it(as_users_call_it):
+    """The commands get what a user types."""
+
+
+def fill(folder: Path, counts: dict[str, int], size=(30, 34), mode="RGB") -> Path:
+    """Noise in `counts` images of each class, of (width, height)."""
+    generator = np.random.default_rng(0)
+    for name, count in counts.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            pixels = generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(folder / name / f"{number}.png")
+    return folder
+
+
+def config_of(folder, *options):
+    return resolve(build_parser().parse_args(["train", "images", "--data", str(folder), *options]))
+
+
+def test_class_folders_alone_are_enough(tmp_path, capfd):
+    folder = fill(tmp_path / "mine", {"cat": 20, "dog": 20, ".hidden": 3})
+    (folder / "cat" / ".00.png").write_bytes(b"no image")
+    (folder / "dog" / "notes.txt").write_text("no image")
+    config = config_of(folder)
+    model, data = config.model, config.data
+    assert (model.image_size, model.patch_size, model.in_channels, model.num_classes) == ((32, 32), 4, 3, 2)
+    assert (data.name, data.layout, data.test_fraction, len(data.mean)) == ("mine", "folder", 0.2, 3)
+    assert list(data.mean) == pytest.approx([0.5] * 3, abs=0.02)
+    splits = load_data(config.data, config.model)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [28, 4, 8]
+    assert splits.test.labels.bincount().tolist() == [4, 4]
+    assert len(splits.train) // config.train.batch_size >= 5
+    err = capfd.readouterr().err
+    for words in (
+        "mine: 2 classes (cat, dog), colour, median image 30x34",
+        "28 images to train",
+        "8 to test",
+        "32x32 in patches",
+    ):
+        assert words in err
+    assert default_name(config) == "images-mine-vit_nano-ape+sape2-s0"
+
+
+def test_the_same_folder_says_the_same_and_settings_win(tmp_path):
+    folder = fill(tmp_path / "mine", {"cat": 9, "dog": 9})
+    assert config_of(folder) == config_of(folder)
+    changed = config_of(folder, "--set", "image_size=64", "--set", "patch_size=8", "--set", "data.mean=[0.5,0.5,0.5]")
+    assert (changed.model.image_size, changed.data.mean) == ((64, 64), (0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("size", "patch", "side"), [((8, 9), 4, 32), ((50, 60), 8, 64), ((100, 300), 8, 96), ((300, 200), 16, 224)]
+)
+def test_the_model_has_the_size_of_the_median_image(tmp_path, size, patch, side):
+    model = config_of(fill(tmp_path / "mine", {"cat": 3, "dog": 3}, size)).model
+    assert (model.image_size, model.patch_size) == ((side, side), patch)
+
+
+def test_grey_images_get_one_channel(tmp_path):
+    config = config_of(fill(tmp_path / "mine", {"cat": 3, "dog": 3}, mode="L"))
+    assert (config.model.in_channels, len(config.data.std)) == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_a_test_set_that_is_there_is_taken_as_it_is(tmp_path, name):
+    folder = tmp_path / "digits"  # a name that is also a data set's
+    fill(folder / "train", {"cat": 8, "dog": 8})
+    fill(folder / name, {"cat": 3, "dog": 2})
+    config = config_of(folder)
+    assert config.data.test_fraction is None
+    assert len(load_data(config.data, config.model).test) == 5
+
+
+def test_a_training_set_without_a_test_set_is_split(tmp_path):
+    fill(tmp_path / "mine" / "train", {"cat": 10, "dog": 10})
+    config = config_of(tmp_path / "mine")
+    splits = load_data(config.data, config.model)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (14, 2, 4)
+    test = {image.numpy().tobytes() for image in splits.test.images}
+    assert not test & {image.numpy().tobytes() for image in splits.train.images}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "there is no such folder"),
+        (lambda folder: folder.mkdir(), "found nothing"),
+        (lambda folder: fill(folder, {"cat": 5}), "has the one class 'cat'; at least two are needed"),
+        (lambda folder: fill(folder, {"cat": 5, "dog": 2}), "the class 'dog' has 2 images; training, validation and test"),
+        (lambda folder: fill(folder, {"cat": 5, "dog": 0}), "the class 'dog' has 0 images"),
+        (lambda folder: folder.write_text(""), "is a file"),
+    ],
+)
+def test_a_folder_that_cannot_be_trained_on_is_told_in_one_line(tmp_path, capfd, make, message):
+    make(tmp_path / "mine")
+    assert main(["train", "images", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_without_data_say_what_they_need(capfd):
+    assert main(["train", "images"]) == 2
+    assert "images needs --data: a folder with a folder of images for each class" in capfd.readouterr().err
+
+
+def test_other_recipes_say_how_class_folders_are_split(tmp_path, capfd):
+    folder = fill(tmp_path / "mine", {"cat": 3, "dog": 3})
+    assert main(["train", "cifar10", "--data", str(folder), "--dry-run", "--set", "num_classes=2"]) == 2
+    assert "sape2 train images splits them, or --set data.test_fraction=0.2" in capfd.readouterr().err
+
+
+def test_a_test_fraction_beside_a_test_set_is_refused(tmp_path, capfd):
+    for split in ("train", "test"):
+        fill(tmp_path / "mine" / split, {"cat": 4, "dog": 4})
+    command = ["train", "images", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]
+    assert main([*command, "--set", "data.test_fraction=0.3"]) == 2
+    assert "data.test_fraction is for images without a test set" in capfd.readouterr().err
+
+
+def test_a_damaged_image_is_named_once_and_does_not_end_the_run(tmp_path, caplog):
+    folder = fill(tmp_path / "mine", {"cat": 20, "dog": 20}, (8, 8))
+    damaged = folder / "cat" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    config = config_of(folder)
+    load_data(config.data, config.model)
+    assert [line.split(":")[0] for line in caplog.messages] == ["skipped (1 of at most 1)"]
+    assert str(damaged) in caplog.text
+
+
+def test_the_same_folder_goes_on_with_a_run_and_a_changed_one_does_not(tmp_path):
+    folder = fill(tmp_path / "mine", {"cat": 6, "dog": 6}, (8, 8))
+
+    def start(*settings):
+        config = config_of(folder, *settings)
+        start_run(tmp_path / "run", config, load_data(config.data, config.model).train.fingerprint)
+        return config
+
+    config = start()
+    assert read_config(tmp_path / "run") == config == start()
+    shutil.copy(folder / "cat" / "0.png", folder / "dog" / "new.png")
+    with pytest.raises(ValueError, match=r"differs in data\.mean"):
+        start()
+    with pytest.raises(ValueError, match="saw other images: the number of its train images"):
+        start("--set", f"data.mean={list(config.data.mean)}", "--set", f"data.std={list(config.data.std)}")
