@@ -264,7 +264,7 @@ def test_a_folder_that_is_removed_in_the_middle_is_named_and_not_made_again(tmp_
     def removing(self, *batch):
         step(self, *batch)
         if self.progress.step == 2:
-            shutil.rmtree(self.folder)
+            shutil.rmtree(self.record.folder)
 
     monkeypatch.setattr(Trainer, "_step", removing)
     line = line_of(*argv, folder)
