@@ -1,4 +1,4 @@
-"""SaPE2 and its rivals: position encodings for vision transformers, exact, comparable, and ready to use."""
+"""SaPE2 and its rivals, position encodings for vision transformers: the names that users import; the code is not here."""
 
 from __future__ import annotations
 

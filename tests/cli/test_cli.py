@@ -264,8 +264,9 @@ def test_evaluate_refuses_an_unfinished_run_and_says_how_to_go_on(mistake, run, 
     (run / "model.safetensors").unlink()
     if not checkpoint:
         shutil.rmtree(run / "checkpoint")
-    at = "step-00000040" if checkpoint else "no checkpoint yet"
-    assert missing([str(run), "not finished", at, "sape2 train"], mistake("evaluate", run)) == []
+    at = "at step 40 of 40, in epoch 2 of 2" if checkpoint else "no checkpoint yet of its 2 epochs"
+    told = [f"the run in {run} is not finished: {at}; go on with: sape2 train digits --epochs 2", f"--out {run}"]
+    assert missing(told, mistake("evaluate", run)) == []
 
 
 def another_model():
@@ -318,6 +319,12 @@ def test_train_does_not_go_on_from_a_damaged_checkpoint(mistake, run):
 def test_another_config_in_the_same_folder_is_refused(mistake, run, change, named):
     line = mistake("train", "digits", *QUICK, *change, "--out", run)
     assert missing([str(run), "another run", *named, "--out"], line) == []
+
+
+@pytest.mark.parametrize("epochs", ["1", "40"])
+def test_another_number_of_epochs_is_told_to_be_another_run(mistake, run, epochs):
+    line = mistake("train", "digits", *QUICK, "--epochs", epochs, "--out", run)
+    assert missing([f"{run} holds this run in 2 epochs", f"so {epochs} epochs are another run", "another --out"], line) == []
 
 
 @pytest.mark.parametrize("text", ["{}{", "3", "\n"])

@@ -41,7 +41,7 @@ def test_the_error_says_what_was_meant_and_what_is_known():
         (get_recipe, "digit", "did you mean digits?"),
         (get_recipe, "coc", "did you mean coco? .* sape2 detect knows coco, coco_digits"),
         (get_detection_recipe, "coco_digit", "did you mean coco_digits?"),
-        (get_detection_recipe, "cifar", "did you mean cifar10? .* sape2 train knows digits, cifar10"),
+        (get_detection_recipe, "cifar", "did you mean cifar10? .* sape2 train knows digits,.* cifar10"),
     ],
 )
 def test_models_and_recipes_say_what_was_meant(find, name, told):

@@ -541,11 +541,17 @@ SMALL = ("--attention-only", "--grids", "2x2,2x4", "--batches", "1", "--repeats"
 
 
 def test_the_command_ends_with_tables_rows_and_figures(command, tmp_path):
-    status, out, _ = command(*SMALL, "--encodings", "ape,sape2:readout=direct,count=between")
+    status, out, err = command(*SMALL, "--encodings", "ape,sape2:readout=direct,count=between")
     assert status == 0
+    assert err == "measured attention, fp32, batch 1, 2x2 tokens\nmeasured attention, fp32, batch 1, 2x4 tokens\n"
     for text in ("attention, fp32, batch 1, 2x4 tokens: measured", "ape (= none)", "plain", "growth"):
         assert text in out
-    assert {path.name for path in (tmp_path / "runs/cost").iterdir()} == {"results.jsonl", "cost_time.png", "cost_memory.png"}
+    assert {path.name for path in (tmp_path / "runs/cost").iterdir()} == {
+        "sweep.json",
+        "results.jsonl",
+        "cost_time.png",
+        "cost_memory.png",
+    }
     rows = [json.loads(line) for line in (tmp_path / "runs/cost/results.jsonl").read_text().splitlines()]
     assert "sape2:readout=direct,count=between" in {row["encoding"] for row in rows}
 
@@ -555,6 +561,27 @@ def test_json_is_the_rows_and_nothing_else(command, tmp_path):
     assert status == 0
     assert out == (tmp_path / "here/results.jsonl").read_text()
     assert {row["dtype"] for row in map(json.loads, out.splitlines())} == {"bf16"}
+
+
+def test_another_sweep_or_other_files_are_not_written_over(command, tmp_path):
+    sweep, out = (*SMALL, "--encodings", "none"), tmp_path / "out"
+    assert command(*sweep, "--out", "out")[0] == 0
+    kept = (out / "results.jsonl").read_text()
+    status, _, err = command(*SMALL, "--encodings", "ape", "--out", "out")
+    assert (status, err) == (
+        2,
+        "sape2: out holds another sweep, which differs in encodings (['none'] there, ['ape'] here); choose another --out\n",
+    )
+    assert (out / "results.jsonl").read_text() == kept
+    assert command(*sweep, "--out", "out")[0] == 0  # the same is measured again
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "notes.txt").write_text("mine")
+    status, _, err = command(*sweep, "--out", "photos")
+    assert (status, "no sweep.json; choose another --out" in err) == (2, True)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["notes.txt"]
+    (out / "sweep.json").write_text("{")
+    assert "is damaged" in command(*sweep, "--out", "out")[2]
+    assert "is a file" in command(*sweep, "--out", "photos/notes.txt")[2]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 
 import jaxtyping
 import pytest
@@ -222,10 +223,21 @@ def test_the_command_writes_a_hub_folder(run, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["hub"]
 
 
+def test_a_hub_folder_is_open_to_those_that_the_folder_around_it_is(run, tmp_path):
+    before = os.umask(0o022)
+    try:
+        assert main(["export", str(run[0]), "--format", "hub", "--out", str(tmp_path / "hub")]) == 0
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "hub").iterdir()}
+    assert modes == dict.fromkeys(["config.json", "model.safetensors", "README.md"], 0o644)
+    assert (tmp_path / "hub").stat().st_mode & 0o777 == 0o755
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--format", "onxx"], "'onnx', 'pt2', 'safetensors', 'hub'"),
+        (["--format", "onxx"], "did you mean onnx? choose from onnx, pt2, safetensors, hub"),
         (["--format", "pt2", "--size", "12"], "--size needs HxW in pixels"),
         (["--format", "pt2", "--size", "10x12"], "10x12 pixels does not divide into patches of 4x4"),
         (["--format", "safetensors", "--size", "12x12"], "a size has no effect on safetensors"),

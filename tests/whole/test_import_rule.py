@@ -1,6 +1,7 @@
 """The import rule of docs/decisions/0001-structure.md, read off the source."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,12 @@ ALLOWED = {
     },
     "training.record": {"config", "training.checkpoint"},
     "training.loop": {"config", "data", "encodings", "training"},
+    "training.standing": {"config", "training.checkpoint"},
     "evaluation": {"encodings.grid", "evaluation", "training.memory_errors"},
     "evaluation.report": set(),
     "evaluation.runs": {
-        "config", "data", "evaluation", "models.vit", "training.checkpoint", "training.memory_errors", "viz",
+        "config", "data", "evaluation", "models.vit", "training.checkpoint", "training.memory_errors", "training.standing",
+        "viz",
     },
     "evaluation.cost.subjects": {"attention", "config", "encodings", "evaluation", "models.vit"},
     "evaluation.cost.sweep": {
@@ -79,9 +82,12 @@ ALLOWED = {
         "training.files", "viz.base", "viz.curves", "viz.drawing", "viz.figures", "viz.growth", "viz.maps", "viz.measures",
         "viz.panels", "viz.plots", "viz.probes", "viz.seeds",
     },
-    "viz.explain": {"config", "data", "encodings.grid", "evaluation", "training.checkpoint", "training.files", "viz"},
+    "viz.explain": {
+        "config", "data", "encodings.grid", "evaluation", "training.checkpoint", "training.files", "training.standing", "viz",
+    },
     "viz.explore": {
-        "attention", "config", "data", "encodings", "evaluation", "models.vit", "training.checkpoint", "viz",
+        "attention", "config", "data", "encodings", "evaluation", "models.vit", "training.checkpoint", "training.standing",
+        "viz",
     },
     "__main__": {"cli"},
     "cli": {"cli.commands", "config.names"},
@@ -206,3 +212,44 @@ def test_torchvision_detectors_are_imported_in_detection_only():
     users = {name for name, tree in modules() if uses_detection_models(tree)}
     assert users == {"detection.models"}
     assert uses_detection_models(ast.parse("import torchvision.models.detection"))
+
+
+def says_what_does_not_belong(docstring):
+    """Whether the first sentence of a folder has a "no", "not" or "nothing"."""
+    first = docstring.split("\n\n")[0].split(". ")[0]
+    return bool(re.search(r"\b(no|not|nothing)\b", first))
+
+
+@pytest.mark.parametrize(("module", "tree"), [(n, t) for n, t in modules() if (SOURCE / n.replace(".", "/")).is_dir()])
+def test_every_folder_says_first_what_belongs_there_and_what_does_not(module, tree):
+    assert says_what_does_not_belong(ast.get_docstring(tree) or "")
+
+
+def test_a_folder_that_says_only_what_it_holds_is_seen():
+    assert not says_what_does_not_belong("Pictures of what was measured.\n\nNothing is measured here.")
+
+
+def bars_that_show_without_a_terminal(tree):
+    """Lines of progress bars whose `disable` does not ask whether there is a terminal."""
+    names = {
+        a.asname or a.name
+        for n in ast.walk(tree)
+        if isinstance(n, ast.ImportFrom) and n.module == "rich.progress"
+        for a in n.names
+    }
+    bars = [
+        n
+        for n in ast.walk(tree)
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id in names & {"Progress", "Bar"}
+    ]
+    return [n.lineno for n in bars if not any(k.arg == "disable" and "is_terminal" in ast.unparse(k.value) for k in n.keywords)]
+
+
+@pytest.mark.parametrize(("module", "tree"), modules(), ids=[name for name, _ in modules()])
+def test_progress_bars_are_for_terminals_only(module, tree):
+    assert bars_that_show_without_a_terminal(tree) == []
+
+
+def test_a_bar_that_is_always_shown_is_seen():
+    code = "from rich.progress import Progress as Bar\nwith Bar(console=console) as bar:\n    pass"
+    assert bars_that_show_without_a_terminal(ast.parse(code)) == [2]

@@ -1,4 +1,7 @@
-"""Encodings in the models of other libraries: `attach`, `detach`. To add a library: a file with `find`, an entry in `HOSTS`."""
+"""Encodings put into the models of other libraries (`attach`, `detach`); what an encoding is, and our own ViT, are not here.
+
+To add a library: a file with `find`, an entry in `HOSTS`.
+"""
 
 from __future__ import annotations
 

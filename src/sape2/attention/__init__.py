@@ -1,4 +1,4 @@
-"""Multi-head attention under any encoding, and the ways its products are computed. What a bias is belongs to `encodings`."""
+"""Multi-head attention under any encoding, and how its products are computed; what a bias is (`encodings`) is not here."""
 
 from sape2.attention.module import Attention, attend
 from sape2.attention.paths import choose_path, describe_path

@@ -1,4 +1,4 @@
-"""The command line, `sape2 ...`: which command, and what becomes of its errors. The commands are in `sape2.cli.commands`.
+"""The command line, `sape2 ...`: what was asked for, what is printed, and what becomes of errors; the work itself is not here.
 
 Exit status: 0 done, 2 for what the user can put right (one line on standard error; SAPE2_DEBUG=1 shows the traceback),
 128 + n after signal n.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sape2.cli.output import say
-from sape2.config import ModelConfig, RunConfig, model_config, override, with_epochs
+from sape2.config import RunConfig, override, resized, with_epochs
 from sape2.config.names import unknown
 
 if TYPE_CHECKING:
@@ -49,12 +48,6 @@ def fitted(config: RunConfig) -> RunConfig:
         for line in lines:
             say(line)
     return config
-
-
-def resized(model: ModelConfig, name: str) -> ModelConfig:
-    """The recipe's model in another size: only the name, width, depth, heads and MLP ratio change."""
-    size = model_config(name)
-    return replace(model, name=name, dim=size.dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio)
 
 
 def default_name(config: RunConfig | DetectionConfig) -> str:
@@ -102,14 +95,3 @@ def chosen_measures(text: str) -> list[str]:
         if name not in MEASURES:
             raise unknown("measure", name, MEASURES)
     return names
-
-
-def check_finished(folder: Path, config: RunConfig) -> None:
-    from sape2.training.checkpoint import is_finished, last_checkpoint
-
-    if not is_finished(folder):
-        at = last_checkpoint(folder)
-        raise ValueError(
-            f"the run in {folder} is not finished ({at.name if at else 'no checkpoint yet'} of its "
-            f"{config.train.epochs} epochs); give its sape2 train command again to go on"
-        )

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, checked when they are made, JSON both ways. No torch, nothing of ours."""
+"""What a run is: frozen dataclasses, checked when they are made, JSON both ways; no torch, and nothing that acts on them."""
 
 from __future__ import annotations
 
@@ -113,6 +113,14 @@ def model_config(name: str, **overrides: Any) -> ModelConfig:
         overrides["image_size"] = (overrides["image_size"],) * 2
     sizes = dict(zip(("dim", "depth", "num_heads", "mlp_ratio"), MODELS[name], strict=True))
     return make_config(ModelConfig, {"name": name} | sizes | overrides, "model.")
+
+
+def resized(model: ModelConfig, name: str) -> ModelConfig:
+    """The recipe's model in another size: only the name, width, depth, heads and MLP ratio change."""
+    size = model_config(name)
+    return dataclasses.replace(
+        model, name=name, dim=size.dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Images: a file per layout that they can lie in (folders, parquet, webdataset shards, arrays), read, split with a seed, and
-held decoded in memory where they fit.
+"""Images read, split with a seed, augmented and batched, with a file for every layout that they can lie in; no models.
+
+Images are held decoded in memory where they fit.
 
 A new layout is a file with a class like `base.Source`, functions `find(folder)` and `read(folder)`, and a line in `LAYOUTS`.
 """

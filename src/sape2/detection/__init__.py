@@ -1,4 +1,4 @@
-"""Dense prediction: SaPE2's ViT as the backbone of torchvision's Faster R-CNN and Mask R-CNN, COCO in and COCO metrics out."""
+"""Dense prediction: our ViT as the backbone of torchvision's detectors, COCO in and COCO metrics out; no classification."""
 
 from __future__ import annotations
 

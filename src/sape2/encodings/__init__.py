@@ -1,4 +1,6 @@
-"""All position encodings by name, one dict per slot, and how names join: "ape+sape2:count=cyclic,every=2".
+"""Position encodings by name, a file for each family, and how names join; attention, which computes with them, is not here.
+
+A joined name is "ape+sape2:count=cyclic,every=2".
 
 To add one: a class in a file of this folder, a line in its dict below, its literal loop in `reference.py`.
 """

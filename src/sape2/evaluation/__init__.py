@@ -1,7 +1,7 @@
-"""Measurements of a model on data: each is a function from (model, data) to rows (name, value, unit, n, protocol).
+"""Measurements of a trained model on data, and how their rows are written; training and comparing runs are not here.
 
-What trains a model, or sets several beside each other, is in `training` and `studies`. Imports nothing until `MEASURES` is
-asked for, so that tables (`report`) can be written without torch.
+Each is a function from (model, data) to rows (name, value, unit, n, protocol). Nothing is imported until `MEASURES` is asked
+for, so that tables (`report`) can be written without torch.
 """
 
 from __future__ import annotations

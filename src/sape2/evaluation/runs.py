@@ -21,6 +21,7 @@ from sape2.evaluation.accuracy import confusion, predict
 from sape2.models.vit import ViT
 from sape2.training.checkpoint import load_weights, read_config, read_rows, update_results
 from sape2.training.memory_errors import in_building, in_evaluation, told_in_one_line
+from sape2.training.standing import check_finished
 
 Row = dict[str, Any]
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoch, best epoch on the validation set
@@ -35,6 +36,7 @@ def build_model(config: RunConfig) -> ViT:
 
 def load_run_model(folder: Path, weights: str = "last") -> ViT:
     """The trained model of a run folder, ready to be measured, on the accelerator if there is one."""
+    check_finished(folder)
     model = ViT(read_config(folder).model)
     load_weights(folder / WEIGHTS[weights], model)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")

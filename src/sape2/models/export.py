@@ -16,6 +16,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -316,7 +317,7 @@ def _write_hub(model: nn.Module, folder: Path, run: Path, weights: str) -> list[
         _check_rows(folder, rows)
         folder.mkdir(exist_ok=True)
         for name in (WEIGHTS, CARD, CONFIG):
-            os.replace(Path(scratch) / name, folder / name)
+            write_atomic(folder / name, partial(os.replace, Path(scratch) / name))  # open to whom the folder is
     return rows
 
 

@@ -1,1 +1,1 @@
-"""A model trained: loop, optimiser, checkpoints, processes, and files that survive a crash. No measurements."""
+"""A model trained: loop, optimiser, checkpoints, processes, and files that survive a crash; no measurements."""

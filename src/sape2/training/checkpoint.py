@@ -103,11 +103,22 @@ def check_run(folder: Path, config: RunConfig) -> None:
     if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
         return
     existing = read_config(folder)
+    if existing.train.epochs != config.train.epochs and _but_for_epochs(existing) == _but_for_epochs(config):
+        raise ValueError(
+            f"{folder} holds this run in {existing.train.epochs} epochs; its learning rate falls over all of them, "
+            f"so {config.train.epochs} epochs are another run, from the start: choose another --out"
+        )
     if existing.identity() != config.identity():
         raise ValueError(
             f"{folder} holds another run, which differs in {difference(existing.identity(), config.identity())}; "
             "choose another --out, or give the same settings to go on"
         )
+
+
+def _but_for_epochs(config: RunConfig) -> dict[str, Any]:
+    values = config.identity()
+    del values["train"]["epochs"], values["train"]["warmup_epochs"]
+    return values
 
 
 def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -> None:

@@ -26,8 +26,9 @@ from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.evaluation.report import format_value
 from sape2.evaluation.runs import load_run_model
-from sape2.training.checkpoint import is_finished, read_config, read_rows
+from sape2.training.checkpoint import read_config, read_rows
 from sape2.training.files import write_text
+from sape2.training.standing import check_finished
 from sape2.viz.drawing import Drawing
 
 Row = dict[str, Any]
@@ -115,8 +116,7 @@ def explain(
     Raises ValueError or OSError, before anything is written, for a run, an image or a choice that cannot be.
     """
     config = read_config(folder)
-    if not is_finished(folder):
-        raise ValueError(f"the run in {folder} is not finished; give its sape2 train command again to go on")
+    check_finished(folder)
     out = out or folder / "figures" / f"explain-{image_path.stem}.html"
     if out.suffix.lower() not in (".html", ".png"):
         raise ValueError(f"--out must end in .html or .png; got {out}")

@@ -1,4 +1,4 @@
-"""The commands by name, in the order of `sape2 --help`.
+"""The commands by name, in the order of `sape2 --help`, a module each; the work that they start is not in `cli`.
 
 To add one: a module with `HELP`, `add_options` and `run`, a line here. It imports heavy libraries inside `run`, so that
 `sape2 --help` answers at once, and no other command: what two of them share is in `options` and `output`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.evaluation.report import print_json, print_table
 
     sweep, folder = _sweep(arguments), Path(arguments.out)
+    _take_up(folder, sweep)
     rows, tables = [], {}
     for cell, found in _with_progress(sweep, folder / "results.jsonl"):
         rows += found
@@ -78,8 +80,33 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
     )
 
 
+def _take_up(folder: Path, sweep: Sweep) -> None:
+    """Writes sweep.json; raises ValueError, before anything is measured, if the folder holds another sweep or other files."""
+    import torch
+
+    from sape2.training.checkpoint import difference
+    from sape2.training.files import write_text
+
+    settings, path = sweep.settings() | {"threads": torch.get_num_threads()}, folder / "sweep.json"
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; choose another --out")
+    if not folder.exists() or all(file.name.startswith(".") for file in folder.iterdir()):
+        write_text(path, json.dumps(settings, indent=2) + "\n")
+        return
+    if not path.exists():
+        raise ValueError(
+            f"{folder} holds something else than a sweep of sape2 cost: it has no sweep.json; choose another --out"
+        )
+    try:
+        before = {key: json.loads(path.read_text(encoding="utf-8"))[key] for key in settings}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is damaged, or of another version; choose another --out") from error
+    if before != settings:
+        raise ValueError(f"{folder} holds another sweep, which differs in {difference(before, settings)}; choose another --out")
+
+
 def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list[Row]]]:
-    """The rows of the sweep as they come, with a progress bar on standard error."""
+    """The rows of the sweep as they come, with a progress bar on standard error; without a terminal, a line for each cell."""
     import torch
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
@@ -89,10 +116,13 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list
 
     conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("measuring", total=sweep.rounds)
         for cell, rows in run_sweep(sweep, path, conditions, lambda: progress.advance(task)):
             progress.update(task, description=f"measured {cell}" if cell else "done")
+            if cell is not None and not console.is_terminal:
+                say(f"measured {cell}")
             yield cell, rows
 
 

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sape2.cli.options import add_json, default_name, resized
-from sape2.config import override
+from sape2.cli.options import add_json, default_name
+from sape2.config import override, resized
 
 SEE = "the config.json of a run has all keys"
 HELP = "train a detector on images in COCO format and measure it"

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sape2.cli.options import add_json, check_finished, chosen_measures, whole_number
+from sape2.cli.options import add_json, chosen_measures, whole_number
 from sape2.cli.output import drawn, say, show_results
 
 HELP = "measure a finished run"
@@ -28,12 +28,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sape2.training.checkpoint import read_config
+    from sape2.training.standing import check_finished
 
     folder = Path(arguments.folder)
     config = read_config(folder)
     measures = chosen_measures(arguments.measures)
     limit = None if arguments.limit is None else whole_number("--limit", arguments.limit)
-    check_finished(folder, config)
+    check_finished(folder)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     from sape2.data import load_data

@@ -6,7 +6,7 @@ import argparse
 import re
 from pathlib import Path
 
-from sape2.cli.options import add_json, check_finished
+from sape2.cli.options import add_json
 from sape2.cli.output import Row, say
 from sape2.config import check_image_size
 
@@ -26,10 +26,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sape2.training.checkpoint import read_config
+    from sape2.training.standing import check_finished
 
     folder, size = Path(arguments.folder), None if arguments.size is None else _image_size(arguments.size)
     config = read_config(folder)
-    check_finished(folder, config)
+    check_finished(folder)
     if size is not None:
         check_image_size(size, config.model.patch_size)
     from sape2.models.export import ParityError, export_run, needed

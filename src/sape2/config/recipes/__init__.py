@@ -1,4 +1,4 @@
-"""Recipes by name: functions without arguments that return a whole config. Options change it afterwards."""
+"""Recipes by name: functions without arguments that return a whole config, and nothing that trains by it."""
 
 from __future__ import annotations
 

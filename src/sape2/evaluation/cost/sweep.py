@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -68,6 +69,11 @@ class Sweep:
             for batch in self.batches
             for grid in self.grids
         ]
+
+    def settings(self) -> dict[str, Any]:
+        """All of it as plain JSON values."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return json.loads(json.dumps(values | {"device": self.device.type}))
 
     @property
     def rounds(self) -> int:

@@ -1,4 +1,4 @@
-"""Controlled tasks by name.
+"""Controlled tasks by name: scenes, right answers and chance levels; the models that learn them are not here.
 
 To add one: a file with a `Task`, a line here, a slow oracle of its labels in the tests, a part in docs/probes.md.
 """
@@ -9,13 +9,13 @@ from sape2.config.names import unknown
 from sape2.studies.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task
 from sape2.studies.probes.count import Count
 from sape2.studies.probes.distant import Distant
-from sape2.studies.probes.profile import Profile
+from sape2.studies.probes.profile import ColumnProfile, Profile
 from sape2.studies.probes.scenes import ObjectScenes
 
 TASKS: dict[str, Task] = {
     "count": Count(),
     "row_profile": Profile(),
-    "column_profile": Profile(columns=True),
+    "column_profile": ColumnProfile(),
     "scenes": ObjectScenes(),
     "distant": Distant(),
 }

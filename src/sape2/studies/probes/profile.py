@@ -112,6 +112,15 @@ class Profile(Task):
         return Example(colours, texts, f"?: {int(answer) + 1}")
 
 
+@dataclass(frozen=True)
+class ColumnProfile(Profile):
+    """The same scenes transposed, so its splits keep their names: "12 rows" are twelve columns here."""
+
+    columns: bool = True
+
+    summary: ClassVar[str] = "colour tag of the column with the same foreground mask (9x8)"
+
+
 def _order(split: ProfileSplit, number: int, generator: torch.Generator) -> Int[Tensor, "batch rows"]:
     """For every row of the board which row it shows; rows 0 and 1, the twins, stand as far apart as the split says."""
     distance = (torch.arange(split.rows)[:, None] - torch.arange(split.rows)).abs()

@@ -1,4 +1,4 @@
-"""`sape2 explore`: a page on this machine in which one points at a patch and sees what the encoding makes of it."""
+"""`sape2 explore`, a page on this machine in which one points at patches; drawings that others use too are not here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from sape2.data import load_data
 from sape2.evaluation.runs import load_run_model
-from sape2.training.checkpoint import is_finished, read_config
+from sape2.training.checkpoint import read_config
+from sape2.training.standing import check_finished
 from sape2.viz.explore.microscope import Microscope, Subject
 from sape2.viz.explore.page import import_gradio, serve
 
@@ -47,6 +48,5 @@ def open_microscope(
 
 def _subject(folder: Path, name: str, weights: str) -> Subject:
     config = read_config(folder)
-    if not is_finished(folder):
-        raise ValueError(f"the run in {folder} is not finished; give its sape2 train command again to go on")
+    check_finished(folder)
     return Subject(name, load_run_model(folder, weights), config)
