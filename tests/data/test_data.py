@@ -191,15 +191,15 @@ def test_an_image_can_lie_in_a_file_of_its_own(tmp_path):
     [
         (None, "there is no image"),
         ({"bytes": None, "path": None}, "there is no image"),
-        ({"bytes": b""}, "cannot be decoded"),
-        ({"bytes": b"GIF89a, or is it"}, "cannot be decoded"),
-        ({"bytes": file_of(picture())[:-30]}, "cannot be decoded"),
-        ({"bytes": file_of(picture(size=(60, 40)), "JPEG")[:-300]}, "cannot be decoded"),
+        ({"bytes": b""}, "cannot be read as an image"),
+        ({"bytes": b"GIF89a, or is it"}, "cannot be read as an image"),
+        ({"bytes": file_of(picture())[:-30]}, "cannot be read as an image"),
+        ({"bytes": file_of(picture(size=(60, 40)), "JPEG")[:-300]}, "cannot be read as an image"),
         ({"bytes": None, "path": "/nowhere/x.png"}, "/nowhere/x.png"),
     ],
 )
 def test_what_is_not_an_image_is_refused_with_its_row(entry, reason):
-    with pytest.raises(ValueError, match=f"train row 3: .*{reason}"):
+    with pytest.raises(ValueError, match=f"train row 3.*{reason}"):
         decode(entry, MODEL, "train row 3")
 
 
@@ -296,7 +296,7 @@ def test_a_bad_image_is_refused_with_its_row(tmp_path, file):
     write_folder(tmp_path)
     files = [file_of(picture(i)) for i in range(4)]
     write_split(tmp_path, "train", [*files, file], [0, 1, 2, 0, 1])
-    assert f"{tmp_path} train row 4: " in refusal(config_of(tmp_path), MODEL)
+    assert f"{tmp_path} train row 4" in refusal(config_of(tmp_path), MODEL)
 
 
 def test_another_number_of_classes_is_refused_with_the_way_out(tmp_path):
@@ -335,7 +335,7 @@ def test_more_than_one_batch_of_rows_is_read_and_named_by_its_own_row(tmp_path):
     write_folder(tmp_path)
     good = file_of(picture())
     write_split(tmp_path, "train", [good] * 1002 + [b"bad"], [0] * 1003)
-    assert "train row 1002: " in refusal(config_of(tmp_path, max_bad_samples=0), MODEL)
+    assert "train row 1002 cannot be read" in refusal(config_of(tmp_path, max_bad_samples=0), MODEL)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------

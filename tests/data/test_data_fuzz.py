@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from image_cases import deep, saved, see_through, turned
 from layout_cases import MODEL, file_of, picture
 
 from sape2.config import DataConfig
@@ -24,6 +25,15 @@ from sape2.data.webdataset import index_shard
 
 KINDS = ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO", "TGA", "JPEG2000", "DDS"]
 WHOLE = [file_of(picture(number), kind) for number, kind in enumerate(KINDS)]
+WHOLE += [
+    saved(deep(np.uint16, 65535)),
+    saved(deep(np.float32, 1), "TIFF"),
+    saved(turned(6), exif=turned(6).getexif()),
+    saved(turned(5), "JPEG", exif=turned(5).getexif()),
+    saved(see_through("LA")),
+    saved(see_through("P"), "GIF", transparency=3),
+    saved(picture(0).convert("CMYK"), "JPEG"),
+]
 FEW = pytest.param(40, id="few")
 MANY = pytest.param(1000, id="many", marks=pytest.mark.slow)
 
@@ -73,7 +83,7 @@ def test_any_bytes_are_an_image_or_refused_by_name(count):
         if message is None:
             assert (array.shape, array.dtype) == ((8, 8, 3), np.uint8)
         else:
-            assert message.startswith("here: the image cannot be decoded: ")
+            assert message.startswith("here cannot be read as an image: ")
         return message is None
 
     outcomes = tried(count, image_bytes, check)

@@ -19,8 +19,9 @@ from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, ov
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData, ImageFiles, base, decode, files, open_sources
 from sape2.data.augment import TrainStream, epoch_order, share_of
-from sape2.data.decoding import MAX_PIXELS, CenterCrop, random_box
+from sape2.data.decoding import CenterCrop, random_box
 from sape2.data.parquet import HubImages
+from sape2.data.pixels import MAX_PIXELS
 from sape2.data.webdataset import index_shard
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.runs import build_model
@@ -241,7 +242,7 @@ def test_one_image_too_many_stops_the_run_with_a_clear_line(damaged):
     assert "1 images cannot be read, and data.max_bad_samples allows 0" in refusal(damaged["folder"])
     data = load(damaged["folder"], in_memory=False, max_bad_samples=1).train
     with pytest.raises(
-        ValueError, match=r"\.png: the image cannot be decoded.*2 images cannot be read.*allows 1: put good files"
+        ValueError, match=r"\.png cannot be read as an image.*2 images cannot be read.*allows 1: put good files"
     ):
         list(stream_of(data).batches(0))
 
@@ -280,7 +281,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
 def test_a_decompression_bomb_is_refused(side):
     bomb = file_of(Image.new("1", (side, side)))
     assert side**2 > MAX_PIXELS > len(bomb) * 10
-    with pytest.raises(ValueError, match=r"here: the image cannot be decoded: .*pixels"):
+    with pytest.raises(ValueError, match=r"here cannot be read as an image: .*too many pixels"):
         decode({"bytes": bomb}, MODEL, "here")
 
 

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from image_cases import colours, turned
 from PIL import Image
 
 from sape2.config.detection import ImagesConfig
@@ -256,6 +257,28 @@ def test_damage_is_named(write):
     shutil.rmtree(folder / "train2017")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         open_split(folder / "train2017", "train")
+
+
+def lying(folder, width, height):
+    """The first image is stored as 4x6 with EXIF orientation 6; annotations say `width` and `height`."""
+    image = turned(6, 4, 6)
+    image.save(folder / "train2017" / "a.png", exif=image.getexif())
+    path = folder / "annotations" / "instances_train2017.json"
+    values = json.loads(path.read_text())
+    values["images"][0].update(width=width, height=height)
+    values["annotations"] = [{"id": 1, "image_id": 7, "category_id": 44, "bbox": [1, 0, 2, 3]}]
+    path.write_text(json.dumps(values))
+    return open_split(folder, "train")
+
+
+def test_an_image_lies_as_its_boxes_do(write):
+    stored = torch.from_numpy(colours(4, 6)).permute(2, 0, 1)
+    for (width, height), pixels in (((6, 4), stored), ((4, 6), stored.rot90(-1, (1, 2)))):
+        found, target = lying(write(), width, height)[0]
+        assert torch.equal(found.as_subclass(torch.Tensor), pixels)
+        assert target["boxes"].tolist() == [[1, 0, 3, 3]]
+    with pytest.raises(ValueError, match=r"a\.png is 6x4 pixels; .* says 5x5"):
+        lying(write(), 5, 5)[0]
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

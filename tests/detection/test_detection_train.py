@@ -12,10 +12,20 @@ from sape2.config import override
 from sape2.config.detection import DetectionConfig, DetectorConfig, TrainingConfig
 from sape2.config.recipes import get_detection_recipe
 from sape2.config.recipes.coco import DETECTION_RECIPES
+from sape2.data.pixels import RULE
 from sape2.detection import compose, create_detector, run_detection
 from sape2.detection.metrics import predict
 from sape2.detection.models import no_weight_decay
-from sape2.detection.train import DetectionTrainer, check_folder, make_optimizer, make_schedule, new_detector, open_images
+from sape2.detection.train import (
+    DetectionTrainer,
+    check_folder,
+    check_images,
+    fingerprint,
+    make_optimizer,
+    make_schedule,
+    new_detector,
+    open_images,
+)
 from sape2.training.checkpoint import read_rows
 
 pytest.importorskip("faster_coco_eval")
@@ -132,7 +142,7 @@ def losses_of(trainer, samples, steps):
 def test_a_few_steps_on_two_images_lower_the_loss(tiny, tmp_path):
     config = tiny("masks=true", "batch_size=2", "warmup_steps=0", "epochs=50")
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True)
+    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True, seen={})
     alike = [i for i in range(len(images)) if images.sizes[i] == images.sizes[0]][:2]
     samples = [(image / 255, target) for image, target in (images[i] for i in alike)]
     found = losses_of(trainer, samples, 12)
@@ -142,7 +152,7 @@ def test_a_few_steps_on_two_images_lower_the_loss(tiny, tmp_path):
 def test_an_image_without_objects_can_be_learned_from(tiny, tmp_path):
     config = tiny("masks=true")
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True)
+    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True, seen={})
     image, target = images[0]
     empty = {key: value[:0] for key, value in target.items() if key in ("boxes", "labels", "masks")}
     assert torch.isfinite(torch.tensor(losses_of(trainer, [(image / 255, empty)], 2))).all()
@@ -175,10 +185,30 @@ def test_a_run_that_was_stopped_goes_on_exactly(tiny, tmp_path, monkeypatch):
         run_detection(tiny("flip=true", "lr=1e-3"), whole)
 
 
+def test_a_run_that_may_have_read_other_pixels_does_not_go_on(tiny, tmp_path):
+    config = tiny()
+    train, test = open_images(config)
+    assert "reading_rule" not in fingerprint(config, train, test)  # our own images are plain
+    published = replace(config, images=replace(config.images, name="coco"))
+    seen = fingerprint(published, train, test)
+    assert seen["reading_rule"] == RULE
+    check_images(tmp_path, seen)  # nothing to take up
+    (tmp_path / "checkpoint" / "step-00000003").mkdir(parents=True)
+    with pytest.raises(ValueError, match="does not tell by which rule it read its images"):
+        check_images(tmp_path, seen)
+    (tmp_path / "data.json").write_text(json.dumps(seen))
+    check_images(tmp_path, seen)
+    with pytest.raises(ValueError, match="saw other images: the number of its train images"):
+        check_images(tmp_path, fingerprint(published, test, train))
+    for images in (train, test):
+        images.images = [entry | {"file_name": "photo.JPG"} for entry in images.images]
+    assert "reading_rule" not in fingerprint(published, train, test)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     config = tiny()
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True)
+    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True, seen={})
     image, target = images[0]
     with pytest.raises(ValueError, match=r"loss is nan at step 0 .* training\.lr"):
         trainer._step([(image / 255 * float("nan"), target)])

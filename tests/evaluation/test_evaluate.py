@@ -82,6 +82,14 @@ def test_measuring_again_replaces_the_rows_of_that_measure_only(run, monkeypatch
     assert sorted(found) == sorted([("first", "validation", 7.0), *[("first", "test", 5.0), ("second", "test", 2.0)] * 2])
 
 
+@pytest.mark.parametrize(("layout", "lines"), [("folder", 1), ("arrays", 0)])
+def test_a_run_whose_images_were_read_by_another_rule_is_measured_with_a_note(run, monkeypatch, capfd, layout, lines):
+    (run / "data.json").write_text(json.dumps({"layout": layout}))
+    monkeypatch.setitem(evaluation.MEASURES, "first", given("first", 1.0))
+    assert main(["evaluate", str(run), "--measures", "first"]) == 0
+    assert capfd.readouterr().err.count("read its training images by rule 1") == lines
+
+
 def test_what_was_measured_before_a_measure_fails_is_kept(run, monkeypatch, capfd):
     write_rows(run / "results.jsonl", [])
     for name, fails in (("first", False), ("second", False), ("second", True)):

@@ -301,7 +301,7 @@ def vast_png(path):
 
 UPLOADS = {
     "notes.txt": (lambda path: path.write_text("not an image"), "notes.txt cannot be read as an image"),
-    "vast.png": (vast_png, "vast.png has too many pixels to be read safely"),
+    "vast.png": (vast_png, "vast.png cannot be read as an image: too many pixels to be read safely"),
     "shapes.svg": (lambda path: path.write_text("<svg xmlns='http://www.w3.org/2000/svg'/>"), "it is SVG"),
     "empty.png": (lambda path: path.write_bytes(b""), "the file is empty"),
     "one.png": (lambda path: Image.new("L", (1, 1)).save(path), "one.png has 1x1 pixels, less than one patch of"),

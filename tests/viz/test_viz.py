@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import pytest
+import torch
 from PIL import Image
 
 from sape2 import viz
@@ -25,6 +26,7 @@ def drawn(monkeypatch):
     figures = []
     monkeypatch.setattr("sape2.viz.curves.save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("sape2.viz.maps.save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr("sape2.viz.growth.save", lambda figure, path: figures.append(figure))
     yield figures
     plt.close("all")
 
@@ -148,6 +150,42 @@ def test_training_curves_name_every_run_once_and_stay_apart_beyond_the_colours(d
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == [*runs, "validation", "training"]
     solid = [line for line in drawn[0].axes[0].lines if line.get_linestyle() == "-"]
     assert len({(line.get_color(), line.get_marker()) for line in solid}) == 10
+
+
+def test_a_run_of_one_epoch_is_a_point_and_long_names_leave_the_panels_their_size(drawn):
+    names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
+    one, long = [dict.fromkeys(names, 1.0)], "sape2, " + ", ".join(f"setting_{number}={number}" for number in range(30))
+    for runs in ({"sape2": one}, {long: one, f"{long} b": one}):
+        viz.plot_curves(runs, UNUSED)
+    assert all(line.get_marker() in list("osD^vPX*") for line in drawn[1].axes[0].lines)
+    for figure in drawn:
+        figure.draw_without_rendering()
+    short, wrapped = (figure.axes[0].get_window_extent() for figure in drawn)
+    assert wrapped.width == pytest.approx(short.width, rel=0.05)
+    assert wrapped.height == pytest.approx(short.height, rel=0.25)
+    assert drawn[1].legends[0].get_window_extent().width < drawn[1].bbox.width
+
+
+def test_growth_has_plain_numbers_and_no_legend_of_what_is_not_drawn(drawn):
+    viz.plot_growth({"a": {"sape2": [(16, 0.9), (64, 3.0), (256, 40.0)]}}, UNUSED, "time (ms)")
+    viz.plot_growth({"a": {"sape2": [(16, 0.9)]}}, UNUSED, "time (ms)")
+    for figure in drawn:
+        figure.draw_without_rendering()
+    texts = [
+        t.get_text() for axis in (drawn[0].axes[0].xaxis, drawn[0].axes[0].yaxis) for t in axis.get_ticklabels(which="both")
+    ]
+    assert {"16", "64", "256", "10", "20"} <= set(texts)
+    assert not any("10^" in text for text in texts)
+    assert [text.get_text() for text in drawn[1].legends[0].get_texts()] == ["sape2"]
+
+
+def test_all_layers_of_a_bias_share_one_scale_and_the_title_says_what_was_predicted(drawn):
+    layers = [torch.arange(32.0).view(2, 4, 4), torch.arange(32.0).view(2, 4, 4) * 3]
+    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    viz.plot_bias(image, layers, (2, 2), (1, 1), UNUSED, ["layer 1", "layer 2"], "class 3, predicted 5")
+    limits = [panel.images[0].get_clim() for panel in drawn[0].axes[1:3]]
+    assert limits[0] == limits[1] == (20.0, 69.0)
+    assert "class 3, predicted 5" in drawn[0].get_suptitle()
 
 
 def test_more_runs_than_colours_differ_in_their_dashes(drawn):

@@ -76,7 +76,7 @@ ALLOWED = {
         "studies.compare.plan", "studies.compare.rawrows", "studies.compare.work", "training.checkpoint", "training.claim",
     },
     "detection": {
-        "config", "data.augment", "detection", "encodings", "evaluation.runs", "models.vit", "training",
+        "config", "data", "detection", "encodings", "evaluation.runs", "models.vit", "training",
     },
     "viz": {
         "training.files", "viz.base", "viz.curves", "viz.drawing", "viz.figures", "viz.growth", "viz.maps", "viz.measures",

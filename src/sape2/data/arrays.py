@@ -13,6 +13,7 @@ from PIL import Image
 from sape2.config import DataConfig, ModelConfig
 from sape2.data.decoding import to_array
 from sape2.data.images import class_split
+from sape2.data.pixels import to_8_bits
 
 TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
@@ -39,7 +40,7 @@ def read_digits(model: ModelConfig) -> dict[str, ArrayImages]:
         raise ImportError("the digits need scikit-learn: pip install 'sape2[data]'") from error
     digits: Any = load_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)
-    images = np.stack([to_array(Image.fromarray(image), model) for image in images])
+    images = np.stack([to_array(to_8_bits(Image.fromarray(image), model.in_channels), model) for image in images])
     labels = torch.from_numpy(digits.target)
     first, second = class_split(labels, 0.2, seed=0)
     classes = tuple(str(name) for name in digits.target_names)
@@ -63,6 +64,6 @@ def read_torchvision(config: DataConfig, model: ModelConfig, folder: Path) -> di
                 f"{folder / TORCHVISION_FOLDERS[config.name]} is not the published {config.name}: a file is missing or its MD5 "
                 f"sum differs; fetch it again, for example with torchvision.datasets.{reader.__name__}"
             ) from error
-        images = np.stack([to_array(Image.fromarray(image), model) for image in read.data])
+        images = np.stack([to_array(to_8_bits(Image.fromarray(image), model.in_channels), model) for image in read.data])
         result[split] = ArrayImages(f"{folder} {split}", images, list(read.targets), tuple(read.classes))
     return result

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,39 +11,25 @@ import torch
 from PIL import Image
 
 from sape2.config import ModelConfig
+from sape2.data.pixels import named, read_image
 
-MAX_PIXELS = 89_478_485  # Pillow's limit, at which it warns; here an image above it is refused
-MAX_BYTES = 256 * 2**20  # of an encoded image
 SIDES = (3 / 4, 4 / 3)  # of a random box, width to height: torchvision's and timm's
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    NotImplementedError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    Image.DecompressionBombError,
-)  # what Pillow's readers raise for bytes that are no image
 
 
 def decode(entry: Any, model: ModelConfig, where: str, crop: Crop | None = None) -> np.ndarray:
     """One image file as (height, width, C) uint8; raises ValueError that names it if it is missing, damaged or a bomb."""
+    file = file_in(entry, where)
+    with named(where):
+        return to_array(read_image(file, model.in_channels), model, crop)
+
+
+def file_in(entry: Any, where: str) -> Path | bytes:
+    """Where the image of a row lies, or its bytes; raises ValueError that names the row if it has none."""
     data = entry.get("bytes") if isinstance(entry, dict) else None
     path = entry.get("path") if isinstance(entry, dict) else None
-    file = path if data is None else io.BytesIO(data)
-    if file is None:
+    if data is None and path is None:
         raise ValueError(f"{where}: there is no image in it")
-    if data is not None and len(data) > MAX_BYTES:
-        raise ValueError(f"{where}: the image cannot be decoded: {len(data)} bytes are more than {MAX_BYTES}")
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels are more than {MAX_PIXELS}")
-            return to_array(image, model, crop)
-    except UNREADABLE as error:
-        raise ValueError(f"{where}: the image cannot be decoded: {error}") from error
+    return data if data is not None else Path(str(path))
 
 
 class Crop:
@@ -100,11 +86,8 @@ class CenterCrop(Crop):
 
 
 def to_array(image: Image.Image, model: ModelConfig, crop: Crop | None = None) -> np.ndarray:
-    """In the model's channels and size (bicubic where the size differs)."""
-    if model.in_channels not in (1, 3):
-        raise ValueError(f"images are read with 1 or 3 channels; the model takes {model.in_channels}")
+    """An image in the model's channels, at its size (bicubic where the size differs)."""
     height, width = model.image_size
-    image = image.convert("RGB" if model.in_channels == 3 else "L")
     if crop is not None:
         image = crop.box(image, model)
     if image.size != (width, height):

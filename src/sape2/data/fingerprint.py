@@ -10,6 +10,7 @@ import numpy as np
 
 from sape2.data.arrays import ArrayImages
 from sape2.data.base import Source
+from sape2.data.pixels import RULE
 
 PROBES = 16  # images of a split whose bytes are looked at
 
@@ -18,9 +19,11 @@ def fingerprint(sources: dict[str, Source] | dict[str, ArrayImages]) -> dict[str
     """Per split: number of images, digests of all labels, of the bytes of 16 images, of names and sizes.
 
     The first three are the same in every layout that keeps the files as they are; names and sizes are of this layout.
+    Where files are decoded, the rule by which they are read (`data.pixels`).
     """
     layout = next(iter(sources.values())).layout
-    return {"layout": layout} | {split: _describe(source) for split, source in sources.items()}
+    rule = {} if layout == "arrays" else {"reading_rule": RULE}
+    return {"layout": layout} | rule | {split: _describe(source) for split, source in sources.items()}
 
 
 def _describe(source: Source | ArrayImages) -> dict[str, Any]:
@@ -29,9 +32,9 @@ def _describe(source: Source | ArrayImages) -> dict[str, Any]:
     read = (source.images[index].tobytes() if isinstance(source, ArrayImages) else _bytes(source, index) for index in probes)
     return {
         "images": len(labels),
-        "labels": _digest(str(labels).encode()),
-        "pixels" if arrays else "bytes": _digest(b"".join(_digest(data).encode() for data in read)),
-        "names": "" if isinstance(source, ArrayImages) else _digest(repr(source.contents()).encode()),
+        "labels": digest(str(labels).encode()),
+        "pixels" if arrays else "bytes": digest(b"".join(digest(data).encode() for data in read)),
+        "names": "" if isinstance(source, ArrayImages) else digest(repr(source.contents()).encode()),
     }
 
 
@@ -46,5 +49,5 @@ def _bytes(source: Source, index: int) -> bytes:
     return entry.get("bytes") or b""
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -7,7 +7,6 @@ where there is none, a fifth of each class. Batch: the largest power of two from
 
 from __future__ import annotations
 
-import io
 import math
 import statistics
 from collections import Counter
@@ -17,18 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from sape2.config import DataConfig, ModelConfig, RunConfig
 from sape2.data import allowed_unreadable, find_layout, folder, keep_in_memory, open_sources
 from sape2.data.base import Part, Source
-from sape2.data.decoding import UNREADABLE, decode
+from sape2.data.decoding import decode, file_in
+from sape2.data.pixels import is_grey, named, opened, upright_size
 
 PATCHES = {32: 4, 64: 8, 96: 8, 224: 16}  # image size -> patch: grids of 8, 8, 12 and 14
 TEST_FRACTION = 0.2
 LOOKED_AT = 256  # images, drawn with data.split_seed
 UPDATES = 8  # an epoch, at least, where the images allow it
-GREY = ("1", "L", "LA", "I", "F", "I;16")
 FEWEST_STD = 0.01  # for images that are all of one colour
 
 
@@ -119,12 +117,11 @@ def _look(source: Source, looked: list[int]) -> Look:
     sizes, grey = [], True
     for index in looked:
         try:
-            entry: Any = source.read(index) or {}
-            data = entry.get("bytes")
-            with Image.open(entry["path"] if data is None else io.BytesIO(data)) as image:
-                sizes.append((image.height, image.width))
-                grey = grey and image.mode in GREY
-        except UNREADABLE:
+            name = source.name(index)
+            with named(name), opened(file_in(source.read(index), name)) as image:
+                sizes.append(upright_size(image))
+                grey = grey and is_grey(image)
+        except ValueError:
             continue
     if not sizes:
         raise ValueError(f"{source.where}: none of the {len(looked)} images looked at can be read")

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from sape2.data.pixels import named, read_image
 from sape2.encodings.grid import Grid
 
 Target = dict[str, Any]
@@ -136,11 +136,8 @@ class CocoImages(Dataset):
 
     def _read_pixels(self, entry: dict[str, Any], size: Grid) -> Tensor:
         path = self.folder / entry["file_name"]
-        try:
-            with Image.open(path) as image:
-                pixels = np.array(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} cannot be read as an image: {error}") from error
+        with named(str(path)):
+            pixels = np.array(read_image(path, 3, annotated=(size[1], size[0])))
         if pixels.shape[:2] != size:
             height, width = pixels.shape[:2]
             raise ValueError(f"{path} is {height}x{width} pixels; {self.where} says {size[0]}x{size[1]}")

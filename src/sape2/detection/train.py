@@ -1,8 +1,9 @@
 """Training of detectors: one process, resumed exactly at the end of the last epoch.
 
 Every draw of a step (order, augmentation, which proposals are sampled) follows from (seed, epoch or step), so a run that
-stopped gives the same weights as one that did not. The run folder holds config.json, model.safetensors (last epoch, the
-end), checkpoint/, metrics.jsonl (a line per epoch), results.jsonl. Nothing is chosen on the test images.
+stopped gives the same weights as one that did not. The run folder holds config.json, data.json (which
+images), model.safetensors (last epoch, the end), checkpoint/, metrics.jsonl (a line per epoch), results.jsonl. Nothing is
+chosen on the test images.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader
 
 from sape2.config.detection import DetectionConfig, TrainingConfig
 from sape2.data.augment import derive_seed
+from sape2.data.fingerprint import digest
+from sape2.data.pixels import RULE
 from sape2.detection.batches import Sample, TrainView, epoch_batches, make_transform, padded_size
 from sape2.detection.coco import CocoImages, count_objects, open_split
 from sape2.detection.composed import compose
@@ -29,6 +32,7 @@ from sape2.detection.models import build_detector, no_weight_decay
 from sape2.evaluation.runs import hardware
 from sape2.training.checkpoint import (
     Progress,
+    check_data,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -63,8 +67,10 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
     if (folder / "model.safetensors").exists():
         load_weights(folder / "model.safetensors", model)
     else:
+        images = fingerprint(config, train_images, test_images)
+        check_images(folder, images)
         with memory_named(config):
-            DetectionTrainer(model, train_images, config, folder, quiet).run()
+            DetectionTrainer(model, train_images, config, folder, quiet, images).run()
         model = new_detector(config)  # without what accelerate put around it
         load_weights(folder / "model.safetensors", model)
     if torch.accelerator.is_available():
@@ -98,6 +104,28 @@ def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
                 f"{train.where}, as many as --set model.num_classes={len(train.classes)}, got {config.model.num_classes}"
             )
     return train, test
+
+
+def fingerprint(config: DetectionConfig, train: CocoImages, test: CocoImages) -> Row:
+    """For data.json: number of images and digest of the annotations of each split, and the rule of reading if it matters.
+
+    It does not for JPEG files, which are neither deep nor transparent and are left as they are stored, nor for our own.
+    """
+    splits = {"train": train, "test": test}
+    names = [entry["file_name"].lower() for images in splits.values() for entry in images.images]
+    plain = config.images.name == "coco_digits" or all(name.endswith((".jpg", ".jpeg")) for name in names)
+    described = {name: {"images": len(images), "labels": digest(images.where.read_bytes())} for name, images in splits.items()}
+    return {"layout": "coco"} | ({} if plain else {"reading_rule": RULE}) | described
+
+
+def check_images(folder: Path, images: Row) -> None:
+    """Raises ValueError if a run to be taken up saw other images, or may have read them by another rule."""
+    check_data(folder, images)
+    if "reading_rule" in images and last_checkpoint(folder) and not (folder / "data.json").exists():
+        raise ValueError(
+            f"{folder} does not tell by which rule it read its images; this version reads by rule {images['reading_rule']} "
+            "(docs/data.md). Finish it with the version that began it, or choose another --out"
+        )
 
 
 def new_detector(config: DetectionConfig) -> Any:
@@ -162,8 +190,8 @@ def describe(config: DetectionConfig) -> Row:
 class DetectionTrainer:
     """The state of one run: model, optimiser, schedule, progress."""
 
-    def __init__(self, model: Any, images: CocoImages, config: DetectionConfig, folder: Path, quiet: bool) -> None:
-        self.config, self.folder, self.images, self.quiet = config, folder, images, quiet
+    def __init__(self, model: Any, images: CocoImages, config: DetectionConfig, folder: Path, quiet: bool, seen: Row) -> None:
+        self.config, self.folder, self.images, self.quiet, self.seen = config, folder, images, quiet, seen
         self.accelerator = make_accelerator(config.training)
         self.model = model.to(self.accelerator.device)
         divisor = model.transform.size_divisible
@@ -182,6 +210,8 @@ class DetectionTrainer:
     def run(self) -> None:
         if not (self.folder / "config.json").exists():
             write_text(self.folder / "config.json", self.config.to_json())
+        if not (self.folder / "data.json").exists():
+            write_text(self.folder / "data.json", json.dumps(self.seen, indent=2) + "\n")
         self._say_where_it_stands()
         path = self.folder / "metrics.jsonl"
         write_rows(path, [row for row in read_rows(path) if row["step"] <= self.progress.step])

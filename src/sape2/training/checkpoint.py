@@ -135,7 +135,7 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
 
 
 def check_data(folder: Path, fingerprint: Row | None) -> None:
-    """Raises ValueError if the run in the folder saw other images, as far as `data.fingerprint` can tell.
+    """Raises ValueError if the run saw other images, as far as `data.fingerprint` can tell, or read them by another rule.
 
     Another layout of the same files is no difference: names and sizes are compared only within one layout.
     """
@@ -153,6 +153,18 @@ def check_data(folder: Path, fingerprint: Row | None) -> None:
         raise ValueError(
             f"{folder} saw other images: {found}. Give the --data it began with, or choose another --out for a new run"
         )
+    if (rule := other_rule(before, fingerprint.get("reading_rule"))) is not None:
+        raise ValueError(
+            f"{folder} read its images by rule {rule}, now it is rule {fingerprint['reading_rule']} (docs/data.md), which "
+            "can give other pixels. Finish it with the version that began it, choose another --out, or, if every image "
+            f"is opaque, upright and of 8 bits, remove {path}"
+        )
+
+
+def other_rule(before: Row, now: int | None) -> int | None:
+    """The rule by which the images of a data.json were read, if it is not `now`; None too where nothing was decoded."""
+    rule = before.get("reading_rule", 1)
+    return None if now is None or before.get("layout") == "arrays" or rule == now else rule
 
 
 def _other_images(before: Row, now: Row) -> str | None:

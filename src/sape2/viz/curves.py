@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sape2.viz.base import DASHES, LINES, MAP_COLOURS, MARKERS, pyplot, save
+from sape2.viz.base import DASHES, LINES, MAP_COLOURS, MARKERS, legend_below, pyplot, save
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 
@@ -24,15 +24,19 @@ def plot_curves(runs: Runs, path: Path) -> None:
         for index, (name, rows) in enumerate(runs.items()):
             epochs = [row["epoch"] for row in rows]
             style = {"color": LINES[index % len(LINES)], "linewidth": 1.3}
-            marker = {"marker": MARKERS[index // len(LINES) % len(MARKERS)], "markersize": 4} if index >= len(LINES) else {}
-            panel.plot(epochs, [row[validation] for row in rows], label=name, markevery=0.1, **style, **marker)
-            panel.plot(epochs, [row[train] for row in rows], linestyle=":", **style)
+            marked = index >= len(LINES) or len(rows) == 1  # a line of one point cannot be seen
+            marker = {"marker": MARKERS[index // len(LINES) % len(MARKERS)], "markersize": 4} if marked else {}
+            every = 1 if len(rows) == 1 else 0.1
+            panel.plot(epochs, [row[validation] for row in rows], label=name, markevery=every, **style, **marker)
+            hollow = marker | {"markerfacecolor": "none"} if len(rows) == 1 else {}
+            panel.plot(epochs, [row[train] for row in rows], linestyle=":", **style, **hollow)
         panel.set_xlabel("epoch")
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
     axes[0].set_title("training targets may be smoothed and mixed, which raises their loss", fontsize=8, loc="left")
     kinds = [Line2D([], [], color="black", label="validation"), Line2D([], [], color="black", ls=":", label="training")]
-    figure.legend(handles=[*axes[0].get_legend_handles_labels()[0], *kinds], loc="outside right upper", fontsize=8)
+    handles = [*axes[0].get_legend_handles_labels()[0], *kinds]
+    legend_below(figure, handles, [handle.get_label() for handle in handles])
     save(figure, path)
 
 
@@ -102,7 +106,7 @@ def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, band: str = "95 %
     named = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(named, key=lambda text: [*runs, CHANCE].index(text))
     handles = [named[text] for text in order]
-    figure.legend(handles, order, loc="outside right upper", fontsize=8, title=f"band: {band}", title_fontsize=7)
+    legend_below(figure, handles, order, title=f"band: {band}", title_fontsize=7)
     save(figure, path)
 
 

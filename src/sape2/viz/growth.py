@@ -20,9 +20,12 @@ def plot_growth(panels: dict[str, dict[str, Points]], path: Path, label: str) ->
             style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
             marker = MARKERS[(index + index // len(LINES)) % len(MARKERS)]
             panel.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=name, **style)
-        _mark_slopes(panel, [point for points in lines.values() for point in points])
+        points = [point for line in lines.values() for point in line]
+        if len({x for x, _ in points}) > 1:  # of one size nothing grows, and a line of no length would be in the legend
+            _mark_slopes(panel, points)
         panel.set_xscale("log", base=2)
         panel.set_yscale("log")
+        _plain_ticks(panel, sorted({x for x, _ in points}))
         panel.set_title(title, fontsize=9)
         panel.set_xlabel("tokens N")
         panel.set_ylabel(label)
@@ -30,6 +33,18 @@ def plot_growth(panels: dict[str, dict[str, Points]], path: Path, label: str) ->
     handles = {name: handle for panel in grid[0] for handle, name in zip(*panel.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), fontsize=8, loc="outside right upper")
     save(figure, path)
+
+
+def _plain_ticks(panel: Any, sizes: list[int | float]) -> None:
+    """The sizes measured along x, and 1, 2, 5, 10, 20, ... along y, as people write numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    panel.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45 if len(sizes) > 6 else 0)
+    low, high = panel.get_ylim()
+    panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 1000 * low else (1.0,)))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.set_minor_locator(NullLocator())
 
 
 def _mark_slopes(panel: Any, points: Points) -> None:

@@ -38,8 +38,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     from sape2.data import load_data
-    from sape2.evaluation.runs import draw, draw_measures, measure
+    from sape2.evaluation.runs import draw, draw_measures, measure, note_of_rule
 
+    if note := note_of_rule(folder):
+        say(note)
     splits = load_data(config.data, config.model)
     with _watching() as watch:
         rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from sape2.cli.options import add_json
+from sape2.cli.output import say
 
 HELP = "one page about what a finished run did with an image"
 
@@ -36,6 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     out = None if arguments.out is None else Path(arguments.out)
     written, rows = explain(Path(arguments.folder), Path(arguments.image), out, choice, arguments.weights)
     from sape2.evaluation.report import print_json, print_table
+    from sape2.evaluation.runs import note_of_rule
+
+    if note := note_of_rule(Path(arguments.folder)):
+        say(note)
 
     if arguments.json:
         print_json(rows)

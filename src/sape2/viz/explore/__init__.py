@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from sape2.data import load_data
-from sape2.evaluation.runs import load_run_model
+from sape2.evaluation.runs import load_run_model, note_of_rule
 from sape2.training.checkpoint import read_config
 from sape2.training.standing import check_finished
 from sape2.viz.explore.microscope import Microscope, Subject
@@ -31,7 +31,10 @@ def explore(
     Raises ValueError, OSError or ImportError, before anything is served, for what cannot be shown.
     """
     import_gradio()
-    serve(open_microscope(folder, against, data, weights), host, port, say)
+    microscope = open_microscope(folder, against, data, weights)
+    for note in filter(None, map(note_of_rule, filter(None, (folder, against)))):
+        say(note)
+    serve(microscope, host, port, say)
 
 
 def open_microscope(

@@ -1,0 +1,153 @@
+"""The one rule by which an image file becomes pixels of 8 bits. Users read it in docs/data.md, "How an image is read".
+
+Training, evaluation, explain, explore and detection all come through `read_image` or, with an image of Pillow's, `to_8_bits`.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+RULE = 2  # its version, kept in data.json; under 1, 16 bits were cut off at 255, orientation and transparency ignored
+MAX_PIXELS = 89_478_485  # Pillow's limit, at which it warns; here an image above it is refused
+MAX_BYTES = 256 * 2**20  # of an encoded image
+ORIENTATION, BITS, WHITE_IS_ZERO = 0x0112, 258, 262  # tags of EXIF and TIFF; the last is 0 where zero is white
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # EXIF orientation -> what makes the image upright
+SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+
+
+@contextmanager
+def named(where: str) -> Iterator[None]:
+    """Any error of the reading within as a ValueError in one line that begins with `where`."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's readers raise many kinds for bytes that are no image
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where} cannot be read as an image: {reason}") from error
+
+
+def read_image(file: Path | bytes, channels: int, annotated: tuple[int, int] | None = None) -> Image.Image:
+    """An encoded image as "RGB" (3 channels) or "L" (1); raises many kinds of errors, to be `named`.
+
+    `annotated` is the (width, height) that annotations speak of: an image stored at that size is left as it is stored.
+    """
+    if channels not in (1, 3):
+        raise ValueError(f"images are read with 1 or 3 channels; the model takes {channels}")
+    with opened(file) as image:
+        return to_8_bits(image, channels, annotated)
+
+
+@contextmanager
+def opened(file: Path | bytes) -> Iterator[Image.Image]:
+    """The image with its header read, to be `named`."""
+    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
+        size = stream.seek(0, io.SEEK_END)
+        if size > MAX_BYTES:
+            raise ValueError(f"{size} bytes are more than {MAX_BYTES}")
+        with _header(stream) as image:
+            yield image
+
+
+def _header(stream: IO[bytes]) -> Image.Image:
+    """Raises ValueError that says what the bytes are if they are no image, or too large a one."""
+    stream.seek(0)
+    try:
+        image = Image.open(stream)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"too many pixels to be read safely ({error}); make it smaller first") from error
+    except UnidentifiedImageError as error:
+        stream.seek(0)
+        raise ValueError(_what_it_is(stream.read(4096))) from error
+    if image.width * image.height > MAX_PIXELS:
+        raise ValueError(f"{image.width}x{image.height} are too many pixels to be read safely; make it smaller first")
+    return image
+
+
+def _what_it_is(start: bytes) -> str:
+    """In words, for files that are often taken for images."""
+    start = start.lstrip().lower()
+    if not start:
+        return "the file is empty"
+    if start.startswith((b"<svg", b"<?xml")) and b"<svg" in start:
+        return "it is SVG, which describes shapes; save it as PNG first"
+    return "it is of no kind that Pillow knows"
+
+
+def to_8_bits(image: Image.Image, channels: int, annotated: tuple[int, int] | None = None) -> Image.Image:
+    """An image of Pillow's by the rule: deep pixels to 8 bits, transparency on white, upright, "RGB" or "L".
+
+    Raises ValueError for values that have no known white.
+    """
+    image.load()
+    turn = None if image.size == annotated else _turn(image)
+    if _is_deep(image):
+        image = _scaled(image)
+    elif image.has_transparency_data:
+        image = _on_white(image)
+    if channels == 3 or image.mode == "LAB":  # Pillow knows its way from LAB to RGB only
+        image = image.convert("RGB")
+    image = image if channels == 3 else image.convert("L")
+    return image if turn is None else image.transpose(turn)
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def is_grey(image: Image.Image) -> bool:
+    return image.mode in ("1", "L", "LA", "La") or _is_deep(image)
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(height, width) once it is turned as its EXIF says."""
+    return (image.width, image.height) if _turn(image) in SIDEWAYS else (image.height, image.width)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What EXIF asks for; damaged EXIF asks for nothing."""
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except Exception:  # Pillow raises many kinds; the pixels are whole
+        return None
+    return TURNS.get(value) if isinstance(value, int) else None
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey of more than 8 bits as "L": round(255 x / white). White does not depend on what the image shows."""
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(BITS, (16,))[0] if image.mode.startswith("I;16") else 16
+    white = 1.0 if image.mode == "F" else 2.0**bits - 1
+    values = np.asarray(image, dtype=np.float64)
+    if not (values.min() >= 0 and values.max() <= white):  # NaN among them
+        raise ValueError(
+            f"its {'floats' if image.mode == 'F' else 'integers'} go from {values.min():g} to {values.max():g}, but 0 is black "
+            f"and {white:g} white; scale them, or save it with 8 or 16 bits"
+        )
+    shades = (values * (255 / white)).round().astype(np.uint8)
+    if tags.get(WHITE_IS_ZERO) == 0:
+        shades = 255 - shades
+    if isinstance(clear := image.info.get("transparency"), int):
+        shades[values == clear] = 255
+    return Image.fromarray(shades)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("LA") if image.mode == "La" else image
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

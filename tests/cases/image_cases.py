@@ -1,0 +1,61 @@
+"""Small images of every kind that files hold, some written byte by byte where Pillow does not write them."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+ORIENTATION = 0x0112
+GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+def saved(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def deep(kind, white):
+    """The greys 0 to 255 at the depth of `kind`."""
+    return Image.fromarray((GREYS.astype(np.float64) * (white / 255)).round(6).astype(kind))
+
+
+def colours(height=16, width=16):
+    return np.random.default_rng(0).integers(256, size=(height, width, 3), dtype=np.uint8)
+
+
+def turned(orientation, height=16, width=16):
+    """A photograph that is stored lying on its side, as EXIF says."""
+    image = Image.fromarray(colours(height, width))
+    image.getexif()[ORIENTATION] = orientation
+    return image
+
+
+def see_through(mode):
+    """Grey or colours whose opacity goes from 0 to 255."""
+    image = Image.fromarray(colours())
+    image.putalpha(Image.fromarray(GREYS))
+    return image.convert(mode)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png_of_16_bits(values, extra=b""):
+    """(height, width) or (height, width, 2 to 4) of 0..65535: grey, grey and alpha, colour, colour and alpha."""
+    height, width, channels = (*values.shape, 1)[:3]
+    kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in values)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+
+
+def grey_tiff(width, bits, data, white_is_zero=False):
+    """One line of grey pixels of that many bits."""
+    photometric, place = (0 if white_is_zero else 1), 8 + 2 + 12 * 9 + 4
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: place, 277: 1, 278: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data

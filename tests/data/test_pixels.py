@@ -1,0 +1,386 @@
+"""The rule by which files become pixels: exact values of every kind, one reader for all commands, runs of another rule."""
+
+import io
+import json
+import struct
+
+import numpy as np
+import pytest
+import torch
+import write_layouts
+from image_cases import GREYS, chunk, colours, deep, grey_tiff, png_of_16_bits, saved, see_through, turned
+from layout_cases import CLASSES, load, write_parquet
+from PIL import Image, ImageOps
+
+from sape2.config import ModelConfig
+from sape2.data import decode
+from sape2.data.picture import read_picture
+from sape2.data.pixels import RULE, is_grey, named, opened, read_image, to_8_bits, upright_size
+from sape2.evaluation.runs import note_of_rule
+from sape2.training.checkpoint import check_data
+
+MODEL = ModelConfig(image_size=(16, 16), patch_size=4, num_classes=3)
+
+
+def read(file, channels=3, annotated=None):
+    with named("here"):
+        return np.asarray(read_image(file, channels, annotated))
+
+
+def refused(file, channels=3):
+    with pytest.raises(ValueError, match=r"^here cannot be read as an image: ") as error:
+        read(file, channels)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --- depth -----------------------------------------------------------------------------------------------------------
+
+DEEP = {
+    "16 bits": saved(deep(np.uint16, 65535)),
+    "16 bits, TIFF": saved(deep(np.uint16, 65535), "TIFF"),
+    "16 bits, high byte first": saved(Image.fromarray((GREYS * np.uint16(257)).astype(">u2")), "TIFF"),
+    "16 bits, JPEG 2000": saved(deep(np.uint16, 65535), "JPEG2000"),
+    "16 bits, PGM": b"P5 16 16 65535\n" + (GREYS * np.uint16(257)).astype(">u2").tobytes(),
+    "32 bits": saved(deep(np.int32, 65535), "TIFF"),
+    "floats": saved(deep(np.float32, 1), "TIFF"),
+    "8 bits": saved(Image.fromarray(GREYS)),
+}
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_every_depth_gives_the_same_greys_exactly(name):
+    assert np.array_equal(read(DEEP[name], 1), GREYS)
+    assert np.array_equal(read(DEEP[name]), np.stack([GREYS] * 3, -1))
+
+
+def test_values_between_are_rounded():
+    values = np.array([[0, 128, 129, 385, 386, 65406, 65407, 65535]], dtype=np.uint16)
+    assert read(saved(Image.fromarray(values)), 1).tolist() == [[0, 0, 1, 1, 2, 254, 255, 255]]
+
+
+@pytest.mark.parametrize("file", [deep(np.uint16, 200), deep(np.int32, 200)], ids=["16 bits", "32 bits"])
+def test_a_dark_image_stays_dark(file):
+    assert read(saved(file, "TIFF")).max() == 1
+
+
+def test_12_bits_have_a_white_of_their_own():
+    assert read(grey_tiff(2, 12, b"\xff\xf8\x00"), 1).tolist() == [[255, 128]]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_file_whose_zero_is_white_is_read_so(bits):
+    data = struct.pack("<HH", 0, 65535) if bits == 16 else b"\x00\xff"
+    assert read(grey_tiff(2, bits, data, white_is_zero=True), 1).tolist() == [[255, 0]]
+
+
+def test_colours_of_16_bits_give_their_high_byte():
+    values = np.stack([GREYS, GREYS.T, 255 - GREYS], -1)
+    assert np.array_equal(read(png_of_16_bits(values * np.uint16(257))), values)
+    assert np.array_equal(read(png_of_16_bits(values * np.uint16(256) + np.uint16(255))), values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 200.0]], np.float32), "its floats go from 0 to 200, but 0 is black and 1 white"),
+        (np.array([[-0.1, 1]], np.float32), "its floats go from -0.1 to 1"),
+        (np.array([[np.nan, 1]], np.float32), "its floats go from nan to nan"),
+        (np.array([[0, np.inf]], np.float32), "its floats go from 0 to inf"),
+        (np.array([[-1, 3]], np.int32), "its integers go from -1 to 3, but 0 is black and 65535 white"),
+        (np.array([[0, 65536]], np.int32), "its integers go from 0 to 65536"),
+    ],
+)
+def test_values_without_a_known_white_are_refused(values, message):
+    assert message in refused(saved(Image.fromarray(values), "TIFF"))
+
+
+# --- transparency ----------------------------------------------------------------------------------------------------
+
+
+def on_white(values, alpha):
+    values, alpha = np.asarray(values, dtype=np.float64), np.asarray(alpha, dtype=np.float64)
+    return (values * alpha + 255 * (255 - alpha)) / 255
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_what_shows_through_is_white(mode, kind):
+    image = see_through(mode)
+    options = {"lossless": True, "exact": True} if kind == "WEBP" else {}
+    values = np.asarray(image.convert("RGBA"))
+    found = read(saved(image, kind, **options))
+    assert np.abs(found - on_white(values[..., :3], values[..., 3:])).max() <= 0.51
+    assert (found[0, 0] == 255).all()
+    assert (found[-1, -1] == values[-1, -1, :3]).all()
+
+
+@pytest.mark.parametrize("mode", ["La", "RGBa"])
+def test_colours_multiplied_with_their_opacity_are_undone_first(mode):
+    image = see_through("LA" if mode == "La" else "RGBA")
+    values = np.asarray(to_8_bits(image, 3), dtype=int)
+    assert np.abs(np.asarray(to_8_bits(image.convert(mode), 3), dtype=int) - values).max() <= 1
+
+
+def test_an_opaque_alpha_changes_nothing():
+    image = Image.fromarray(colours())
+    opaque = image.copy()
+    opaque.putalpha(255)
+    assert np.array_equal(read(saved(opaque)), np.asarray(image))
+
+
+def palette():
+    image = Image.new("P", (3, 1))
+    image.putdata([0, 1, 2])
+    image.putpalette([9, 9, 9, 10, 20, 30, 200, 100, 0])
+    return image
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_a_colour_of_the_palette_can_be_transparent(kind):
+    assert read(saved(palette(), kind)).tolist() == [[[9, 9, 9], [10, 20, 30], [200, 100, 0]]]
+    assert read(saved(palette(), kind, transparency=1)).tolist() == [[[9, 9, 9], [255, 255, 255], [200, 100, 0]]]
+
+
+def test_colours_of_the_palette_can_be_half_transparent():
+    found = read(saved(palette(), transparency=bytes([255, 0, 128])))
+    assert found.tolist() == [[[9, 9, 9], [255, 255, 255], [227, 177, 127]]]
+
+
+def test_a_palette_with_an_alpha_channel_is_laid_on_white():
+    image = see_through("LA").convert("PA")
+    assert np.array_equal(np.asarray(to_8_bits(image, 3)), np.asarray(to_8_bits(image.convert("RGBA"), 3)))
+
+
+def test_one_colour_of_a_png_can_be_transparent():
+    image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
+    assert read(saved(image, transparency=(1, 2, 3))).tolist() == [[[255, 255, 255], [4, 5, 6]]]
+    deep_grey = png_of_16_bits(np.array([[257, 300]], np.uint16), chunk(b"tRNS", struct.pack(">H", 300)))
+    assert read(deep_grey, 1).tolist() == [[1, 255]]
+
+
+def test_colour_with_alpha_of_16_bits_is_laid_on_white():
+    values = np.array([[[65535, 0, 0, 65535], [0, 0, 0, 0]]], np.uint16)
+    assert read(png_of_16_bits(values)).tolist() == [[[255, 0, 0], [255, 255, 255]]]
+    grey = np.array([[[257, 65535], [257, 0]]], np.uint16)
+    assert read(png_of_16_bits(grey), 1).tolist() == [[1, 255]]
+
+
+# --- colour ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
+def test_ink_becomes_light(kind):
+    for ink, light in (((255, 0, 0, 0), (0, 255, 255)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 0, 0), (255, 255, 255))):
+        assert np.abs(read(saved(Image.new("CMYK", (8, 8), ink), kind)) - np.array(light, int)).max() <= 1
+
+
+def test_brightness_and_colour_difference_become_colours():
+    image = Image.fromarray(colours())
+    found = np.asarray(to_8_bits(image.convert("YCbCr"), 3), dtype=int)
+    assert np.abs(found - colours()).max() <= 3
+
+
+def test_one_bit_is_black_or_white():
+    image = Image.fromarray(np.array([[True, False]]))
+    assert read(saved(image), 1).tolist() == [[255, 0]]
+    assert read(saved(image, "TIFF")).tolist() == [[[255] * 3, [0] * 3]]
+
+
+def test_lightness_and_two_colour_axes_become_colours_or_grey():
+    greys = Image.fromarray(GREYS).convert("RGB").convert("LAB")
+    assert np.abs(read(saved(greys, "TIFF")).astype(int) - GREYS[..., None]).max() <= 3
+    assert np.abs(read(saved(greys, "TIFF"), 1).astype(int) - GREYS).max() <= 3
+
+
+def test_a_model_of_one_channel_gets_the_grey_of_the_same_pixels():
+    file = saved(see_through("RGBA"))
+    assert np.array_equal(read(file, 1), np.asarray(Image.fromarray(read(file)).convert("L")))
+    assert "1 or 3 channels; the model takes 4" in refused(file, 4)
+
+
+# --- orientation -----------------------------------------------------------------------------------------------------
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_an_image_is_turned_as_its_exif_says(orientation, kind):
+    image = turned(orientation, 4, 6)
+    options = {"lossless": True} if kind == "WEBP" else {}
+    file = saved(image, kind, exif=image.getexif(), **options)
+    found = read(file)
+    if kind != "JPEG":
+        assert np.array_equal(found, UPRIGHT[orientation](colours(4, 6)))
+    with Image.open(io.BytesIO(file)) as opened:
+        assert np.array_equal(found, np.asarray(ImageOps.exif_transpose(opened).convert("RGB")))
+
+
+@pytest.mark.parametrize("exif", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM", b"Exif\0\0 no TIFF at all"])
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_exif_leaves_the_image_as_it_is_stored(exif):
+    plain = Image.fromarray(colours())
+    assert np.array_equal(read(saved(plain, "JPEG", exif=exif)), read(saved(plain, "JPEG")))
+
+
+@pytest.mark.parametrize("value", [0, 9, 300])
+def test_an_orientation_that_is_none_turns_nothing(value):
+    image = turned(value, 4, 6)
+    assert np.array_equal(read(saved(image, exif=image.getexif())), colours(4, 6))
+
+
+def test_deep_and_transparent_images_are_turned_too():
+    for image in (deep(np.uint16, 65535), see_through("RGBA")):
+        upright = read(saved(image))
+        image.getexif()[0x0112] = 6
+        assert np.array_equal(read(saved(image, exif=image.getexif())), np.rot90(upright, -1))
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_the_size_of_an_image_is_known_before_it_is_turned(orientation):
+    image = turned(orientation, 4, 6)
+    file = saved(image, exif=image.getexif())
+    with opened(file) as found:
+        assert upright_size(found) == read(file).shape[:2]
+
+
+def test_what_is_grey_is_known_from_the_header():
+    for name, file in DEEP.items():
+        with opened(file) as image:
+            assert is_grey(image), name
+    with opened(saved(see_through("RGBA"))) as image:
+        assert not is_grey(image)
+
+
+def test_annotated_pixels_are_those_the_annotations_speak_of():
+    image = turned(6, 4, 6)
+    file = saved(image, exif=image.getexif())
+    assert np.array_equal(read(file, annotated=(6, 4)), colours(4, 6))
+    assert np.array_equal(read(file, annotated=(4, 6)), np.rot90(colours(4, 6), -1))
+
+
+# --- several frames, no image ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_several_frames_the_first_is_read(kind):
+    first, second = (Image.new("RGB", (8, 8), value) for value in ("#0a141e", "white"))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    file = saved(first, kind, save_all=True, append_images=[second], **options)
+    assert (read(file) == [10, 20, 30]).all()
+
+
+def test_what_is_no_image_is_said_in_words():
+    assert refused(b"").endswith("the file is empty")
+    assert "it is SVG" in refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    assert refused(b"GIF89a, or is it").endswith("it is of no kind that Pillow knows")
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_a_file_that_ends_too_early_is_refused(name):
+    refused(DEEP[name][: len(DEEP[name]) // 2])
+
+
+# --- one reader ------------------------------------------------------------------------------------------------------
+
+SAME = {
+    "16 bits": saved(deep(np.uint16, 65535)),
+    "lying": saved(turned(6), exif=turned(6).getexif()),
+    "transparent": saved(see_through("RGBA")),
+    "grey and transparent": saved(see_through("LA")),
+    "palette": saved(see_through("RGBA").convert("P"), transparency=bytes(range(256))),
+    "floats": saved(deep(np.float32, 1), "TIFF"),
+}
+
+
+def write_everywhere(root, file):
+    """The one file as every image of every layout; gives folders by layout."""
+    labels = [0, 1, 2] * 2
+    for split in ("train", "test"):
+        samples = [(row, file, "png", label) for row, label in enumerate(labels)]
+        write_layouts.write_folder(root / "folder" / split, iter(samples), CLASSES)
+        write_layouts.write_shards(root / "webdataset", split, iter(samples), 25)
+        write_parquet(root / "parquet" / f"{split}.parquet", [file] * len(labels), labels)
+    return {layout: root / layout for layout in ("folder", "webdataset", "parquet")}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_training_evaluation_and_explain_read_the_same_pixels(name, tmp_path):
+    wanted = torch.from_numpy(read(SAME[name]).copy()).permute(2, 0, 1)
+    for folder in write_everywhere(tmp_path, SAME[name]).values():
+        for in_memory in (True, False):
+            splits = load(folder, MODEL, in_memory=in_memory)
+            for split in (splits.train, splits.validation, splits.test):
+                assert all(torch.equal(image, wanted) for image in split.images)
+    path = tmp_path / "one.png"
+    path.write_bytes(SAME[name])
+    assert torch.equal(read_picture(path, MODEL).pixels, wanted)
+    assert np.array_equal(decode({"path": str(path)}, MODEL, "here"), wanted.permute(1, 2, 0))
+
+
+@pytest.mark.parametrize("name", [name for name in SAME if name != "lying"])
+def test_detection_reads_the_same_pixels(name, tmp_path):
+    from sape2.detection.coco import open_split
+
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    (tmp_path / "train" / "images" / "one.png").write_bytes(SAME[name])
+    images = [{"id": 1, "file_name": "one.png", "height": 16, "width": 16}]
+    values = {"images": images, "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "train" / "annotations.json").write_text(json.dumps(values))
+    pixels = open_split(tmp_path, "train")[0][0]
+    assert np.array_equal(pixels.permute(1, 2, 0), read(SAME[name]))
+
+
+# --- runs of another rule --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seen(tmp_path):
+    """A run folder in which data.json says what is given; with it, what the same images give now."""
+    now = load(write_everywhere(tmp_path / "data", SAME["lying"])["folder"], MODEL).train.fingerprint
+
+    def written(**changes):
+        folder = tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        before = {key: value for key, value in (now | changes).items() if value is not None}
+        (folder / "data.json").write_text(json.dumps(before))
+        return folder, now
+
+    return written
+
+
+def test_a_run_of_another_rule_does_not_go_on(seen):
+    for before, named_rule in ((None, 1), (RULE + 1, RULE + 1)):
+        folder, now = seen(reading_rule=before)
+        with pytest.raises(ValueError, match=rf"by rule {named_rule}, now it is rule {RULE} .*choose another --out") as error:
+            check_data(folder, now)
+        assert "\n" not in str(error.value)
+    (folder / "data.json").unlink()  # the way out that the message names
+    check_data(folder, now)
+
+
+def test_a_run_of_the_same_rule_or_of_arrays_goes_on(seen):
+    check_data(*seen())
+    folder, now = seen(layout="arrays", reading_rule=None)
+    check_data(folder, now)
+    check_data(folder, {key: value for key, value in now.items() if key != "reading_rule"} | {"layout": "arrays"})
+
+
+def test_a_finished_run_of_another_rule_gets_a_note(seen, tmp_path):
+    assert note_of_rule(seen()[0]) is None
+    assert note_of_rule(seen(layout="arrays", reading_rule=None)[0]) is None
+    assert note_of_rule(tmp_path / "nowhere") is None
+    folder, _ = seen(reading_rule=None)
+    assert f"by rule 1; here images are read by rule {RULE}" in str(note_of_rule(folder))
+    (folder / "data.json").write_text("[]")
+    assert note_of_rule(folder) is None
