@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import load_data
-from sape2.evaluation.runs import build_model, measure
+from sape2.evaluation.runs import measure
+from sape2.models.trained import build_model
 from sape2.studies.compare.plan import Study
 from sape2.studies.compare.rawrows import read_raw
 from sape2.studies.compare.work import forget_failures, work

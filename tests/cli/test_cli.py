@@ -24,7 +24,7 @@ from sape2.config.recipes import DETECTION_RECIPES, RECIPES
 from sape2.encodings import find_encoding, list_encodings, options_of, parse_encoding
 from sape2.encodings.base import AttentionEncoding
 from sape2.evaluation import MEASURES
-from sape2.evaluation.runs import build_model
+from sape2.models.trained import build_model
 from sape2.training.checkpoint import Progress, save_checkpoint, save_weights, start_run
 
 QUICK = ["--epochs", "2", "--set", "train.precision=fp32"]  # accelerate keeps one precision for the whole process

@@ -24,7 +24,7 @@ from sape2.data.parquet import HubImages
 from sape2.data.pixels import MAX_PIXELS
 from sape2.data.webdataset import index_shard
 from sape2.evaluation.accuracy import quick_accuracy
-from sape2.evaluation.runs import build_model
+from sape2.models.trained import build_model
 from sape2.training.loop import train
 
 AUGMENT = AugmentConfig(crop_padding=1, flip=True, policy="randaugment", policy_group=3)

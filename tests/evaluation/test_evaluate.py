@@ -17,7 +17,8 @@ from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import load_data
 from sape2.evaluation.base import row
-from sape2.evaluation.runs import build_model, measure
+from sape2.evaluation.runs import measure
+from sape2.models.trained import build_model
 from sape2.training.checkpoint import read_config, read_rows, save_weights, start_run, write_rows
 
 

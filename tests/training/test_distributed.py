@@ -19,7 +19,7 @@ from sape2.cli import main
 from sape2.config import AugmentConfig
 from sape2.data.augment import BatchMixer, share_of
 from sape2.evaluation.accuracy import quick_accuracy
-from sape2.evaluation.runs import build_model
+from sape2.models.trained import build_model
 from sape2.studies.run import NOWHERE, shared_accuracy
 from sape2.training.checkpoint import last_checkpoint, read_rows
 from sape2.training.claim import Watcher

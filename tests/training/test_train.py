@@ -19,7 +19,7 @@ from sape2.data import ImageData
 from sape2.data.augment import TrainStream, derive_seed, epoch_order
 from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accuracy
 from sape2.evaluation.cost.measure import count_macs, count_parameters
-from sape2.evaluation.runs import build_model
+from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
 from sape2.training.checkpoint import Progress, last_checkpoint, load_weights, read_rows, save_checkpoint, save_weights
 from sape2.training.interruption import TrainingStopped

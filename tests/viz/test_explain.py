@@ -14,7 +14,7 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data.picture import read_picture
-from sape2.evaluation.runs import build_model, load_run_model
+from sape2.models.trained import build_model, load_run_model
 from sape2.training.checkpoint import save_weights, start_run, write_rows
 
 RGB = override(

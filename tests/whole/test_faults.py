@@ -32,7 +32,7 @@ from sape2.config.detection import DetectionConfig
 from sape2.config.recipes import get_recipe
 from sape2.data import load_data
 from sape2.evaluation.accuracy import predict
-from sape2.evaluation.runs import build_model
+from sape2.models.trained import build_model
 from sape2.models.vit import ViT
 from sape2.studies.run import help_to_train
 from sape2.training import files
@@ -373,7 +373,7 @@ def test_other_errors_are_not_taken_for_a_want_of_memory():
 
 def test_prediction_halves_batches_until_they_fit(finished, monkeypatch):
     from sape2.data import load_data
-    from sape2.evaluation.runs import load_run_model
+    from sape2.models.trained import load_run_model
 
     model, seen = load_run_model(finished), []
     config = read_config(finished)
@@ -418,7 +418,7 @@ def test_a_model_that_fits_nowhere_is_refused_in_one_line(tmp_path, monkeypatch,
     def raising(config):
         raise RuntimeError(ALLOCATOR)
 
-    monkeypatch.setattr("sape2.evaluation.runs.ViT", raising)
+    monkeypatch.setattr("sape2.models.trained.ViT", raising)
     line = line_of(*TRAIN, tmp_path / "run")
     assert "a model of 1 layers of width 12 for 16 tokens does not fit into memory" in line
     assert not (tmp_path / "run").exists()

@@ -22,7 +22,8 @@ ALLOWED = {
     "models.vit": {"attention", "config", "encodings", "models"},
     "models.hub": {"config", "training.checkpoint", "training.files"},
     "models.frozen": set(),
-    "models.export": {"config", "evaluation.runs", "models.frozen", "models.hub", "training.checkpoint", "training.files"},
+    "models.trained": {"config", "data", "models.vit", "training"},
+    "models.export": {"config", "models.trained", "models.frozen", "models.hub", "training.checkpoint", "training.files"},
     "adapters": {"adapters", "attention", "encodings", "training.files"},
     "data": {"config", "data"},
     "training": set(),
@@ -43,7 +44,7 @@ ALLOWED = {
     "evaluation": {"encodings.grid", "evaluation", "training.memory_errors"},
     "evaluation.report": set(),
     "evaluation.runs": {
-        "config", "data", "evaluation", "models.vit", "training.checkpoint", "training.memory_errors", "training.standing",
+        "data", "evaluation", "models.trained", "training.checkpoint", "training.memory_errors", "training.standing",
         "viz",
     },
     "evaluation.cost.subjects": {"attention", "config", "encodings", "evaluation", "models.vit"},
@@ -51,7 +52,7 @@ ALLOWED = {
         "config", "encodings", "evaluation", "training.files", "training.memory_errors",
     },
     "studies": set(),
-    "studies.run": {"config", "data", "evaluation", "models.vit", "training"},
+    "studies.run": {"config", "data", "evaluation", "models", "training"},
     "studies.probe": {
         "config", "data.augment", "encodings", "evaluation", "models.vit", "studies.probes", "training", "viz",
     },
@@ -83,11 +84,11 @@ ALLOWED = {
         "viz.panels", "viz.plots", "viz.probes", "viz.seeds",
     },
     "viz.explain": {
-        "config", "data", "encodings.grid", "evaluation", "training.checkpoint", "training.files", "training.standing", "viz",
+        "config", "data", "encodings.grid", "evaluation", "models.trained", "training.checkpoint", "training.files",
+        "training.standing", "viz",
     },
     "viz.explore": {
-        "attention", "config", "data", "encodings", "evaluation", "models.vit", "training.checkpoint", "training.standing",
-        "viz",
+        "attention", "config", "data", "encodings", "evaluation", "models", "training.checkpoint", "training.standing", "viz",
     },
     "__main__": {"cli"},
     "cli": {"cli.commands", "config.names"},

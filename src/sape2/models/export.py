@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sape2.config import ModelConfig
-from sape2.evaluation.runs import load_run_model
 from sape2.models.frozen import Size, example, freeze, patch_projection, trace
 from sape2.models.hub import (
     CARD,
@@ -41,6 +40,7 @@ from sape2.models.hub import (
     read_description,
     save_pretrained,
 )
+from sape2.models.trained import load_run_model
 from sape2.training.checkpoint import read_config
 from sape2.training.files import write_atomic
 

@@ -13,7 +13,8 @@ from sape2.config import RunConfig
 from sape2.data import ImageData, ImageFiles, Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.cost.memory import PeakMeter
-from sape2.evaluation.runs import build_model, measure
+from sape2.evaluation.runs import measure
+from sape2.models.trained import build_model
 from sape2.models.vit import ViT
 from sape2.training.checkpoint import Progress, Row, check_run, is_finished
 from sape2.training.claim import Claim

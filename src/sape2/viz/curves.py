@@ -36,7 +36,7 @@ def plot_curves(runs: Runs, path: Path) -> None:
     axes[0].set_title("training targets may be smoothed and mixed, which raises their loss", fontsize=8, loc="left")
     kinds = [Line2D([], [], color="black", label="validation"), Line2D([], [], color="black", ls=":", label="training")]
     handles = [*axes[0].get_legend_handles_labels()[0], *kinds]
-    legend_below(figure, handles, [handle.get_label() for handle in handles])
+    legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
     save(figure, path)
 
 

@@ -25,7 +25,7 @@ from sape2.evaluation.findings import findings
 from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.evaluation.report import format_value
-from sape2.evaluation.runs import load_run_model
+from sape2.models.trained import load_run_model
 from sape2.training.checkpoint import read_config, read_rows
 from sape2.training.files import write_text
 from sape2.training.standing import check_finished

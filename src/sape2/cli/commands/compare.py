@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
     study.check()
     from sape2.data import load_data
-    from sape2.evaluation.runs import build_model
+    from sape2.models.trained import build_model
     from sape2.studies.compare.progress import study_progress
     from sape2.training.interruption import catch_signals
 
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _run_cell(splits: Splits, shown: StudyProgress) -> Run:
     """What `sape2 train` does with one cell, without a bar of its own."""
     from sape2.data.augment import TrainStream
-    from sape2.evaluation.runs import build_model
+    from sape2.models.trained import build_model
     from sape2.studies.compare.work import Stopped
     from sape2.studies.run import run_to_end
     from sape2.training.loop import TrainingStopped

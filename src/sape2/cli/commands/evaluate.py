@@ -38,7 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     from sape2.data import load_data
-    from sape2.evaluation.runs import draw, draw_measures, measure, note_of_rule
+    from sape2.evaluation.runs import draw, draw_measures, measure
+    from sape2.models.trained import note_of_rule
 
     if note := note_of_rule(folder):
         say(note)

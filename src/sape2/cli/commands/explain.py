@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     out = None if arguments.out is None else Path(arguments.out)
     written, rows = explain(Path(arguments.folder), Path(arguments.image), out, choice, arguments.weights)
     from sape2.evaluation.report import print_json, print_table
-    from sape2.evaluation.runs import note_of_rule
+    from sape2.models.trained import note_of_rule
 
     if note := note_of_rule(Path(arguments.folder)):
         say(note)

@@ -57,7 +57,8 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
     if not arguments.dry_run:
         check_run(folder, config)
     from sape2.data import load_data
-    from sape2.evaluation.runs import build_model, draw, is_measured
+    from sape2.evaluation.runs import draw, is_measured
+    from sape2.models.trained import build_model
 
     if not arguments.dry_run and is_finished(folder) and is_measured(folder):
         say(f"{folder} is finished; choose another --out or --seed for a new run")

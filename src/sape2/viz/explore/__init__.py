@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from sape2.data import load_data
-from sape2.evaluation.runs import load_run_model, note_of_rule
+from sape2.models.trained import load_run_model, note_of_rule
 from sape2.training.checkpoint import read_config
 from sape2.training.standing import check_finished
 from sape2.viz.explore.microscope import Microscope, Subject
