@@ -22,6 +22,7 @@ from sape2.data.decoding import decode
 from sape2.data.files import ImageFiles, Splits
 from sape2.data.fingerprint import fingerprint
 from sape2.data.images import ImageData, limit_by_class, normalize, split_by_class
+from sape2.data.labels import match_classes
 
 __all__ = [
     "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "limit_by_class", "load_data", "normalize",
@@ -85,11 +86,16 @@ def open_sources(config: DataConfig, model: ModelConfig) -> dict[str, Source] | 
     if path.is_file():
         raise NotADirectoryError(f"--data {config.source} is a file; give the folder that holds it")
     if not path.is_dir():
-        return parquet.read_hub(config.source, config)
+        return _matched(parquet.read_hub(config.source, config))
     if config.layout is None and (path / TORCHVISION_FOLDERS.get(config.name, "-")).is_dir():
         return read_torchvision(config, model, path)
     _, read = LAYOUTS[config.layout or find_layout(path, config)]
-    return read(path, config)
+    return _matched(read(path, config))
+
+
+def _matched(sources: dict[str, Source]) -> dict[str, Source]:
+    match_classes(sources["train"], sources["test"])
+    return sources
 
 
 def find_layout(path: Path, config: DataConfig) -> Any:

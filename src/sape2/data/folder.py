@@ -15,7 +15,9 @@ import torch
 
 from sape2.data.base import IMAGE_ENDINGS, TEST_NAMES, TRAIN_NAMES, Part, Source, find_splits, waiting_for
 from sape2.data.images import class_split
+from sape2.data.labels import near_name
 
+LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders that hold copies or nothing
 PEEK = 20  # folders and files looked at to tell the layout
 
 
@@ -30,9 +32,10 @@ class FolderImages:
         self.root, self.where, self.classes = folder / split, f"{folder} {split}".rstrip(), classes
         numbers = {name: number for number, name in enumerate(classes)}
         found = make_dataset(str(self.root), numbers, is_valid_file=_is_image, allow_empty=True)
+        start = len(str(self.root)) + 1
+        found = [image for image in found if not any(map(_is_hidden, image[0][start:].split(os.sep)))]
         found.sort(key=lambda image: (os.path.basename(image[0]), image[0]))
         self.labels: list[Any] = [label for _, label in found]
-        start = len(str(self.root)) + 1
         self._paths = np.array([os.fsencode(path[start:]) for path, _ in found], dtype=bytes)  # far smaller than a list of str
 
     def name(self, index: int) -> str:
@@ -79,7 +82,7 @@ def _holds_classes(folder: Path) -> bool:
     return any(
         any(file.name.lower().endswith(IMAGE_ENDINGS) for file in _some(path.path))
         for path in _some(folder)
-        if path.is_dir() and not path.name.startswith(".")
+        if path.is_dir() and not _is_hidden(path.name)
     )
 
 
@@ -97,7 +100,7 @@ def read(folder: Path, test_fraction: float | None = None, seed: int = 0) -> dic
     """{"train": ..., "test": ...}; where there is no test set, `test_fraction` of each class is taken as one, with `seed`."""
     if test_fraction is not None and not has_test(folder):
         only = next(iter(_split_names(folder)), "")
-        source = FolderImages(folder, only, _classes(folder / only))
+        source = _all_filled(FolderImages(folder, only, _classes(folder / only)))
         rest, part = class_split(torch.tensor(source.labels, dtype=torch.long), test_fraction, seed)
         return {"train": Part(source, rest.tolist(), "train"), "test": Part(source, part.tolist(), "test")}
     if find_classes(folder):
@@ -109,12 +112,26 @@ def read(folder: Path, test_fraction: float | None = None, seed: int = 0) -> dic
     classes = _classes(folder / train)
     others = sorted({*_classes(folder / tests[0])} - {*classes})
     if others:
-        raise ValueError(f"{folder / tests[0]} has the class {others[0]!r}, which {folder / train} has not")
-    return {"train": FolderImages(folder, train, classes), "test": FolderImages(folder, tests[0], classes)}
+        raise ValueError(
+            f"{folder / tests[0]} has the class {others[0]!r}, which {folder / train} has not{near_name(others[0], classes)}"
+        )
+    return {"train": _all_filled(FolderImages(folder, train, classes)), "test": FolderImages(folder, tests[0], classes)}
+
+
+def _all_filled(train: FolderImages) -> FolderImages:
+    """Raises ValueError naming a class folder without images: that class could never be learned."""
+    empty = sorted({*range(len(train.classes))} - {*train.labels})
+    if empty and train.labels:
+        raise ValueError(f"{train.root / train.classes[empty[0]]} holds no images; put some there, or remove the folder")
+    return train
 
 
 def _classes(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")))
+    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in LEFT_BY_SYSTEMS
 
 
 def _is_image(path: str) -> bool:

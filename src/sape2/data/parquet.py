@@ -16,6 +16,7 @@ import numpy as np
 
 from sape2.config import DataConfig
 from sape2.data.base import READING, Source, find_splits, has_labels, waiting_for
+from sape2.data.labels import renumber
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -44,7 +45,9 @@ class ParquetImages:
                 for group in range(opened.num_row_groups):
                     metadata = opened.metadata.row_group(group)
                     groups.append((number, group, metadata.num_rows, metadata.total_byte_size))
-                self.labels += opened.read(columns=[label]).column(label).to_pylist()
+                labels = opened.read(columns=[label]).column(label).to_pylist()
+                names = _class_names(opened.schema_arrow, label)
+                self.labels += renumber(labels, names, self.classes, f"{where} {file.name}", f"{where} {files[0].name}")
             except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
                 if str(error).startswith(where):
                     raise

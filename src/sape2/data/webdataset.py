@@ -30,7 +30,9 @@ class ShardImages:
     def __init__(self, where: str, shards: list[Path], classes: tuple[str, ...]) -> None:
         self.where, self.shards, self.classes = where, shards, classes
         indices = [waiting_for(str(shard), lambda shard=shard: index_shard(shard)) for shard in shards]
-        self.labels: list[Any] = [label for index in indices for *_, label in index]
+        numbers: dict[Any, int] = {name: number for number, name in enumerate(classes)}
+        labels = (label for index in indices for *_, label in index)
+        self.labels: list[Any] = [numbers.get(label, label) if isinstance(label, str) else label for label in labels]
         self._keys = np.array([key.encode() for index in indices for key, *_ in index], dtype=bytes)
         self._places = np.array([place[1:3] for index in indices for place in index], dtype=np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *map(len, indices)])
@@ -78,24 +80,39 @@ Place = tuple[str, int, int, Any]  # key, first byte, number of bytes, label
 
 def index_shard(path: Path) -> list[Place]:
     """Where the images of a shard lie, and their labels. Raises ValueError if the shard is damaged."""
-    images: dict[str, tuple[int, int]] = {}
+    images: dict[str, list[tuple[str, int, int]]] = {}  # key: member, first byte, number of bytes
     labels: dict[str, Any] = {}
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                folder, _, name = member.name.rpartition("/")
-                stem, _, ending = name.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
+                key, ending = _key(member.name)
                 if not member.isreg():
                     continue
                 if f".{ending.lower()}".endswith(IMAGE_ENDINGS):
-                    images.setdefault(key, (member.offset_data, member.size))
+                    images.setdefault(key, []).append((member.name, member.offset_data, member.size))
                 elif ending in ("cls", "json") and labels.get(key) is None:
                     labels[key] = _label(_content(tar, member), ending)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         last = f" after sample {next(reversed(images))}" if images else ""
         raise ValueError(f"the shard {path} cannot be read{last}: {error}; fetch it again, or remove it") from error
-    return [(key, *place, labels.get(key)) for key, place in images.items()]
+    return [(key, *_only(path, key, found), labels.get(key)) for key, found in images.items()]
+
+
+def _key(member: str) -> tuple[str, str]:
+    """The key, which ends at the first dot of the file's name, and the ending, which may hold more dots."""
+    folder, _, name = member.rpartition("/")
+    stem, _, ending = name.partition(".")
+    return (f"{folder}/{stem}" if folder else stem), ending
+
+
+def _only(path: Path, key: str, found: list[tuple[str, int, int]]) -> tuple[int, int]:
+    """The place of the one image of a sample: KEY.png, whatever KEY.depth.png lies beside it."""
+    plain = [image for image in found if "." not in _key(image[0])[1]] or found
+    if len(plain) > 1:
+        raise ValueError(
+            f"{path}: sample {key} has two images, {plain[0][0]} and {plain[1][0]}; a key ends at the first dot and has one image"
+        )
+    return plain[0][1:]
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -132,7 +149,9 @@ def read(folder: Path) -> dict[str, ShardImages]:
         raise ValueError(f"--data {folder} needs webdataset shards that are not compressed (.tar); found {packed}")
     train, tests = find_splits(list(groups), str(folder))
     names = folder / "classes.txt"
-    classes = tuple(names.read_text(encoding="utf-8").splitlines()) if names.exists() else ()
+    classes = (
+        tuple(line.strip() for line in names.read_text(encoding="utf-8-sig").strip().splitlines()) if names.exists() else ()
+    )
     sources = (ShardImages(f"{folder} {name}", groups[name], classes) for name in tests)
     test = next((source for source in sources if has_labels(source)), None)
     if test is None:

@@ -61,6 +61,14 @@ class CocoImages(Dataset):
         known = {entry["id"] for entry in values["images"]}
         self.objects = self._by_image(values["annotations"], known)
 
+    def match_classes(self, train: CocoImages) -> None:
+        """Labels in the order of the training names, whatever the ids. Raises ValueError if the names are not the same."""
+        for name in sorted({*self.classes} ^ {*train.classes}):
+            has, lacks = (self, train) if name in self.classes else (train, self)
+            raise ValueError(f"{has.where} has the category {name!r}, which {lacks.where} has not")
+        self.labels = {number: train.classes.index(self.classes[label - 1]) + 1 for number, label in self.labels.items()}
+        self.classes = train.classes
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -195,6 +203,23 @@ def _is_polygon(part: Any) -> bool:
     return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and all(_is_number(value) for value in part)
 
 
+def _check_ids(path: Path, key: str, entries: list[Any]) -> None:
+    """Raises ValueError naming two entries of one id, or two categories of one name."""
+    for field in ("id", "name") if key == "categories" else ("id",):
+        seen: dict[Any, dict[str, Any]] = {}
+        for entry in (entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get(field), (int, str))):
+            first = seen.setdefault(entry[field], entry)
+            if first is not entry:
+                both = f"{_called(first)} and {_called(entry)}"
+                raise ValueError(f"{path}: {key} has {field} {entry[field]!r} twice: {both}; give each its own")
+
+
+def _called(entry: dict[str, Any]) -> str:
+    return str(entry.get("file_name") or entry.get("name") or {k: entry.get(k) for k in ("image_id", "category_id", "bbox")})[
+        :80
+    ]
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -203,6 +228,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(values, dict) or not isinstance(values.get(key), list):
             raise ValueError(f"{path} is not in COCO format: it needs a list called {key}")
+    for key in ("images", "annotations", "categories"):
+        _check_ids(path, key, values[key])
     for category in values["categories"]:
         if not isinstance(category, dict) or not {"id", "name"} <= set(category):
             raise ValueError(f"{path}: a category needs id and name; got {str(category)[:80]}")

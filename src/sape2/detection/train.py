@@ -97,6 +97,7 @@ def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
         source = Path(images.source).expanduser()
     limits = {"train": images.train_images, "test": images.test_images}
     train, test = (open_split(source, split, config.detector.masks, limit) for split, limit in limits.items())
+    test.match_classes(train)
     for split in (train, test):
         if len(split.classes) != config.model.num_classes or split.classes != train.classes:
             raise ValueError(

@@ -1,0 +1,130 @@
+"""Labels go by name: other orders are matched, and what cannot be matched is refused with both names."""
+
+import io
+import tarfile
+
+import datasets
+import pytest
+from PIL import Image
+
+from sape2.config import DataConfig, model_config
+from sape2.data import folder, load_data, webdataset
+from sape2.data.labels import check_names, renumber
+
+
+def png(value):
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (value,) * 3).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_file(path, names, labels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    images = [{"bytes": png(10 + 100 * (names[label] == "dog")), "path": None} for label in labels]
+    datasets.Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(path)
+
+
+def load(path):
+    model = model_config("vit_nano", image_size=8, patch_size=4, num_classes=2)
+    return load_data(DataConfig(name="imagenet", source=str(path), validation_fraction=0.25), model)
+
+
+def named(split):
+    return [split.classes[int(label)] for label in split.labels]
+
+
+def seen(split):
+    return ["dog" if image.float().mean() > 60 else "cat" for image in split.images]
+
+
+def write_shard(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_folder(where, files):
+    for name in files:
+        (where / name).parent.mkdir(parents=True, exist_ok=True)
+        (where / name).write_bytes(png(1))
+    return where
+
+
+def test_parquet_labels_of_another_order_are_matched_between_splits_and_files(tmp_path):
+    write_file(tmp_path / "data" / "train-00000-of-00002.parquet", ["cat", "dog"], [0, 1] * 4)
+    write_file(tmp_path / "data" / "train-00001-of-00002.parquet", ["dog", "cat"], [0, 1] * 4)
+    write_file(tmp_path / "data" / "test-00000-of-00001.parquet", ["dog", "cat"], [0, 0, 1])
+    splits = load(tmp_path)
+    assert splits.test.classes == splits.train.classes == ("cat", "dog")
+    for split in (splits.train, splits.validation, splits.test):
+        assert named(split) == seen(split)
+    assert splits.test.labels.tolist() == [1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "message"),
+    [
+        ([0], ["Cat", "dog"], "test has the class 'Cat', which train has not; it has 'cat': write both alike"),
+        ([2], ["dog", "cat", "cow"], "test has the class 'cow', which train has not"),
+        ([5], ["dog", "cat"], "test: label 5 is not in 0..1"),
+        ([0], ["dog", "dog "], "test names two classes 'dog' and 'dog '; give each a name of its own"),
+    ],
+)
+def test_labels_without_a_match_are_refused_with_both_names(labels, names, message):
+    with pytest.raises(ValueError) as error:
+        renumber(labels, names, ["cat", "dog"], "test", "train")
+    assert str(error.value) == message
+
+
+def test_labels_are_renumbered_by_name_and_missing_ones_stay():
+    assert renumber([0, 1, -1, None], ["dog", "cat", "cow"], ["cat", "dog"], "test", "train") == [1, 0, -1, None]
+    check_names(["cat", "dog"], "train")
+
+
+def test_hidden_folders_are_no_classes_and_give_no_images(tmp_path):
+    kept = [f"{split}/{name}/a.png" for split in ("train", "test") for name in ("cat", "dog")]
+    hidden = ["train/.ipynb_checkpoints/a.png", "train/__MACOSX/a.png", "train/@eaDir/a.png", "train/cat/@eaDir/b.png"]
+    write_folder(tmp_path, [*kept, *hidden, "train/cat/.ipynb_checkpoints/a.png", "train/.DS_Store", "train/cat/Thumbs.db"])
+    train = folder.read(tmp_path)["train"]
+    assert train.classes == ("cat", "dog")
+    assert train.labels == [0, 1]
+
+
+def test_a_training_class_without_images_is_refused(tmp_path):
+    write_folder(tmp_path, ["train/cat/a.png", "train/cow/notes.txt", "test/cat/a.png"])
+    with pytest.raises(ValueError, match=r"train/cow holds no images"):
+        folder.read(tmp_path)
+
+
+def test_a_test_class_of_other_capitals_is_refused_with_both_names(tmp_path):
+    write_folder(tmp_path, ["train/cat/a.png", "test/Cat/a.png"])
+    with pytest.raises(ValueError, match=r"has the class 'Cat', which .*train has not; it has 'cat'"):
+        folder.read(tmp_path)
+
+
+@pytest.mark.parametrize("order", [("a.png", "a.depth.png", "a.mask.png"), ("a.depth.png", "a.mask.png", "a.png")])
+def test_the_plain_image_of_a_sample_is_read(tmp_path, order):
+    shard = write_shard(tmp_path / "train.tar", [("a.cls", b"1"), *((name, png(len(name))) for name in order)])
+    [(key, offset, size, label)] = webdataset.index_shard(shard)
+    assert (key, label) == ("a", 1)
+    assert shard.read_bytes()[offset : offset + size] == png(len("a.png"))
+
+
+@pytest.mark.parametrize("names", [("a.jpg", "a.png"), ("a.png", "a.png"), ("22.5.png", "22.6.png")])
+def test_two_images_of_one_key_are_refused_with_both_names(tmp_path, names):
+    shard = write_shard(tmp_path / "train.tar", [(name, png(1)) for name in names])
+    with pytest.raises(ValueError, match=f"has two images, {names[0]} and {names[1]};"):
+        webdataset.index_shard(shard)
+
+
+def test_names_in_shards_are_numbered_by_classes_txt(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog \n\n")
+    for split in ("train", "test"):
+        write_shard(tmp_path / f"{split}.tar", [("a.png", png(1)), ("a.cls", b"dog"), ("b.png", png(1)), ("b.cls", b"0")])
+    found = webdataset.read(tmp_path)
+    assert found["test"].classes == ("cat", "dog")
+    assert found["train"].labels == [1, 0]
