@@ -6,6 +6,7 @@ Images and heads are one axis C here, and m is the number of query rows of a blo
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.attention.paths import is_small, map_elements
-from sape2.attention.products import rotate
+from sape2.attention.products import padded, rotate
 from sape2.encodings.base import AttentionBias, AttentionEncoding, LineScores, bias_of, full_precision, no_autocast
 from sape2.encodings.grid import Axis, Grid, num_prefix_tokens, own_line
 
@@ -33,10 +34,18 @@ def attend_in_blocks(
     tensors = [rotated_q, rotated_k, v, *content]
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
-    parameters = [p for p in encoding.parameters() if p.requires_grad]
+    held = _held(encoding)
+    parameters = list({id(t): t for t in held.values() if t.requires_grad}.values())
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *parameters))
     with no_autocast(q):
-        return BlockAttention.apply(_Call(encoding, grid, parameters, len(tensors), differentiated), *tensors, *parameters)
+        call = _Call(encoding, grid, held, parameters, len(tensors), differentiated)
+        return BlockAttention.apply(call, *tensors, *parameters)
+
+
+def _held(encoding: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, by every name that they have."""
+    parameters, buffers = (of(remove_duplicate=False) for of in (encoding.named_parameters, encoding.named_buffers))
+    return dict(parameters) | dict(buffers)
 
 
 @dataclass(frozen=True)
@@ -45,9 +54,23 @@ class _Call:
 
     encoding: AttentionEncoding
     grid: Grid
-    parameters: list[nn.Parameter]
+    held: dict[str, Tensor]  # by the encoding in this call; `torch.func.functional_call` takes them back when it ends
+    parameters: list[Tensor]  # those that learn
     num_tensors: int  # q, k, v, and, where the encoding rotates, q and k before that
     differentiated: bool
+
+    def leaves(self) -> list[Tensor]:
+        """The parameters, or copies of those at which a gradient in between would not stop, or would meet a hook twice."""
+        return [p if p.is_leaf and not p._backward_hooks else p.detach().requires_grad_() for p in self.parameters]
+
+    def encoding_with(self, parameters: Sequence[Tensor]) -> AttentionEncoding:
+        """The encoding as it was in the call, with these in the place of its parameters."""
+        other = {id(old): new for old, new in zip(self.parameters, parameters, strict=True)}
+        wanted = {name: other.get(id(t), t) for name, t in self.held.items()}
+        now = _held(self.encoding)
+        if len(now) == len(wanted) and all(now.get(name) is t for name, t in wanted.items()):
+            return self.encoding
+        return _with_tensors(self.encoding, wanted)
 
     def keeps(self, q: Tensor) -> bool:
         """Whether softmax weights and the encoding's graph are kept for the backward pass, or computed again in it."""
@@ -64,11 +87,22 @@ class _Call:
         return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
+def _with_tensors(module: Any, tensors: dict[str, Tensor], prefix: str = "") -> Any:
+    """A shallow copy of a module that holds other parameters and buffers; other threads may use the module meanwhile."""
+    module = copy.copy(module)
+    for kind in ("_parameters", "_buffers"):
+        vars(module)[kind] = {name: tensors.get(prefix + name, t) for name, t in vars(module)[kind].items()}
+    parts = vars(module)["_modules"].items()
+    vars(module)["_modules"] = {n: None if m is None else _with_tensors(m, tensors, f"{prefix}{n}.") for n, m in parts}
+    return module
+
+
 class BlockAttention(torch.autograd.Function):
     """Attention and its gradients by the same matrix products as the plain form, a few images (or rows) at a time.
 
     With P = softmax(L) and L = q k^T / sqrt(d) + bias: dL = P (dP - rowsum(dO O)), dP = dO v^T. What the bias is made of is
     differentiated by autograd, in a small graph for each block; the map itself by the terms of the bias (`encodings.bias`).
+    Gradients that shall be differentiated again (`create_graph=True`) are those of the plain form, whole maps at once.
     """
 
     @staticmethod
@@ -86,14 +120,15 @@ class BlockAttention(torch.autograd.Function):
                 output[images][:, :, rows] = _WORKSPACE.product("values", weights, chunk.v).unflatten(0, (-1, heads))
             ctx.graphs.append(chunk.graph if keep else None)
         ctx.call = call
-        ctx.save_for_backward(output, kept, *tensors)
+        ctx.save_for_backward(output, kept, *inputs)
         return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        output, kept, *tensors = ctx.saved_tensors
-        call = ctx.call
+        output, kept, *inputs = ctx.saved_tensors
+        call, tensors = ctx.call, inputs[: ctx.call.num_tensors]
+        if torch.is_grad_enabled():
+            return None, *_differentiable_gradients(call, inputs, ctx.needs_input_grad[1:], grad)
         grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
         parameter_grads = [torch.zeros_like(p) for p in call.parameters]
         with no_autocast(grad):
@@ -108,18 +143,39 @@ class BlockAttention(torch.autograd.Function):
         return None, *grads, *parameter_grads
 
 
+def _differentiable_gradients(call: _Call, inputs: list[Tensor], needed: Sequence[bool], grad: Tensor) -> list[Tensor | None]:
+    """The gradients of all inputs as a graph of their own, by the plain form.
+
+    Views stand for the inputs: the inputs depend on each other, q on the parameters of the layers before, and what comes
+    that way is not of this call.
+    """
+    inputs = [t.view_as(t) for t in inputs]
+    q, k, v, *content = inputs[: call.num_tensors]
+    encoding, num_prefix = call.encoding_with(inputs[call.num_tensors :]), num_prefix_tokens(q.shape[-2], call.grid)
+    with no_autocast(grad):
+        grid_q, grid_k = (full_precision(t[:, :, num_prefix:]) for t in content or (q, k))
+        bias = encoding.bias(grid_q, grid_k, call.grid)
+        scores = full_precision(q) * q.shape[-1] ** -0.5 @ full_precision(k).transpose(-1, -2)
+        scores = scores if bias is None else scores + padded(bias.dense(), q.shape[-2])
+        output = scores.softmax(-1).to(v.dtype) @ v
+        wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
+        found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
+
+
 class _BiasGraph(NamedTuple):
     """The bias of a few images and the leaves that it was made from: q, k and, for some, the scores within lines."""
 
     content: list[Tensor]
     scores: LineScores
+    parameters: list[Tensor]
     bias: AttentionBias | None
 
-    def gradients(self, grads: list[Tensor], parameters: list[nn.Parameter]) -> list[Tensor | None]:
+    def gradients(self, grads: list[Tensor]) -> list[Tensor | None]:
         """From the gradients of the bias's tensors to those of the content, of the line scores and of the parameters."""
         outputs = [t for t in self.tensors() if t.requires_grad]
         output_grads = [g for t, g in zip(self.tensors(), grads, strict=True) if t.requires_grad]
-        leaves = [*self.content, *self.scores.values(), *parameters]
+        leaves = [*self.content, *self.scores.values(), *self.parameters]
         if not outputs:
             return [None] * len(leaves)
         return list(torch.autograd.grad(outputs, leaves, output_grads, allow_unused=True))
@@ -153,15 +209,16 @@ class _Chunk:
         return weights if out is None else out.copy_(weights)
 
     def _make_bias(self, scores: Tensor, with_graph: bool) -> _BiasGraph:
-        encoding, content = self.call.encoding, [t.detach().requires_grad_(with_graph) for t in self.content]
-        lines: LineScores = {}
+        content = [t.detach().requires_grad_(with_graph) for t in self.content]
+        parameters = self.call.leaves() if with_graph else self.call.parameters
+        encoding, lines = self.call.encoding_with(parameters), LineScores()
         if self.call.num_tensors == 3 and len(self.all_rows) == 1:
             for axis in encoding.score_axes:
                 lines[axis] = self._lines(scores, axis).clone().requires_grad_(with_graph)
         own = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)  # not those of a checkpoint around the call
         with torch.set_grad_enabled(with_graph), own:
             bias = bias_of(encoding, content[0], content[1], self.call.grid, lines)
-        return _BiasGraph(content, lines, bias)
+        return _BiasGraph(content, lines, parameters, bias)
 
     def _lines(self, rows_of_map: Tensor, axis: Axis) -> Tensor:
         """A view of the part of all rows that lies within a token's own line, (B, h, S, H, W)."""
@@ -211,7 +268,7 @@ class _Chunk:
             graph.bias.accumulate(part, grid_rows, bias_grads, work)
         if rows is not self.all_rows[-1]:
             return []
-        found = graph.gradients(bias_grads, self.call.parameters)
+        found = graph.gradients(bias_grads)
         for axis, line_grad in zip(graph.scores, found[2:], strict=False):
             if line_grad is not None:
                 self._lines(change, axis).add_(line_grad)
@@ -233,7 +290,8 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 class _Workspace(threading.local):
     """Buffers that every block of every call uses again, one set a thread: fresh memory would cost more time than the work.
 
-    What they hold never leaves a call. Only small ones are kept, a few MB in all.
+    What they hold never leaves a call. Only small ones are kept, a few MB in all, and only on a CPU: elsewhere a second
+    stream or a replayed CUDA graph would write into them. Tensors of inference mode and of tracers are not kept either.
     """
 
     def __init__(self) -> None:
@@ -242,10 +300,12 @@ class _Workspace(threading.local):
     def buffer(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """A contiguous tensor with any content, on the device and in the dtype of `like`."""
         size, key = math.prod(shape), (name, like.dtype, like.device)
-        if size > 4 * BLOCK_ELEMENTS:
+        traced = type(like) is not Tensor or torch._C._len_torch_dispatch_stack() > 0
+        if size > 4 * BLOCK_ELEMENTS or like.device.type != "cpu" or traced:
             return like.new_empty(shape)
         if key not in self.buffers or len(self.buffers[key]) < size:
-            self.buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):
+                self.buffers[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return self.buffers[key][:size].view(shape)
 
     def product(

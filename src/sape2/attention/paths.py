@@ -27,14 +27,15 @@ def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) ->
 
     With a bias, on a CPU: blocks. On an accelerator a bias needs one map of all images and heads, so blocks only where
     that would take more than 4 GB of float32. Where a graph is traced, for functional and forward-mode derivatives,
-    which need single differentiable operations, and for dropout: products on a CPU, fused on an accelerator.
+    which need single differentiable operations, for dropout, and in replicas of `nn.DataParallel`, which name no
+    parameters: products on a CPU, fused on an accelerator.
     Without a bias: fused, but on a CPU products up to 512 tokens, where the backward pass of the fused kernel is three to
     five times slower in bf16 (benchmarks/results/attention_path.md).
     """
     on_cpu = q.device.type in ("cpu", "meta")
     if not encoding.makes_bias:
         return "products" if on_cpu and q.shape[-2] <= 512 else "fused"
-    if torch.compiler.is_compiling() or q.is_meta or _is_transformed(q) or dropout:
+    if torch.compiler.is_compiling() or q.is_meta or _is_transformed(q) or dropout or _is_replica(encoding):
         return "products" if on_cpu else "fused"
     return "blocks" if on_cpu or map_elements(q) > 2**30 else "fused"
 
@@ -53,6 +54,10 @@ def describe_path(q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: Attenti
 def _is_transformed(q: Tensor) -> bool:
     """Inside torch.func (grad, vmap, jvp), or q carries a forward-mode tangent."""
     return torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(q).tangent is not None
+
+
+def _is_replica(encoding: AttentionEncoding) -> bool:
+    return getattr(encoding, "_is_replica", False)
 
 
 def is_small(q: Tensor) -> bool:

@@ -236,9 +236,10 @@ class SumOfDistances(torch.autograd.Function):
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # pyrefly: ignore[bad-override]
         saved = ctx.saved_tensors  # once: a checkpoint around the call allows no second look
+        if torch.is_grad_enabled():
+            return tuple(_differentiable_gradient(vectors, grad) for vectors in saved)
         grads = [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in saved]
         grad = grad.flatten(0, -3)
         for vectors, target in zip(saved, grads, strict=True):
@@ -260,13 +261,28 @@ class SumOfDistances(torch.autograd.Function):
         return SumOfDistances.apply(*moved), 0
 
 
-def _exported_distances(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead tokens tokens"]:
-    """The product of `Sides` in operations that every graph format has; `cdist` has no form in ONNX."""
+def _squares(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead tokens tokens"]:
+    """The product of `Sides` in operations that every graph format has."""
     s = s - s.mean(-2, keepdim=True)
     norm = s.square().sum(-1, keepdim=True) * (1 - 8 * torch.finfo(s.dtype).eps)
     one = torch.ones_like(norm)
-    squares = torch.cat([-2 * s, one, norm], dim=-1) @ torch.cat([s, norm, one], dim=-1).transpose(-1, -2)
-    return squares.clamp_min(0).sqrt()
+    return torch.cat([-2 * s, one, norm], dim=-1) @ torch.cat([s, norm, one], dim=-1).transpose(-1, -2)
+
+
+def _exported_distances(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead tokens tokens"]:
+    """Without `cdist`, which has no form in ONNX."""
+    return _squares(s).clamp_min(0).sqrt()
+
+
+def _differentiable_gradient(
+    s: Float[Tensor, "*lead tokens places"], grad: Float[Tensor, "*lead tokens tokens"]
+) -> Float[Tensor, "*lead tokens places"]:
+    """dL/ds_i = sum_n (g_in + g_ni) (s_i - s_n) / D_in in operations that can be differentiated again; 0 where D_in is 0."""
+    squares = _squares(s)
+    apart = squares > 0
+    inverse = torch.where(apart, torch.where(apart, squares, 1).rsqrt(), 0)
+    weights = (grad + grad.transpose(-1, -2)) * inverse
+    return weights.sum(-1, keepdim=True) * s - weights @ s
 
 
 def _distance_tangent(s: Tensor, tangent: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ def resampled_means(
 
 
 @functools.lru_cache(maxsize=1)
+@torch.inference_mode(False)
 def _resampled_counts(images: int, resamples: int, seed: int) -> Float[Tensor, "resamples images"]:
     """How often each image is drawn; the rows of a measurement are over the same number of images, hence the cache."""
     generator = torch.Generator().manual_seed(seed)

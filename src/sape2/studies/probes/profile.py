@@ -140,6 +140,7 @@ def bits(masks: Int[Tensor, "*lead"], width: int) -> Int[Tensor, "*lead width"]:
 
 
 @cache
+@torch.inference_mode(False)
 def is_trained(width: int) -> Bool[Tensor, " masks"]:
     """70 % of all masks, by a hash, so that the split depends on nothing that is drawn."""
     digests = (hashlib.blake2b(f"{width}:{mask}".encode(), digest_size=4).digest() for mask in range(2**width))
