@@ -13,30 +13,9 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-# Pages that are still to be rewritten. One that has been must leave this set.
-NOT_YET = {
-    "docs/hosts/README.md",
-    "docs/hosts/pytorch.md",
-    "docs/hosts/timm.md",
-    "docs/hosts/torchvision.md",
-    "docs/hosts/transformers.md",
-    "docs/reference/encodings.md",
-    "docs/reference/equations.md",
-    "docs/reference/export.md",
-    "docs/reference/hosts.md",
-    "docs/reference/index.md",
-    "docs/reference/models.md",
-    "docs/reference/runs.md",
-}
-
-
 @pytest.mark.parametrize("page", pages(), ids=name_of)
 def test_a_page_is_written_by_the_rules(page):
-    found = faults(page)
-    if name_of(page) in NOT_YET:
-        assert found, f"{name_of(page)} keeps the rules now: take it out of NOT_YET"
-    else:
-        assert found == []
+    assert faults(page) == []
 
 
 def written(folder: Path, body: str, name: str = "docs/page.md") -> Path:

@@ -87,7 +87,7 @@ def memory_named(config: DetectionConfig) -> AbstractContextManager[None]:
 
 
 def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
-    """Training and test images; the composed set is made where it is not there yet. Raises ValueError if classes do not fit."""
+    """Training and test images; the composed set is made if it does not exist. Raises ValueError if classes do not fit."""
     images = config.images
     if images.name == "coco_digits":
         source = compose(Path(images.source or COMPOSED), images.train_images or 0, images.test_images or 0)

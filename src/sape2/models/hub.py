@@ -101,7 +101,7 @@ def model_of(model: nn.Module) -> ModelConfig:
 def load_pretrained(model_class: type[Model], source: str | Path, revision: str | None = None) -> Model:
     """The model that a folder, or a hub repository ("owner/name"), holds, in evaluation mode on the CPU.
 
-    Raises FileNotFoundError or ValueError in one line if it is not there, damaged, or of another version.
+    Raises FileNotFoundError or ValueError in one line if it is missing, damaged, or of another version.
     """
     folder = find_folder(source, revision)
     for name in (CONFIG, WEIGHTS):

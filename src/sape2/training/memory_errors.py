@@ -1,4 +1,4 @@
-"""Memory that is not there: one line with what was asked of it, and the ways out, in place of a traceback."""
+"""Out of memory: one line that names what did not fit and the settings that make it smaller, in place of a traceback."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ class Processes:
         self._close()
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others why, if they come to hear it, and closes the connections."""
+        """Sends the reason to the others, waits ten seconds at most for them, and closes the connections."""
         if self._group is None:
             return
         with contextlib.suppress(RuntimeError, OSError):

@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set")
-    parser.add_argument("--all", action="store_true", help="print every row, not the headline numbers of a measure of many")
+    parser.add_argument("--all", action="store_true", help="print every row, not only the headline numbers")
     add_json(parser)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from sape2.cli.options import whole_number
 from sape2.cli.output import say
 
-HELP = "the same and more in the browser, patch by patch"
+HELP = "look into a finished run in the browser, patch by patch"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

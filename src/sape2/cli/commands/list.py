@@ -10,7 +10,7 @@ from sape2.cli.options import add_json
 from sape2.cli.output import Row
 from sape2.config import MODELS, ModelConfig
 
-HELP = "what there is to choose from"
+HELP = "list recipes, encodings, models and other names to choose from"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

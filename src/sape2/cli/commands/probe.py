@@ -12,7 +12,7 @@ from sape2.cli.output import Row, drawn, say
 if TYPE_CHECKING:
     from sape2.studies.probe import Cell
 
-HELP = "train small models on a controlled task, and measure where that holds"
+HELP = "train small models on a controlled task, measure on changed scenes"
 ENCODINGS = "none,ape,rope,rpe,cope,sape2,ape+sape2"
 
 
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", metavar="TASK", help="see: sape2 list probes")
     parser.add_argument("--encodings", default=ENCODINGS, metavar="A,B", help=f"(default {ENCODINGS})")
     parser.add_argument("--seeds", default="3", metavar="N", help="seeds 0 to N - 1 (default 3)")
-    parser.add_argument("--layers", default="2", metavar="N,…", help="(default 2)")
+    parser.add_argument("--layers", default="2", metavar="N,…", help="depths of the models (default 2)")
     parser.add_argument("--steps", metavar="N", help="updates of each model (default: what the task says)")
     parser.add_argument("--out", metavar="DIR", help="for results.jsonl and the figure (default runs/probe-TASK)")
     parser.add_argument("--examples", metavar="FILE", help="only draw some scenes of every split, into a picture")

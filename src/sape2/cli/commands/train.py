@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sape2.models.vit import ViT
     from sape2.training.processes import Processes
 
-HELP = "train a model by a recipe, or go on where that stopped"
+HELP = "train a model by a recipe, or resume a stopped run"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

@@ -54,7 +54,7 @@ class Comparison:
                 yield about | number | {"measure": column.measure, "runs": [str(run.folder) for run in group.runs]}
 
     def table(self) -> list[Row]:
-        """For people: one line a group, "mean ± std" over seeds; cells that were not measured are not there."""
+        """For people: one line a group, "mean ± std" over seeds; cells that were not measured are left out."""
         return [
             {"encoding": group.label, "seeds": group.seeds}
             | {column.heading: text for column in self.columns() if (text := _cell(column, group))}
