@@ -1,6 +1,7 @@
 """Labels go by name: other orders are matched, and what cannot be matched is refused with both names."""
 
 import io
+import re
 import tarfile
 
 import datasets
@@ -75,9 +76,8 @@ def test_parquet_labels_of_another_order_are_matched_between_splits_and_files(tm
     ],
 )
 def test_labels_without_a_match_are_refused_with_both_names(labels, names, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         renumber(labels, names, ["cat", "dog"], "test", "train")
-    assert str(error.value) == message
 
 
 def test_labels_are_renumbered_by_name_and_missing_ones_stay():

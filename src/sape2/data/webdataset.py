@@ -110,7 +110,8 @@ def _only(path: Path, key: str, found: list[tuple[str, int, int]]) -> tuple[int,
     plain = [image for image in found if "." not in _key(image[0])[1]] or found
     if len(plain) > 1:
         raise ValueError(
-            f"{path}: sample {key} has two images, {plain[0][0]} and {plain[1][0]}; a key ends at the first dot and has one image"
+            f"{path}: sample {key} has two images, {plain[0][0]} and {plain[1][0]}; "
+            "a key ends at the first dot and has one image"
         )
     return plain[0][1:]
 
