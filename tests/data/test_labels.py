@@ -96,7 +96,7 @@ def test_hidden_folders_are_no_classes_and_give_no_images(tmp_path):
 
 def test_a_training_class_without_images_is_refused(tmp_path):
     write_folder(tmp_path, ["train/cat/a.png", "train/cow/notes.txt", "test/cat/a.png"])
-    with pytest.raises(ValueError, match=r"train/cow holds no images"):
+    with pytest.raises(ValueError, match=r"train: the class 'cow' has 0 images"):
         folder.read(tmp_path)
 
 

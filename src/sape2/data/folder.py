@@ -122,7 +122,7 @@ def _all_filled(train: FolderImages) -> FolderImages:
     """Raises ValueError naming a class folder without images: that class could never be learned."""
     empty = sorted({*range(len(train.classes))} - {*train.labels})
     if empty and train.labels:
-        raise ValueError(f"{train.root / train.classes[empty[0]]} holds no images; put some there, or remove the folder")
+        raise ValueError(f"{train.root}: the class {train.classes[empty[0]]!r} has 0 images; add some, or remove its folder")
     return train
 
 

@@ -99,7 +99,7 @@ def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
     train, test = (open_split(source, split, config.detector.masks, limit) for split, limit in limits.items())
     test.match_classes(train)
     for split in (train, test):
-        if len(split.classes) != config.model.num_classes or split.classes != train.classes:
+        if len(split.classes) != config.model.num_classes:
             raise ValueError(
                 f"{split.where} has {len(split.classes)} categories, {', '.join(split.classes[:3])}, …; wanted those of "
                 f"{train.where}, as many as --set model.num_classes={len(train.classes)}, got {config.model.num_classes}"
