@@ -30,13 +30,17 @@ Trainable = Literal["all", "encoding"]
 # --- the tokens of a call --------------------------------------------------------------------------------------------
 
 
-class _Running(threading.local):
-    """Where one thread is in its calls of the model."""
+class _Place:
+    """Where the calls of the model are."""
 
     def __init__(self) -> None:
         self.grid: Grid | None = None
         self.task = -1  # the backward pass in which the grid was read, -1 outside of any
         self.outer: list[tuple[Grid | None, int]] = []  # of the calls around this one, where a hook calls the model again
+
+
+class _Running(_Place, threading.local):
+    """A place for each thread."""
 
 
 class Tokens:
@@ -51,6 +55,7 @@ class Tokens:
         self.num_prefix, self.given = num_prefix, grid
         self.counts = counts  # whether the encoding looks beyond pairs of patches
         self.running = _Running()
+        self.compiled = _Place()  # of compiled code, for which torch.compile knows no threads
         self.seen: dict[int, set[Grid]] = {}  # by thread, since the last backward pass of that thread
         self.over: set[int] = set()  # threads whose backward pass has begun
 
@@ -63,7 +68,14 @@ class Tokens:
     @property
     def grid(self) -> Grid | None:
         """Of this thread; where it has none, the one that was given for all (`set_grid`)."""
-        return self.running.grid or self.given
+        return self._place().grid or self.given
+
+    def _place(self) -> _Place:
+        return self.compiled if torch.compiler.is_compiling() else self.running
+
+    def _read(self, grid: Grid | None) -> None:
+        """Also for compiled blocks in a model that is not compiled."""
+        self._place().grid = self.compiled.grid = grid
 
     def give(self, grid: Grid) -> None:
         """For the calls of this thread, and for threads that were given none."""
@@ -72,27 +84,29 @@ class Tokens:
     # Hooks. Of the model: `enter`, `leave`; of the module that makes the patches: `forget`; of its projection: `__call__`.
 
     def enter(self, model: nn.Module, inputs: Any) -> None:
-        running = self.running
-        running.outer.append((running.grid, running.task))
-        running.grid = None
+        if not torch.compiler.is_compiling():  # a graph would be made again for every grid that was there before
+            self.running.outer.append((self.running.grid, self.running.task))
+        self._read(None)
 
     def leave(self, model: nn.Module, inputs: Any, output: Any) -> None:
         """After a call inside another one, its grid again."""
-        running = self.running
-        before = running.outer.pop() if running.outer else (None, -1)
-        if running.outer:
-            running.grid, running.task = before
+        if torch.compiler.is_compiling() or not self.running.outer:
+            return
+        grid, task = self.running.outer.pop()
+        if self.running.outer:
+            self._read(grid)
+            self.running.task = task
 
     def forget(self, patches: nn.Module, inputs: Any) -> None:
         """So that a projection put in the place of the one with the hook cannot leave an old grid."""
-        self.running.grid = None
+        self._read(None)
 
     def __call__(self, projection: nn.Module, inputs: Any, output: Tensor) -> None:
-        running = self.running
-        running.grid = grid = (output.shape[-2], output.shape[-1])
+        grid = (output.shape[-2], output.shape[-1])
+        self._read(grid)
         if torch.compiler.is_compiling():
             return
-        running.task = _backward_pass()
+        self.running.task = _backward_pass()
         if not torch.is_grad_enabled():
             return
         thread = threading.get_ident()
