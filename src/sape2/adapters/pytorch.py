@@ -140,8 +140,11 @@ def attach_attention(
 
 
 def set_grid(attention: nn.MultiheadAttention, grid: Grid) -> None:
-    """The grid of the calls that follow, for an attention of `attach_attention`; in models it is read off the images."""
+    """The grid of the calls that follow, for an attention of `attach_attention`; in models it is read off the images.
+
+    Threads that set a grid keep their own; all others get the last one that was set.
+    """
     attachment = attachment_of(attention)
-    if attachment.hook is not None:
+    if attachment.hooks:
         raise ValueError("the grid of a model is read off the output of its patch projection; nothing needs to be set")
-    attachment.tokens.grid = check_grid(grid)
+    attachment.tokens.give(check_grid(grid))
