@@ -111,7 +111,11 @@ def test_a_resized_table_of_ones_stays_one(name: str, value: float, grid: Grid) 
         ("rope:temperature=0", 8, "rope:temperature must be above 0; got 0"),
         ("cope:num_positions=1", 8, "cope:num_positions must be at least 2"),
         ("rope:beyond=clamp", 8, "rope:beyond must be one of extrapolate, rescale; got 'clamp'"),
-        ("alibi:slope=1", 8, "alibi has no option 'slope'; known options: metric, slopes"),
+        (
+            "alibi:slope=1",
+            8,
+            r"^alibi has no option 'slope'; did you mean slopes\? known options: metric, slopes, every, share$",
+        ),
         ("cpe:kernel=5", 8, "cpe has no option 'kernel'; known options: padding"),
     ],
 )
