@@ -23,11 +23,8 @@ try:
 except Held:
     print("held", flush=True)
 else:
-    if sys.argv[2] == "fork" and os.fork() == 0:  # as a process that prepares images; it outlives its parent for a while
-        os.close(1)
-        sys.stdin.read()
-        os._exit(0)
-    print("locked", flush=True)
+    if sys.argv[2] != "fork" or os.fork() == 0:  # as a process that prepares images; it outlives its parent for a while
+        print("locked", flush=True)
     sys.stdin.read()
 """
 
