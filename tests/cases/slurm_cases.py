@@ -53,14 +53,11 @@ elif command == "slurmd":
             break
     state(job, "FAILED" if status else "COMPLETED")
 elif command == "srun":
-    options = [part for part in arguments if part.startswith("--")]
-    logs = dict(part[2:].split("=", 1) for part in options if "=" in part)
     number, log = os.environ["SLURM_JOB_ID"], {{}}
-    for key in ("output", "error"):
-        if key in logs:
-            log[key] = open(logs[key].replace("%j", number).replace("%t", "0"), "a")
-    while arguments and arguments[0].startswith("-"):
-        arguments.pop(0) if "=" in arguments[0] or arguments[0] == "--unbuffered" else [arguments.pop(0), arguments.pop(0)]
+    while arguments[0].startswith("-"):
+        option = arguments.pop(0)[2:]
+        if option in ("output", "error"):
+            log[option] = open(arguments.pop(0).replace("%j", number).replace("%t", "0"), "a")
     sys.exit(abs(subprocess.call(arguments, stdout=log.get("output"), stderr=log.get("error"))))
 elif command == "sacct":
     print("JobID|State|NodeList")
@@ -79,6 +76,10 @@ def install_slurm(home, monkeypatch):
         path = home / "bin" / name
         path.write_text(SLURM.format(python=sys.executable, home=str(home)))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    import submitit
+
+    watcher = type(submitit.SlurmJob.watcher)(delay_s=2)  # remembers jobs by number, and numbers begin anew here
+    monkeypatch.setattr(submitit.SlurmJob, "watcher", watcher)
     monkeypatch.setenv("PATH", str(home / "bin"), prepend=os.pathsep)
 
 
