@@ -1,7 +1,7 @@
 """Faults put in on purpose: kills, full and read-only disks, lost folders, no memory, clocks that jump, older run folders.
 
 Each ends in a finished run or in one line with exit status 2, and nothing that was finished is lost. NaN, SIGTERM, damaged
-checkpoints: test_train.py; claims: test_claim.py; damaged run folders: test_cli.py; damaged images: test_layouts.py.
+checkpoints: test_train.py; locks: test_lock.py; damaged run folders: test_cli.py; damaged images: test_layouts.py.
 """
 
 import ast
