@@ -17,6 +17,8 @@ WHY = {
     "safetensors": "weights that cannot hold code",
     "jaxtyping": "shapes as types",
     "rich": "tables and progress in a terminal",
+    "filelock": "one process a run folder",
+    "submitit": "a study as jobs, here or on Slurm",
     "accelerate": "devices, mixed precision",
     "datasets": "hub data sets, parquet",
     "torchmetrics": "calibration error, COCO metrics",

@@ -27,7 +27,7 @@ from sape2.studies.compare.rawrows import read_raw
 from sape2.studies.compare.work import forget_failures, work
 from sape2.studies.run import StepMemory, run_to_end
 from sape2.training.checkpoint import read_config, read_rows
-from sape2.training.claim import Watcher
+from sape2.training.lock import hold
 
 SETTINGS = [
     "model.dim=12", "model.depth=1", "model.drop_path=0.2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=32",
@@ -50,8 +50,8 @@ class Tasks:
         self.splits = load_data(self.config.data, self.config.model)
 
     def train(self, folder):
-        with Watcher().wait(folder) as claim:
-            run_to_end(build_model(self.config), self.splits, self.config, claim, quiet=True)
+        with hold(folder) as lock:
+            run_to_end(build_model(self.config), self.splits, self.config, lock, quiet=True)
 
     def evaluate(self, folder):
         for split in ("test", "validation"):
@@ -62,8 +62,8 @@ class Tasks:
         study.start()
         forget_failures(study)  # three kills at one place are taken for a fault of the run; as `--retry-failed`
 
-        def run(cell, claim):
-            run_to_end(build_model(cell.config), self.splits, cell.config, claim, quiet=True)
+        def run(cell, lock):
+            run_to_end(build_model(cell.config), self.splits, cell.config, lock, quiet=True)
 
         work(study, run)
 
@@ -148,7 +148,7 @@ def half_written(folder):
 
 def left_behind(folder):
     """Hidden files that no running process needs."""
-    return [str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != ".claim"]
+    return [str(path.relative_to(folder)) for path in folder.rglob(".*") if path.name != ".lock"]
 
 
 def content(folder):

@@ -27,7 +27,7 @@ from sape2.studies.compare.outcome import accuracy_table, outcome, page, write_o
 from sape2.studies.compare.rawrows import each_once, raw_row, read_raw
 from sape2.studies.run import StepMemory
 from sape2.training.checkpoint import last_checkpoint, read_rows, save_weights, write_rows
-from sape2.training.claim import Watcher
+from sape2.training.lock import hold
 from sape2.training.loop import Trainer
 
 GRID = ["compare", "digits", "--encodings", "none,ape", "--seeds", "2", "--baseline", "ape"]
@@ -188,12 +188,12 @@ def test_sigterm_stops_after_the_step_and_the_same_command_goes_on(tmp_path, mon
         assert main(argv) == 128 + signal.SIGTERM
     assert "the same command goes on from there" in capfd.readouterr().err
     assert last_checkpoint(tmp_path / "out" / "none-s0").name == "step-00000001"
-    assert list((tmp_path / "out").rglob(".claim*")) == []
+    assert list((tmp_path / "out").rglob(".lock*")) == []
 
 
 def test_train_refuses_a_folder_that_another_process_holds(tmp_path, capfd):
     argv = ["train", "digits", *GRID[8:], "--out", str(tmp_path / "run")]
-    with Watcher().claim(tmp_path / "run"):
+    with hold(tmp_path / "run"):
         assert main(argv) == 2
         out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
@@ -233,7 +233,7 @@ def test_killed_workers_and_two_at_once_give_the_rows_of_one(tmp_path, start_com
         time.sleep(0.01)
     process.kill()
     process.communicate()
-    assert (folder / "ape-s0" / ".claim").exists()
+    assert (folder / "ape-s0" / ".lock").exists()
     workers = [start_compare(folder) for _ in range(2)]
     errors = [worker.communicate()[1] for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0]

@@ -17,8 +17,8 @@ from sape2.studies.compare.progress import duration, study_progress
 from sape2.studies.compare.rawrows import digest_of, raw_row, read_raw
 from sape2.studies.compare.work import Stopped, forget_failures, seconds_left, work
 from sape2.training.checkpoint import read_rows
-from sape2.training.claim import NAME, Holder, Watcher, this_machine
 from sape2.training.files import safe_name
+from sape2.training.lock import NAME, Holder, hold
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ class Runner:
     def __init__(self, outcomes=None):
         self.outcomes, self.seen = outcomes or {}, []
 
-    def __call__(self, cell, claim):
+    def __call__(self, cell, lock):
         self.seen.append(cell.name)
         outcome = self.outcomes.get(cell.name, 0.5)
         if isinstance(outcome, BaseException):
@@ -88,7 +88,7 @@ def test_a_study_can_grow_and_keeps_its_lines(tmp_path, study):
 def test_a_stop_between_runs_leaves_the_rest_for_later(study):
     caught = []
 
-    def stopping(cell, claim):
+    def stopping(cell, lock):
         finish(cell)
         caught.append(15)
 
@@ -140,9 +140,9 @@ def test_a_full_disk_stops_the_work_and_loses_no_line(study):
 
 
 def test_a_folder_that_is_deleted_stops_the_work_and_is_not_made_again(study):
-    def deleting(cell, claim):
+    def deleting(cell, lock):
         shutil.rmtree(study.folder)
-        claim.check()
+        lock.check()
 
     with pytest.raises(FileNotFoundError, match="none-s0 was removed while it was being written to"):
         work(study, deleting)
@@ -150,11 +150,11 @@ def test_a_folder_that_is_deleted_stops_the_work_and_is_not_made_again(study):
 
 
 def test_a_run_that_was_lost_to_another_worker_is_neither_failed_nor_finished_here(study):
-    def losing(cell, claim):
+    def losing(cell, lock):
         if cell.name == ALL[0] and not (cell.folder / "config.json").exists():
             finish(cell, 0.25)  # by the other one
             (cell.folder / NAME).unlink()
-            claim.check()
+            lock.check()
         finish(cell)
 
     rows = work(study, losing)
@@ -180,7 +180,7 @@ def test_workers_share_the_runs_without_double_work_and_all_see_all_lines(tmp_pa
 
 
 def test_a_run_that_another_holds_is_left_for_the_end_and_waited_for(study):
-    held = Watcher().claim(study.cells()[0].folder)
+    held = hold(study.cells()[0].folder)
     run, told = Runner(), []
 
     def tell(what, cell, rows):
@@ -193,16 +193,15 @@ def test_a_run_that_another_holds_is_left_for_the_end_and_waited_for(study):
     assert told.count("waiting") == 1
 
 
-def leave_claim(folder, **values):
+def leave_lock(folder, **values):
     folder.mkdir()
-    (folder / NAME).write_text(json.dumps(asdict(Holder("t", **values))))
+    (folder / NAME).write_text(json.dumps(asdict(Holder(**values))))
 
 
-@pytest.mark.skipif(this_machine() is None, reason="no /proc")
 def test_the_run_of_a_killed_worker_is_taken_up_but_not_if_it_kills_every_worker(study):
-    dead = {"machine": this_machine(), "started": "1", "note": "no checkpoint yet"}
-    leave_claim(study.cells()[0].folder, **dead)
-    leave_claim(study.cells()[1].folder, **dead, deaths=2)
+    dead = {"note": "no checkpoint yet"}
+    leave_lock(study.cells()[0].folder, **dead)
+    leave_lock(study.cells()[1].folder, **dead, deaths=2)
     run = Runner()
     rows = work(study, run)
     assert run.seen == [ALL[0], *ALL[2:]]

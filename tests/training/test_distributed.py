@@ -22,7 +22,7 @@ from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
 from sape2.studies.run import NOWHERE, shared_accuracy
 from sape2.training.checkpoint import last_checkpoint, read_rows
-from sape2.training.claim import Watcher
+from sape2.training.lock import hold
 from sape2.training.loop import Trainer, check_same_run, train
 from sape2.training.optimisation import make_accelerator
 from sape2.training.processes import ALONE, Processes, joined
@@ -517,7 +517,7 @@ def test_the_command_measures_and_draws_once_and_knows_a_finished_run(tmp_path):
         assert ended[1].said == ""
     assert (folder / "figures" / "curves.png").exists()
     assert {row["weights"] for row in read_rows(folder / "results.jsonl")} == {"last", "best"}
-    assert not (folder / ".claim").exists()
+    assert not (folder / ".lock").exists()
 
 
 @pytest.mark.slow
@@ -532,7 +532,7 @@ def test_the_command_measures_and_draws_once_and_knows_a_finished_run(tmp_path):
 )
 def test_a_refusal_is_one_line_and_status_2_in_every_process(tmp_path, extra, line):
     folder = tmp_path / "run"
-    with Watcher().claim(folder) if not extra else open(os.devnull):
+    with hold(folder) if not extra else open(os.devnull):
         ended = in_processes(tmp_path / "logs", 2, command, [*CLI, "--out", str(folder), *extra])
     for process in ended:
         assert process.status == 2, process.said

@@ -1,7 +1,7 @@
 """Faults put in on purpose: kills, full and read-only disks, lost folders, no memory, clocks that jump, older run folders.
 
 Each ends in a finished run or in one line with exit status 2, and nothing that was finished is lost. NaN, SIGTERM, damaged
-checkpoints: test_train.py; claims: test_claim.py; damaged run folders: test_cli.py; damaged images: test_layouts.py.
+checkpoints: test_train.py; locks: test_lock.py; damaged run folders: test_cli.py; damaged images: test_layouts.py.
 """
 
 import ast
@@ -133,7 +133,7 @@ def test_what_is_half_written_is_seen(run):
 
 
 def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
-    kept = [".claim", ".failed.json", "model.safetensors", ".claim-after-0123456789abcdef"]
+    kept = [".lock", ".failed.json", "model.safetensors"]
     for name in [*kept, ".model.safetensors.4711-0123abcd", ".config.json.1-ffffffff"]:
         (tmp_path / name).write_text("")
     sweep(tmp_path)
@@ -278,14 +278,15 @@ def test_a_folder_that_is_lost_during_validation_is_not_written_to(tmp_path, mon
 
     def losing(model, data):
         if taken:
-            (folder / ".claim").write_text("{}")
+            (folder / ".lock").rename(folder / ".old")
+            (folder / ".lock").write_text("{}")
         else:
             shutil.rmtree(folder)
         return 0.5, 1.0
 
     monkeypatch.setattr("sape2.studies.run.quick_accuracy", losing)
     line = line_of(*TRAIN, folder)
-    assert ("the claim of this process" if taken else "was removed while it was being written to") in line
+    assert ("the lock of this process" if taken else "was removed while it was being written to") in line
     assert folder.exists() == taken
     assert [path for path in tmp_path.rglob("*") if path.name in ("best.safetensors", "metrics.jsonl", "step-00000004")] == []
 

@@ -30,7 +30,7 @@ ALLOWED = {
     "training.files": set(),
     "training.processes": set(),
     "training.sharding": set(),
-    "training.claim": set(),
+    "training.lock": set(),
     "training.memory_errors": {"config"},
     "training.checkpoint": {"config", "training.files"},
     "training.optimisation": {"config", "training.processes"},
@@ -72,9 +72,17 @@ ALLOWED = {
         "studies.compare.tables", "training.checkpoint", "training.files", "viz",
     },
     "studies.compare.plan": {"config", "studies.compare.rawrows", "training.checkpoint", "training.files"},
-    "studies.compare.work": {"studies.compare.plan", "studies.compare.rawrows", "training.checkpoint", "training.claim"},
+    "studies.compare.work": {"studies.compare.plan", "studies.compare.rawrows", "training.checkpoint", "training.lock"},
+    "studies.compare.runner": {
+        "data", "models.trained", "studies.compare.plan", "studies.compare.work", "studies.run", "training.checkpoint",
+        "training.lock", "training.loop",
+    },
+    "studies.compare.launch": {
+        "data", "studies.compare.plan", "studies.compare.rawrows", "studies.compare.runner", "studies.compare.work",
+        "training.checkpoint", "training.files", "training.interruption", "training.lock",
+    },
     "studies.compare.progress": {
-        "studies.compare.plan", "studies.compare.rawrows", "studies.compare.work", "training.checkpoint", "training.claim",
+        "studies.compare.plan", "studies.compare.rawrows", "studies.compare.work", "training.checkpoint", "training.lock",
     },
     "detection": {
         "config", "data", "detection", "encodings", "evaluation.runs", "models.vit", "training",
@@ -116,6 +124,7 @@ OPTIONAL = {
     "starlette",
     "uvicorn",
     "faster_coco_eval",
+    "submitit",
 }
 
 
@@ -198,6 +207,7 @@ def test_optional_libraries_are_imported_inside_functions_only(module, tree):
         ("cli", "from sape2.training.loop import train"),
         ("studies.compare.paired", "from sape2.studies.compare.rawrows import raw_row"),
         ("studies.compare.rawrows", "from sape2.studies.compare.plan import Study"),
+        ("studies.compare.work", "from sape2.studies.compare.launch import launch"),
         ("studies.compare.new", "from sape2.studies.compare.plan import Study"),
         ("evaluation.cost.rows", "from sape2.models.vit import ViT"),
         ("viz.curves", "from sape2.viz.explain import explain"),

@@ -17,8 +17,8 @@ from sape2.evaluation.runs import measure
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT
 from sape2.training.checkpoint import Progress, Row, check_run, is_finished
-from sape2.training.claim import Claim
 from sape2.training.files import sweep
+from sape2.training.lock import Lock
 from sape2.training.loop import TrainingStopped, train
 from sape2.training.memory_errors import in_training, told_in_one_line
 from sape2.training.processes import ALONE, Dismissed, Processes
@@ -32,18 +32,18 @@ def run_to_end(
     model: ViT,
     splits: Splits,
     config: RunConfig,
-    claim: Claim,
+    lock: Lock,
     quiet: bool = False,
     watch: Callable[[Progress], None] = lambda progress: None,
     processes: Processes = ALONE,
 ) -> list[Row]:
-    """Trains on from where the run in the claimed folder stands, unless it is finished, and measures the test set.
+    """Trains on from where the run in the locked folder stands, unless it is finished, and measures the test set.
 
-    Nothing is saved once the claim is lost. `watch` hears where the run stands after each step. Raises what `train` and
-    `Claim.check` raise, and OutOfMemory. The other `processes` must call `help_to_train`; they are let go when the
+    Nothing is saved once the lock is lost. `watch` hears where the run stands after each step. Raises what `train` and
+    `Lock.check` raise, and OutOfMemory. The other `processes` must call `help_to_train`; they are let go when the
     training is done.
     """
-    folder = claim.folder
+    folder = lock.folder
     check_run(folder, config)
     sweep(folder)
     if not is_finished(folder):
@@ -56,11 +56,11 @@ def run_to_end(
         try:
             with told_in_one_line(lambda: in_training(config, processes.size)):
                 validate = validation_of(splits, processes)
-                train(model, splits.train, validate, config, folder, quiet, look, processes, claim.check)
+                train(model, splits.train, validate, config, folder, quiet, look, processes, lock.check)
         finally:
             memory.close()
     processes.leave()
-    claim.check()
+    lock.check()
     return measure(folder, splits, ["accuracy"], "test", ["last", "best"])
 
 

@@ -10,11 +10,7 @@ from sape2.cli.options import add_json, recipe_name, resolve, split_encodings, w
 from sape2.cli.output import say, show_outcome
 
 if TYPE_CHECKING:
-    from sape2.data import Splits
-    from sape2.studies.compare.plan import Cell
-    from sape2.studies.compare.progress import StudyProgress
-    from sape2.studies.compare.work import Run
-    from sape2.training.claim import Claim
+    from sape2.studies.compare.launch import Launcher
 
 HELP = "encodings x seeds under one recipe, with paired differences"
 
@@ -30,6 +26,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="for runs, rows and tables (default runs/compare-RECIPE-MODEL)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again, from their last checkpoint")
+    parser.add_argument("--launcher", choices=["local", "slurm"], help="submit each run as a job (needs the extra cluster)")
+    parser.add_argument("--jobs", metavar="N", help="at most so many jobs at a time (default local: GPUs, or 1; slurm: all)")
+    parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="e.g. partition=gpu, timeout_min=60")
     add_json(parser)
     parser.set_defaults(encoding=None, seed=None)
 
@@ -53,9 +52,12 @@ def run(arguments: argparse.Namespace) -> int:
     if baseline not in study.encodings:
         raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
     study.check()
+    launcher = _launcher(arguments)
+    jobs = whole_number("--jobs", arguments.jobs) if arguments.jobs else None
     from sape2.data import load_data
     from sape2.models.trained import build_model
     from sape2.studies.compare.progress import study_progress
+    from sape2.studies.compare.runner import runner
     from sape2.training.interruption import catch_signals
 
     for cell in study.cells()[: len(study.encodings)]:
@@ -66,7 +68,12 @@ def run(arguments: argparse.Namespace) -> int:
         forget_failures(study)
     with catch_signals() as caught, study_progress(study) as shown:
         try:
-            rows = work(study, _run_cell(splits, shown), shown.tell, caught)
+            if launcher is None:
+                rows = work(study, runner(splits, shown.step), shown.tell, caught)
+            else:
+                from sape2.studies.compare.launch import launch
+
+                rows = launch(study, launcher, jobs or launcher.slots, shown.tell, caught)
             status = int(any("failed" in row for row in rows))
         except Stopped as stopped:
             say(f"sape2: {stopped}")
@@ -76,20 +83,25 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _run_cell(splits: Splits, shown: StudyProgress) -> Run:
-    """What `sape2 train` does with one cell, without a bar of its own."""
-    from sape2.data.augment import TrainStream
-    from sape2.models.trained import build_model
-    from sape2.studies.compare.work import Stopped
-    from sape2.studies.run import run_to_end
-    from sape2.training.loop import TrainingStopped
+def _launcher(arguments: argparse.Namespace) -> Launcher | None:
+    """Where jobs run, or None if this process does the work itself. Raises ValueError for options that need a launcher."""
+    if arguments.launcher is None:
+        for option, value in (("--jobs", arguments.jobs), ("--slurm", arguments.slurm)):
+            if value:
+                raise ValueError(f"{option} needs --launcher local or --launcher slurm")
+        return None
+    from sape2.studies.compare.launch import Local, Slurm
 
-    def run(cell: Cell, claim: Claim) -> None:
-        config = cell.config
-        total = TrainStream(splits.train, config.augment, config.train, config.seed).total_steps
-        try:
-            run_to_end(build_model(config), splits, config, claim, True, lambda progress: shown.step(progress, total))
-        except TrainingStopped as stopped:
-            raise Stopped(stopped.signal_number) from stopped
+    if arguments.launcher == "slurm":
+        return Slurm(dict(_parameter(text) for text in arguments.slurm))
+    if arguments.slurm:
+        raise ValueError("--slurm needs --launcher slurm; got --launcher local")
+    return Local()
 
-    return run
+
+def _parameter(text: str) -> tuple[str, int | str]:
+    """ "timeout_min=60" -> ("timeout_min", 60)."""
+    key, sign, value = text.partition("=")
+    if not (key and sign and value):
+        raise ValueError(f"--slurm needs KEY=VALUE, e.g. --slurm partition=gpu; got {text!r}")
+    return key, int(value) if value.isdecimal() else value

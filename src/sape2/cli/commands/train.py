@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.training.checkpoint import check_run, is_finished, read_rows, standing
-    from sape2.training.claim import Watcher
+    from sape2.training.lock import hold
 
     if not arguments.dry_run:
         check_run(folder, config)
@@ -71,9 +71,9 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
     from sape2.studies.run import run_to_end
     from sape2.training.loop import TrainingStopped
 
-    with Watcher().wait(folder, standing(folder), say=say) as claim:
+    with hold(folder, standing(folder)) as lock:
         try:
-            rows = run_to_end(model, splits, config, claim, processes=processes)
+            rows = run_to_end(model, splits, config, lock, processes=processes)
         except TrainingStopped as stopped:
             say(f"sape2: {stopped}")
             return 128 + stopped.signal_number

@@ -11,7 +11,7 @@ from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import Row
 from sape2.studies.compare.work import seconds_left
 from sape2.training.checkpoint import Progress
-from sape2.training.claim import NAME
+from sape2.training.lock import NAME
 
 
 @contextmanager
@@ -44,6 +44,8 @@ class StudyProgress:
         if what == "starting":
             self.cell, self.first_step, self.began = cell, -1, time.monotonic()
             self.bar.reset(self.run, description=cell.name, visible=True, total=None)
+        elif what == "submitted":
+            self.bar.reset(self.run, description="jobs under way", visible=True, total=None)
         elif what == "waiting":
             self.bar.reset(self.run, description="waiting for runs of other processes", visible=True, total=None)
         else:
@@ -57,6 +59,8 @@ class StudyProgress:
     def _line(self, what: str, cell: Cell) -> str:
         if what == "starting":
             return f"{cell.name}: starting, or going on, in {cell.folder}"
+        if what == "submitted":
+            return f"{cell.name}: submitted, to start or go on in {cell.folder}"
         row = next(row for row in self.rows if row["digest"] == cell.digest)
         done = f"{self._settled()} of {len(self.study.cells())} runs"
         if "failed" in row:

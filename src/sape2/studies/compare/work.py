@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import FAILED, Row, failure, is_done, note_failure
 from sape2.training.checkpoint import standing
-from sape2.training.claim import Claim, ClaimLost, Held, Watcher
+from sape2.training.lock import Held, Lock, LockLost, hold
 
 DEATHS = 3  # so many processes that vanished in a run without a new checkpoint: it is not tried a further time
 LOOK_S = 2.0  # between looks at runs that others hold
-Run = Callable[[Cell, Claim], None]  # trains and measures one cell, from where it stands
+Run = Callable[[Cell, Lock], None]  # trains and measures one cell, from where it stands
 Tell = Callable[[str, Cell, list[Row]], None]  # hears what happens to which cell, and the rows there are then
 
 
@@ -29,35 +29,34 @@ def work(
     run: Run,
     tell: Tell = lambda what, cell, rows: None,
     caught: Sequence[int] = (),
-    watcher: Watcher | None = None,
+    cells: Sequence[Cell] | None = None,
 ) -> list[Row]:
     """Does what is left of the study together with other processes, and returns the rows when nothing is left.
 
-    A run that another process holds is skipped and looked at again at the end: waited for, or taken over if that process
-    is gone. A run that raises is noted as failed, and the rest goes on; only OSError (a full disk, a folder that is gone)
-    stops the work. `tell` hears "starting", "finished", "failed" or "waiting". Raises Stopped before the next run, or while
-    waiting, once a signal is in `caught`.
+    `cells` are those to do (default all). A run that another process holds is skipped and looked at again at the end: it is
+    waited for, and taken up as soon as that process is gone. A run that raises is noted as failed, and the rest goes on; only
+    OSError (a full disk, a folder that is gone) stops the work. `tell` hears "starting", "finished", "failed" or "waiting".
+    Raises Stopped before the next run, or while waiting, once a signal is in `caught`.
     """
-    watcher = watcher or Watcher()
-    for cell in _until_settled(study, caught, tell):
+    for cell in _until_settled(study, study.cells() if cells is None else cells, caught, tell):
         try:
-            claim = watcher.claim(cell.folder, note=standing(cell.folder))
+            lock = hold(cell.folder, note=standing(cell.folder))
         except Held:
             continue
-        with claim:
+        with lock:
             if is_done(cell.folder) or failure(cell.folder):  # by another process, since we looked
                 continue
             tell("starting", cell, [])
-            what = _attempt(cell, claim, run)
+            what = _attempt(cell, lock, run)
             if what:
                 tell(what, cell, study.gather())
     return study.gather()
 
 
-def _until_settled(study: Study, caught: Sequence[int], tell: Tell) -> Iterator[Cell]:
+def _until_settled(study: Study, cells: Sequence[Cell], caught: Sequence[int], tell: Tell) -> Iterator[Cell]:
     """The cells that are not settled, again and again until there are none, with a pause where a round settled none."""
     settled = study.settled()
-    while left := [cell for cell in study.cells() if cell.digest not in settled]:
+    while left := [cell for cell in cells if cell.digest not in settled]:
         for cell in left:
             if caught:
                 raise Stopped(caught[0])
@@ -68,20 +67,20 @@ def _until_settled(study: Study, caught: Sequence[int], tell: Tell) -> Iterator[
             time.sleep(LOOK_S)
 
 
-def _attempt(cell: Cell, claim: Claim, run: Run) -> str | None:
-    """Runs the cell; "finished", or "failed" with the reason noted, or None if another process took it over."""
-    if claim.holder.deaths >= DEATHS:
-        reason = f"{DEATHS} processes in turn vanished in it at {claim.holder.note}; killed for want of memory, perhaps"
+def _attempt(cell: Cell, lock: Lock, run: Run) -> str | None:
+    """Runs the cell; "finished", or "failed" with the reason noted, or None if its lock was lost."""
+    if lock.holder.deaths >= DEATHS:
+        reason = f"{DEATHS} processes in turn vanished in it at {lock.holder.note}; killed for want of memory, perhaps"
         note_failure(cell.folder, cell.config, reason)
         return "failed"
     try:
-        run(cell, claim)
-    except ClaimLost:
+        run(cell, lock)
+    except LockLost:
         return None
     except (OSError, Stopped):
         raise
     except Exception as error:
-        claim.check()
+        lock.check()
         note_failure(cell.folder, cell.config, reason_of(error))
         return "failed"
     return "finished"

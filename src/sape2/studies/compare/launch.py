@@ -1,0 +1,281 @@
+"""A study as jobs of submitit, one a run: processes of this machine, or the queue of Slurm.
+
+What is to be done follows from the run folders, as it does for `work`, which each job does with one run. So it does not matter
+whether a job ends, is killed or never starts: a run that is not settled when its job is over is submitted again. That no run
+is done twice at once is the lock of its folder on one machine. In the queue Slurm sees to it: jobs of one run have one
+name, and of these one at a time may run (`singleton`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from sape2.data import load_data
+from sape2.studies.compare.plan import Cell, Study
+from sape2.studies.compare.rawrows import Row, failure, is_done, note_failure
+from sape2.studies.compare.runner import runner
+from sape2.studies.compare.work import DEATHS, LOOK_S, Stopped, Tell, reason_of, work
+from sape2.training.checkpoint import standing
+from sape2.training.files import digest_of, write_text
+from sape2.training.interruption import catch_signals
+from sape2.training.lock import Held, hold
+
+YEAR_MIN = 60 * 24 * 365  # a local job has no time limit, but submitit wants one
+OURS = ("array_parallelism", "dependency", "job_name", "name", "nodes", "ntasks_per_node", "tasks_per_node")
+
+
+class Job(Protocol):
+    """What is used of a job of submitit."""
+
+    job_id: Any
+
+    def done(self) -> bool: ...
+
+
+class Launcher(Protocol):
+    """Where jobs run; `slots` is how many at a time where nothing is said, None for all."""
+
+    slots: int | None
+
+    def submit(self, study: Study, cell: Cell, slot: int) -> Job: ...
+    def stop(self, jobs: Sequence[Job]) -> None: ...
+
+
+def jobs_folder(study: Study, cell: Cell) -> Path:
+    """Logs and job files of a cell; hidden, so not a part of what the study gave."""
+    return study.folder / ".jobs" / cell.folder.name
+
+
+def _reason_file(study: Study, cell: Cell) -> Path:
+    return jobs_folder(study, cell) / "reason.txt"
+
+
+# --- in the job ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CellJob:
+    """What a job does: its run, from where that stands. Before its time is over it saves a checkpoint and is requeued."""
+
+    study: Study
+    cell: Cell
+
+    def __call__(self) -> None:
+        with _requeue_when_asked() as requeue, catch_signals() as caught:
+            try:
+                splits = load_data(self.cell.config.data, self.cell.config.model)
+                work(self.study, runner(splits), caught=caught, cells=[self.cell])
+            except (Stopped, KeyboardInterrupt):
+                requeue()
+            except Exception as error:  # of everyone, a full disk say: what is wrong with this run alone is noted by `work`
+                traceback.print_exc()
+                write_text(_reason_file(self.study, self.cell), reason_of(error))
+
+    def checkpoint(self) -> Any:
+        """For submitit: the same again, since a run goes on from its folder."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+@contextmanager
+def _requeue_when_asked() -> Iterator[Callable[[], None]]:
+    """SIGUSR2, by which a job is told that its time is over, becomes SIGTERM, which ends training after the step.
+
+    What it gives is to be called then: submitit's own handler, which requeues the job and exits, if that signal came.
+    """
+    asked: list[int] = []
+
+    def remember(number: int, _: Any) -> None:
+        if not asked:
+            asked.append(number)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def requeue() -> None:
+        if asked and callable(previous):
+            previous(asked[0], None)
+
+    previous = signal.signal(signal.SIGUSR2, remember)
+    try:
+        yield requeue
+    finally:
+        signal.signal(signal.SIGUSR2, previous)
+
+
+# --- where jobs run --------------------------------------------------------------------------------------------------
+
+
+class Local:
+    """Processes of this machine, each with one of its GPUs if it has any."""
+
+    def __init__(self) -> None:
+        self._submitit, self.gpus = _submitit(), _gpus()
+        self.slots: int | None = max(1, len(self.gpus))
+
+    def submit(self, study: Study, cell: Cell, slot: int) -> Job:
+        executor = self._submitit.LocalExecutor(jobs_folder(study, cell), max_num_timeout=YEAR_MIN)
+        gpu = [self.gpus[slot % len(self.gpus)]] if self.gpus else []
+        executor.update_parameters(timeout_min=YEAR_MIN, gpus_per_node=len(gpu), visible_gpus=gpu)
+        with _deaf_to_ctrl_c():
+            return executor.submit(CellJob(study, cell))
+
+    def stop(self, jobs: Sequence[Job]) -> None:
+        """Asks all to save a checkpoint and end, and waits until they have."""
+        for job in jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, which hands it on
+        while any(not job.done() for job in jobs):
+            time.sleep(0.1)
+
+
+class Slurm:
+    """The queue, with `parameters` of sbatch by submitit's names. Raises ValueError for one that is unknown or ours."""
+
+    def __init__(self, parameters: Mapping[str, Any]) -> None:
+        self._submitit, self.parameters = _submitit(), dict(parameters)
+        self.slots: int | None = None
+        if taken := sorted(set(self.parameters) & set(OURS)):
+            raise ValueError(f"--slurm may not set {', '.join(taken)}: every job is one task for one run, and named after it")
+        self._executor(Path(os.devnull), "sape2")
+
+    def submit(self, study: Study, cell: Cell, slot: int) -> Job:
+        """The job of this cell that an earlier command left in the queue, else a new one."""
+        folder = jobs_folder(study, cell)
+        return self._in_queue(folder) or self._executor(folder, _job_name(cell)).submit(CellJob(study, cell))
+
+    def stop(self, jobs: Sequence[Job]) -> None:
+        """Nothing: the queue goes on by itself."""
+
+    def _executor(self, folder: Path, name: str) -> Any:
+        try:
+            executor = self._submitit.SlurmExecutor(folder, max_num_timeout=YEAR_MIN)
+            known = executor._convert_parameters(self.parameters)
+            executor.update_parameters(**known, job_name=name, dependency="singleton", additional_parameters={"requeue": True})
+        except RuntimeError as error:
+            raise ValueError(f"--launcher slurm needs sbatch, srun and sacct on this machine: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"--slurm: {' '.join(str(error).split())}") from error
+        return executor
+
+    def _in_queue(self, folder: Path) -> Job | None:
+        for path in sorted(folder.glob("*_submitted.pkl"), reverse=True):
+            job = self._submitit.SlurmJob(folder, path.name.removesuffix("_submitted.pkl"))
+            if not job.done(force_check=True) and job.state != "UNKNOWN":  # forgotten by Slurm: `singleton` guards the next
+                return job
+        return None
+
+
+def _job_name(cell: Cell) -> str:
+    return f"sape2-{digest_of({'folder': str(cell.folder.resolve())})}"
+
+
+def _submitit() -> Any:
+    try:
+        import submitit
+    except ImportError as error:
+        raise ImportError("--launcher needs submitit: pip install 'sape2[cluster]'") from error
+    return submitit
+
+
+def _gpus() -> list[int]:
+    """Numbers of the GPUs that this process may use."""
+    import torch
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not torch.cuda.is_available():
+        return list(range(torch.cuda.device_count()))
+    return [int(number) for number in visible.split(",") if number.strip().isdecimal()]
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started here do not get the Ctrl-C of the terminal: the command that gets it tells them, once."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+# --- in the command --------------------------------------------------------------------------------------------------
+
+
+def launch(
+    study: Study,
+    launcher: Launcher,
+    slots: int | None = None,
+    tell: Tell = lambda what, cell, rows: None,
+    caught: Sequence[int] = (),
+) -> list[Row]:
+    """Submits a job for each run that is not settled, at most `slots` at a time, until all are; returns the rows.
+
+    A run whose job is over without it is submitted again. After DEATHS such jobs at one checkpoint it is noted as failed.
+    Raises OSError when a job met an error that is not of its run alone, Stopped once a signal is in `caught`; local
+    jobs are stopped then.
+    """
+    work_of = _Jobs(study, launcher, slots or len(study.cells()))
+    try:
+        while left := work_of.settle(tell):
+            if caught:
+                raise Stopped(caught[0])
+            work_of.submit(left, tell)
+            time.sleep(LOOK_S)
+    finally:
+        launcher.stop([job for _, _, job in work_of.running.values()])
+    return study.gather()
+
+
+class _Jobs:
+    """The jobs under way, by the digest of their cell: (cell, slot, job)."""
+
+    def __init__(self, study: Study, launcher: Launcher, slots: int) -> None:
+        self.study, self.launcher, self.slots = study, launcher, slots
+        self.running: dict[str, tuple[Cell, int, Job]] = {}
+        self.fruitless: Counter[tuple[str, str]] = Counter()
+
+    def submit(self, left: list[Cell], tell: Tell) -> None:
+        for cell in left:
+            free = sorted(set(range(self.slots)) - {slot for _, slot, _ in self.running.values()})
+            if cell.digest in self.running or not free:
+                continue
+            _reason_file(self.study, cell).unlink(missing_ok=True)
+            self.running[cell.digest] = cell, free[0], self.launcher.submit(self.study, cell, free[0])
+            tell("submitted", cell, [])
+
+    def settle(self, tell: Tell) -> list[Cell]:
+        """Looks at all jobs, first whether they are over and then at what is there; the cells that are left."""
+        over = {digest for digest, (_, _, job) in self.running.items() if job.done()}
+        settled = self.study.settled()
+        for digest, (cell, _, _) in list(self.running.items()):
+            if digest in settled or (digest in over and self._is_given_up(cell)):
+                tell("failed" if failure(cell.folder) else "finished", cell, self.study.gather())
+            if digest in settled | over:
+                del self.running[digest]
+        settled = self.study.settled() if over else settled
+        return [cell for cell in self.study.cells() if cell.digest not in settled]
+
+    def _is_given_up(self, cell: Cell) -> bool:
+        """After a job that is over without its run. Notes the failure if it was one too many."""
+        reason = _reason_file(self.study, cell)
+        if reason.exists():
+            raise OSError(f"the job of {cell.name} stopped: {reason.read_text(encoding='utf-8')}; logs: {reason.parent}")
+        at = standing(cell.folder)
+        self.fruitless[cell.digest, at] += 1
+        if self.fruitless[cell.digest, at] < DEATHS:
+            return False
+        with contextlib.suppress(Held), hold(cell.folder, at):
+            if not is_done(cell.folder):
+                logs = jobs_folder(self.study, cell)
+                note_failure(cell.folder, cell.config, f"{DEATHS} jobs in turn ended in it at {at}; their logs: {logs}")
+            return True
+        return False

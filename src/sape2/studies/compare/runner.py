@@ -1,0 +1,29 @@
+"""One cell of a study as `sape2 train` would run it, without a bar of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from sape2.data import Splits
+from sape2.data.augment import TrainStream
+from sape2.models.trained import build_model
+from sape2.studies.compare.plan import Cell
+from sape2.studies.compare.work import Run, Stopped
+from sape2.studies.run import run_to_end
+from sape2.training.checkpoint import Progress
+from sape2.training.lock import Lock
+from sape2.training.loop import TrainingStopped
+
+
+def runner(splits: Splits, step: Callable[[Progress, int], None] = lambda progress, total: None) -> Run:
+    """What `work` runs; `step` hears after each step where the run stands, and of how many steps."""
+
+    def run(cell: Cell, lock: Lock) -> None:
+        config = cell.config
+        total = TrainStream(splits.train, config.augment, config.train, config.seed).total_steps
+        try:
+            run_to_end(build_model(config), splits, config, lock, True, lambda progress: step(progress, total))
+        except TrainingStopped as stopped:
+            raise Stopped(stopped.signal_number) from stopped
+
+    return run

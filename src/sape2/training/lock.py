@@ -1,0 +1,133 @@
+"""Who works on a folder: one process, by a lock that the kernel takes back when that process ends, however it ends.
+
+The lock is flock on the file `.lock` in the folder, through filelock, so there is no clock and no sign of life. The text of
+the file says who holds it, for people. A holder that ends in good order removes the file; one that vanished leaves it, so
+that the next one can count its death. Where the file system has no flock, OSError is raised rather than another kind of lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+from filelock import FileLock, Timeout
+
+NAME = ".lock"
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a folder. `note` is the caller's; `deaths` counts the holders before it that vanished with the same note."""
+
+    pid: int = 0
+    host: str = "an unknown machine"
+    since: str = "an unknown time"
+    note: str = ""
+    deaths: int = 0
+
+
+class Held(ValueError):
+    """Another process, or another part of this one, holds the folder."""
+
+    def __init__(self, folder: Path, holder: Holder) -> None:
+        super().__init__(
+            f"{folder} is in use by process {holder.pid} on {holder.host} since {holder.since}; "
+            "wait for it, stop it, or choose another --out"
+        )
+
+
+class LockLost(OSError):
+    """The file of the lock is not the one that this process holds: someone removed or replaced it."""
+
+
+class Lock:
+    """A folder held until the `with` block ends; `check` says if it still is."""
+
+    def __init__(self, folder: Path, file: FileLock, holder: Holder, made: list[Path]) -> None:
+        self.folder, self.holder, self._file, self._made = folder, holder, file, made
+        self._inode = _inode(folder / NAME)
+
+    def check(self) -> None:
+        """Raises FileNotFoundError if the folder is gone, LockLost if its lock was removed or replaced."""
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"{self.folder} was removed while it was being written to; nothing more is written there")
+        if self._inode is None or _inode(self.folder / NAME) != self._inode:
+            raise LockLost(f"the lock of this process on {self.folder} was removed or replaced; nothing more is written there")
+
+    def release(self) -> None:
+        """Gives the folder back, and removes what was made for the lock alone if nothing has come into it."""
+        with contextlib.suppress(OSError):
+            self.check()
+            (self.folder / NAME).unlink()  # first: one that opened it meanwhile sees that it is no file any more
+            for folder in reversed(self._made):
+                folder.rmdir()
+        self._file.release()
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.release()
+
+
+def hold(folder: Path, note: str = "") -> Lock:
+    """The lock on the folder, which is made if need be. Raises Held at once if it is taken, OSError if it cannot be written."""
+    made, path = _make(folder), folder / NAME
+    file = _acquire(folder)
+    before = _read(path)
+    deaths = before.deaths + 1 if before is not None and before.note == note else 0
+    lock = Lock(
+        folder, file, Holder(os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S %z"), note, deaths), made
+    )
+    try:
+        path.write_text(json.dumps(asdict(lock.holder)), encoding="utf-8")
+        lock.check()
+    except BaseException:
+        lock.release()
+        raise
+    return lock
+
+
+def _acquire(folder: Path) -> FileLock:
+    path = folder / NAME
+    file = FileLock(path, blocking=False, thread_local=False, fallback_to_soft=False)
+    while True:
+        try:
+            file.acquire()
+            return file
+        except Timeout:
+            holder = _read(path)
+            if path.exists():  # else it was given back in between
+                raise Held(folder, holder or Holder()) from None
+
+
+def _make(folder: Path) -> list[Path]:
+    """Makes the folder; returns those that were not there, from the outermost."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise type(error)(f"{folder} cannot be made: {error.strerror}; choose another --out") from error
+    return missing[::-1]
+
+
+def _read(path: Path) -> Holder | None:
+    """Who wrote the file; None if nobody did yet, or it is damaged."""
+    try:
+        return Holder(**json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
