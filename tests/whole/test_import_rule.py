@@ -43,8 +43,8 @@ ALLOWED = {
     "evaluation": {"encodings.grid", "evaluation", "training.memory_errors"},
     "evaluation.report": set(),
     "evaluation.runs": {
-        "config", "data", "evaluation", "models.vit", "training.checkpoint", "training.memory_errors", "training.standing",
-        "viz",
+        "config", "data", "evaluation", "models.vit", "training.checkpoint", "training.files",
+        "training.memory_errors", "training.standing", "viz",
     },
     "evaluation.cost.subjects": {"attention", "config", "encodings", "evaluation", "models.vit"},
     "evaluation.cost.sweep": {

@@ -24,8 +24,8 @@ from sape2.data.fingerprint import fingerprint
 from sape2.data.images import ImageData, limit_by_class, normalize, split_by_class
 
 __all__ = [
-    "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "limit_by_class", "load_data", "normalize",
-    "split_by_class",
+    "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "fingerprint", "limit_by_class", "load_data",
+    "normalize", "open_sources", "split_by_class",
 ]  # fmt: skip
 
 # name: (whether a folder holds it, its splits)

@@ -19,11 +19,13 @@ from sape2.data.augment import derive_seed
 from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import load_weights, read_config, read_rows, update_results
+from sape2.training.checkpoint import check_data, load_weights, own_results, read_config, read_rows, update_results
+from sape2.training.files import safe_name
 from sape2.training.memory_errors import in_building, in_evaluation, told_in_one_line
 from sape2.training.standing import check_finished
 
 Row = dict[str, Any]
+MEASURE_OTHERS = "measure these with sape2 evaluate RUN --data DIR --other-data NAME"
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoch, best epoch on the validation set
 
 
@@ -51,13 +53,17 @@ def measure(
     weights: list[str],
     limit: int | None = None,
     watch: Callable[[str, int, bool], None] = lambda name, rows, finished: None,
+    other_data: str | None = None,
 ) -> list[Row]:
     """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl.
 
     Weights that lie in two files (the last epoch was the best one) are measured once, and have rows under both names.
     `limit` images (None: what each measure takes by default). `watch` is told the measure, how many rows it has given so
-    far, and whether it has finished. Raises PermissionError before it measures if rows could not be written, OutOfMemory.
+    far, and whether it has finished. `other_data` names images that are not the run's own: their rows say so. Raises
+    PermissionError before it measures if rows could not be written, ValueError for other images without a name, OutOfMemory.
     """
+    if other_data is None:
+        check_data(folder, splits.train.fingerprint, MEASURE_OTHERS)
     if not os.access(folder, os.W_OK):
         raise PermissionError(
             f"{folder} cannot be written to, and rows go into its results.jsonl; measure a copy of the folder"
@@ -74,6 +80,7 @@ def measure(
             continue
         model = load_run_model(folder, which)
         conditions = describe(folder) | {"split": split, "weights": which}
+        conditions |= {} if other_data is None else {"data": other_data, "other_data": other_data}
         for name in measures:
             watch(name, 0, False)
             found = []
@@ -94,7 +101,7 @@ def _same_file(folder: Path, *weights: str) -> bool:
 
 def is_measured(folder: Path) -> bool:
     """Whether results.jsonl holds what `train` ends with: the test set with both weights."""
-    rows = read_rows(folder / "results.jsonl")
+    rows = own_results(folder)
     return set(WEIGHTS) <= {row.get("weights") for row in rows if row.get("split") == "test"}
 
 
@@ -139,7 +146,8 @@ def draw(folder: Path, splits: Splits) -> list[Path]:
 
 
 def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
-    """figures/: the curves of the rows just measured; names say which split and weights if not test and last epoch."""
-    ending = "".join(f"-{rows[0][key]}" for key, usual in (("split", "test"), ("weights", "last")) if rows[0][key] != usual)
+    """figures/: the curves of the rows just measured; names say which split, weights and images if not test, last, own."""
+    usual = {"split": "test", "weights": "last", "other_data": None}
+    ending = "".join(f"-{safe_name(rows[0][key])}" for key in usual if rows[0].get(key) != usual[key])
     measures = dict.fromkeys(row["measure"] for row in rows)
     return viz.plot_measures({rows[0]["encoding"]: rows}, measures, folder / "figures", ending)

@@ -15,7 +15,7 @@ from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.cost.memory import PeakMeter
 from sape2.evaluation.runs import build_model, measure
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import Progress, Row, check_run, is_finished
+from sape2.training.checkpoint import Progress, Row, check_data, check_run, is_finished
 from sape2.training.claim import Claim
 from sape2.training.files import sweep
 from sape2.training.loop import TrainingStopped, train
@@ -44,6 +44,7 @@ def run_to_end(
     """
     folder = claim.folder
     check_run(folder, config)
+    check_data(folder, splits.train.fingerprint)
     sweep(folder)
     if not is_finished(folder):
         memory = StepMemory(len(splits.train) // config.train.batch_size)

@@ -64,7 +64,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def update_results(folder: Path, rows: list[Row]) -> None:
-    """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before.
+    """Puts rows into results.jsonl in place of what the same measures gave on the same images, split and weights before.
 
     Raises FileNotFoundError if the folder is gone.
     """
@@ -76,7 +76,12 @@ def update_results(folder: Path, rows: list[Row]) -> None:
 
 
 def _measured(row: Row) -> tuple:
-    return row.get("measure"), row.get("split"), row.get("weights")
+    return row.get("measure"), row.get("split"), row.get("weights"), row.get("other_data")
+
+
+def own_results(folder: Path) -> list[Row]:
+    """The rows of results.jsonl that were measured on the run's own images, not on --other-data."""
+    return [row for row in read_rows(folder / "results.jsonl") if row.get("other_data") is None]
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -134,7 +139,10 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
         write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
 
 
-def check_data(folder: Path, fingerprint: Row | None) -> None:
+NEW_RUN = "choose another --out for a new run"
+
+
+def check_data(folder: Path, fingerprint: Row | None, way_out: str = NEW_RUN) -> None:
     """Raises ValueError if the run in the folder saw other images, as far as `data.fingerprint` can tell.
 
     Another layout of the same files is no difference: names and sizes are compared only within one layout.
@@ -150,9 +158,7 @@ def check_data(folder: Path, fingerprint: Row | None) -> None:
             f"{path} is damaged ({error}); remove it if you know that --data holds the images of this run"
         ) from error
     if found is not None:
-        raise ValueError(
-            f"{folder} saw other images: {found}. Give the --data it began with, or choose another --out for a new run"
-        )
+        raise ValueError(f"{folder} saw other images: {found}. Give the --data it began with, or {way_out}")
 
 
 def _other_images(before: Row, now: Row) -> str | None:
