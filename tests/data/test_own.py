@@ -1,11 +1,9 @@
 """The recipe `images`: what a folder of one's own says about a run, the same each time, and one line where it cannot."""
 
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from own_cases import fill
 
 from sape2.cli import build_parser, main
 from sape2.cli.options import default_name, resolve
@@ -16,17 +14,6 @@ from sape2.training.checkpoint import read_config, start_run
 @pytest.fixture(autouse=True)
 def _as_users_run_it(as_users_call_it):
     """The commands get what a user types."""
-
-
-def fill(folder: Path, counts: dict[str, int], size=(30, 34), mode="RGB") -> Path:
-    """Noise in `counts` images of each class, of (width, height)."""
-    generator = np.random.default_rng(0)
-    for name, count in counts.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(count):
-            pixels = generator.integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(pixels).convert(mode).save(folder / name / f"{number}.png")
-    return folder
 
 
 def config_of(folder, *options):

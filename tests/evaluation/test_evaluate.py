@@ -85,7 +85,7 @@ def test_measuring_again_replaces_the_rows_of_that_measure_only(run, monkeypatch
 
 @pytest.mark.parametrize(("layout", "lines"), [("folder", 1), ("arrays", 0)])
 def test_a_run_whose_images_were_read_by_another_rule_is_measured_with_a_note(run, monkeypatch, capfd, layout, lines):
-    (run / "data.json").write_text(json.dumps({"layout": layout}))
+    (run / "data.json").write_text(json.dumps({"layout": layout, "train": {}, "test": {}}))
     monkeypatch.setitem(evaluation.MEASURES, "first", given("first", 1.0))
     assert main(["evaluate", str(run), "--measures", "first"]) == 0
     assert capfd.readouterr().err.count("read its training images by rule 1") == lines

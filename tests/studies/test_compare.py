@@ -219,7 +219,7 @@ def start_compare():
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
 
 
 @pytest.mark.slow

@@ -21,7 +21,15 @@ from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accura
 from sape2.evaluation.cost.measure import count_macs, count_parameters
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
-from sape2.training.checkpoint import Progress, last_checkpoint, load_weights, read_rows, save_checkpoint, save_weights
+from sape2.training.checkpoint import (
+    Progress,
+    _keep_only,
+    last_checkpoint,
+    load_weights,
+    read_rows,
+    save_checkpoint,
+    save_weights,
+)
 from sape2.training.interruption import TrainingStopped
 from sape2.training.loop import Trainer, train
 from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision
@@ -330,6 +338,17 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         save_weights(path, Unwritable(2, 2))
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_a_checkpoint_half_removed_is_never_taken_for_one(tmp_path, monkeypatch):
+    """Killed while the one before is removed: what is left of it has no name that counts."""
+    run(tmp_path, tiny("train.epochs=1"))
+    (checkpoint,) = (tmp_path / "checkpoint").iterdir()
+    (tmp_path / "checkpoint" / "step-00000001").mkdir()
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    _keep_only(checkpoint)
+    assert last_checkpoint(tmp_path) == checkpoint
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir() if not path.name.startswith(".")] == [checkpoint.name]
 
 
 def test_a_half_written_checkpoint_is_never_the_last_one(tmp_path, monkeypatch):

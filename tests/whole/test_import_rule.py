@@ -44,8 +44,8 @@ ALLOWED = {
     "evaluation": {"encodings.grid", "evaluation", "training.memory_errors"},
     "evaluation.report": set(),
     "evaluation.runs": {
-        "data", "evaluation", "models.trained", "training.checkpoint", "training.memory_errors", "training.standing",
-        "viz",
+        "data", "evaluation", "models.trained", "training.checkpoint", "training.files", "training.memory_errors",
+        "training.standing", "viz",
     },
     "evaluation.cost.subjects": {"attention", "config", "encodings", "evaluation", "models.vit"},
     "evaluation.cost.sweep": {

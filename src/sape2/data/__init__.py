@@ -25,8 +25,8 @@ from sape2.data.images import ImageData, limit_by_class, normalize, split_by_cla
 from sape2.data.labels import match_classes
 
 __all__ = [
-    "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "limit_by_class", "load_data", "normalize",
-    "split_by_class",
+    "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "fingerprint", "limit_by_class", "load_data",
+    "normalize", "open_sources", "split_by_class",
 ]  # fmt: skip
 
 # name: (whether a folder holds it, its splits)

@@ -48,7 +48,7 @@ def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
     Raises ValueError or OSError in one line for a folder that is not there, has no images, or one class only.
     """
-    data = _find_data(config)
+    data = find_data(config.data)
     sources: Any = open_sources(data, config.model)
     train = sources["train"]
     classes = _check_classes(train, sources["test"])
@@ -66,9 +66,9 @@ def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
     return fitted, _in_words(fitted, sources, classes, look, rest)
 
 
-def _find_data(config: RunConfig) -> DataConfig:
-    """Where the images lie and in which layout; the folder gives the name."""
-    source = config.data.source
+def find_data(data: DataConfig) -> DataConfig:
+    """Where the images lie, in which layout, and whether a test set must be drawn; the folder gives the name."""
+    source = data.source
     if source is None:
         raise ValueError("images needs --data: a folder with a folder of images for each class, DIR/CLASS/*.jpg")
     path = Path(source).expanduser()
@@ -77,9 +77,9 @@ def _find_data(config: RunConfig) -> DataConfig:
     if not path.is_dir():
         raise NotADirectoryError(f"--data {source} is a file; give the folder that holds it")
     name = path.resolve().name or "images"
-    layout = find_layout(path, config.data)
+    layout = find_layout(path, data)
     fraction = TEST_FRACTION if layout == "folder" and not folder.has_test(path) else None
-    return replace(config.data, name=name, layout=layout, test_fraction=fraction)
+    return replace(data, name=name, layout=layout, test_fraction=fraction)
 
 
 def _check_classes(train: Source, test: Source) -> tuple[str, ...]:

@@ -17,10 +17,12 @@ from sape2.data import ImageData, ImageFiles, Splits
 from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.models.trained import WEIGHTS, load_run_model
-from sape2.training.checkpoint import read_config, read_rows, update_results
+from sape2.training.checkpoint import check_images, own_results, read_config, read_rows, update_results
+from sape2.training.files import safe_name
 from sape2.training.memory_errors import in_evaluation, told_in_one_line
 
 Row = dict[str, Any]
+MEASURE_OTHERS = "measure these with sape2 evaluate RUN --data DIR --other-data NAME"
 
 
 def measure(
@@ -31,13 +33,17 @@ def measure(
     weights: list[str],
     limit: int | None = None,
     watch: Callable[[str, int, bool], None] = lambda name, rows, finished: None,
+    other_data: str | None = None,
 ) -> list[Row]:
     """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl.
 
     Weights that lie in two files (the last epoch was the best one) are measured once, and have rows under both names.
     `limit` images (None: what each measure takes by default). `watch` is told the measure, how many rows it has given so
-    far, and whether it has finished. Raises PermissionError before it measures if rows could not be written, OutOfMemory.
+    far, and whether it has finished. `other_data` names images that are not the run's own: their rows say so. Raises
+    PermissionError before it measures if rows could not be written, ValueError for other images without a name, OutOfMemory.
     """
+    if other_data is None:
+        check_images(folder, splits.train.fingerprint, MEASURE_OTHERS)
     if not os.access(folder, os.W_OK):
         raise PermissionError(
             f"{folder} cannot be written to, and rows go into its results.jsonl; measure a copy of the folder"
@@ -54,6 +60,7 @@ def measure(
             continue
         model = load_run_model(folder, which)
         conditions = describe(folder) | {"split": split, "weights": which}
+        conditions |= {} if other_data is None else {"data": other_data, "other_data": other_data}
         for name in measures:
             watch(name, 0, False)
             found = []
@@ -74,7 +81,7 @@ def _same_file(folder: Path, *weights: str) -> bool:
 
 def is_measured(folder: Path) -> bool:
     """Whether results.jsonl holds what `train` ends with: the test set with both weights."""
-    rows = read_rows(folder / "results.jsonl")
+    rows = own_results(folder)
     return set(WEIGHTS) <= {row.get("weights") for row in rows if row.get("split") == "test"}
 
 
@@ -104,7 +111,8 @@ def draw(folder: Path, splits: Splits) -> list[Path]:
     config, figures, model = read_config(folder), folder / "figures", load_run_model(folder)
     written = [figures / "curves.png", figures / "confusion.png"]
     viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, written[0])
-    counts = confusion(predict(model, splits.test, 500), splits.test.labels)
+    logits = predict(model, splits.test, 500)
+    counts = confusion(logits, splits.test.labels)
     viz.plot_confusion(counts, splits.test.classes, written[1])
     image = splits.test[:1]
     device = next(model.parameters()).device
@@ -114,12 +122,15 @@ def draw(folder: Path, splits: Splits) -> list[Path]:
         height, width = config.model.grid
         patch = (height // 2, width // 2)
         written.append(figures / "bias.png")
-        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, written[2], list(biased))
+        true, answer = (image.classes[int(label)] for label in (image.labels[0], logits[0].argmax()))
+        about = f"first test image: class {true}, predicted {answer}"
+        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, written[2], list(biased), about)
     return written
 
 
 def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
-    """figures/: the curves of the rows just measured; names say which split and weights if not test and last epoch."""
-    ending = "".join(f"-{rows[0][key]}" for key, usual in (("split", "test"), ("weights", "last")) if rows[0][key] != usual)
+    """figures/: the curves of the rows just measured; names say which split, weights and images if not test, last, own."""
+    usual = {"split": "test", "weights": "last", "other_data": None}
+    ending = "".join(f"-{safe_name(rows[0][key])}" for key in usual if rows[0].get(key) != usual[key])
     measures = dict.fromkeys(row["measure"] for row in rows)
     return viz.plot_measures({rows[0]["encoding"]: rows}, measures, folder / "figures", ending)

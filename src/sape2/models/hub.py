@@ -15,7 +15,7 @@ from torch import nn
 
 import sape2
 from sape2.config import ModelConfig, RunConfig, model_config
-from sape2.training.checkpoint import load_weights, read_config, read_rows, save_weights
+from sape2.training.checkpoint import load_weights, own_results, read_config, save_weights
 from sape2.training.files import write_text
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -45,7 +45,7 @@ def describe(config: ModelConfig, run: str | Path | None = None, weights: str = 
 
 def class_names(run: Path, num_classes: int) -> list[str] | None:
     """In the order of the logits, read off the accuracy of each class in results.jsonl; None if that does not tell."""
-    rows = read_rows(run / "results.jsonl")
+    rows = own_results(run)
     names = dict.fromkeys(str(row["class"]) for row in rows if row.get("name") == "class_accuracy" and "class" in row)
     return list(names) if len(names) == num_classes else None
 
@@ -163,7 +163,7 @@ def command(config: RunConfig) -> str:
 
 
 def _shown_rows(run: Path, weights: str) -> list[dict[str, Any]]:
-    return [row for row in read_rows(run / "results.jsonl") if row.get("name") in SHOWN and row.get("weights") == weights]
+    return [row for row in own_results(run) if row.get("name") in SHOWN and row.get("weights") == weights]
 
 
 def _front_matter(description: Description, rows: list[dict[str, Any]]) -> str:

@@ -16,7 +16,7 @@ from sape2.evaluation.cost.memory import PeakMeter
 from sape2.evaluation.runs import measure
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import Progress, Row, check_run, is_finished
+from sape2.training.checkpoint import Progress, Row, check_images, check_run, is_finished
 from sape2.training.files import sweep
 from sape2.training.lock import Lock
 from sape2.training.loop import TrainingStopped, train
@@ -45,6 +45,7 @@ def run_to_end(
     """
     folder = lock.folder
     check_run(folder, config)
+    check_images(folder, splits.train.fingerprint)
     sweep(folder)
     if not is_finished(folder):
         memory = StepMemory(len(splits.train) // config.train.batch_size)

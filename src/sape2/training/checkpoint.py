@@ -64,7 +64,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def update_results(folder: Path, rows: list[Row]) -> None:
-    """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before.
+    """Puts rows into results.jsonl in place of what the same measures gave on the same images, split and weights before.
 
     Raises FileNotFoundError if the folder is gone.
     """
@@ -76,7 +76,12 @@ def update_results(folder: Path, rows: list[Row]) -> None:
 
 
 def _measured(row: Row) -> tuple:
-    return row.get("measure"), row.get("split"), row.get("weights")
+    return row.get("measure"), row.get("split"), row.get("weights"), row.get("other_data")
+
+
+def own_results(folder: Path) -> list[Row]:
+    """The rows of results.jsonl that were measured on the run's own images, not on --other-data."""
+    return [row for row in read_rows(folder / "results.jsonl") if row.get("other_data") is None]
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -134,14 +139,34 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
         write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
 
 
-def check_data(folder: Path, fingerprint: Row | None) -> None:
-    """Raises ValueError if the run saw other images, as far as `data.fingerprint` can tell, or read them by another rule.
+NEW_RUN = "choose another --out for a new run"
 
+
+def check_data(folder: Path, fingerprint: Row | None) -> None:
+    """Before a run goes on: `check_images`, and a ValueError if it read its images by another rule than now.
+
+    A finished run of another rule may still be measured, with a note (`models.trained.note_of_rule`).
+    """
+    before = check_images(folder, fingerprint)
+    if before is None or fingerprint is None:
+        return
+    if (rule := other_rule(before, fingerprint.get("reading_rule"))) is not None:
+        raise ValueError(
+            f"{folder} read its images by rule {rule}, now it is rule {fingerprint['reading_rule']} (docs/data.md), which "
+            "can give other pixels. Finish it with the version that began it, choose another --out, or, if every image "
+            f"is opaque, upright and of 8 bits, remove {folder / 'data.json'}"
+        )
+
+
+def check_images(folder: Path, fingerprint: Row | None, way_out: str = NEW_RUN) -> Row | None:
+    """Raises ValueError if the run in the folder saw other images, as far as `data.fingerprint` can tell.
+
+    Returns what its data.json holds, None if nothing could be compared.
     Another layout of the same files is no difference: names and sizes are compared only within one layout.
     """
     path = folder / "data.json"
     if fingerprint is None or not path.exists():
-        return
+        return None
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         found = _other_images(before, fingerprint)
@@ -150,15 +175,8 @@ def check_data(folder: Path, fingerprint: Row | None) -> None:
             f"{path} is damaged ({error}); remove it if you know that --data holds the images of this run"
         ) from error
     if found is not None:
-        raise ValueError(
-            f"{folder} saw other images: {found}. Give the --data it began with, or choose another --out for a new run"
-        )
-    if (rule := other_rule(before, fingerprint.get("reading_rule"))) is not None:
-        raise ValueError(
-            f"{folder} read its images by rule {rule}, now it is rule {fingerprint['reading_rule']} (docs/data.md), which "
-            "can give other pixels. Finish it with the version that began it, choose another --out, or, if every image "
-            f"is opaque, upright and of 8 bits, remove {path}"
-        )
+        raise ValueError(f"{folder} saw other images: {found}. Give the --data it began with, or {way_out}")
+    return before
 
 
 def other_rule(before: Row, now: int | None) -> int | None:
@@ -273,9 +291,13 @@ def save_checkpoint(
 
 
 def _keep_only(checkpoint: Path) -> None:
+    """Removes the others, each under a hidden name: a kill in between leaves no half of one that looks like a whole one."""
     for other in checkpoint.parent.iterdir():
-        if other != checkpoint:
-            shutil.rmtree(other, ignore_errors=True)
+        if other == checkpoint:
+            continue
+        if not other.name.startswith("."):
+            other = other.rename(other.with_name(f".removing-{other.name}-{os.getpid()}"))
+        shutil.rmtree(other, ignore_errors=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

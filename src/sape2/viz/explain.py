@@ -26,7 +26,7 @@ from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.evaluation.report import format_value
 from sape2.models.trained import load_run_model
-from sape2.training.checkpoint import read_config, read_rows
+from sape2.training.checkpoint import own_results, read_config
 from sape2.training.files import write_text
 from sape2.training.standing import check_finished
 from sape2.viz.drawing import Drawing
@@ -149,7 +149,7 @@ def look(
 
 def class_names(folder: Path, config: RunConfig) -> list[str]:
     """From the results of the run, which name each class of its data; numbers where they do not."""
-    rows = [row for row in read_rows(folder / "results.jsonl") if row.get("name") == "class_accuracy"]
+    rows = [row for row in own_results(folder) if row.get("name") == "class_accuracy"]
     names = list(dict.fromkeys(row["class"] for row in rows))
     return names if len(names) == config.model.num_classes else [str(label) for label in range(config.model.num_classes)]
 

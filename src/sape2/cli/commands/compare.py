@@ -58,11 +58,14 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.models.trained import build_model
     from sape2.studies.compare.progress import study_progress
     from sape2.studies.compare.runner import runner
+    from sape2.training.checkpoint import check_images
     from sape2.training.interruption import catch_signals
 
     for cell in study.cells()[: len(study.encodings)]:
         build_model(cell.config)  # a mistake in one of them is told before the first is trained
     splits = load_data(config.data, config.model)
+    for cell in study.cells():
+        check_images(cell.folder, splits.train.fingerprint, "choose another --out for a new study")
     study.start()
     if arguments.retry_failed:
         forget_failures(study)

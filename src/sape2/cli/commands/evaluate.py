@@ -11,6 +11,7 @@ from typing import Any
 
 from sape2.cli.options import add_json, chosen_measures, whole_number
 from sape2.cli.output import drawn, say, show_results
+from sape2.config import RunConfig
 
 HELP = "measure a finished run"
 
@@ -19,6 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
     parser.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
     parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    parser.add_argument("--other-data", metavar="NAME", help="--data holds other images on purpose; NAME marks their rows")
     parser.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set")
@@ -37,6 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_finished(folder)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
+    other: str | None = arguments.other_data
+    if other is not None:
+        config = _for_others(config, arguments.data, other)
     from sape2.data import load_data
     from sape2.evaluation.runs import draw, draw_measures, measure
     from sape2.models.trained import note_of_rule
@@ -45,10 +50,21 @@ def run(arguments: argparse.Namespace) -> int:
         say(note)
     splits = load_data(config.data, config.model)
     with _watching() as watch:
-        rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch)
-    whole = "accuracy" in measures and limit is None  # confusion is of all images
+        rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch, other)
+    whole = "accuracy" in measures and limit is None and other is None  # confusion is of all images, and the run's own
     files = drawn(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if whole else ())])
     return show_results(rows, folder, arguments.json, files, arguments.all)
+
+
+def _for_others(config: RunConfig, folder: str | None, name: str) -> RunConfig:
+    """The run's settings for images that are not its own. Raises ValueError without a folder or a name of their own."""
+    if folder is None:
+        raise ValueError("--other-data NAME needs --data DIR, where the other images lie")
+    if not name.strip() or name == config.data.name:
+        raise ValueError(f"--other-data needs a name that is not the run's own, {config.data.name!r}; got {name!r}")
+    from sape2.data.own import find_data
+
+    return replace(config, data=find_data(replace(config.data, source=folder, layout=None)))
 
 
 @contextlib.contextmanager

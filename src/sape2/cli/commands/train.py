@@ -51,19 +51,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
-    from sape2.training.checkpoint import check_run, is_finished, read_rows, standing
+    from sape2.training.checkpoint import check_images, check_run, is_finished, own_results, standing
     from sape2.training.lock import hold
 
     if not arguments.dry_run:
         check_run(folder, config)
-    from sape2.data import load_data
+    from sape2.data import fingerprint, load_data, open_sources
     from sape2.evaluation.runs import draw, is_measured
     from sape2.models.trained import build_model
 
     if not arguments.dry_run and is_finished(folder) and is_measured(folder):
+        if arguments.data is not None:
+            check_images(folder, fingerprint(open_sources(config.data, config.model)))
         say(f"{folder} is finished; choose another --out or --seed for a new run")
         figures = sorted((folder / "figures").glob("*.png"))
-        return show_results(read_rows(folder / "results.jsonl"), folder, arguments.json, figures)
+        return show_results(own_results(folder), folder, arguments.json, figures)
     model = build_model(config)
     splits = load_data(config.data, config.model)
     if arguments.dry_run:

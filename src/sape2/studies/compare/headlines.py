@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
-from sape2.training.checkpoint import is_finished, read_config, read_rows
+from sape2.training.checkpoint import is_finished, own_results, read_config, read_rows
 
 Row = dict[str, Any]
 
@@ -44,7 +44,7 @@ def read_runs(folders: Iterable[Path], split: str = "test", weights: str = "last
         if not is_finished(folder):
             unfinished.append(folder)
             continue
-        rows = read_rows(folder / "results.jsonl")
+        rows = own_results(folder)
         chosen = [row for row in rows if (row.get("split"), row.get("weights")) == (split, weights)]
         runs.append(Run(folder, config, chosen, read_rows(folder / "metrics.jsonl")))
     return runs, unfinished

@@ -18,7 +18,7 @@ from sape2.evaluation.cost.measure import count_model_operations, count_paramete
 from sape2.evaluation.runs import describe, is_measured
 from sape2.models.vit import ViT
 from sape2.studies.compare.headlines import Run, step_ms
-from sape2.training.checkpoint import Row, difference, is_finished, read_config, read_rows, write_rows
+from sape2.training.checkpoint import Row, difference, is_finished, own_results, read_config, read_rows, write_rows
 from sape2.training.files import digest_of, write_text
 
 FAILED = ".failed.json"  # in the folder of a run that cannot go on
@@ -40,7 +40,7 @@ def raw_row(folder: Path) -> Row:
     config, epochs = read_config(folder), read_rows(folder / "metrics.jsonl")
     if not epochs:
         raise ValueError(f"{folder} is finished but has no metrics.jsonl; remove the folder to run it again")
-    results = read_rows(folder / "results.jsonl")
+    results = own_results(folder)
     test = [row for row in results if (row.get("split"), row.get("measure")) == ("test", "accuracy")]
     conditions = describe(folder) | {key: test[0][key] for key in ("torch", "hardware")}  # of then, not of now
     memory = [row["step_memory_mib"] for row in epochs if row.get("step_memory_mib") is not None]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sape2.data import load_data
 from sape2.models.trained import load_run_model, note_of_rule
-from sape2.training.checkpoint import read_config
+from sape2.training.checkpoint import check_images, read_config
 from sape2.training.standing import check_finished
 from sape2.viz.explore.microscope import Microscope, Subject
 from sape2.viz.explore.page import import_gradio, serve
@@ -46,7 +46,11 @@ def open_microscope(
     if other is not None and other.name == subject.name:
         other = replace(other, name=f"{other.name} (2)")
     config = subject.config.data if data is None else replace(subject.config.data, source=data)
-    return Microscope(subject, load_data(config, subject.config.model).test, other)
+    images = load_data(config, subject.config.model).test
+    for run in (folder, against):
+        if run is not None:
+            check_images(run, images.fingerprint, "take a run of these images")
+    return Microscope(subject, images, other)
 
 
 def _subject(folder: Path, name: str, weights: str) -> Subject:

@@ -1,0 +1,103 @@
+"""A run belongs to its images: rows of others come in only under a name of their own."""
+
+import pytest
+from own_cases import fill
+
+from sape2 import evaluation
+from sape2.cli import build_parser, main
+from sape2.cli.options import resolve
+from sape2.data import load_data
+from sape2.evaluation.base import row
+from sape2.evaluation.runs import is_measured
+from sape2.models.trained import build_model
+from sape2.studies.compare.headlines import read_runs
+from sape2.training.checkpoint import own_results, read_config, read_rows, save_weights, start_run
+
+
+@pytest.fixture(autouse=True)
+def _as_users_run_it(as_users_call_it):
+    """The commands get what a user types."""
+
+
+@pytest.fixture
+def mine(tmp_path):
+    return fill(tmp_path / "mine", {"cat": 6, "dog": 6}, (8, 8))
+
+
+@pytest.fixture
+def others(tmp_path):
+    return fill(tmp_path / "others", {"cat": 7, "dog": 7}, (9, 9))
+
+
+@pytest.fixture
+def command(tmp_path, mine):
+    """The words of the `sape2 train` whose run is in tmp_path/run, finished and untrained."""
+    words = ["train", "images", "--out", str(tmp_path / "run"), "--set", "model.depth=1", "--data", str(mine)]
+    config = resolve(build_parser().parse_args(words))
+    run = tmp_path / "run"
+    start_run(run, config, load_data(config.data, config.model).train.fingerprint)
+    for name in ("model", "best"):
+        save_weights(run / f"{name}.safetensors", build_model(config))
+    return words
+
+
+@pytest.fixture
+def evaluate(tmp_path, command, monkeypatch):
+    """`sape2 evaluate` of that run with a measure that counts its calls."""
+    monkeypatch.setattr("sape2.evaluation.runs.draw_measures", lambda *_: [])
+    calls = []
+
+    def measure(model, data, limit=None):
+        calls.append(1)
+        yield row("first", "number", float(len(calls)), "number", len(data), "protocol")
+
+    monkeypatch.setitem(evaluation.MEASURES, "first", measure)
+    return lambda *words: main(["evaluate", str(tmp_path / "run"), "--measures", "first", *map(str, words)])
+
+
+def test_other_images_are_not_measured_as_the_runs_own(tmp_path, others, evaluate, capfd):
+    assert evaluate("--data", others) == 2
+    err = capfd.readouterr().err
+    assert "saw other images: the number of its train images" in err
+    assert "--other-data NAME" in err
+    assert not (tmp_path / "run" / "results.jsonl").exists()
+
+
+def test_other_images_under_a_name_have_rows_of_their_own(tmp_path, others, evaluate, capfd):
+    for words in ([], ["--data", others, "--other-data", "garden"], [], ["--data", others, "--other-data", "garden"]):
+        assert evaluate(*words) == 0
+    rows = read_rows(tmp_path / "run" / "results.jsonl")
+    assert [(r["data"], r.get("other_data"), r["value"]) for r in rows] == [("mine", None, 3.0), ("garden", "garden", 4.0)]
+    assert own_results(tmp_path / "run") == rows[:1]
+    (run,), _ = read_runs([tmp_path / "run"])
+    assert run.rows == rows[:1]
+
+
+def test_rows_of_other_images_do_not_make_a_run_measured(tmp_path, others, evaluate):
+    for weights in ("last", "best"):
+        assert evaluate("--data", others, "--other-data", "garden", "--weights", weights) == 0
+    assert not is_measured(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--other-data", "garden"], "needs --data DIR"),
+        (["--data", ".", "--other-data", "mine"], "a name that is not the run's own, 'mine'; got 'mine'"),
+    ],
+)
+def test_other_images_need_a_folder_and_a_name_of_their_own(evaluate, capfd, words, message):
+    assert evaluate(*words) == 2
+    assert message in capfd.readouterr().err
+
+
+def test_a_finished_run_notices_that_the_images_of_its_folder_changed(tmp_path, mine, command, evaluate, capfd):
+    for weights in ("last", "best"):
+        assert evaluate("--weights", weights) == 0
+    assert main(command) == 0
+    (mine / "cat" / "0.png").write_bytes((mine / "dog" / "0.png").read_bytes())
+    data = read_config(tmp_path / "run").data
+    settings = [f"data.mean={list(data.mean)}", f"data.std={list(data.std)}"]
+    assert evaluate() == 2
+    assert main([*command, *(word for setting in settings for word in ("--set", setting))]) == 2
+    assert capfd.readouterr().err.count("saw other images: the content of its train images") == 2
