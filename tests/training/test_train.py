@@ -342,7 +342,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_a_checkpoint_half_removed_is_never_taken_for_one(tmp_path, monkeypatch):
     """Killed while the one before is removed: what is left of it has no name that counts."""
-    run(tmp_path, tiny("train.epochs=1"))
+    run(tmp_path, tiny("train.epochs=1", "train.warmup_epochs=0"))
     (checkpoint,) = (tmp_path / "checkpoint").iterdir()
     (tmp_path / "checkpoint" / "step-00000001").mkdir()
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
