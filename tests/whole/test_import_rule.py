@@ -2,11 +2,10 @@
 
 import ast
 import re
-from pathlib import Path
+from graphlib import CycleError
 
 import pytest
-
-SOURCE = Path(__file__).parents[2] / "src" / "sape2"
+from architecture import SOURCE, edges, imports, layers, modules
 
 # Which of our modules each module may import at the top or inside functions. A folder stands for its files, unless they
 # are named themselves.
@@ -128,21 +127,6 @@ OPTIONAL = {
 }
 
 
-def imports(tree: ast.AST) -> set[str]:
-    """Everything imported below the package, as "encodings.base"; other packages by their first name, marked "!"."""
-    found = set()
-    for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-            if node.module == "sape2":
-                names = [f"sape2.{alias.name}" for alias in node.names]
-        for name in names:
-            inside = name == "sape2" or name.startswith("sape2.")
-            found.add(name.removeprefix("sape2").removeprefix(".") if inside else "!" + name.split(".")[0])
-    return found
-
-
 def within(name: str, rooms: set[str]) -> bool:
     """Whether a module is one of these, or lies in one of them."""
     return any(name == room or name.startswith(room + ".") for room in rooms)
@@ -171,15 +155,6 @@ def uses_detection_models(tree: ast.AST) -> bool:
     froms = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     plain = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     return any(name.startswith("torchvision.models.detection") for name in froms | plain)
-
-
-def modules() -> list[tuple[str, ast.AST]]:
-    result = []
-    for path in sorted(SOURCE.rglob("*.py")):
-        parts = path.relative_to(SOURCE).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
-        result.append((name, ast.parse(path.read_text())))
-    return result
 
 
 @pytest.mark.parametrize(("module", "tree"), modules(), ids=[name for name, _ in modules()])
@@ -264,3 +239,13 @@ def test_progress_bars_are_for_terminals_only(module, tree):
 def test_a_bar_that_is_always_shown_is_seen():
     code = "from rich.progress import Progress as Bar\nwith Bar(console=console) as bar:\n    pass"
     assert bars_that_show_without_a_terminal(ast.parse(code)) == [2]
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    assert layers(edges())["config"] == 0
+    with pytest.raises(CycleError):
+        layers({("models", "evaluation"): 1, ("evaluation", "models"): 1})
+
+
+def test_imports_of_a_folder_by_its_name_count():
+    assert edges()["evaluation", "viz"] >= 1  # written as "from sape2 import viz"

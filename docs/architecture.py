@@ -1,6 +1,6 @@
 """The picture of docs/architecture.md: the rooms of the package and who imports whom, read off the source.
 
-Command:  python docs/figures/architecture.py       (writes docs/figures/architecture.png)
+Command:  python docs/architecture.py       (writes docs/figures/architecture.png)
 
 An arrow goes from a room to one that it imports; its width grows with the number of imports. Rooms stand in layers: a
 room is one layer above the highest that it imports.
@@ -10,35 +10,57 @@ from __future__ import annotations
 
 import ast
 from collections import Counter
+from collections.abc import Mapping
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-SOURCE = Path(__file__).parents[2] / "src" / "sape2"
-OUT = Path(__file__).with_suffix(".png")
+SOURCE = Path(__file__).parents[1] / "src" / "sape2"
+OUT = Path(__file__).parent / "figures" / "architecture.png"
 
 
-def room_of(path: Path) -> str:
-    """ "training" for training/loop.py; explain and explore, which show what others measure, are a room beside viz."""
-    parts = path.relative_to(SOURCE).with_suffix("").parts
-    if parts[0] == "viz" and parts[1] in ("explain", "explore"):
-        return "viz: explain, explore"
-    return parts[0]
+def imports(tree: ast.AST) -> set[str]:
+    """Everything imported below the package, as "encodings.base"; other packages by their first name, marked "!"."""
+    found = set()
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module or ""]
+            if node.module == "sape2":
+                names = [f"sape2.{alias.name}" for alias in node.names]
+        for name in names:
+            inside = name == "sape2" or name.startswith("sape2.")
+            found.add(name.removeprefix("sape2").removeprefix(".") if inside else "!" + name.split(".")[0])
+    return found
 
 
-def imports() -> Counter[tuple[str, str]]:
-    """(room, room that it imports): how often, imports inside functions included."""
-    found: Counter[tuple[str, str]] = Counter()
-    for path in SOURCE.rglob("*.py"):
-        if path.name.startswith("__") and path.parent == SOURCE:
-            continue  # names looked up when first used
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sape2."):
-                goal = SOURCE.joinpath(*(node.module or "").split(".")[1:])
-                found[room_of(path), room_of(goal if goal.is_dir() and goal != SOURCE / "viz" else goal / "x")] += 1
+def modules() -> list[tuple[str, ast.AST]]:
+    """Every module of the package by its name below it, "encodings" for the folder's `__init__`."""
+    result = []
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+        result.append((name, ast.parse(path.read_text())))
+    return result
+
+
+def room_of(module: str) -> str:
+    """ "training" for "training.loop"; explain and explore, which show what others measure, are a room beside viz."""
+    return "viz: explain, explore" if module.startswith(("viz.explain", "viz.explore")) else module.split(".")[0]
+
+
+def edges() -> Counter[tuple[str, str]]:
+    """(room, room that it imports): how many imports, those inside functions included."""
+    rooms = {path.name for path in SOURCE.iterdir() if path.is_dir()}
+    found = Counter(
+        (room_of(module), room_of(name))
+        for module, tree in modules()
+        for name in imports(tree)
+        if {module.split(".")[0], name.split(".")[0]} <= rooms
+    )
     return Counter({pair: count for pair, count in found.items() if pair[0] != pair[1]})
 
 
-def layers(edges: Counter[tuple[str, str]]) -> dict[str, int]:
+def layers(edges: Mapping[tuple[str, str], int]) -> dict[str, int]:
     """A room's height. Raises graphlib.CycleError if rooms import each other in a circle."""
     below: dict[str, set[str]] = {room: set() for pair in edges for room in pair}
     for room, other in edges:
@@ -79,4 +101,4 @@ def draw(edges: Counter[tuple[str, str]], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw(imports(), OUT)
+    draw(edges(), OUT)
