@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.attention.paths import is_small, map_elements
-from sape2.attention.products import padded, rotate
+from sape2.attention.products import rotate, scores_with
 from sape2.encodings.base import AttentionBias, AttentionEncoding, LineScores, bias_of, full_precision, no_autocast
 from sape2.encodings.grid import Axis, Grid, num_prefix_tokens, own_line
 
@@ -155,9 +155,7 @@ def _differentiable_gradients(call: _Call, inputs: list[Tensor], needed: Sequenc
     with no_autocast(grad):
         grid_q, grid_k = (full_precision(t[:, :, num_prefix:]) for t in content or (q, k))
         bias = encoding.bias(grid_q, grid_k, call.grid)
-        scores = full_precision(q) * q.shape[-1] ** -0.5 @ full_precision(k).transpose(-1, -2)
-        scores = scores if bias is None else scores + padded(bias.dense(), q.shape[-2])
-        output = scores.softmax(-1).to(v.dtype) @ v
+        output = scores_with(full_precision(q), full_precision(k), bias).softmax(-1).to(v.dtype) @ v
         wanted = [t for t, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]

@@ -21,9 +21,13 @@ def logits(
     encoding: AttentionEncoding,
 ) -> Float[Tensor, "batch heads tokens tokens"]:
     """q k^T / sqrt(d) + bias, both rotated, the bias on grid tokens only."""
-    q, k, bias = encode(q, k, grid, encoding)
+    return scores_with(*encode(q, k, grid, encoding))
+
+
+def scores_with(q: Tensor, k: Tensor, bias: AttentionBias | None) -> Float[Tensor, "batch heads tokens tokens"]:
+    """q k^T / sqrt(d) + bias, of q and k that are rotated already."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return scores if bias is None else scores + padded(bias.dense(), q.shape[-2]).to(scores.dtype)
+    return scores if bias is None else scores + _padded(bias.dense(), q.shape[-2]).to(scores.dtype)
 
 
 def attend_fused(
@@ -35,7 +39,7 @@ def attend_fused(
     if bias is not None:
         q, k = (_widened(t, side) for t, side in zip((q, k), bias.factored() or (None, None), strict=True))
         rest = bias.unfactored()
-        mask = None if rest is None else padded(rest.dense(), q.shape[-2]).to(q.dtype)
+        mask = None if rest is None else _padded(rest.dense(), q.shape[-2]).to(q.dtype)
     width = max(q.shape[-1], v.shape[-1])  # the fused kernels take equal widths only; zeros change nothing
     wide_q, wide_k, wide_v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     output = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=mask, dropout_p=dropout, scale=1.0)
@@ -61,7 +65,7 @@ def rotate(q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding) -> tup
     return rotated[0], rotated[1]
 
 
-def padded(matrix: Tensor, tokens: int) -> Tensor:
+def _padded(matrix: Tensor, tokens: int) -> Tensor:
     """The map of all tokens: prefix tokens, which come first, get 0."""
     num_prefix = tokens - matrix.shape[-1]
     return F.pad(matrix, (num_prefix, 0, num_prefix, 0)) if num_prefix else matrix
