@@ -19,7 +19,7 @@ from sape2.detection.models import no_weight_decay
 from sape2.detection.train import (
     DetectionTrainer,
     check_folder,
-    check_images,
+    check_goes_on,
     fingerprint,
     make_optimizer,
     make_schedule,
@@ -192,14 +192,14 @@ def test_a_run_that_may_have_read_other_pixels_does_not_go_on(tiny, tmp_path):
     published = replace(config, images=replace(config.images, name="coco"))
     seen = fingerprint(published, train, test)
     assert seen["reading_rule"] == RULE
-    check_images(tmp_path, seen)  # nothing to take up
+    check_goes_on(tmp_path, seen)  # nothing to take up
     (tmp_path / "checkpoint" / "step-00000003").mkdir(parents=True)
     with pytest.raises(ValueError, match="does not tell by which rule it read its images"):
-        check_images(tmp_path, seen)
+        check_goes_on(tmp_path, seen)
     (tmp_path / "data.json").write_text(json.dumps(seen))
-    check_images(tmp_path, seen)
+    check_goes_on(tmp_path, seen)
     with pytest.raises(ValueError, match="saw other images: the number of its train images"):
-        check_images(tmp_path, fingerprint(published, test, train))
+        check_goes_on(tmp_path, fingerprint(published, test, train))
     for images in (train, test):
         images.images = [entry | {"file_name": "photo.JPG"} for entry in images.images]
     assert "reading_rule" not in fingerprint(published, train, test)

@@ -33,6 +33,7 @@ from sape2.evaluation.runs import hardware
 from sape2.training.checkpoint import (
     Progress,
     check_data,
+    keep_fingerprint,
     last_checkpoint,
     load_checkpoint,
     load_weights,
@@ -42,7 +43,7 @@ from sape2.training.checkpoint import (
     update_results,
     write_rows,
 )
-from sape2.training.files import write_text
+from sape2.training.files import holds_files, write_text
 from sape2.training.memory_errors import in_detection, told_in_one_line
 from sape2.training.optimisation import mixed_precision
 from sape2.training.processes import refuse_launcher
@@ -68,7 +69,7 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
         load_weights(folder / "model.safetensors", model)
     else:
         images = fingerprint(config, train_images, test_images)
-        check_images(folder, images)
+        check_goes_on(folder, images)
         with memory_named(config):
             DetectionTrainer(model, train_images, config, folder, quiet, images).run()
         model = new_detector(config)  # without what accelerate put around it
@@ -119,7 +120,7 @@ def fingerprint(config: DetectionConfig, train: CocoImages, test: CocoImages) ->
     return {"layout": "coco"} | ({} if plain else {"reading_rule": RULE}) | described
 
 
-def check_images(folder: Path, images: Row) -> None:
+def check_goes_on(folder: Path, images: Row) -> None:
     """Raises ValueError if a run to be taken up saw other images, or may have read them by another rule."""
     check_data(folder, images)
     if "reading_rule" in images and last_checkpoint(folder) and not (folder / "data.json").exists():
@@ -141,7 +142,7 @@ def check_folder(folder: Path, config: DetectionConfig) -> None:
     if folder.is_file():
         raise NotADirectoryError(f"{folder} is a file, not a run folder")
     if not path.exists():
-        if folder.is_dir() and any(not name.name.startswith(".") for name in folder.iterdir()):
+        if holds_files(folder):
             raise ValueError(f"{folder} is not a detection run: it has no config.json; choose another --out")
         return
     try:
@@ -211,8 +212,7 @@ class DetectionTrainer:
     def run(self) -> None:
         if not (self.folder / "config.json").exists():
             write_text(self.folder / "config.json", self.config.to_json())
-        if not (self.folder / "data.json").exists():
-            write_text(self.folder / "data.json", json.dumps(self.seen, indent=2) + "\n")
+        keep_fingerprint(self.folder, self.seen)
         self._say_where_it_stands()
         path = self.folder / "metrics.jsonl"
         write_rows(path, [row for row in read_rows(path) if row["step"] <= self.progress.step])

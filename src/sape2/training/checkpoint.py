@@ -27,7 +27,7 @@ from torch import nn
 
 import sape2
 from sape2.config import RunConfig
-from sape2.training.files import write_atomic, write_text
+from sape2.training.files import holds_files, write_atomic, write_text
 
 Row = dict[str, Any]
 FORMAT = 1  # of a run folder, written into its config.json; those that do not say have this one
@@ -105,7 +105,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def check_run(folder: Path, config: RunConfig) -> None:
     """Raises ValueError if the folder holds another run, or something that is not a run. Changes nothing."""
-    if not folder.exists() or (folder.is_dir() and all(path.name.startswith(".") for path in folder.iterdir())):
+    if not holds_files(folder) and (folder.is_dir() or not folder.exists()):
         return
     existing = read_config(folder)
     if existing.train.epochs != config.train.epochs and _but_for_epochs(existing) == _but_for_epochs(config):
@@ -135,7 +135,13 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
     if not (folder / "config.json").exists():
         values = {"format": FORMAT, "sape2_version": sape2.__version__} | config.to_dict()
         write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
-    if fingerprint is not None and not (folder / "data.json").exists():
+    if fingerprint is not None:
+        keep_fingerprint(folder, fingerprint)
+
+
+def keep_fingerprint(folder: Path, fingerprint: Row) -> None:
+    """data.json, which images a run saw, unless it is there."""
+    if not (folder / "data.json").exists():
         write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
 
 

@@ -64,6 +64,11 @@ def _is_about_writing(error: Exception) -> bool:
     return isinstance(error, SafetensorError) or (type(error) is RuntimeError and bool(WRITER.search(str(error))))
 
 
+def holds_files(folder: Path) -> bool:
+    """Whether it is a folder with anything in it but hidden files."""
+    return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
+
+
 def sweep(folder: Path) -> None:
     """Removes what killed writers left half-written in the folder; for a process that holds it alone."""
     for path in folder.glob(".*"):

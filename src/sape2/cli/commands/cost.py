@@ -85,12 +85,12 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
     import torch
 
     from sape2.training.checkpoint import difference
-    from sape2.training.files import write_text
+    from sape2.training.files import holds_files, write_text
 
     settings, path = sweep.settings() | {"threads": torch.get_num_threads()}, folder / "sweep.json"
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; choose another --out")
-    if not folder.exists() or all(file.name.startswith(".") for file in folder.iterdir()):
+    if not holds_files(folder):
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
     if not path.exists():

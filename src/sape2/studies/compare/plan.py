@@ -15,7 +15,7 @@ from typing import Any
 from sape2.config import RunConfig
 from sape2.studies.compare.rawrows import Row, failure, finished_rows, gather, is_done, shared_settings
 from sape2.training.checkpoint import check_run, difference
-from sape2.training.files import digest_of, safe_name, write_text
+from sape2.training.files import digest_of, holds_files, safe_name, write_text
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Study:
         """Raises ValueError if the folder holds another study or something else. Changes nothing."""
         path = self.folder / "study.json"
         if not path.exists():
-            if self.folder.is_dir() and any(not there.name.startswith(".") for there in self.folder.iterdir()):
+            if holds_files(self.folder):
                 raise ValueError(f"{self.folder} is not empty and holds no study (no study.json); choose another --out")
             if self.folder.exists() and not self.folder.is_dir():
                 raise NotADirectoryError(f"{self.folder} is a file, not a folder")
