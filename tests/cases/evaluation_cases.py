@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sape2 import create_model
+from sape2.data import ImageData
 from sape2.evaluation.base import Row
 from sape2.models.vit import ViT
 
@@ -29,6 +30,12 @@ class Images:
 
 def random_images(count: int, height: int = 8, width: int = 8, dtype: torch.dtype = torch.float64) -> Images:
     return Images(torch.randn(count, 3, height, width, dtype=dtype))
+
+
+def labelled_images(number: int, size: int = 16) -> ImageData:
+    """Random pixels of 8 bits with labels of five classes in turn."""
+    pixels = torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8)
+    return ImageData(pixels, torch.arange(number) % 5, tuple("abcde"), (0.5,) * 3, (0.25,) * 3)
 
 
 def random_vit(encoding: str, dtype: torch.dtype = torch.float64, **changes: Any) -> ViT:

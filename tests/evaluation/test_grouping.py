@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluation_cases import labelled_images
 
 from sape2 import create_model
 from sape2.data import ImageData
@@ -276,16 +277,6 @@ def test_a_bias_of_distance_alone_has_no_partial_correlation_with_features():
 # --- rows of a model -------------------------------------------------------------------------------------------------
 
 
-def images(number=6, size=16):
-    return ImageData(
-        torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8),
-        torch.arange(number) % 5,
-        tuple("abcde"),
-        (0.5,) * 3,
-        (0.25,) * 3,
-    )
-
-
 def small(encoding, **changes):
     settings = {"image_size": 16, "patch_size": 4, "num_classes": 5, "dim": 24, "depth": 2, "num_heads": 3}
     return create_model("vit_nano", encoding=encoding, **(settings | changes)).eval()
@@ -296,7 +287,7 @@ def find(rows, **conditions):
 
 
 def test_rows_of_a_model_are_per_layer_and_say_what_they_were_measured_on():
-    rows = list(grouping(small("ape+sape2"), images(), limit=4))
+    rows = list(grouping(small("ape+sape2"), labelled_images(6), limit=4))
     assert {row["layer"] for row in rows} == {1, 2}
     assert {row.get("masks") for row in rows} == {None, "colour clusters", "scenes"}
     assert all(row["n"] <= 4 and row["measure"] == "grouping" and "chance" in row for row in rows)
@@ -312,14 +303,14 @@ def test_rows_of_a_model_are_per_layer_and_say_what_they_were_measured_on():
 
 
 def test_the_two_signs_of_the_bias_add_up_to_one():
-    rows = list(grouping(small("sape2"), images(), limit=3))
+    rows = list(grouping(small("sape2"), labelled_images(6), limit=3))
     for minus in find(rows, name="bias_auroc", sign="minus", layer=1, distance="far"):
         (plus,) = find(rows, name="bias_auroc", sign="plus", layer=1, distance="far", masks=minus["masks"])
         assert minus["value"] + plus["value"] == pytest.approx(1)
 
 
 def test_a_model_without_bias_has_rows_of_attention_only():
-    names = {row["name"] for row in grouping(small("rope"), images(), limit=2)}
+    names = {row["name"] for row in grouping(small("rope"), labelled_images(6), limit=2)}
     assert names == {"attention_distance", "attention_entropy", "same_label_lift", "grouping_index"}
 
 
@@ -330,7 +321,7 @@ def test_masks_of_the_data_set_are_used_where_there_are_some():
 
 
 def test_numbers_do_not_depend_on_the_batch_size_and_leave_the_mode_alone():
-    model, data = small("sape2").train(), images()
+    model, data = small("sape2").train(), labelled_images(6)
     one, other = (list(grouping(model, data, limit=5, batch_size=size)) for size in (2, 5))
     assert model.training
     assert [row["name"] for row in one] == [row["name"] for row in other]

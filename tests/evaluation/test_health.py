@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from evaluation_cases import labelled_images
 
 from sape2 import create_model
 from sape2.data import ImageData
@@ -21,16 +22,6 @@ from sape2.evaluation.health import (
     tabled_positions,
 )
 from sape2.evaluation.position import Moments, position_content, ridge, shuffle_patches
-
-
-def images(number=8, size=16):
-    return ImageData(
-        torch.randint(0, 256, (number, 3, size, size), dtype=torch.uint8),
-        torch.arange(number) % 5,
-        tuple("abcde"),
-        (0.5,) * 3,
-        (0.25,) * 3,
-    )
 
 
 def small(encoding, **changes):
@@ -189,7 +180,7 @@ def test_weights_that_underflow_count_as_the_smallest_number():
 
 
 def test_the_report_of_a_sape2_model_has_every_number_per_layer_and_axis():
-    rows = list(health(small("ape+sape2:sign=learned,gate_scale=learned"), images(), limit=6))
+    rows = list(health(small("ape+sape2:sign=learned,gate_scale=learned"), labelled_images(8), limit=6))
     for layer in (1, 2):
         for axis in "xy":
             names = {row["name"] for row in find(rows, layer=layer, axis=axis) if "patches" not in row}
@@ -203,7 +194,7 @@ def test_the_report_of_a_sape2_model_has_every_number_per_layer_and_axis():
 
 
 def test_gates_and_positions_of_the_report_are_those_of_the_model():
-    model, data = small("sape2"), images(4)
+    model, data = small("sape2"), labelled_images(4)
     rows = list(health(model, data))
     maps = model.maps(next(data.batches(4))[0])[1]
     assert value(rows, layer=2, axis="y", name="gate_mean") == pytest.approx(maps["gates_y"].mean().item(), rel=1e-5)
@@ -218,18 +209,18 @@ def test_gates_and_positions_of_the_report_are_those_of_the_model():
 
 @pytest.mark.parametrize("encoding", ["none", "ape", "sincos", "cpe", "rope"])
 def test_without_a_bias_there_is_the_position_probe_and_nothing_else(encoding):
-    assert {row["name"] for row in health(small(encoding), images())} == {"position_r2", "position_error"}
+    assert {row["name"] for row in health(small(encoding), labelled_images(8))} == {"position_r2", "position_error"}
 
 
 @pytest.mark.parametrize("encoding", ["rpe", "alibi", "rpe_contextual"])
 def test_a_bias_without_gates_has_bias_rows_and_no_gate_rows(encoding):
-    names = {row["name"] for row in health(small(encoding), images(4))}
+    names = {row["name"] for row in health(small(encoding), labelled_images(4))}
     assert "bias_row_std" in names
     assert not any(name.startswith(("gate_", "table_use")) for name in names)
 
 
 def test_layers_that_leave_the_encoding_out_have_no_rows():
-    rows = list(health(small("sape2:every=2"), images(4)))
+    rows = list(health(small("sape2:every=2"), labelled_images(4)))
     assert find(rows, name="bias_row_std", layer=1) == []
     assert len(find(rows, name="bias_row_std", layer=2)) == 1
 
@@ -237,14 +228,14 @@ def test_layers_that_leave_the_encoding_out_have_no_rows():
 def test_a_bias_of_a_joined_encoding_is_found():
     model = small("rope+sape2")
     assert list(encodings_of(model)) == [1, 2]
-    assert len(find(list(health(model, images(4))), name="table_use")) == 4
+    assert len(find(list(health(model, labelled_images(4))), name="table_use")) == 4
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------
 
 
 def warnings_of(model, number=4):
-    rows = list(health(model, images(number)))
+    rows = list(health(model, labelled_images(number)))
     found = [row for row in rows if row["name"].startswith("warning_")]
     assert rows[-1]["value"] == len(found)
     return found
@@ -392,7 +383,7 @@ def test_tokens_that_hold_their_coordinates_are_read_perfectly():
     def tokens(images):
         return torch.cat([PLACES.expand(len(images), -1, -1), torch.randn(len(images), 16, 2)], dim=-1) @ mixing
 
-    rows = list(position_content("health", GivenTokens(tokens), images(40)))
+    rows = list(position_content("health", GivenTokens(tokens), labelled_images(40)))
     for found in find(rows, name="position_r2"):
         assert found["value"] == pytest.approx(1, abs=1e-4)
     for found in find(rows, name="position_error"):
@@ -401,7 +392,7 @@ def test_tokens_that_hold_their_coordinates_are_read_perfectly():
 
 
 def test_noise_is_read_at_chance():
-    rows = list(position_content("health", GivenTokens(lambda images: torch.randn(len(images), 16, 6)), images(200)))
+    rows = list(position_content("health", GivenTokens(lambda images: torch.randn(len(images), 16, 6)), labelled_images(200)))
     for found in find(rows, name="position_r2"):
         assert found["value"] == pytest.approx(0, abs=0.03)
         assert found["chance"] == 0.0
@@ -413,7 +404,7 @@ def test_one_axis_does_not_tell_the_other():
     def columns_only(images):
         return torch.cat([PLACES[:, 1:].expand(len(images), -1, -1), torch.randn(len(images), 16, 2)], dim=-1)
 
-    rows = list(position_content("health", GivenTokens(columns_only), images(100)))
+    rows = list(position_content("health", GivenTokens(columns_only), labelled_images(100)))
     assert value(rows, name="position_r2", axis="x", layer=1, patches="in place") > 0.999
     assert abs(value(rows, name="position_r2", axis="y", layer=1, patches="in place")) < 0.05
 
@@ -455,7 +446,7 @@ def images_of(height, width, number=20):
 
 def test_one_image_cannot_be_fitted_and_measured():
     with pytest.raises(ValueError, match=r"needs at least 2 images.*got 1"):
-        list(position_content("health", small("none"), images(), limit=1))
+        list(position_content("health", small("none"), labelled_images(8), limit=1))
 
 
 def test_images_for_measuring_are_never_among_those_for_fitting():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from slurm_cases import install_slurm, starts
-from study_cases import finish, tiny_study
+from study_cases import finish
 
 from sape2.cli import main
 from sape2.studies.compare import launch as launching
@@ -27,13 +27,6 @@ ALL = ["none seed 0", "ape seed 0", "none seed 1", "ape seed 1"]
 @pytest.fixture(autouse=True)
 def _no_pause(monkeypatch):
     monkeypatch.setattr(launching, "LOOK_S", 0.01)
-
-
-@pytest.fixture
-def study(tmp_path):
-    made = tiny_study(tmp_path / "out")
-    made.start()
-    return made
 
 
 class Jobs:

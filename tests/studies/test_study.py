@@ -26,13 +26,6 @@ def _no_pause(monkeypatch):
     monkeypatch.setattr(working, "LOOK_S", 0.01)
 
 
-@pytest.fixture
-def study(tmp_path):
-    made = tiny_study(tmp_path / "out")
-    made.start()
-    return made
-
-
 class Runner:
     """Finishes cells with the accuracies given by name, and remembers which; raises what stands there for one."""
 

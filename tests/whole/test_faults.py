@@ -5,9 +5,7 @@ checkpoints: test_train.py; locks: test_lock.py; damaged run folders: test_cli.p
 """
 
 import ast
-import contextlib
 import errno
-import io
 import itertools
 import json
 import os
@@ -17,7 +15,6 @@ import sys
 import time
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from kill_cases import half_written
@@ -48,24 +45,7 @@ COMPARE = ["compare", "digits", "--encodings", "none,ape", "--seeds", "1", *SETT
 ALLOCATOR = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    """Without shape checks, and without what takes seconds and writes nothing but figures and a number."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sape2.evaluation.runs.draw", lambda *_: [])
-        patch.setattr("sape2.studies.run.StepMemory.after_step", lambda *_: {})
-        yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, _as_users_run_it):
-    """A finished run of two epochs of four steps."""
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert main([*TRAIN, str(folder)]) == 0
-    return folder
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ import tomllib
 from pathlib import Path
 
 import dependency_table
-import jaxtyping
 import pytest
 import torch
 from study_cases import TINY
@@ -35,23 +34,7 @@ SETTINGS = [text for setting in TINY for text in ("--set", setting)]
 TRAIN = ["train", "digits", "--encoding", "ape", *SETTINGS, "--out"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    """Without shape checks, and without what takes seconds and writes nothing but figures and a number."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sape2.evaluation.runs.draw", lambda *_: [])
-        patch.setattr("sape2.studies.run.StepMemory.after_step", lambda *_: {})
-        yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, _as_users_run_it):
-    folder = tmp_path_factory.mktemp("runs") / "run"
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        assert main([*TRAIN, str(folder)]) == 0
-    return folder
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 # --- nothing is unpickled --------------------------------------------------------------------------------------------

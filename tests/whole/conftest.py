@@ -1,0 +1,29 @@
+"""What tests of whole commands share."""
+
+import contextlib
+import io
+
+import jaxtyping
+import pytest
+
+
+@pytest.fixture(scope="module")
+def as_users_run_it():
+    """Without shape checks, and without what takes seconds and writes nothing but figures and a number."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sape2.evaluation.runs.draw", lambda *_: [])
+        patch.setattr("sape2.studies.run.StepMemory.after_step", lambda *_: {})
+        yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="module")
+def finished(request, tmp_path_factory, as_users_run_it):
+    """What the module's TRAIN makes: a finished run."""
+    from sape2.cli import main
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        assert main([*request.module.TRAIN, str(folder)]) == 0
+    return folder
