@@ -2,14 +2,13 @@
 
 import io
 import re
-import tarfile
 
 import datasets
 import pytest
 from PIL import Image
 
 from sape2.config import DataConfig, model_config
-from sape2.data import folder, load_data, webdataset
+from sape2.data import folder, load_data
 from sape2.data.labels import check_names, renumber
 
 
@@ -37,15 +36,6 @@ def named(split):
 
 def seen(split):
     return ["dog" if image.float().mean() > 60 else "cat" for image in split.images]
-
-
-def write_shard(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
 
 
 def write_folder(where, files):
@@ -104,27 +94,3 @@ def test_a_test_class_of_other_capitals_is_refused_with_both_names(tmp_path):
     write_folder(tmp_path, ["train/cat/a.png", "test/Cat/a.png"])
     with pytest.raises(ValueError, match=r"has the class 'Cat', which .*train has not; it has 'cat'"):
         folder.read(tmp_path)
-
-
-@pytest.mark.parametrize("order", [("a.png", "a.depth.png", "a.mask.png"), ("a.depth.png", "a.mask.png", "a.png")])
-def test_the_plain_image_of_a_sample_is_read(tmp_path, order):
-    shard = write_shard(tmp_path / "train.tar", [("a.cls", b"1"), *((name, png(len(name))) for name in order)])
-    [(key, offset, size, label)] = webdataset.index_shard(shard)
-    assert (key, label) == ("a", 1)
-    assert shard.read_bytes()[offset : offset + size] == png(len("a.png"))
-
-
-@pytest.mark.parametrize("names", [("a.jpg", "a.png"), ("a.png", "a.png"), ("22.5.png", "22.6.png")])
-def test_two_images_of_one_key_are_refused_with_both_names(tmp_path, names):
-    shard = write_shard(tmp_path / "train.tar", [(name, png(1)) for name in names])
-    with pytest.raises(ValueError, match=f"has two images, {names[0]} and {names[1]};"):
-        webdataset.index_shard(shard)
-
-
-def test_names_in_shards_are_numbered_by_classes_txt(tmp_path):
-    (tmp_path / "classes.txt").write_text("cat\ndog \n\n")
-    for split in ("train", "test"):
-        write_shard(tmp_path / f"{split}.tar", [("a.png", png(1)), ("a.cls", b"dog"), ("b.png", png(1)), ("b.cls", b"0")])
-    found = webdataset.read(tmp_path)
-    assert found["test"].classes == ("cat", "dog")
-    assert found["train"].labels == [1, 0]

@@ -128,6 +128,8 @@ def as_images(source: Source | ArrayImages, config: DataConfig, model: ModelConf
             f"use --set model.num_classes={len(source.classes)}"
         )
     for row, label in enumerate(source.labels):
+        if label is None:
+            raise ValueError(f"{source.name(row)} has no label")
         if not isinstance(label, int) or not 0 <= label < model.num_classes:
             raise ValueError(f"{source.name(row)}: label {label!r} is not in 0..{model.num_classes - 1}")
     labels = torch.tensor(source.labels)

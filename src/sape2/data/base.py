@@ -114,5 +114,5 @@ def find_splits(names: list[str], where: str) -> tuple[str, list[str]]:
 
 
 def has_labels(source: Source) -> bool:
-    """False where every label is -1: a test set whose answers are kept back, as ImageNet's on the hub."""
-    return any(label != -1 for label in source.labels) or not source.labels
+    """False where every label is -1 or missing: a test set whose answers are kept back, as ImageNet's on the hub."""
+    return any(label not in (-1, None) for label in source.labels) or not source.labels

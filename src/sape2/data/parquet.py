@@ -208,7 +208,7 @@ def _labelled(found: Any, where: str, open_split: Any) -> dict[str, Source]:
         sources.append(open_split(name))
         if has_labels(sources[-1]):
             return {"train": sources[0], "test": sources[-1]}
-    raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1")
+    raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing")
 
 
 def _quietly(function: str, source: str, where: str, kind: str) -> Any:

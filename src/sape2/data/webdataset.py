@@ -12,6 +12,9 @@ import json
 import os
 import re
 import tarfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +23,8 @@ import numpy as np
 from sape2.data.base import IMAGE_ENDINGS, READING, TEST_NAMES, TRAIN_NAMES, find_splits, has_labels, waiting_for
 
 MAX_OPEN = 64  # shards held open by one process
+LABEL_ENDINGS = ("cls", "json")
+PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
 class ShardImages:
@@ -29,10 +34,9 @@ class ShardImages:
 
     def __init__(self, where: str, shards: list[Path], classes: tuple[str, ...]) -> None:
         self.where, self.shards, self.classes = where, shards, classes
-        indices = [waiting_for(str(shard), lambda shard=shard: index_shard(shard)) for shard in shards]
-        numbers: dict[Any, int] = {name: number for number, name in enumerate(classes)}
-        labels = (label for index in indices for *_, label in index)
-        self.labels: list[Any] = [numbers.get(label, label) if isinstance(label, str) else label for label in labels]
+        numbers = {name: number for number, name in enumerate(classes)}
+        indices = [waiting_for(str(shard), lambda shard=shard: index_shard(shard, numbers)) for shard in shards]
+        self.labels: list[Any] = [label for index in indices for *_, label in index]
         self._keys = np.array([key.encode() for index in indices for key, *_ in index], dtype=bytes)
         self._places = np.array([place[1:3] for index in indices for place in index], dtype=np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *map(len, indices)])
@@ -75,45 +79,109 @@ class ShardImages:
         return [[shard.name for shard in self.shards], self._keys.tobytes(), self._places.tobytes()]
 
 
+# --- one shard -------------------------------------------------------------------------------------------------------
+
 Place = tuple[str, int, int, Any]  # key, first byte, number of bytes, label
 
 
-def index_shard(path: Path) -> list[Place]:
-    """Where the images of a shard lie, and their labels. Raises ValueError if the shard is damaged."""
-    images: dict[str, list[tuple[str, int, int]]] = {}  # key: member, first byte, number of bytes
-    labels: dict[str, Any] = {}
+@dataclass
+class Sample:
+    """What a shard holds under one key, each with the name of its member."""
+
+    images: list[tuple[str, int, int]] = field(default_factory=list)  # first byte, number of bytes
+    labels: list[tuple[str, Any]] = field(default_factory=list)
+    links: list[str] = field(default_factory=list)
+    dotted: list[str] = field(default_factory=list)  # KEY.x.cls, which is no label
+
+
+def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Place]:
+    """Where the images of a shard lie, and their labels: numbers, names as `numbers` counts them, None where there is none.
+
+    Raises ValueError if the shard is damaged, or holds what would be left out, or what can be understood in two ways.
+    """
+    samples: dict[str, Sample] = defaultdict(Sample)
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                key, ending = _key(member.name)
-                if not member.isreg():
-                    continue
-                if f".{ending.lower()}".endswith(IMAGE_ENDINGS):
-                    images.setdefault(key, []).append((member.name, member.offset_data, member.size))
-                elif ending in ("cls", "json") and labels.get(key) is None:
-                    labels[key] = _label(_content(tar, member), ending)
+                _add(samples, tar, member, numbers or {})
+            _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        last = f" after sample {next(reversed(images))}" if images else ""
+        last = next((f" after sample {key}" for key in reversed(samples) if samples[key].images), "")
         raise ValueError(f"the shard {path} cannot be read{last}: {error}; fetch it again, or remove it") from error
-    return [(key, *_only(path, key, found), labels.get(key)) for key, found in images.items()]
+    try:
+        return [_place(key, sample) for key, sample in samples.items() if sample.images or sample.labels or sample.links]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check_end(file: IO[bytes], offset: int) -> None:
+    """Raises ValueError unless a block of zeros, and nothing but zeros, follows the last member.
+
+    tarfile takes whatever is no header for the end: a cut between two members, a damaged header, a second archive.
+    """
+    file.seek(offset)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise ValueError(f"at byte {offset} there is neither a file nor the end of the archive (a block of zeros)")
+    while rest := file.read(2**20):
+        if rest.count(0) != len(rest):
+            raise ValueError("after the end of the archive another one follows: two shards need two files")
+
+
+def _add(samples: dict[str, Sample], tar: tarfile.TarFile, member: tarfile.TarInfo, numbers: Mapping[str, int]) -> None:
+    """Takes down what a member is to its sample; hidden files, and what is neither image nor label, are left out."""
+    key, ending = _key(member.name)
+    is_image, last = f".{ending}".endswith(IMAGE_ENDINGS), ending.rpartition(".")[2]
+    if key == "" or key.endswith("/") or member.isdir() or not (is_image or last in LABEL_ENDINGS):
+        return
+    if not member.isfile() or member.issparse():
+        samples[key].links.append(member.name)
+    elif is_image:
+        samples[key].images.append((member.name, member.offset_data, member.size))
+    elif last != ending:
+        samples[key].dotted.append(member.name)
+    else:
+        for label in _labels(_content(tar, member), ending):
+            samples[key].labels.append((member.name, numbers.get(label, label) if isinstance(label, str) else label))
 
 
 def _key(member: str) -> tuple[str, str]:
-    """The key, which ends at the first dot of the file's name, and the ending, which may hold more dots."""
+    """The key, which ends at the first dot of the file's name, and the ending in small letters, which may hold more dots."""
     folder, _, name = member.rpartition("/")
     stem, _, ending = name.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), ending
+    return (f"{folder}/{stem}" if folder else stem), ending.lower()
 
 
-def _only(path: Path, key: str, found: list[tuple[str, int, int]]) -> tuple[int, int]:
+def _place(key: str, sample: Sample) -> Place:
+    """Raises ValueError for what is not one image with at most one label."""
+    if sample.links:
+        raise ValueError(f"sample {key}: {sample.links[0]} is a link or has holes; a shard needs the bytes of the file")
+    if not sample.images:
+        raise ValueError(f"sample {key} has the label {sample.labels[0][0]} and no image ({', '.join(IMAGE_ENDINGS)})")
+    if sample.dotted and not sample.labels:
+        raise ValueError(
+            f"sample {key} has no label: a key ends at the first dot, so {sample.dotted[0]} is not its .cls or .json"
+        )
+    return key, *_only(key, sample.images), _agreed(key, sample.labels)
+
+
+def _only(key: str, found: list[tuple[str, int, int]]) -> tuple[int, int]:
     """The place of the one image of a sample: KEY.png, whatever KEY.depth.png lies beside it."""
     plain = [image for image in found if "." not in _key(image[0])[1]] or found
     if len(plain) > 1:
         raise ValueError(
-            f"{path}: sample {key} has two images, {plain[0][0]} and {plain[1][0]}; "
-            "a key ends at the first dot and has one image"
+            f"sample {key} has two images, {plain[0][0]} and {plain[1][0]}; a key ends at the first dot and has one image"
         )
     return plain[0][1:]
+
+
+def _agreed(key: str, found: list[tuple[str, Any]]) -> Any:
+    """The one label, however often it is there; a number goes before words that are no class."""
+    counted = [label for label in found if isinstance(label[1], int)] or found
+    other = next((label for label in counted if label[1] != counted[0][1]), None)
+    if other is not None:
+        (first, one), (second, two) = counted[0], other
+        raise ValueError(f"sample {key} has two labels, {one!r} in {first} and {two!r} in {second}; leave the right one")
+    return counted[0][1] if counted else None
 
 
 def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -121,16 +189,17 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return b"" if file is None else file.read(2**20)
 
 
-def _label(content: bytes, ending: str) -> Any:
-    """The number in a .cls file, or "label" of a .json file; what cannot be understood is returned as it is."""
+def _labels(content: bytes, ending: str) -> list[Any]:
+    """The number in a .cls file, or every "label" of a .json file; what cannot be understood is returned as it is."""
     text = content.decode("utf-8", "replace").strip()
     if ending == "cls":
-        return int(text) if re.fullmatch(r"-?\d{1,9}", text) else text
+        return [int(text) if re.fullmatch(r"-?\d{1,9}", text) else text]
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=tuple)
     except (json.JSONDecodeError, RecursionError):
-        return text
-    return values.get("label") if isinstance(values, dict) else None
+        return [text]
+    pairs = values if isinstance(values, tuple) else ()
+    return [value for name, value in pairs if name == "label" and value is not None]
 
 
 # --- a folder of shards ----------------------------------------------------------------------------------------------
@@ -145,9 +214,10 @@ def read(folder: Path) -> dict[str, ShardImages]:
     groups: dict[str, list[Path]] = {}
     for shard in sorted(folder.rglob("*.tar")):
         groups.setdefault(_split_of(shard.relative_to(folder)), []).append(shard)
-    if not groups:
-        packed = next((path.name for path in folder.rglob("*.tar.*")), "no .tar file")
-        raise ValueError(f"--data {folder} needs webdataset shards that are not compressed (.tar); found {packed}")
+    packed = next((path.name for path in sorted(folder.rglob("*")) if PACKED.search(path.name)), None)
+    if packed is not None or not groups:
+        found = packed or "no .tar file"
+        raise ValueError(f"--data {folder} needs webdataset shards that are not compressed (.tar); found {found}")
     train, tests = find_splits(list(groups), str(folder))
     names = folder / "classes.txt"
     classes = (
@@ -156,10 +226,14 @@ def read(folder: Path) -> dict[str, ShardImages]:
     sources = (ShardImages(f"{folder} {name}", groups[name], classes) for name in tests)
     test = next((source for source in sources if has_labels(source)), None)
     if test is None:
-        raise ValueError(f"--data {folder} has no labels in {' or '.join(tests)}: all are -1")
+        raise ValueError(f"--data {folder} has no labels in {' or '.join(tests)}: all are -1 or missing")
     return {"train": ShardImages(f"{folder} {train}", groups[train], classes), "test": test}
 
 
 def _split_of(path: Path) -> str:
+    """Raises ValueError where the path names a training and a test split."""
     words = re.split(r"[\W_\d]+", str(path.with_suffix("")).lower())
-    return next((name for name in (*TRAIN_NAMES, *TEST_NAMES) if name in words), "others")
+    named = [name for name in (*TRAIN_NAMES, *TEST_NAMES) if name in words]
+    if len({name in TRAIN_NAMES for name in named}) > 1:
+        raise ValueError(f"the shard {path} names two splits, {named[0]} and {named[1]}; name one in its path")
+    return named[0] if named else "others"
