@@ -1,17 +1,14 @@
 """A run belongs to its images: rows of others come in only under a name of their own."""
 
 import pytest
-from own_cases import fill
+from own_cases import fill, finished_run
 
 from sape2 import evaluation
-from sape2.cli import build_parser, main
-from sape2.cli.options import resolve
-from sape2.data import load_data
+from sape2.cli import main
 from sape2.evaluation.base import row
 from sape2.evaluation.runs import is_measured
-from sape2.models.trained import build_model
 from sape2.studies.compare.headlines import read_runs
-from sape2.training.checkpoint import own_results, read_config, read_rows, save_weights, start_run
+from sape2.training.checkpoint import own_results, read_config, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +29,7 @@ def others(tmp_path):
 @pytest.fixture
 def command(tmp_path, mine):
     """The words of the `sape2 train` whose run is in tmp_path/run, finished and untrained."""
-    words = ["train", "images", "--out", str(tmp_path / "run"), "--set", "model.depth=1", "--data", str(mine)]
-    config = resolve(build_parser().parse_args(words))
-    run = tmp_path / "run"
-    start_run(run, config, load_data(config.data, config.model).train.fingerprint)
-    for name in ("model", "best"):
-        save_weights(run / f"{name}.safetensors", build_model(config))
-    return words
+    return finished_run(tmp_path / "run", mine)
 
 
 @pytest.fixture

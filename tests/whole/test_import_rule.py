@@ -41,6 +41,9 @@ ALLOWED = {
     "training.loop": {"config", "data", "encodings", "training"},
     "training.standing": {"config", "training.checkpoint"},
     "evaluation": {"encodings.grid", "evaluation", "training.memory_errors"},
+    "evaluation.predictions": {
+        "data", "evaluation", "models.trained", "training.checkpoint", "training.memory_errors",
+    },
     "evaluation.report": set(),
     "evaluation.runs": {
         "data", "evaluation", "models.trained", "training.checkpoint", "training.files", "training.memory_errors",

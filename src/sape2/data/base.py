@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch.utils.data import get_worker_info
@@ -39,6 +41,11 @@ class Source(Protocol):
     def contents(self) -> Any:
         """Names and sizes as far as they are known without opening images; a change of files shows in them."""
         ...
+
+
+def plain_name(path: Path | str) -> str:
+    """A path, or a part of one, as text that any file or terminal takes: bytes that are no UTF-8 are written as \\xE9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 class UnreadableImages:

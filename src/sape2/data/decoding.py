@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sape2.config import ModelConfig
+from sape2.config import DataConfig, ModelConfig
 from sape2.data.pixels import named, read_image
 
 SIDES = (3 / 4, 4 / 3)  # of a random box, width to height: torchvision's and timm's
@@ -83,6 +83,11 @@ class CenterCrop(Crop):
         resized = image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
         top, left = (round((side - cut) / 2) for side, cut in zip(sides, (height, width), strict=True))
         return resized.crop((left, top, left + width, top + height))
+
+
+def evaluation_crop(config: DataConfig) -> Crop | None:
+    """How images that are not trained on are cut: `data.center_crop`, or not at all."""
+    return None if config.center_crop is None else CenterCrop(config.center_crop)
 
 
 def to_array(image: Image.Image, model: ModelConfig, crop: Crop | None = None) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Images that stay in their files and are decoded when they are asked for.
 
-An image that cannot be read is skipped: the next one of its class in the same set takes its place. So labels, sizes and
-the order of a run do not depend on which images are damaged, nor on when that is found out.
+In a labelled set an image that cannot be read is skipped: the next one of its class takes its place. So labels, sizes and
+the order of a run do not depend on which images are damaged, nor on when that is found out. Loose files have no class:
+there such an image is left out and named.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +23,12 @@ from torch.utils.data import get_worker_info
 
 from sape2.config import DataConfig, ModelConfig
 from sape2.data.base import Source, UnreadableImages
-from sape2.data.decoding import CenterCrop, Crop, RandomCrop, decode
+from sape2.data.decoding import Crop, RandomCrop, decode, evaluation_crop
 from sape2.data.images import ImageData, normalize
+from sape2.data.picture import Picture, take_picture
 
 MAX_THREADS = 16
+Taken = TypeVar("Taken")
 
 
 class ImageFiles:
@@ -42,7 +46,7 @@ class ImageFiles:
         self.source, self.labels, self.classes, self.model, self.unreadable = source, labels, classes, model, unreadable
         self.rows = torch.arange(len(labels))
         self.mean, self.std = config.mean, config.std
-        self.center = None if config.center_crop is None else CenterCrop(config.center_crop)
+        self.center = evaluation_crop(config)
         self.fingerprint: dict[str, Any] | None = None
 
     def __len__(self) -> int:
@@ -93,14 +97,8 @@ class ImageFiles:
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and their labels, in order; the next batch is decoded while one is used."""
-        parts = torch.arange(len(self)).split(batch_size)
-        with ThreadPoolExecutor(1) as ahead:
-            waiting = ahead.submit(self.take, parts[0])
-            for following in (*parts[1:], None):
-                images, labels = waiting.result()
-                if following is not None:
-                    waiting = ahead.submit(self.take, following)
-                yield normalize(images, self.mean, self.std), labels
+        for images, labels in _ahead(self.take, torch.arange(len(self)).split(batch_size)):
+            yield normalize(images, self.mean, self.std), labels
 
     def decoded(self, batch_size: int = 1000) -> ImageData:
         """The same images in memory."""
@@ -111,11 +109,65 @@ class ImageFiles:
         return ImageData(images, self.labels, self.classes, self.mean, self.std, self.fingerprint)
 
 
+class LooseFiles:
+    """Image files without labels, as a model takes test images. What cannot be read is left out: `unreadable` says why.
+
+    `look` sees every image that could be read (in a thread of its own), `watch` how many files were tried so far.
+    """
+
+    classes = ()
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        config: DataConfig,
+        model: ModelConfig,
+        look: Callable[[Path, Picture], None] = lambda file, picture: None,
+        watch: Callable[[int], None] = lambda tried: None,
+    ) -> None:
+        self.files, self.config, self.model, self.look, self.watch = files, config, model, look, watch
+        self.labels = torch.full((len(files),), -1)
+        self.unreadable: dict[Path, str] = {}
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Normalised images and -1 for each, in order; the next batch is decoded while one is used."""
+        tried = 0
+        for part in _ahead(self._take, [self.files[i : i + batch_size] for i in range(0, len(self.files), batch_size)]):
+            tried += len(part)
+            if images := [image for image in part if image is not None]:
+                yield normalize(torch.stack(images), self.config.mean, self.config.std), self.labels[: len(images)]
+            self.watch(tried)
+
+    def _take(self, files: Sequence[Path]) -> list[Tensor | None]:
+        with _threads() as run:
+            return list(run(self._pixels, files))
+
+    def _pixels(self, file: Path) -> Tensor | None:
+        try:
+            picture = take_picture(file, self.model, evaluation_crop(self.config))
+        except ValueError as error:
+            self.unreadable[file] = str(error)
+            return None
+        self.look(file, picture)
+        return picture.pixels
+
+
 @dataclass(frozen=True)
 class Splits:
     train: ImageData | ImageFiles
     validation: ImageData | ImageFiles
     test: ImageData | ImageFiles
+
+
+def _ahead(take: Callable[[Any], Taken], parts: Sequence[Any]) -> Iterator[Taken]:
+    """What `take` gives for each part; the next is taken while one is used."""
+    with ThreadPoolExecutor(1) as ahead:
+        waiting = ahead.submit(take, parts[0])
+        for following in (*parts[1:], None):
+            taken = waiting.result()
+            if following is not None:
+                waiting = ahead.submit(take, following)
+            yield taken
 
 
 class _threads:

@@ -1,8 +1,13 @@
-"""What a run remembers of its images, so that one taken up again with others notices. Cheap: labels, names, a few files."""
+"""What a run remembers of its images, so that one taken up again with others notices. Cheap: labels, names, a few files.
+
+Also what later commands tell people: the names of the classes, and how large the images were.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +15,7 @@ import numpy as np
 
 from sape2.data.arrays import ArrayImages
 from sape2.data.base import Source
-from sape2.data.pixels import RULE
+from sape2.data.pixels import RULE, named, opened, upright_size
 
 PROBES = 16  # images of a split whose bytes are looked at
 
@@ -19,23 +24,34 @@ def fingerprint(sources: dict[str, Source] | dict[str, ArrayImages]) -> dict[str
     """Per split: number of images, digests of all labels, of the bytes of 16 images, of names and sizes.
 
     The first three are the same in every layout that keeps the files as they are; names and sizes are of this layout.
-    Where files are decoded, the rule by which they are read (`data.pixels`).
+    Where files are decoded, the rule by which they are read (`data.pixels`) and the median (height, width) of the 16.
     """
-    layout = next(iter(sources.values())).layout
-    rule = {} if layout == "arrays" else {"reading_rule": RULE}
-    return {"layout": layout} | rule | {split: _describe(source) for split, source in sources.items()}
+    first = next(iter(sources.values()))
+    about = {"layout": first.layout, "classes": list(first.classes)}
+    about |= {} if first.layout == "arrays" else {"reading_rule": RULE}
+    return about | {split: _describe(source) for split, source in sources.items()}
 
 
 def _describe(source: Source | ArrayImages) -> dict[str, Any]:
     labels, arrays = source.labels, isinstance(source, ArrayImages)
     probes = np.unique(np.linspace(0, len(labels) - 1, PROBES).round().astype(int)).tolist() if labels else []
-    read = (source.images[index].tobytes() if isinstance(source, ArrayImages) else _bytes(source, index) for index in probes)
-    return {
+    read = [source.images[index].tobytes() if isinstance(source, ArrayImages) else _bytes(source, index) for index in probes]
+    about = {
         "images": len(labels),
         "labels": digest(str(labels).encode()),
         "pixels" if arrays else "bytes": digest(b"".join(digest(data).encode() for data in read)),
         "names": "" if isinstance(source, ArrayImages) else digest(repr(source.contents()).encode()),
     }
+    return about if arrays else about | {"size": _median_size(read)}
+
+
+def _median_size(files: list[bytes]) -> list[int] | None:
+    """[height, width] of those that are images; None if there are none."""
+    sizes = []
+    for data in files:
+        with contextlib.suppress(ValueError), named("image"), opened(data) as image:
+            sizes.append(upright_size(image))
+    return [round(statistics.median(sides)) for sides in zip(*sizes, strict=True)] or None
 
 
 def _bytes(source: Source, index: int) -> bytes:

@@ -64,6 +64,24 @@ class FolderImages:
         return [self._paths.tobytes()]
 
 
+def image_files(folder: Path) -> list[Path]:
+    """Every image file below a folder, in order of path; what is hidden or left by systems is not looked at.
+
+    Links to folders are followed, each folder once. Raises OSError for a folder that cannot be listed.
+    """
+    found, seen = [], set()
+    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
+        here = os.path.realpath(root)
+        folders[:] = [] if here in seen else [name for name in folders if not _is_hidden(name)]
+        found += [] if here in seen else [Path(root, name) for name in names if _is_image(name)]
+        seen.add(here)
+    return sorted(found)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def find(folder: Path) -> bool:
     """Whether DIR/train/*/ holds image files; looks at a few names only."""
     return any(_holds_classes(folder / split) for split in _split_names(folder))

@@ -1,49 +1,75 @@
-"""An image file of any kind, as a model takes it."""
+"""An image file of any kind, as a model takes it, and in what it is unlike the images that the model was trained on."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import UInt8
 from PIL import Image
 from torch import Tensor
 
-from sape2.config import ModelConfig
-from sape2.data.decoding import to_array
-from sape2.data.pixels import named, read_image
+from sape2.config import DataConfig, ModelConfig
+from sape2.data.base import plain_name
+from sape2.data.decoding import Crop, to_array
+from sape2.data.pixels import is_grey, named, opened, to_8_bits, upright_size
+
+Size = tuple[int, int]  # (height, width)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image as the model takes it, what was done to the file to get there, and the (height, width) that it had."""
+    """An image as the model takes it, the size that it had, and the share of its pixels whose colour the model does not see.
+
+    `notes` say what was done to the file to get there.
+    """
 
     pixels: UInt8[Tensor, "channels height width"]
-    notes: str
-    size: tuple[int, int]
+    size: Size
+    lost_colour: float
+    notes: str = ""
 
 
-def read_picture(path: Path, model: ModelConfig) -> Picture:
-    """Any image file in the channels and the size of the model, read by the rule of `data.pixels`.
+def read_picture(path: Path, model: ModelConfig, crop: Crop | None = None) -> Picture:
+    """Any image file in the channels and the size of the model, read by the rule of `data.pixels`, with notes.
 
     Raises ValueError that names the file if it is no image, damaged, or so large that it may be an attack on memory.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no image {path}")
+        raise FileNotFoundError(f"there is no image {plain_name(path)}")
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give one image file")
-    height, width = model.image_size
-    with named(str(path)), warnings.catch_warnings():
+        raise IsADirectoryError(f"{plain_name(path)} is a folder; give one image file")
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused
-        image = read_image(path, model.in_channels)
-        size, pixels = image.size, to_array(image, model)
-        notes = f"{size[0]}x{size[1]} pixels ({_stored(path)})"
-    if size != (width, height):
-        stretched = ", which changes its proportions" if size[0] * height != size[1] * width else ""
+        picture = take_picture(path, model, crop)
+        with named(plain_name(path)):
+            stored = _stored(path)
+    (height, width), (y, x) = model.image_size, picture.size
+    notes = f"{x}x{y} pixels ({stored})"
+    if crop is not None:
+        notes += f", its middle cut out at the model's {width}x{height}"
+    elif (y, x) != (height, width):
+        stretched = ", which changes its proportions" if x * height != y * width else ""
         notes += f", resized to the model's {width}x{height}{stretched}"
-    return Picture(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous(), notes, (size[1], size[0]))
+    return replace(picture, notes=notes)
+
+
+def take_picture(path: Path, model: ModelConfig, crop: Crop | None = None) -> Picture:
+    """The same without notes, with no word of Pillow's silenced: that is for whoever has threads. Raises ValueError only."""
+    with named(plain_name(path)):
+        if not path.is_file():
+            raise ValueError("there is no such file" if not path.exists() else "it is no ordinary file")
+        with opened(path) as image:
+            size = upright_size(image)
+            taken = to_8_bits(image, model.in_channels)
+            lost = 0.0 if model.in_channels == 3 or is_grey(image) else _share_of_colour(to_8_bits(image, 3))
+        pixels = to_array(taken, model, crop)
+    return Picture(torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous(), size, lost)
 
 
 def _stored(path: Path) -> str:
@@ -51,3 +77,73 @@ def _stored(path: Path) -> str:
     with Image.open(path) as image:
         frames = getattr(image, "n_frames", 1)
         return f"{image.mode}, first of {frames} frames" if frames > 1 else image.mode
+
+
+def _share_of_colour(image: Image.Image) -> float:
+    """The share of pixels that are not grey by more than `COLOUR` of 255; of a large image, on a grid of at most 256x256."""
+    values = np.asarray(image)[:: max(1, image.height // 256), :: max(1, image.width // 256)]
+    return float((values.max(-1).astype(int) - values.min(-1) > COLOUR).mean())
+
+
+# --- unlike the training images --------------------------------------------------------------------------------------
+
+COLOUR = 24  # of 255 between the channels of a pixel; what JPEG makes of a grey image stays below
+FEW = 0.01  # of the pixels
+SMALLER, LARGER = 4.0, 16.0  # times the training images, in the mean of both sides
+STRETCHED = 2.0  # width to height, against the training images
+FAR = 1.75  # of a channel's mean, in standard deviations of the training pixels
+FLAT = 0.25  # of every channel's deviation, against that of the training pixels
+
+
+@dataclass(frozen=True)
+class Unlike:
+    """One thing in which an image is unlike the training images: a number, its limit, and a sentence for people."""
+
+    name: str
+    value: float
+    unit: str
+    limit: str
+    kind: str
+    sentence: str
+
+
+def unlike(picture: Picture, data: DataConfig, trained: Size) -> list[Unlike]:
+    """In what a picture is far from images whose files have the size `trained`, and pixels the run's mean and std."""
+    return [*_colour(picture), *_size(picture, trained), *_brightness(picture, data)]
+
+
+def _colour(picture: Picture) -> Iterator[Unlike]:
+    share = picture.lost_colour
+    if share > FEW:
+        sentence = f"{share:.0%} of its pixels are coloured, and this model sees grey only"
+        yield Unlike("colour", share, "fraction", f"at most {FEW:.0%} of the pixels", "in colour", sentence)
+
+
+def _size(picture: Picture, trained: Size) -> Iterator[Unlike]:
+    (height, width), (y, x) = trained, picture.size
+    here, there = f"{x}x{y} pixels", f"the training images about {width}x{height}"
+    times = math.sqrt(x * y / (width * height))
+    limit = f"1/{SMALLER:g} to {LARGER:g} times the training images"
+    if times > LARGER:
+        yield Unlike("size", times, "times", limit, "far larger", f"it has {here}, {there}: {times:.0f} times larger")
+    if times < 1 / SMALLER:
+        yield Unlike("size", times, "times", limit, "far smaller", f"it has {here}, {there}: {1 / times:.0f} times smaller")
+    stretch = x * height / (y * width)
+    if max(stretch, 1 / stretch) > STRETCHED:
+        sentence = f"it has {here}, {there}: its proportions differ {max(stretch, 1 / stretch):.1f} times"
+        limit = f"1/{STRETCHED:g} to {STRETCHED:g} times the training images"
+        yield Unlike("proportions", stretch, "times", limit, "of other proportions", sentence)
+
+
+def _brightness(picture: Picture, data: DataConfig) -> Iterator[Unlike]:
+    pixels = picture.pixels.double().flatten(1) / 255
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (data.mean, data.std))
+    means, stds = (pixels.mean(1) - mean) / std, pixels.std(1, correction=0) / std
+    far = means[means.abs().argmax()].item()
+    if abs(far) > FAR:
+        kind, limit = ("bright" if far > 0 else "dark"), f"-{FAR:g} to {FAR:g} standard deviations"
+        sentence = f"it is far {kind}er than the training images: its mean is {abs(far):.1f} standard deviations away"
+        yield Unlike("brightness", far, "standard deviations", limit, f"far {kind}er", sentence)
+    if (widest := stds.max().item()) < FLAT:
+        sentence = f"it is nearly flat: its pixels vary {widest:.2f} times as much as those of the training images"
+        yield Unlike("contrast", widest, "times", f"at least {FLAT:g} times the training images", "nearly flat", sentence)

@@ -53,7 +53,7 @@ def predict(
 ) -> Float[Tensor, "images classes"]:
     """Logits for the first `limit` images (None: all), in float32 on the CPU; the model is left in the mode it was in.
 
-    Where batches of this size do not fit into memory, they are halved until they do.
+    Of no images they are (0, 0). Where batches of this size do not fit into memory, they are halved until they do.
     """
     device = next(model.parameters()).device
     was_training = model.training
@@ -66,7 +66,9 @@ def predict(
         logits = None
     finally:
         model.train(was_training)
-    return torch.cat(logits) if logits is not None else predict(model, data, batch_size // 2, limit)
+    if logits is None:
+        return predict(model, data, batch_size // 2, limit)
+    return torch.cat(logits) if logits else torch.empty(0, 0)
 
 
 def confusion(logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> Int[Tensor, "classes classes"]:

@@ -40,7 +40,7 @@ def print_table(rows: Iterable[Row], columns: list[str], title: str, file: Any =
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(format_value(row[column]) if column in row else "" for column in columns))
-    console = Console(file=file)
+    console = Console(file=file, markup=False, emoji=False)  # names of files and classes are shown as they are
     if not console.is_terminal:
         console.width = max(console.width, 120)
     console.print(table)

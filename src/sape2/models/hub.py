@@ -15,7 +15,7 @@ from torch import nn
 
 import sape2
 from sape2.config import ModelConfig, RunConfig, model_config
-from sape2.training.checkpoint import load_weights, own_results, read_config, save_weights
+from sape2.training.checkpoint import class_names, load_weights, own_results, read_config, save_weights
 from sape2.training.files import write_text
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -41,13 +41,6 @@ def describe(config: ModelConfig, run: str | Path | None = None, weights: str = 
     training = {"recipe": trained.recipe, "epochs": trained.train.epochs, "seed": trained.seed, "weights": weights}
     classes = class_names(Path(run), config.num_classes)
     return description | {"data": trained.data.name, "normalization": images, "classes": classes, "training": training}
-
-
-def class_names(run: Path, num_classes: int) -> list[str] | None:
-    """In the order of the logits, read off the accuracy of each class in results.jsonl; None if that does not tell."""
-    rows = own_results(run)
-    names = dict.fromkeys(str(row["class"]) for row in rows if row.get("name") == "class_accuracy" and "class" in row)
-    return list(names) if len(names) == num_classes else None
 
 
 def read_description(text: str, where: str) -> Description:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -11,7 +10,7 @@ from sape2.config import RunConfig
 from sape2.data.augment import derive_seed
 from sape2.data.pixels import RULE
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import load_weights, other_rule, read_config
+from sape2.training.checkpoint import class_names, load_weights, other_rule, read_config, read_seen
 from sape2.training.memory_errors import in_building, told_in_one_line
 from sape2.training.standing import check_finished
 
@@ -34,12 +33,24 @@ def load_run_model(folder: Path, weights: str = "last") -> ViT:
     return model.to(device).eval()
 
 
+def names_of_classes(folder: Path) -> list[str]:
+    """Of a run, in the order of the logits; numbers where nothing in its folder names them."""
+    number = read_config(folder).model.num_classes
+    return class_names(folder, number) or [str(label) for label in range(number)]
+
+
+def size_trained_on(folder: Path) -> tuple[int, int]:
+    """The median (height, width) of some training images in their files; the model's where the folder does not tell."""
+    match read_seen(folder):
+        case {"train": {"size": [int(height), int(width)]}}:
+            return height, width
+    return read_config(folder).model.image_size
+
+
 def note_of_rule(folder: Path) -> str | None:
     """What to tell those who look at a finished run whose images were read by another rule than now."""
-    try:
-        rule = other_rule(json.loads((folder / "data.json").read_text(encoding="utf-8")), RULE)
-    except (OSError, ValueError, AttributeError, RecursionError):  # an older run, or one that was copied in parts
-        return None
+    seen = read_seen(folder)
+    rule = other_rule(seen, RULE) if seen else None
     if rule is None:
         return None
     return f"{folder} read its training images by rule {rule}; here images are read by rule {RULE} (docs/data.md)"

@@ -84,6 +84,18 @@ def own_results(folder: Path) -> list[Row]:
     return [row for row in read_rows(folder / "results.jsonl") if row.get("other_data") is None]
 
 
+def class_names(folder: Path, num_classes: int) -> list[str] | None:
+    """In the order of the logits: of data.json, else of results that measured every class; None if neither tells."""
+    known = read_seen(folder).get("classes")
+    if isinstance(known, list) and len(known) == num_classes:
+        return list(map(str, known))
+    measured: dict[tuple, list[str]] = {}
+    for row in own_results(folder):
+        if row.get("name") == "class_accuracy" and "class" in row:
+            measured.setdefault(_measured(row), []).append(str(row["class"]))
+    return next((names for names in measured.values() if len(names) == num_classes), None)
+
+
 def save_weights(path: Path, model: nn.Module) -> None:
     write_atomic(path, lambda temporary: save_model(model, str(temporary)))
 
@@ -143,6 +155,15 @@ def keep_fingerprint(folder: Path, fingerprint: Row) -> None:
     """data.json, which images a run saw, unless it is there."""
     if not (folder / "data.json").exists():
         write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
+
+
+def read_seen(folder: Path) -> Row:
+    """What data.json holds; {} where there is none or it is damaged, which `check_images` tells."""
+    try:
+        seen = json.loads((folder / "data.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):  # an older run, or one that was copied in parts
+        return {}
+    return seen if isinstance(seen, dict) else {}
 
 
 NEW_RUN = "choose another --out for a new run"

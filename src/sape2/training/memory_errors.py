@@ -60,6 +60,11 @@ def in_training(config: RunConfig, size: int = 1) -> str:
     )
 
 
+def in_prediction(model: ModelConfig) -> str:
+    ways = ['the CPU (CUDA_VISIBLE_DEVICES="")', *_of_attention(model)]
+    return f"out of memory with one image of {count_tokens(model)} tokens; try {', '.join(ways)}"
+
+
 def in_evaluation(measure: str, model: ModelConfig, images: int) -> str:
     ways = ["--limit with fewer images", 'the CPU (CUDA_VISIBLE_DEVICES="")', *_of_attention(model)]
     return (

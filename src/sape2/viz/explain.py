@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sape2 import viz
 from sape2.config import ModelConfig, RunConfig
 from sape2.data import ImageData
+from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import Picture, read_picture
 from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
@@ -25,8 +26,8 @@ from sape2.evaluation.findings import findings
 from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.evaluation.report import format_value
-from sape2.models.trained import load_run_model
-from sape2.training.checkpoint import own_results, read_config
+from sape2.models.trained import load_run_model, names_of_classes
+from sape2.training.checkpoint import read_config
 from sape2.training.files import write_text
 from sape2.training.standing import check_finished
 from sape2.viz.drawing import Drawing
@@ -122,8 +123,8 @@ def explain(
         raise ValueError(f"--out must end in .html or .png; got {out}")
     choice = choice or Choice()
     choice.check(config.model)
-    picture = read_picture(image_path, config.model)
-    found = look(load_run_model(folder, weights), config, picture, image_path, choice, class_names(folder, config))
+    picture = read_picture(image_path, config.model, evaluation_crop(config.data))
+    found = look(load_run_model(folder, weights), config, picture, image_path, choice, names_of_classes(folder))
     if out.suffix.lower() == ".png":
         viz.as_one(_pairs(found)).save(out)
     else:
@@ -145,13 +146,6 @@ def look(
     rows = [*_attention_rows(layers, config.model.grid), *layer_rows(model, one, 1, 1)]
     rows += findings(rows)
     return Explanation(image_path, config, picture, choice, _predictions(probabilities, classes), layers, rows)
-
-
-def class_names(folder: Path, config: RunConfig) -> list[str]:
-    """From the results of the run, which name each class of its data; numbers where they do not."""
-    rows = [row for row in own_results(folder) if row.get("name") == "class_accuracy"]
-    names = list(dict.fromkeys(row["class"] for row in rows))
-    return names if len(names) == config.model.num_classes else [str(label) for label in range(config.model.num_classes)]
 
 
 def _predictions(probabilities: Tensor, classes: list[str]) -> list[Row]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from sape2.cli.commands import compare, cost, detect, evaluate, explain, explore, export, list, probe, report, train
+from sape2.cli.commands import compare, cost, detect, evaluate, explain, explore, export, list, predict, probe, report, train
 
 
 class Command(Protocol):
@@ -31,6 +31,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "detect": detect,
     "evaluate": evaluate,
+    "predict": predict,
     "explain": explain,
     "compare": compare,
     "explore": explore,

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import read_picture
 from sape2.viz.drawing import escape
 from sape2.viz.explore.columns import View
@@ -74,9 +75,10 @@ class Desk:
         if path is None:
             return json.dumps({"message": "There was no file."})
         file = Path(path)
-        config = self.microscope.subject.config.model
+        run = self.microscope.subject.config
+        config = run.model
         try:
-            picture = read_picture(file, config)
+            picture = read_picture(file, config, evaluation_crop(run.data))
         except (ValueError, OSError) as error:
             return json.dumps({"message": str(error).replace(str(file), file.name)})
         key = hashlib.sha256(picture.pixels.numpy().tobytes()).hexdigest()[:12]

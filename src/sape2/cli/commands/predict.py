@@ -1,0 +1,109 @@
+"""`sape2 predict`: the classes that a finished run gives to image files."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from sape2.cli.options import add_json, whole_number
+from sape2.cli.output import MANY, Row, say
+
+HELP = "the classes that a finished run gives to images of yours"
+NAMED = 10  # files that could not be read; of more, the number
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="image files, and folders with images at any depth")
+    parser.add_argument("--top", default="1", metavar="K", help="the K most likely classes of each image (default 1)")
+    parser.add_argument("--out", metavar="FILE", help=".csv or .json, all rows")
+    parser.add_argument("--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    folder, top = Path(arguments.folder), whole_number("--top", arguments.top)
+    out = None if arguments.out is None else _checked(Path(arguments.out))
+    from sape2.evaluation.predictions import find_images, predict_files
+    from sape2.models.trained import note_of_rule
+    from sape2.training.standing import check_finished
+
+    check_finished(folder)
+    files = find_images(arguments.paths)
+    if note := note_of_rule(folder):
+        say(note)
+    with _watching(len(files)) as watch:
+        found = predict_files(folder, files, top, arguments.weights, watch)
+    if not found.rows:
+        raise ValueError(f"none of the {len(files)} files can be read; {next(iter(found.unreadable.values()))}")
+    _show(found.rows, out, arguments.json)
+    if found.unlike:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in found.kinds().items())
+        say(
+            f"{len(found.unlike)} of {len(files)} images are unlike the training images: {kinds}; sape2 explain has the numbers"
+        )
+    _tell_unreadable(list(found.unreadable.values()), len(files))
+    return 2 if found.unreadable else 0
+
+
+def _checked(out: Path) -> Path:
+    if out.suffix.lower() not in (".csv", ".json"):
+        raise ValueError(f"--out must end in .csv or .json; got {out}")
+    if out.is_dir():
+        raise IsADirectoryError(f"--out {out} is a folder; give a file")
+    return out
+
+
+def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
+    from sape2.evaluation.report import csv_table, print_json, print_table
+    from sape2.training.files import write_text
+
+    if out is not None:
+        text = csv_table(rows) if out.suffix.lower() == ".csv" else json.dumps(rows, indent=1) + "\n"
+        write_text(out, text)
+    if as_json:
+        print_json(rows)
+    elif len(rows) <= MANY:
+        print_table(rows, list(rows[0]), "predictions")
+    else:
+        print_table(_by_class(rows), ["class", "images", "mean probability"], "most likely class")
+        if out is None:
+            print("every row: --out FILE.csv, or --json")
+    if out is not None and not as_json:
+        print(f"written: {out}")
+
+
+def _by_class(rows: list[Row]) -> list[Row]:
+    first: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("rank", 1) == 1:
+            first.setdefault(row["class"], []).append(row["probability"])
+    return [
+        {"class": name, "images": len(values), "mean probability": statistics.mean(values)}
+        for name, values in sorted(first.items(), key=lambda item: -len(item[1]))
+    ]
+
+
+def _tell_unreadable(reasons: list[str], tried: int) -> None:
+    for reason in reasons[:NAMED]:
+        say(f"sape2: {' '.join(reason.split())}")
+    if reasons:
+        more = f", {len(reasons) - NAMED} more than are named here" if len(reasons) > NAMED else ""
+        say(f"sape2: {len(reasons)} of {tried} files cannot be read{more}; the others have their rows")
+
+
+@contextlib.contextmanager
+def _watching(files: int) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, in a terminal only."""
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("images", total=files)
+        yield lambda tried: progress.update(bar, completed=tried)
