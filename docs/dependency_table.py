@@ -21,7 +21,7 @@ WHY = {
     "submitit": "a study as jobs, here or on Slurm",
     "accelerate": "devices, mixed precision",
     "datasets": "hub data sets, parquet",
-    "torchmetrics": "calibration error, COCO metrics",
+    "torchmetrics": "COCO metrics",
     "tensorboard": "curves while a run goes on",
     "scikit-learn": "the digits and two photographs that come with it",
     "matplotlib": "figures",

@@ -18,10 +18,6 @@ def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, b
 
     Over the first `limit` images (None: all).
     """
-    try:
-        from torchmetrics.functional.classification import multiclass_calibration_error
-    except ImportError as error:
-        raise ImportError("accuracy needs torchmetrics: pip install 'sape2[train]'") from error
     logits = predict(model, data, batch_size, count_images(data, limit))
     labels = data.labels[: len(logits)]
     correct = logits.argmax(1) == labels
@@ -31,7 +27,7 @@ def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, b
         top5 = (logits.topk(5).indices == labels[:, None]).any(1)
         rows.append(_row("top5_accuracy", top5.double().mean().item(), "fraction", n, "top-5, one view"))
     rows.append(_row("loss", F.cross_entropy(logits, labels).item(), "nats", n, "cross-entropy, no smoothing"))
-    error = multiclass_calibration_error(logits.softmax(1), labels, num_classes, n_bins=15, norm="l1").item()
+    error = calibration_error(logits.softmax(1), labels).item()
     rows.append(_row("calibration_error", error, "fraction", n, "expected calibration error, 15 equal bins, l1"))
     for label, name in enumerate(data.classes):
         members = correct[labels == label]
@@ -39,6 +35,21 @@ def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, b
             row = _row("class_accuracy", members.double().mean().item(), "fraction", len(members), "top-1, one view")
             rows.append(row | {"class": name})
     return rows
+
+
+def calibration_error(
+    probabilities: Float[Tensor, "images classes"], labels: Int[Tensor, " images"], bins: int = 15
+) -> Float[Tensor, ""]:
+    """Expected calibration error (Guo et al., arXiv:1706.04599, equation 3), sum_b (n_b / n) |accuracy_b - confidence_b|.
+
+    The bins have equal widths. A confidence on an edge is in the bin above, and 1 in one of its own, as in torchmetrics.
+    """
+    confidence, answers = probabilities.max(1)
+    place = torch.bucketize(confidence, torch.linspace(0, 1, bins + 1), right=True) - 1
+    summed = torch.stack([torch.ones_like(confidence), confidence, (answers == labels).to(confidence.dtype)])
+    count, confident, correct = torch.zeros(3, bins + 1).scatter_add_(1, place.expand(3, -1), summed)
+    filled = count.clamp(min=1)
+    return ((correct / filled - confident / filled).abs() * (count / len(labels))).sum()
 
 
 def quick_accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> tuple[float, float]:
