@@ -5,6 +5,7 @@ import re
 
 import datasets
 import pytest
+from layout_cases import hub_splits
 from PIL import Image
 
 from sape2.config import DataConfig, model_config
@@ -94,3 +95,41 @@ def test_a_test_class_of_other_capitals_is_refused_with_both_names(tmp_path):
     write_folder(tmp_path, ["train/cat/a.png", "test/Cat/a.png"])
     with pytest.raises(ValueError, match=r"has the class 'Cat', which .*train has not; it has 'cat'"):
         folder.read(tmp_path)
+
+
+# --- hub ids ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Makes `datasets.load_dataset` give splits of (names or None, labels)."""
+    return lambda **splits: monkeypatch.setattr(datasets, "load_dataset", lambda _: hub_splits(**splits))
+
+
+def test_labels_of_a_hub_id_are_matched_by_name(hub):
+    hub(train=(["cat", "dog"], [0, 1] * 4), test=(["dog", "cat"], [0, 0, 1]))
+    splits = load("owner/name")
+    assert splits.test.classes == splits.train.classes == ("cat", "dog")
+    for split in (splits.train, splits.validation, splits.test):
+        assert named(split) == seen(split)
+    assert splits.test.labels.tolist() == [1, 1, 0]
+
+
+def test_a_test_class_of_a_hub_id_that_training_has_not_is_refused_with_its_name(hub):
+    hub(train=(["cat", "dog"], [0, 1] * 4), test=(["cat", "Dog"], [0, 1]))
+    with pytest.raises(ValueError, match="owner/name test has the class 'Dog', which owner/name train has not; it has 'dog'"):
+        load("owner/name")
+
+
+@pytest.mark.parametrize("unnamed", ["train", "test"])
+def test_labels_of_a_hub_id_go_by_number_where_one_split_has_no_names(hub, unnamed):
+    splits = {"train": (["cat", "dog"], [0, 1] * 4), "test": (["cat", "dog"], [1, 0, 1])}
+    hub(**splits | {unnamed: (None, splits[unnamed][1])})
+    found = load("owner/name")
+    assert found.test.labels.tolist() == [1, 0, 1]
+    assert seen(found.test) == ["dog", "cat", "dog"]
+
+
+def test_a_test_set_of_a_hub_id_without_labels_gives_way_to_the_validation_set(hub):
+    hub(train=(["cat", "dog"], [0, 1] * 4), validation=(["dog", "cat"], [0, 1]), test=(["cat", "dog"], [-1, -1]))
+    assert load("owner/name").test.labels.tolist() == [1, 0]

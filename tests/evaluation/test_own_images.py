@@ -1,6 +1,8 @@
 """A run belongs to its images: rows of others come in only under a name of their own."""
 
+import datasets
 import pytest
+from layout_cases import hub_splits
 from own_cases import fill, finished_run
 
 from sape2 import evaluation
@@ -8,7 +10,7 @@ from sape2.cli import main
 from sape2.evaluation.base import row
 from sape2.evaluation.runs import is_measured
 from sape2.studies.compare.headlines import read_runs
-from sape2.training.checkpoint import own_results, read_config, read_rows
+from sape2.training.checkpoint import _other_images, own_results, read_config, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +75,7 @@ def test_rows_of_other_images_do_not_make_a_run_measured(tmp_path, others, evalu
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--other-data", "garden"], "needs --data DIR"),
+        (["--other-data", "garden"], "needs --data, the folder or hub id"),
         (["--data", ".", "--other-data", "mine"], "a name that is not the run's own, 'mine'; got 'mine'"),
     ],
 )
@@ -92,3 +94,59 @@ def test_a_finished_run_notices_that_the_images_of_its_folder_changed(tmp_path, 
     assert evaluate() == 2
     assert main([*command, *(word for setting in settings for word in ("--set", setting))]) == 2
     assert capfd.readouterr().err.count("saw other images: the content of its train images") == 2
+
+
+# --- classes of others -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def measured(evaluate, monkeypatch):
+    """The class names of the labels that a measure was given by `evaluate --other-data garden`; the status else."""
+    seen = []
+
+    def measure(model, data, limit=None):
+        seen.append([data.classes[label] for label in data.labels.tolist()])
+        yield row("first", "number", 1.0, "number", len(data), "protocol")
+
+    monkeypatch.setitem(evaluation.MEASURES, "first", measure)
+    return lambda data: evaluate("--data", data, "--other-data", "garden") or seen.pop()
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Makes `datasets.load_dataset` give splits of (names or None, labels)."""
+    return lambda **splits: monkeypatch.setattr(datasets, "load_dataset", lambda _: hub_splits(**splits))
+
+
+def test_classes_of_other_images_are_matched_by_name_and_may_be_fewer(tmp_path, measured, capfd):
+    assert measured(fill(tmp_path / "others", {"dog": 7}, (9, 9))) == ["dog"]
+    assert "garden has 1 of the 2 classes of the run, and none of cat\n" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "hint"), [("cow", ""), ("Cat", "; it has 'cat': write both alike")])
+def test_a_class_that_the_run_has_not_is_refused_with_the_names(tmp_path, measured, capfd, name, hint):
+    assert measured(fill(tmp_path / "others", {name: 7, "dog": 7}, (9, 9))) == 2
+    assert f"has the class '{name}', which the run (cat, dog) has not{hint}\n" in capfd.readouterr().err
+
+
+def test_other_images_can_have_a_hub_id_and_another_order_of_classes(measured, hub, capfd):
+    hub(train=(["dog", "cat"], [0, 1] * 4), test=(["dog", "cat"], [0, 0, 1]))
+    assert measured("some/garden") == ["dog", "dog", "cat"]
+    assert "classes" not in capfd.readouterr().err
+
+
+def test_other_images_without_names_go_by_number_and_it_is_said(measured, hub, capfd):
+    hub(train=(None, [0, 1] * 4), test=(None, [1, 0, 1]))
+    assert measured("some/garden") == ["1", "0", "1"]
+    assert "garden has no names of classes: its labels go by number\n" in capfd.readouterr().err
+
+
+def test_a_run_notices_that_its_classes_have_other_names(tmp_path, mine, evaluate, capfd):
+    (mine / "cat").rename(mine / "aardvark")
+    assert evaluate() == 2
+    assert "saw other images: the names" in capfd.readouterr().err
+    known = {"layout": "a", "classes": ["cat", "dog"], "train": {}, "test": {}}
+    assert (
+        _other_images(known, known | {"layout": "b", "classes": ["dog", "cat"]}) == "the names of its classes, or their order"
+    )
+    assert _other_images(known, known | {"layout": "b", "classes": []}) is None

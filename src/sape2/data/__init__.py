@@ -7,7 +7,7 @@ A new layout is a file with a class like `base.Source`, functions `find(folder)`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sape2.data.decoding import decode
 from sape2.data.files import ImageFiles, Splits
 from sape2.data.fingerprint import fingerprint
 from sape2.data.images import ImageData, limit_by_class, normalize, split_by_class
-from sape2.data.labels import match_classes
+from sape2.data.labels import match_classes, match_model
 
 __all__ = [
     "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "fingerprint", "limit_by_class", "load_data",
@@ -39,12 +39,17 @@ HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagen
 MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
 
 
-def load_data(config: DataConfig, model: ModelConfig) -> Splits:
+def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = ()) -> Splits:
     """The three splits, as the model takes them. Raises ValueError or OSError naming file, row and reason.
+
+    `classes` are those of a model that learned from other images: labels are numbered as they are, by name, and some of
+    them may be missing here.
 
     Only labels are read to make the splits; images are decoded here where they are kept in memory, else when asked for.
     """
     sources = open_sources(config, model)
+    if classes:
+        match_model(sources.values(), classes)
     if config.test_fraction is not None and not isinstance(sources["test"], Part):
         raise ValueError(f"data.test_fraction is for images without a test set; --data {config.source} has one")
     print_ = fingerprint(sources)

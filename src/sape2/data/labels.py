@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from sape2.data.base import Source
@@ -43,6 +43,17 @@ def match_classes(train: Source, test: Source) -> None:
     check_names(train.classes, train.where)
     test.labels = renumber(test.labels, test.classes, train.classes, test.where, train.where)
     test.classes = train.classes if test.classes else ()
+
+
+def match_model(sources: Iterable[Any], classes: Sequence[str]) -> None:
+    """The labels of every split in the order of a model's classes; a split without names keeps its numbers.
+
+    Raises ValueError for a class that the model has not.
+    """
+    shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+    for source in sources:
+        source.labels = renumber(source.labels, source.classes, classes, source.where, f"the run ({shown})")
+        source.classes = tuple(classes) if source.classes else ()
 
 
 def _plain(name: str) -> str:

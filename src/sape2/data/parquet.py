@@ -193,8 +193,13 @@ def read(folder: Path, config: DataConfig) -> dict[str, Source]:
     return _labelled(files, str(folder), lambda name: ParquetImages(f"{folder} {name}", folder, files[name], config))
 
 
+def is_hub_id(source: str) -> bool:
+    """Whether it is written as owner/name, and nothing of that path is here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+
+
 def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if not is_hub_id(source):
         raise FileNotFoundError(f"--data {source} is neither a folder nor a hub id (owner/name)")
     found = _quietly("load_dataset", source, source, "no such folder here, and the hub data set")
     return _labelled(found, source, lambda name: HubImages(f"{source} {name}", found[name], config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,17 @@ def measure(
             watch(name, len(found), True)
             rows += found
     return rows
+
+
+def notes_of_others(data: ImageData | ImageFiles, classes: Sequence[str], name: str) -> list[str]:
+    """What to tell those who measure other images: whether classes go by number, and which of the run's are not among them."""
+    notes = [] if data.classes == tuple(classes) else [f"{name} has no names of classes: its labels go by number"]
+    there = set(data.labels.tolist())
+    missing = [known for number, known in enumerate(classes) if number not in there]
+    if missing:
+        shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
+        notes.append(f"{name} has {len(classes) - len(missing)} of the {len(classes)} classes of the run, and none of {shown}")
+    return notes
 
 
 def _same_file(folder: Path, *weights: str) -> bool:

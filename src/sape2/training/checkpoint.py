@@ -221,6 +221,8 @@ def _other_images(before: Row, now: Row) -> str | None:
             old, new = before[split].get(key), now[split].get(key)
             if old is not None and new is not None and old != new:
                 return f"{words} of its {split} images ({old} there, {new} here)"
+    if before.get("classes") and now.get("classes") and before["classes"] != now["classes"]:
+        return "the names of its classes, or their order"
     return None
 
 

@@ -19,7 +19,7 @@ HELP = "measure a finished run"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
     parser.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
-    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were")
+    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were; or a hub id")
     parser.add_argument("--other-data", metavar="NAME", help="--data holds other images on purpose; NAME marks their rows")
     parser.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
@@ -43,12 +43,16 @@ def run(arguments: argparse.Namespace) -> int:
     if other is not None:
         config = _for_others(config, arguments.data, other)
     from sape2.data import load_data
-    from sape2.evaluation.runs import draw, draw_measures, measure
-    from sape2.models.trained import note_of_rule
+    from sape2.evaluation.runs import draw, draw_measures, measure, notes_of_others
+    from sape2.models.trained import names_of_classes, note_of_rule
 
     if note := note_of_rule(folder):
         say(note)
-    splits = load_data(config.data, config.model)
+    classes = names_of_classes(folder) if other is not None else ()
+    splits = load_data(config.data, config.model, classes)
+    if other is not None:
+        for note in notes_of_others(getattr(splits, arguments.split), classes, other):
+            say(note)
     with _watching() as watch:
         rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch, other)
     whole = "accuracy" in measures and limit is None and other is None  # confusion is of all images, and the run's own
@@ -57,14 +61,18 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _for_others(config: RunConfig, folder: str | None, name: str) -> RunConfig:
-    """The run's settings for images that are not its own. Raises ValueError without a folder or a name of their own."""
+    """The run's settings for images that are not its own. Raises ValueError without a place or a name of their own."""
     if folder is None:
-        raise ValueError("--other-data NAME needs --data DIR, where the other images lie")
+        raise ValueError("--other-data NAME needs --data, the folder or hub id of the other images")
     if not name.strip() or name == config.data.name:
         raise ValueError(f"--other-data needs a name that is not the run's own, {config.data.name!r}; got {name!r}")
     from sape2.data.own import find_data
+    from sape2.data.parquet import is_hub_id
 
-    return replace(config, data=find_data(replace(config.data, source=folder, layout=None)))
+    data = replace(config.data, source=folder, layout=None)
+    if is_hub_id(folder):
+        return replace(config, data=replace(data, name=folder, test_fraction=None))
+    return replace(config, data=find_data(data))
 
 
 @contextlib.contextmanager
