@@ -181,6 +181,18 @@ def test_classes_are_named_by_the_images_of_the_run_else_by_results_that_have_th
     assert class_names(tmp_path, 3) is None
 
 
+def test_images_unlike_the_training_images_are_counted(run, mine, tmp_path, predicted):
+    Image.new("RGB", (200, 30), "grey").save(tmp_path / "flat.png")
+    Image.fromarray(colours(30, 200)).save(tmp_path / "wide.png")
+    shutil.copy(mine / "test" / "cat" / "0.png", tmp_path)
+    status, rows, err = predicted(tmp_path)
+    assert (status, len(rows)) == (0, 3)
+    told = (
+        "2 of 3 images are unlike the training images: 2 of other proportions, 1 nearly flat; sape2 explain has the numbers\n"
+    )
+    assert err == told
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 

@@ -131,6 +131,39 @@ def test_the_numbers_on_the_page_are_those_of_the_model(run, photo, capfd, tmp_p
     assert f"{bias['value']:.4f}" in text
 
 
+def test_an_image_unlike_the_training_images_is_called_so(run, photo, tmp_path, capfd):
+    Image.fromarray(np.asarray(Image.open(photo).resize((200, 150)))).save(photo)
+    why = "it has 200x150 pixels, the training images about 8x8: 22 times larger"
+    assert status_of("explain", run, photo, "--out", tmp_path / "page.html") == 0
+    assert f"note: unlike the training images: {why}" in capfd.readouterr().out
+    text = (tmp_path / "page.html").read_text()
+    assert text.index("<h1>") < text.index("This image is unlike the training images:") < text.index("<h2>Prediction")
+    assert why in text
+    assert status_of("explain", run, photo, "--json") == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    (row,) = [row for row in rows if row["name"] == "unlike_size"]
+    assert (row["message"], row["unit"], row["measure"]) == (why, "times", "explain")
+    assert row["value"] == pytest.approx(150**0.5 * 200**0.5 / 8)
+
+
+def test_nothing_is_said_of_an_image_like_the_training_images(run, tmp_path, capfd):
+    digit = np.random.default_rng(0).integers(0, 2, (8, 8), dtype=np.uint8) * 160
+    Image.fromarray(digit).save(tmp_path / "digit.png")
+    assert status_of("explain", run, tmp_path / "digit.png", "--out", tmp_path / "page.html") == 0
+    assert "unlike" not in capfd.readouterr().out + (tmp_path / "page.html").read_text()
+
+
+def test_the_image_is_cut_as_evaluate_cuts_it(photo, tmp_path, capfd):
+    whole, cut = make_run(tmp_path / "whole"), make_run(tmp_path / "cut", "data.center_crop=0.5")
+    pages = []
+    for folder in (whole, cut):
+        assert status_of("explain", folder, photo, "--json") == 0
+        pages.append((folder / "figures" / "explain-photo.html").read_text())
+        capfd.readouterr()
+    assert "resized to the model&#x27;s 8x8, which changes its proportions" in pages[0]
+    assert "its middle cut out at the model&#x27;s 8x8" in pages[1]
+
+
 def test_classes_are_named_as_the_results_name_them(run, photo, tmp_path, capfd):
     folder = make_run(tmp_path / "named")
     names = [f"<class {letter}>" for letter in "abcdefghij"]

@@ -317,6 +317,7 @@ def test_a_bad_upload_is_told_in_one_line(scope, tmp_path, name):
     assert "\n" not in answer["message"]
     assert str(tmp_path) not in answer["message"]  # where the server keeps it is nobody's business
     assert ("image" in answer) == (name == "one.png")
+    assert ("unlike the training images: it has 1x1 pixels" in answer["message"]) == (name == "one.png")
 
 
 def test_an_upload_is_looked_at_as_the_data_set_is(scope, tmp_path):

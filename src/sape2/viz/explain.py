@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,14 @@ from sape2 import viz
 from sape2.config import ModelConfig, RunConfig
 from sape2.data import ImageData
 from sape2.data.decoding import evaluation_crop
-from sape2.data.picture import Picture, read_picture
+from sape2.data.picture import Picture, Unlike, read_picture, unlike
 from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
 from sape2.evaluation.findings import findings
 from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.evaluation.report import format_value
-from sape2.models.trained import load_run_model, names_of_classes
+from sape2.models.trained import load_run_model, names_of_classes, size_trained_on
 from sape2.training.checkpoint import read_config
 from sape2.training.files import write_text
 from sape2.training.standing import check_finished
@@ -75,6 +75,7 @@ class Explanation:
     probabilities: list[Row]
     layers: list[Layer]
     rows: list[Row]
+    unlike: list[Unlike] = field(default_factory=list)
 
     @property
     def shown(self) -> list[Layer]:
@@ -125,12 +126,13 @@ def explain(
     choice.check(config.model)
     picture = read_picture(image_path, config.model, evaluation_crop(config.data))
     found = look(load_run_model(folder, weights), config, picture, image_path, choice, names_of_classes(folder))
+    found = replace(found, unlike=unlike(picture, config.data, size_trained_on(folder)))
     if out.suffix.lower() == ".png":
         viz.as_one(_pairs(found)).save(out)
     else:
         write_text(out, page(found))
     about = {"image": str(image_path), "encoding": config.model.encoding, "model": config.model.label, "weights": weights}
-    return out, [row | about for row in [*found.probabilities, *found.rows]]
+    return out, [row | about for row in [*found.probabilities, *_unlike_rows(found.unlike), *found.rows]]
 
 
 def look(
@@ -159,6 +161,12 @@ def _predictions(probabilities: Tensor, classes: list[str]) -> list[Row]:
         "protocol": "softmax of the logits, one view",
     }
     return [about | {"class": classes[c], "value": p} for p, c in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+
+
+def _unlike_rows(found: list[Unlike]) -> Iterator[Row]:
+    for each in found:
+        about = {"measure": "explain", "n": 1, "protocol": f"limit: {each.limit}", "message": each.sentence}
+        yield about | {"name": f"unlike_{each.name}", "value": each.value, "unit": each.unit}
 
 
 def _attention_rows(layers: list[Layer], grid: Grid) -> Iterator[Row]:
@@ -229,6 +237,7 @@ def page(found: Explanation) -> str:
     sections = [
         f"<h1>{_text(found.image_path.name)}: {_text(best['class'])}, {best['value']:.1%}</h1>",
         f"<p class=about>{_text(_about(found))}</p>",
+        *_unlike(found),
         "<h2>Prediction</h2>",
         _table(["class", "probability"], [[row["class"], row["value"]] for row in found.probabilities]),
         *_figures(found),
@@ -252,6 +261,13 @@ def _about(found: Explanation) -> str:
         f"(seed {config.seed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. "
         f"The image: {found.picture.notes}."
     )
+
+
+def _unlike(found: Explanation) -> Iterator[str]:
+    """What a reader should know before the prediction."""
+    if found.unlike:
+        what = "; ".join(each.sentence for each in found.unlike)
+        yield f"<p><strong>This image is unlike the training images:</strong> {_text(what)}.</p>"
 
 
 def _figures(found: Explanation) -> Iterator[str]:

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for row in rows:
         if "message" in row:
-            print(row["message"])
+            print("note: unlike the training images: " * row["name"].startswith("unlike_") + row["message"])
     print(f"written: {written}")
     return 0
 

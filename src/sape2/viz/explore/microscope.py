@@ -34,11 +34,12 @@ KEPT_UPLOADS = 16
 
 @dataclass(frozen=True)
 class Subject:
-    """A trained model to look into, with the name that stands above its column."""
+    """A trained model to look into, with the name that stands above its column, and how large its training images were."""
 
     name: str
     model: ViT
     config: RunConfig
+    trained_on: tuple[int, int] | None = None
 
 
 class Microscope:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sape2.data.decoding import evaluation_crop
-from sape2.data.picture import read_picture
+from sape2.data.picture import read_picture, unlike
 from sape2.viz.drawing import escape
 from sape2.viz.explore.columns import View
 from sape2.viz.explore.microscope import Microscope
@@ -84,13 +84,16 @@ class Desk:
         key = hashlib.sha256(picture.pixels.numpy().tobytes()).hexdigest()[:12]
         with self._lock:
             answer = {"image": self.microscope.add(key, picture)}
+        told = []
         if min(picture.size) < config.patch_size:
             height, width = picture.size
-            answer["message"] = (
+            told.append(
                 f"{file.name} has {width}x{height} pixels, less than one patch of {config.patch_size}x{config.patch_size}: "
                 "what is shown is made up by enlarging it."
             )
-        return json.dumps(answer)
+        if found := unlike(picture, run.data, self.microscope.subject.trained_on or config.image_size):
+            told.append(f"{file.name} is unlike the training images: {'; '.join(each.sentence for each in found)}.")
+        return json.dumps(answer | ({"message": " ".join(told)} if told else {}))
 
 
 def status(view: View) -> str:

@@ -1,0 +1,95 @@
+"""In what an image is unlike the training images: a sentence with numbers beyond each limit, none just within it."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sape2.config import override
+from sape2.config.recipes import get_recipe
+from sape2.data import load_data
+from sape2.data.picture import COLOUR, Picture, read_picture, unlike
+
+DIGITS = get_recipe("digits")
+RGB = override(DIGITS, ["image_size=16", "in_channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]"])
+
+
+@pytest.fixture
+def found(tmp_path, as_users_call_it):
+    """What is said of pixels in a file, by the name of the rule."""
+
+    def say(pixels, config=RGB, trained=(16, 16)):
+        path = tmp_path / "image.png"
+        Image.fromarray(np.asarray(pixels, np.uint8)).save(path)
+        return {each.name: each.sentence for each in unlike(read_picture(path, config.model), config.data, trained)}
+
+    return say
+
+
+def noise(height=16, width=16, low=0, high=256):
+    return np.random.default_rng(0).integers(low, high, size=(height, width, 3))
+
+
+def tinted(pixels):
+    """Grey squares, 20x20, of which the first `pixels` are coloured as little as counts; all others as much as does not."""
+    image = np.repeat(noise(4, 4, 0, 200)[..., :1], 3, axis=2).repeat(5, 0).repeat(5, 1)
+    image[..., 0] += COLOUR
+    image.reshape(400, 3)[:pixels, 0] += 1
+    return image
+
+
+def test_colour_that_a_grey_model_does_not_see(found):
+    assert found(tinted(4), DIGITS, (20, 20)) == {}  # 1 %
+    assert found(tinted(8), DIGITS, (20, 20)) == {"colour": "2% of its pixels are coloured, and this model sees grey only"}
+    assert found(tinted(400), RGB, (20, 20)) == {}
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ((256, 256), {}),
+        ((260, 260), {"size": "it has 260x260 pixels, the training images about 16x16: 16 times larger"}),
+        ((4, 4), {}),
+        ((3, 3), {"size": "it has 3x3 pixels, the training images about 16x16: 5 times smaller"}),
+        ((16, 32), {}),
+        ((16, 34), {"proportions": "it has 34x16 pixels, the training images about 16x16: its proportions differ 2.1 times"}),
+        ((34, 16), {"proportions": "it has 16x34 pixels, the training images about 16x16: its proportions differ 2.1 times"}),
+    ],
+)
+def test_size_and_proportions(size, said):
+    picture = Picture(torch.from_numpy(noise().astype(np.uint8)).permute(2, 0, 1), size, 0.0)
+    assert {each.name: each.sentence for each in unlike(picture, RGB.data, (16, 16))} == said
+
+
+def test_large_photographs_are_nothing_special_where_training_images_were_large(found):
+    photograph = noise(10, 10).repeat(20, 0).repeat(30, 1)
+    assert found(photograph, trained=(240, 260)) == {}
+    assert found(photograph, trained=(4, 5)).keys() == {"size"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (196, 232, {}),
+        (206, 240, {"brightness": "it is far brighter than the training images: its mean is 1.9 standard deviations away"}),
+        (24, 59, {}),
+        (16, 50, {"brightness": "it is far darker than the training images: its mean is 1.9 standard deviations away"}),
+        (100, 156, {}),
+        (120, 136, {"contrast": "it is nearly flat: its pixels vary 0.09 times as much as those of the training images"}),
+    ],
+)
+def test_brightness_and_contrast(found, low, high, said):
+    spread = np.tile([[[low] * 3], [[high] * 3]], (8, 16, 1))
+    pixels = spread if not said or "brightness" in said else noise(low=low, high=high)
+    assert found(pixels) == said
+
+
+def test_digits_are_like_digits():
+    images = load_data(DIGITS.data, DIGITS.model).test.images
+    flagged = [pixels for pixels in images if unlike(Picture(pixels, (8, 8), 0.0), DIGITS.data, (8, 8))]
+    assert len(flagged) <= len(images) / 100
+
+
+def test_a_photograph_is_unlike_digits(found):
+    photograph = noise(480, 640, 40, 110)
+    assert found(photograph, DIGITS, (8, 8)).keys() == {"colour", "size", "contrast"}
