@@ -25,6 +25,7 @@ from sape2.encodings import find_encoding, list_encodings, options_of, parse_enc
 from sape2.encodings.base import AttentionEncoding
 from sape2.evaluation import MEASURES
 from sape2.models.trained import build_model
+from sape2.studies.probes import TASKS
 from sape2.training.checkpoint import Progress, save_checkpoint, save_weights, start_run
 
 QUICK = ["--epochs", "2", "--set", "train.precision=fp32"]  # accelerate keeps one precision for the whole process
@@ -363,7 +364,9 @@ def described(name):
     return [own, *({"name": f"{name}:{text}", "summary": what} | about for text, what in encoding.variants.items())]
 
 
-def test_encodings_and_measures_are_listed_as_they_are():
+def test_encodings_measures_and_probes_are_listed_as_they_are():
+    probes = [{"name": n, "summary": task.summary, "splits": "; ".join(task.splits)} for n, task in TASKS.items()]
+    assert catalogue.probes() == probes
     assert catalogue.encodings() == [row for name in list_encodings() for row in described(name)]
     assert catalogue.measures() == [{"name": n, "summary": (m.__doc__ or "").split("\n")[0]} for n, m in MEASURES.items()]
 
@@ -509,7 +512,7 @@ def test_the_command_line_answers_without_heavy_libraries(argv):
     assert done.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("what", ["encodings", "measures", "models", "recipes"])
+@pytest.mark.parametrize("what", ["encodings", "measures", "models", "recipes", "probes"])
 def test_lists_need_neither_torch_nor_timm(what):
     code = (
         "import sys, sape2.cli\n"

@@ -70,7 +70,7 @@ def test_options_are_described_with_the_default_first():
     described = describe_options(SaPE2.Options)
     assert described["count"] == "suffix|prefix|both|between|cyclic"
     assert described["divide_bias"] == "false|true"
-    assert described["num_positions"] == "None (int)"
+    assert described["num_positions"] == "None (a whole number)"
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,10 @@ def test_options_are_described_with_the_default_first():
         ("sape2:count=cyclic,count=both", "each key once"),
         ("sape2:=3", "no option ''"),
         ("sape2:every=0", "every must be at least 1"),
-        ("sape2:every=two", "sape2:every needs int; got 'two'"),
+        ("sape2:every=two", "sape2:every needs a whole number; got 'two'"),
+        ("sape2:num_positions=2.5", "sape2:num_positions needs a whole number or none; got '2.5'"),
+        ("sape2:table_std=wide", "sape2:table_std needs a number; got 'wide'"),
+        ("sape2:share=yes", "sape2:share needs true or false; got 'yes'"),
         ("cpe:share=true", "acts once on the tokens"),
         ("ape:count=both", "ape has no option 'count'; known options: resize"),
         ("none:count=both", "none has no option 'count'; known options: every, share"),

@@ -313,7 +313,7 @@ def test_the_bias_has_the_dtype_of_the_queries(dtype):
         ({"count": "sideways"}, "must be one of suffix, prefix, both, between, cyclic"),
         ({"colour": "red"}, "no option 'colour'; known options: preset, dot"),
         ({"num_positions": 1}, "at least 2"),
-        ({"num_positions": 2.5}, "needs int"),
+        ({"num_positions": 2.5}, "needs a whole number or none; got 2.5"),
         ({"table_std": 0.0}, "never trains"),
         ({"gain_init": 0.0}, "needs sign=learned"),
         ({"gates": "none", "gate_scale": "learned"}, "no effect"),

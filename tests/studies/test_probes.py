@@ -210,9 +210,9 @@ def test_no_training_scene_contains_a_held_out_mask():
     assert not trained[twins].any()
 
 
-@pytest.mark.parametrize("split", profile_task.ROW_SPLITS)
+@pytest.mark.parametrize("split", profile_task.SPLITS)
 def test_one_pair_of_rows_is_equal_and_three_others_are_near(split):
-    options = profile_task.ROW_SPLITS[split]
+    options = profile_task.SPLITS[split]
     scenes = draw("row_profile", split, 32)
     masks, tags = masks_of(scenes), scenes.cells.argmax(1)[:, :, 0]
     for mask, tag in zip(masks, tags, strict=True):

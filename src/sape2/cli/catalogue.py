@@ -1,4 +1,4 @@
-"""What encodings and measures say of themselves, read off their source, so that a list of them waits for no library.
+"""What encodings, measures and probes say of themselves, read off their source, so that a list of them waits for no library.
 
 A test holds it equal to what the classes and functions say once they are imported.
 """
@@ -47,9 +47,10 @@ class Source:
         return ast.literal_eval(node)
 
     def names(self, name: str) -> dict[str, str]:
-        """A dictionary {"rope": Rotary} as {"rope": "Rotary"}."""
+        """A dictionary {"rope": Rotary} as {"rope": "Rotary"}, and {"count": Count()} as {"count": "Count"}."""
         table: Any = self.nodes[name]
-        return {key.value: value.id for key, value in zip(table.keys, table.values, strict=True)}
+        values: list[Any] = [value.func if isinstance(value, ast.Call) else value for value in table.values]
+        return {key.value: value.id for key, value in zip(table.keys, values, strict=True)}
 
     def hint(self, node: Any) -> Any:
         """An annotation as the type that it stands for: plain types, Literal, unions, and names of such."""
@@ -110,7 +111,7 @@ def attributes(source: Source, name: str) -> dict[str, tuple[Source, ast.expr]]:
         return {}
     found: dict[str, tuple[Source, ast.expr]] = {}
     for base in node.bases:
-        if isinstance(base, ast.Name):
+        if isinstance(base, ast.Name) and where.homes.get(base.id, "sape2").startswith("sape2"):
             found |= attributes(where, base.id)
     for statement in node.body:
         found |= {key: (where, value) for key, value in assigned(statement).items()}
@@ -139,3 +140,17 @@ def measures() -> list[Row]:
         node: Any = room.find(function)[1]
         found.append({"name": name, "summary": (ast.get_docstring(node) or "").split("\n")[0]})
     return found
+
+
+# --- probes ----------------------------------------------------------------------------------------------------------
+
+
+def probes() -> list[Row]:
+    """One row a controlled task, with the names of its splits: the keys of SPLITS in its module."""
+    room = read("sape2.studies.probes")
+    rows: list[Row] = []
+    for name, task in room.names("TASKS").items():
+        where, summary = attributes(room, task)["summary"]
+        splits: Any = where.nodes["SPLITS"]
+        rows.append({"name": name, "summary": where.value(summary), "splits": "; ".join(map(where.value, splits.keys))})
+    return rows

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Literal, get_args, get_origin
 
+from sape2.config.checks import in_words
+
 
 def describe_option(hint: Any, default: Any) -> str:
-    """ "suffix|prefix|..." for a choice, "None (int)" for a number."""
+    """ "suffix|prefix|..." for a choice, "None (a whole number)" for a number."""
     if get_origin(hint) is Literal:
         rest = [str(value) for value in get_args(hint) if value != default]
         return "|".join([str(default), *rest])
@@ -16,6 +18,6 @@ def describe_option(hint: Any, default: Any) -> str:
 
 
 def type_name(hint: Any) -> str:
-    """ "int or float": the types that a value may have, without None."""
+    """ "a whole number or a number": what a value may be, in the words of `--set`, without None."""
     members = [member for member in get_args(hint) if member is not type(None)] or [hint]
-    return " or ".join(member.__name__ for member in members)
+    return " or ".join(map(in_words, members))

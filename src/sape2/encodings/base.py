@@ -369,7 +369,7 @@ def _convert(what: str, hint: Any, value: Any) -> Any:
     for member in members:
         with contextlib.suppress(ValueError, KeyError):
             return _parse(member, value)
-    raise ValueError(f"{what} needs {type_name(hint)}; got {repr(value)[:100]}")
+    raise ValueError(f"{what} needs {type_name(hint)}{' or none' * (type(None) in members)}; got {repr(value)[:100]}")
 
 
 def _convert_choice(what: str, choices: tuple, value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from sape2.cli.catalogue import encodings, measures
+from sape2.cli.catalogue import encodings, measures, probes
 from sape2.cli.options import add_json
 from sape2.cli.output import Row
 from sape2.config import MODELS, ModelConfig
@@ -20,7 +20,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    tables = {"encodings": encodings, "models": _models, "recipes": _recipes, "measures": measures, "probes": _probes}
+    tables = {"encodings": encodings, "models": _models, "recipes": _recipes, "measures": measures, "probes": probes}
     rows = tables[arguments.what]()
     from sape2.evaluation.report import print_json, print_table
 
@@ -75,9 +75,3 @@ def _recipes() -> list[Row]:
         }
         for recipe, command, model, data, epochs in found
     ]
-
-
-def _probes() -> list[Row]:
-    from sape2.studies.probes import TASKS
-
-    return [{"name": name, "summary": task.summary, "splits": "; ".join(task.splits)} for name, task in TASKS.items()]

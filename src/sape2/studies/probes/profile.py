@@ -36,7 +36,7 @@ class ProfileSplit(Split):
     held_out: bool = False
 
 
-ROW_SPLITS = {
+SPLITS = {
     TRAIN: ProfileSplit("8 rows of 8 cells, twins 1 to 4 rows apart, masks of the training set", CHANCE, in_distribution=True),
     "held-out masks": ProfileSplit("the twins have a mask that was never trained in any row", CHANCE, held_out=True),
     "far apart": ProfileSplit("a permutation of rows: twins 5 to 7 rows apart", CHANCE, apart=(5, 7)),
@@ -69,10 +69,9 @@ class Profile(Task):
 
     @property
     def splits(self) -> dict[str, ProfileSplit]:
-        shapes = {name: (split.rows, 1 + split.width) for name, split in ROW_SPLITS.items()}
+        shapes = {name: (split.rows, 1 + split.width) for name, split in SPLITS.items()}
         return {
-            name: replace(split, grid=shapes[name][::-1] if self.columns else shapes[name])
-            for name, split in ROW_SPLITS.items()
+            name: replace(split, grid=shapes[name][::-1] if self.columns else shapes[name]) for name, split in SPLITS.items()
         }
 
     def _sample(self, split: ProfileSplit, number: int, generator: torch.Generator) -> Scenes:
