@@ -165,6 +165,16 @@ def test_lines_are_named_by_what_differs(make):
     ]
 
 
+def test_a_figure_names_what_differs_in_its_lines_and_what_is_shared_once(make):
+    folders = [make("a", rows=results(0.5)), make("b", settings=["train.epochs=1", "train.warmup_epochs=0"])]
+    found = compare(read_runs(folders)[0], None)
+    assert [group.name for group in found.groups] == ["60 epochs", "1 epoch"]
+    assert found.title.startswith("ape, vit_nano, digits; test set")
+    alone = compare(read_runs(folders[:1])[0], None)
+    assert [group.name for group in alone.groups] == ["ape"]
+    assert alone.title.startswith("vit_nano, digits, 60 epochs; test set")
+
+
 def test_differing_numbers_of_images_are_told(make):
     runs, _ = read_runs([make("a", rows=results(0.5, n=100)), make("b", "none", rows=results(0.5, n=20))])
     assert "shift was measured on different numbers of images: 20, 100." in compare(runs, None).notes()

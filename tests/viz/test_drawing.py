@@ -11,6 +11,7 @@ from PIL import Image
 
 from sape2 import viz
 from sape2.viz.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
+from sape2.viz.figures import even_columns
 from sape2.viz.panels import map_panel, number
 from sape2.viz.plots import by_distance, table_panel
 
@@ -111,8 +112,8 @@ def test_all_pairs_and_each_patch_are_where_they_belong():
     """The map of a patch is its row of the pairs, on the grid; both on one scale."""
     pairs = torch.arange(144.0).view(12, 12)
     image = torch.randint(0, 256, (3, 6, 8), dtype=torch.uint8)
-    picture, layer = viz.pairs_figure(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)})
-    shown = [shape.pixels for shape in layer.shapes if isinstance(shape, Raster)]
+    picture, matrix, layer = viz.pairs_figure(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)})
+    shown = [shape.pixels for shape in matrix.shapes if isinstance(shape, Raster)]
     assert shown[0].shape == (12, 12, 3)
     np.testing.assert_array_equal(shown[0], colour(pairs.numpy() / 143))
     cells = {shape.patch: shape.fill for shape in layer.shapes if isinstance(shape, Rect) and shape.patch}
@@ -131,6 +132,11 @@ def test_the_bias_against_distance_is_mean_and_spread_of_the_pairs():
     assert titles(panel)[2] == f"2 patches: mean {mean[2]:.5g}, standard deviation {spread[2]:.3g}"
 
 
+def test_rows_are_as_even_as_can_be():
+    assert [even_columns(number, 6) for number in (1, 4, 6, 7, 9, 12, 13)] == [1, 4, 6, 4, 5, 6, 5]
+    assert [even_columns(4, most) for most in (1, 2, 3)] == [1, 2, 2]
+
+
 @pytest.mark.parametrize(("channels", "depth"), [(1, 1), (3, 7)])  # 7: two rows of layers
 def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
     image = torch.randint(0, 256, (channels, 6, 8), dtype=torch.uint8)
@@ -146,9 +152,10 @@ def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
         "counts": viz.counts_figure(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2)),
     }
     for name, drawings in figures.items():
-        whole = viz.as_one(drawings)
+        whole = viz.as_one("photo.png: dog, 70.1%", "vit_small with ape", drawings[:1], drawings)
         ET.fromstring(whole.svg(standalone=True))
         assert "nan" not in whole.svg()
+        assert [text.text for text in whole.shapes[:2]] == ["photo.png: dog, 70.1%", "vit_small with ape"]
         if depth == 1:
             whole.save(tmp_path / f"{name}.png")
             assert Image.open(tmp_path / f"{name}.png").size[0] > 300

@@ -16,6 +16,8 @@ from sape2.config.recipes import get_recipe
 from sape2.data.picture import read_picture
 from sape2.models.trained import build_model, load_run_model
 from sape2.training.checkpoint import save_weights, start_run, write_rows
+from sape2.viz.drawing import Text
+from sape2.viz.explain import explain
 
 RGB = override(
     get_recipe("digits"),
@@ -216,6 +218,58 @@ def test_what_breaks_a_limit_is_said_on_the_page(photo, tmp_path, capfd):
     assert status_of("explain", folder, photo) == 0
     assert "lie beyond the last of 2 rows" in capfd.readouterr().out
     assert "lie beyond the last of 2 rows" in (folder / "figures" / "explain-photo.html").read_text()
+
+
+def test_the_picture_says_which_image_and_model_and_what_was_predicted(run, photo, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr("sape2.viz.drawing.Drawing.save", lambda drawing, path: saved.append(drawing))
+    assert status_of("explain", run, photo, "--out", tmp_path / "picture.png") == 0
+    texts = [shape.text for shape in saved[0].shapes if isinstance(shape, Text)]
+    assert re.fullmatch(r"photo\.png: \d, \d+\.\d%", texts[0])
+    assert texts[1].startswith("vit_nano* with ape+sape2, trained on digits for 60 epochs (seed 0)")
+    assert "The model's answer" in texts
+
+
+# --- the page in a browser -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def deep_page(tmp_path_factory):
+    """Of nine layers, which no usual number of columns fills."""
+    folder = make_run(tmp_path_factory.mktemp("deep") / "run", "model.depth=9")
+    image = folder / "grey.png"
+    ramp("L").save(image)
+    return explain(folder, image)[0]
+
+
+FILLED = """() => [...document.querySelectorAll('.panels')].map(panels => {
+    const area = box => (box.width + 16) * (box.height + 16);  // with the gap
+    const shown = [...panels.querySelectorAll('svg')].map(svg => area(svg.getBoundingClientRect()));
+    return shown.reduce((sum, part) => sum + part, 0) / area(panels.getBoundingClientRect());
+})"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [500, 1000, 1440])
+def test_panels_fill_their_rows(browser, deep_page, width):
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    page.goto(deep_page.as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    filled = page.evaluate(FILLED)
+    page.close()
+    assert len(filled) == 3
+    assert min(filled) >= 0.85, filled
+
+
+@pytest.mark.browser
+def test_the_measure_of_filled_rows_sees_a_hole(browser):
+    page = browser.new_page(viewport={"width": 1000, "height": 900})
+    page.set_content("<div class=panels style='width:900px'><svg style='display:block' width=300 height=100></svg></div>")
+    assert page.evaluate(FILLED)[0] < 0.5
+    page.close()
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
 
 
 def test_a_picture_appears_whole_or_not_at_all(run, photo, tmp_path, monkeypatch, capfd):

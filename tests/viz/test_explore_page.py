@@ -1,13 +1,12 @@
-"""The page of the microscope as a person uses it: headless Chromium, driven by Playwright.
+"""The page of the microscope as a person uses it: headless Chromium (conftest.py). Skipped where gradio is missing.
 
-Skipped where gradio, playwright or a Chromium of the system is missing. AXE_JS names a copy of axe.min.js (npm: axe-core)
-for the test of contrast and names; SCREENSHOTS a folder to keep screenshots in.
+AXE_JS names a copy of axe.min.js (npm: axe-core) for the test of contrast and names; SCREENSHOTS a folder to keep
+screenshots in.
 """
 
 import json
 import os
 import re
-import shutil
 import threading
 from pathlib import Path
 
@@ -17,16 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
 WAIT = 120_000  # ms; processors of test machines are shared
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt-get install chromium)"),
-]
+pytestmark = pytest.mark.browser
 pytest.importorskip("gradio", reason="needs gradio: pip install --group browser")
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install --group browser")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,14 +51,6 @@ def address(scope):
         yield f"http://127.0.0.1:{listening.getsockname()[1]}/"
         server.should_exit = True
         thread.join(30)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

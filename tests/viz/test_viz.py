@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sape2 import viz
-from sape2.viz.base import LINES
+from sape2.viz.base import LINES, shortened
 from sape2.viz.curves import Panel, Point, _curve
 
 mpl.use("Agg")
@@ -164,6 +164,48 @@ def test_a_run_of_one_epoch_is_a_point_and_long_names_leave_the_panels_their_siz
     assert wrapped.width == pytest.approx(short.width, rel=0.05)
     assert wrapped.height == pytest.approx(short.height, rel=0.25)
     assert drawn[1].legends[0].get_window_extent().width < drawn[1].bbox.width
+
+
+@pytest.mark.parametrize("plot", [viz.plot_curves, viz.plot_health])
+def test_a_legend_of_ten_long_names_leaves_most_of_the_figure_to_the_panels(drawn, plot):
+    names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
+    rows = [dict.fromkeys(names, 1.0) | row("bias_variance_share", 0.5, layer=1)]
+    shared = ",".join(f"setting_{number}={number}" for number in range(30))
+    plot({f"sape2:{shared},sign={at},{shared}": rows for at in range(10)}, UNUSED)
+    figure = drawn[0]
+    figure.draw_without_rendering()
+    panel, legend = figure.axes[0].get_window_extent(), figure.legends[0].get_window_extent()
+    assert panel.height >= 0.55 * figure.bbox.height
+    assert len(figure.axes) * panel.width >= 0.75 * figure.bbox.width
+    assert legend.width <= figure.bbox.width
+    assert {text.get_text() for text in figure.legends[0].get_texts()} >= {f"sape2…,sign={at}…" for at in range(10)}
+
+
+def test_names_are_shortened_to_what_tells_them_apart():
+    long = "x" * 30
+    names = ["ape", f"ape+sape2:a={long},b=1, 3 epochs", f"ape+sape2:a={long},b=2, 3 epochs", f"rope:a={long},b=2"]
+    assert shortened(names, 100) == names
+    assert shortened(names[:3], 40) == ["ape", "ape…,b=1…", "ape…,b=2…"]
+    cut = shortened([f"{long}{at}{long}" for at in range(3)], 20)
+    assert len(set(cut)) == 3
+    assert max(map(len, cut)) <= 20
+
+
+def test_epochs_have_whole_numbers(drawn):
+    names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
+    for last in (1, 2, 3, 300):
+        viz.plot_curves({"a": [dict.fromkeys(names, float(epoch)) for epoch in range(1, last + 1)]}, UNUSED, "vit_nano, digits")
+        ticks = drawn[-1].axes[0].get_xticks()
+        assert all(float(tick).is_integer() for tick in ticks)
+    assert drawn[-1].get_suptitle() == "vit_nano, digits"
+
+
+def test_panels_of_one_quantity_share_a_scale(drawn):
+    rows = [row("bias_auroc", value, layer=1, distance=far, masks="scenes", sign="minus") for far, value in
+            (("near", 0.6), ("far", 0.9))]  # fmt: skip
+    viz.plot_grouping({"a": [*rows, row("same_label_lift", 1.5, layer=1, **LIFT)]}, UNUSED)
+    lift, near, far = (axis.get_ylim() for axis in drawn[0].axes if axis.axison)
+    assert near == far != lift
 
 
 def test_growth_has_plain_numbers_and_no_legend_of_what_is_not_drawn(drawn):

@@ -50,7 +50,7 @@ def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
     from sape2.studies.compare.tables import Comparison
     from sape2.training.checkpoint import read_config
 
-    group = Group(folder.name, [Run(folder, read_config(folder), rows, [])])
+    group = Group(folder.name, folder.name, [Run(folder, read_config(folder), rows, [])])
     compared = Comparison([group], [measure], rows[0]["split"], rows[0]["weights"])
     (line,) = compared.table()
     table = [

@@ -7,6 +7,7 @@ for pages and for files.
 from __future__ import annotations
 
 from sape2.viz.curves import (
+    Notes,
     NothingToDraw,
     Panel,
     plot_confusion,
@@ -26,6 +27,7 @@ from sape2.viz.probes import plot_examples, plot_probe
 from sape2.viz.seeds import plot_seeds
 
 __all__ = [
+    "Notes",
     "NothingToDraw",
     "Panel",
     "as_one",

@@ -5,6 +5,7 @@ Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import fill
@@ -31,15 +32,61 @@ def pyplot() -> Any:
 
 
 def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], **about: Any) -> None:
-    """A legend under the panels, long names in several lines; the figure grows by it, so that the panels keep their size."""
+    """A legend under the panels, long names in several lines; the figure grows by it, so that the panels keep their size.
+
+    Where that would take more than half the height of the panels, names are shortened to a line and stand in more columns.
+    """
     width, height = figure.get_size_inches()
     columns = max(1, min(len(labels), 4, int(14 * width / (max(map(len, labels), default=1) + 6))))
-    wrapped = [fill(label, int(13 * width / columns) - 6) for label in labels]
-    lines = [label.count("\n") + 1 for label in wrapped]
-    rows = -(-len(lines) // columns)  # a column is filled from the top
-    tallest = max((sum(lines[start : start + rows]) for start in range(0, len(lines), rows or 1)), default=0)
-    figure.set_size_inches(width, height + 0.17 * tallest + 0.3)
-    figure.legend(handles, wrapped, loc="outside lower center", ncols=columns, fontsize=8, **about)
+    texts = [fill(label, int(13 * width / columns) - 6) for label in labels]
+    most = max(1, int((height / 2 - 0.3) / LINE))
+    if _tallest(texts, columns) > most:
+        columns = min(max(columns, -(-len(labels) // most)), int(width / 2.2))  # 2.2 in: room for some twenty characters
+        texts = shortened(labels, int(13 * width / columns) - 6)
+    figure.set_size_inches(width, height + LINE * _tallest(texts, columns) + 0.3)
+    figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=8, **about)
+
+
+LINE = 0.17  # inches of the figure for a line of the legend
+
+
+def _tallest(texts: Sequence[str], columns: int) -> int:
+    """Lines of the longest column; a column is filled from the top."""
+    lines = [text.count("\n") + 1 for text in texts]
+    rows = -(-len(lines) // columns) or 1
+    return max((sum(lines[start : start + rows]) for start in range(0, len(lines), rows)), default=0)
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """Names of at most so many characters that stay different: of long ones what they share goes first, then the middle."""
+    parts = {name: re.split(r"(?=[+:,])", name) for name in names if len(name) > most}
+    shared = set.intersection(*map(set, parts.values())) if len(parts) > 1 else set()
+    found = [_cut(_without(parts[name], shared), most) if name in parts else name for name in names]
+    return [f"{_cut(text, most - 4)} #{at}" if found.count(text) > 1 else text for at, text in enumerate(found, 1)]
+
+
+def _without(parts: Sequence[str], shared: set[str]) -> str:
+    """The first part and those that are not shared, an ellipsis for each gap."""
+    text = "".join(part if at == 0 or part not in shared else "…" for at, part in enumerate(parts))
+    return re.sub("…+", "…", text)
+
+
+def _cut(text: str, most: int) -> str:
+    keep = most - 1
+    return text if len(text) <= most else f"{text[: keep - keep // 2]}…{text[-(keep // 2) :]}"
+
+
+def put_title(figure: Any, about: str) -> None:
+    """Above all panels, in as many lines as it takes."""
+    if about:
+        figure.suptitle(fill(about, int(13 * figure.get_size_inches()[0])), fontsize=9)
+
+
+def whole_ticks(panel: Any) -> None:
+    """For an axis of epochs or layers, of which there are no fractions."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))
 
 
 def save(figure: Any, path: Path) -> None:

@@ -9,13 +9,23 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sape2.viz.base import DASHES, LINES, MAP_COLOURS, MARKERS, legend_below, pyplot, save
+from sape2.viz.base import DASHES, LINES, MAP_COLOURS, MARKERS, legend_below, put_title, pyplot, save, whole_ticks
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 
 
-def plot_curves(runs: Runs, path: Path) -> None:
-    """Loss and accuracy against the epoch, for the metrics.jsonl rows of each named run."""
+class Notes(NamedTuple):
+    """What a picture says beside its curves: what its bands are, and in the title what holds for all of them."""
+
+    band: str = "95 % over images"
+    about: str = ""
+
+
+PLAIN = Notes()
+
+
+def plot_curves(runs: Runs, path: Path, about: str = "") -> None:
+    """Loss and accuracy against the epoch, for the metrics.jsonl rows of each named run; `about` is the title."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     from matplotlib.lines import Line2D
 
@@ -31,9 +41,11 @@ def plot_curves(runs: Runs, path: Path) -> None:
             hollow = marker | {"markerfacecolor": "none"} if len(rows) == 1 else {}
             panel.plot(epochs, [row[train] for row in rows], linestyle=":", **style, **hollow)
         panel.set_xlabel("epoch")
+        whole_ticks(panel)
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
     axes[0].set_title("training targets may be smoothed and mixed, which raises their loss", fontsize=8, loc="left")
+    put_title(figure, about)
     kinds = [Line2D([], [], color="black", label="validation"), Line2D([], [], color="black", ls=":", label="training")]
     handles = [*axes[0].get_legend_handles_labels()[0], *kinds]
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
@@ -77,8 +89,8 @@ class Panel(NamedTuple):
     where: dict[str, Any]
 
 
-def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, band: str = "95 % over images") -> None:
-    """The rows that each panel names, one line a run, with their intervals (`band` says which) and the level of chance.
+def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, notes: Notes = PLAIN) -> None:
+    """The rows that each panel names, one line a run, with their intervals and the level of chance.
 
     Panels that no run has rows for are left out. A size "32x48" stands at its height, and of several proportions the most
     common one is shown. Raises NothingToDraw, a ValueError, if no panel is left.
@@ -95,18 +107,22 @@ def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, band: str = "95 %
     figure, axes = pyplot().subplots(height, width, figsize=size, sharey=alike, squeeze=False, layout="constrained")
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
+    first: dict[str, Any] = {}  # label of the y axis -> its first panel, whose scale the others share
     for axis, (panel, curves) in zip(axes.flat, found, strict=False):  # the last row may be longer
+        if not alike and first.setdefault(panel.value, axis) is not axis:
+            axis.sharey(first[panel.value])
         _draw_curves(axis, curves)
         axis.set_xlabel(panel.label)
         axis.set_title(panel.title, fontsize=9)
         if axis in axes[:, 0] or not alike:
             axis.set_ylabel(panel.value)
         if "(fraction)" in panel.value or "error" in panel.value:
-            _start_at_zero(axis, [curves for _, curves in found] if alike else [curves])
+            _start_at_zero(axis, [curves for other, curves in found if other.value == panel.value])
     named = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(named, key=lambda text: [*runs, CHANCE].index(text))
     handles = [named[text] for text in order]
-    legend_below(figure, handles, order, title=f"band: {band}", title_fontsize=7)
+    legend_below(figure, handles, order, title=f"band: {notes.band}", title_fontsize=7)
+    put_title(figure, notes.about)
     save(figure, path)
 
 
@@ -118,7 +134,7 @@ def _start_at_zero(axis: Any, shown: Sequence[dict[str, list[Point]]]) -> None:
         axis.set_ylim(-0.03 * top, top)
 
 
-def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", band: str = "95 % over images") -> None:
+def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", notes: Notes = PLAIN) -> None:
     """Accuracy (or shift_agreement) against the shift, along both axes, with both borders."""
     value = name.replace("_", " ") + " (fraction)"
     panels = [
@@ -126,10 +142,10 @@ def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", band: str =
         for border in ("circular", "reflect")
         for axis in ("x", "y")
     ]
-    plot_rows(runs, panels, path, band)
+    plot_rows(runs, panels, path, notes)
 
 
-def plot_equivariance(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+def plot_equivariance(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """How far features and biases are from moving with an image that moves by one patch around the torus, by layer."""
     shortest = {run: _shortest_shift(rows) for run, rows in runs.items()}
     panels = [
@@ -139,7 +155,7 @@ def plot_equivariance(runs: Runs, path: Path, band: str = "95 % over images") ->
         for what, title in (("feature", "features"), ("bias", "bias, row-centred"))
         for axis in ("x", "y")
     ]
-    plot_rows(shortest, panels, path, band)
+    plot_rows(shortest, panels, path, notes)
 
 
 def _shortest_shift(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -149,7 +165,7 @@ def _shortest_shift(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in errors if row["shift_px"] == smallest]
 
 
-def plot_resolution(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+def plot_resolution(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """Accuracy against the test size, content scaled and canvas padded; of every run the rule that it was built with."""
     shown = {run: _by_canvas(rows) for run, rows in runs.items()}
     trained = sorted({str(row["size"]) for rows in shown.values() for row in rows if row["trained"]})
@@ -157,7 +173,7 @@ def plot_resolution(runs: Runs, path: Path, band: str = "95 % over images") -> N
     panels = [
         Panel("accuracy_at_size", "accuracy (fraction)", canvas, "size", label, {"canvas": canvas}) for canvas in CANVASES
     ]
-    plot_rows(shown, panels, path, band)
+    plot_rows(shown, panels, path, notes)
 
 
 CANVASES = {  # title -> (transform, border)
@@ -189,7 +205,7 @@ def _own_rule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in ruled if row["rule"] == ruled[0]["rule"]]
 
 
-def plot_grouping(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """What attention and bias know of objects, by layer, mean of heads: on true masks, else on scenes, else on colours."""
     masks = next((m for m in MASKS if any(row.get("masks") == m for rows in runs.values() for row in rows)), MASKS[0])
     kinds = (
@@ -209,13 +225,13 @@ def plot_grouping(runs: Runs, path: Path, band: str = "95 % over images") -> Non
         )
         for name, value, title, far, more in kinds
     ]
-    plot_rows(runs, panels, path, band)
+    plot_rows(runs, panels, path, notes)
 
 
 MASKS = ("given", "scenes", "colour clusters")  # the first that there is
 
 
-def plot_health(runs: Runs, path: Path, band: str = "95 % over images") -> None:
+def plot_health(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """Whether the encoding is at work, by layer: share of the bias, gates and positions at their ends, position in tokens."""
     kinds = (
         ("bias_variance_share", "share (fraction)", "variance of the logits that is the bias", {}),
@@ -224,7 +240,7 @@ def plot_health(runs: Runs, path: Path, band: str = "95 % over images") -> None:
         ("position_r2", "R²", "row and column read from tokens, mean of axes,\npatches shuffled", {"patches": "shuffled"}),
     )
     panels = [Panel(name, value, title, "layer", "layer", where) for name, value, title, where in kinds]
-    plot_rows({run: _mean_of_axes(rows) for run, rows in runs.items()}, panels, path, band)
+    plot_rows({run: _mean_of_axes(rows) for run, rows in runs.items()}, panels, path, notes)
 
 
 def _mean_of_axes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -267,6 +283,8 @@ def _draw_curves(axis: Any, curves: dict[str, list[Point]]) -> None:
     places = sorted({point.place for curve in curves.values() for point in curve})
     if len(places) <= 12 and all(place.is_integer() for place in places):
         axis.set_xticks(places, [f"{place:.0f}" for place in places])
+    elif all(place.is_integer() for place in places):
+        whole_ticks(axis)
     axis.grid(alpha=0.3)
 
 

@@ -31,6 +31,8 @@ from sape2.training.checkpoint import read_config
 from sape2.training.files import write_text
 from sape2.training.standing import check_finished
 from sape2.viz.drawing import Drawing
+from sape2.viz.figures import even_columns
+from sape2.viz.plots import bars_panel
 
 Row = dict[str, Any]
 Patch = tuple[int, int]
@@ -128,7 +130,9 @@ def explain(
     found = look(load_run_model(folder, weights), config, picture, image_path, choice, names_of_classes(folder))
     found = replace(found, unlike=unlike(picture, config.data, size_trained_on(folder)))
     if out.suffix.lower() == ".png":
-        viz.as_one(_pairs(found)).save(out)
+        image, *maps = _pairs(found)
+        shown = f"{_about(found)} {UNLIKE} {_how_unlike(found)}" if found.unlike else _about(found)
+        viz.as_one(_headline(found), shown, [image, _answer(found)], maps).save(out)
     else:
         write_text(out, page(found))
     about = {"image": str(image_path), "encoding": config.model.encoding, "model": config.model.label, "weights": weights}
@@ -189,6 +193,11 @@ def _pairs(found: Explanation) -> list[Drawing]:
     return viz.pairs_figure(found.picture.pixels, means, grid, found.choice.named_patches(grid), found.quantity)
 
 
+def _answer(found: Explanation) -> Drawing:
+    names, values = zip(*((str(row["class"]), row["value"]) for row in found.probabilities), strict=True)
+    return bars_panel(names, values, "The model's answer", "probability of a class")
+
+
 def _distance(found: Explanation) -> list[Drawing]:
     quantity = found.quantity.replace("mean of heads", "all heads")
     return viz.distance_figure(found.maps(), found.config.model.grid, quantity)
@@ -221,37 +230,49 @@ h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
-.panels { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
-.panels div { max-width: 100% }
-svg { display: block; max-width: 100%; height: auto }
+.first { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: flex-start }
+.first > * { flex: 1 1 21rem; min-width: 0; max-width: 40rem }
+.first table { width: 100% }
+figure { container-type: inline-size }
+.panels { display: grid; gap: 1rem; align-items: start }
+svg { display: block; width: 100%; height: auto; max-width: 32rem }
+.narrow svg { max-width: 25rem }
 figure { margin: 1rem 0 }
 figcaption { margin-top: .6rem }
 figcaption, .about { color: #555; font-size: .9rem }
 .scroll { overflow-x: auto }
+@media (max-width: 40rem) { th, td { padding-right: .4rem; font-size: .8rem } }
 """
 
 
 def page(found: Explanation) -> str:
     """The whole page as one text."""
-    best = found.probabilities[0]
+    image, *maps = _pairs(found)
     sections = [
-        f"<h1>{_text(found.image_path.name)}: {_text(best['class'])}, {best['value']:.1%}</h1>",
+        f"<h1>{_text(_headline(found))}</h1>",
         f"<p class=about>{_text(_about(found))}</p>",
         *_unlike(found),
+        f"<div class=first><div>{image.svg()}</div><div>",
         "<h2>Prediction</h2>",
         _table(["class", "probability"], [[row["class"], row["value"]] for row in found.probabilities]),
-        *_figures(found),
-        "<h2>Numbers of this image, by layer</h2>",
-        _layer_table(found),
         "<h2>Health of the encoding on this image</h2>",
         _health(found),
+        "</div></div>",
+        *_figures(found, maps),
+        "<h2>Numbers of this image, by layer</h2>",
+        _layer_table(found),
     ]
     head = f"{META}<title>{_text(found.image_path.name)}</title>"
     return (
-        f"<!doctype html>\n<html lang=en>\n<head>{head}<style>{STYLE}</style></head>\n<body>\n"
+        f"<!doctype html>\n<html lang=en>\n<head>{head}<style>{STYLE}{COLUMNS_THAT_FIT}</style></head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
+
+
+def _headline(found: Explanation) -> str:
+    best = found.probabilities[0]
+    return f"{found.image_path.name}: {best['class']}, {best['value']:.1%}"
 
 
 def _about(found: Explanation) -> str:
@@ -266,11 +287,17 @@ def _about(found: Explanation) -> str:
 def _unlike(found: Explanation) -> Iterator[str]:
     """What a reader should know before the prediction."""
     if found.unlike:
-        what = "; ".join(each.sentence for each in found.unlike)
-        yield f"<p><strong>This image is unlike the training images:</strong> {_text(what)}.</p>"
+        yield f"<p><strong>{UNLIKE}</strong> {_text(_how_unlike(found))}</p>"
 
 
-def _figures(found: Explanation) -> Iterator[str]:
+UNLIKE = "This image is unlike the training images:"
+
+
+def _how_unlike(found: Explanation) -> str:
+    return "; ".join(each.sentence for each in found.unlike) + "."
+
+
+def _figures(found: Explanation, maps: list[Drawing]) -> Iterator[str]:
     what = "bias" if found.has_bias else "attention"
     patches = ", ".join(f"the {name}" for name in found.choice.named_patches(found.config.model.grid))
     yield f"<h2>{what.capitalize()} between patches</h2>"
@@ -279,7 +306,8 @@ def _figures(found: Explanation) -> Iterator[str]:
     else:
         about = f"The encoding {found.config.model.encoding} adds no bias in these layers, so this is the attention itself."
     yield _figure(
-        _pairs(found), f"{what.capitalize()} between all patches, and from {patches} to all others, by layer. {about}"
+        maps,
+        f"{what.capitalize()} between all patches, and from {patches} to all others, by layer, on one scale a layer. {about}",
     )
     layer = found.counting_layer()
     if layer is not None:
@@ -297,10 +325,20 @@ def _figures(found: Explanation) -> Iterator[str]:
 
 
 def _figure(panels: list[Drawing], caption: str) -> str:
+    """The panels in rows that are full, or nearly: the page chooses among these numbers of columns by its width."""
     shown = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
-    return f"<figure><div class=panels>{shown}</div><figcaption>{_text(caption)}</figcaption></figure>"
+    kind = "wide" if panels[0].width > 300 else "narrow"
+    columns = "; ".join(f"--{most}: {even_columns(len(panels), most)}" for most in FITTING[kind])
+    rows = f"<div class='panels {kind}' style='{columns}'>{shown}</div>"
+    return f"<figure>{rows}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
+FITTING = {"narrow": {2: 19, 3: 33, 4: 43, 5: 54, 6: 66}, "wide": {2: 38, 3: 66}}  # most columns -> from this width (rem)
+COLUMNS_THAT_FIT = "".join(
+    f"@container (min-width: {width}rem) {{ .{kind} {{ grid-template-columns: repeat(var(--{most}), minmax(0, 1fr)) }} }}\n"
+    for kind, fitting in FITTING.items()
+    for most, width in fitting.items()
+)
 COLUMNS = {  # heading -> number of the layer
     "attention distance (patches)": "attention_distance",
     "attention entropy (nats)": "attention_entropy",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sape2.viz.drawing import Drawing, flow, framed, stack
+from sape2.viz.drawing import Drawing, Length, Text, flow, framed, stack
 from sape2.viz.panels import (
     FIRST,
     NARROW,
@@ -27,6 +28,7 @@ Grid = tuple[int, int]
 Patch = tuple[int, int]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 COLOURS = (FIRST, SECOND)
+WIDER = 210.0  # of a map where there are few
 
 
 def pairs_figure(
@@ -38,19 +40,21 @@ def pairs_figure(
 ) -> list[Drawing]:
     """Figure 4 of the paper: what the layers give between all patches, and from each named patch (row, column) to all others.
 
-    The image, then a drawing for each layer; one colour scale for all maps of a layer.
+    The image, then a drawing for each layer, or for each map of a single layer; one colour scale for all maps of a layer.
     """
     marks = [Mark(patch, LETTERS[at % len(LETTERS)], COLOURS[at % len(COLOURS)]) for at, patch in enumerate(patches.values())]
     note = "; ".join(f"{mark.letter}: the {name}" for mark, name in zip(marks, patches, strict=True))
     found = [image_panel(image.numpy(), grid, marks, "Image", note)]
+    width = NARROW if len(layers) > 4 else WIDER
     for name, pairs in layers.items():
         values = pairs.double().numpy()
         limits = limits_of([values])
         maps = [
-            map_panel(values[y * grid[1] + x].reshape(grid), f"from {mark.letter}", quantity, [mark], limits)
+            map_panel(values[y * grid[1] + x].reshape(grid), f"from {mark.letter}", quantity, [mark], limits, width=width)
             for mark, (y, x) in zip(marks, patches.values(), strict=True)
         ]
-        found.append(stack([matrix_panel(values, f"{name}: all pairs", quantity, limits), *maps], 8))
+        parts = [matrix_panel(values, f"{name}: all pairs", quantity, limits, width), *maps]
+        found += parts if len(layers) == 1 else [stack(parts, 8)]
     return found
 
 
@@ -76,7 +80,7 @@ def counts_figure(
             parts.append(heads_panel(part, f"{name}: positions{end}", "rows of the table", float(positions.max())))
         if axis in ("x", "y"):
             parts.insert(0, line_panel(image.numpy(), grid, patch, axis, {}, name, "a"))
-        found.append(stack(parts, 8))
+        found += parts if len(maps) == 1 else [stack(parts, 8)]
     return found
 
 
@@ -90,6 +94,27 @@ def distance_figure(
     return [distance_panel(maps, grid, name, quantity, limits) for name, maps in values.items()]
 
 
-def as_one(drawings: Sequence[Drawing], columns: int = 6) -> Drawing:
-    """For a file: at most so many narrow drawings beside each other."""
-    return framed(flow(drawings, columns * (NARROW + 16)))
+# --- several drawings as one -----------------------------------------------------------------------------------------
+
+
+def even_columns(number: int, most: int) -> int:
+    """Columns, at most so many, in which the rows of so many drawings are as full as can be."""
+    return -(-number // -(-number // most))
+
+
+def as_one(title: str, about: str, beside: Sequence[Drawing], drawings: Sequence[Drawing]) -> Drawing:
+    """For a file: a heading, some drawings below each other, and right of them the others in even rows of at most six."""
+    columns = even_columns(len(drawings), 6)
+    body = flow([stack(beside), flow(drawings, columns * (max(d.width for d in drawings) + 16))], 1e9, 24)
+    head = [written([title], body.width, 18, True), written(wrapped(about, int(body.width / 7)), body.width, 12)]
+    return framed(stack([*head, body], 12, title))
+
+
+def written(lines: Sequence[str], width: Length, size: Length, bold: bool = False) -> Drawing:
+    texts = [Text(0, (at + 1) * 1.35 * size, line, size, bold=bold) for at, line in enumerate(lines)]
+    return Drawing(width, 1.35 * size * len(lines) + 2, tuple(texts))
+
+
+def wrapped(text: str, length: int) -> list[str]:
+    """Lines of at most so many characters."""
+    return textwrap.wrap(text, length) or [""]

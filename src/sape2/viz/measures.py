@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sape2.viz.curves import (
+    PLAIN,
+    Notes,
     NothingToDraw,
     Runs,
     plot_equivariance,
@@ -23,9 +25,7 @@ PICTURES: dict[str, dict[str, Callable[..., None]]] = {
 }
 
 
-def plot_measures(
-    runs: Runs, measures: Iterable[str], folder: Path, ending: str = "", band: str = "95 % over images"
-) -> list[Path]:
+def plot_measures(runs: Runs, measures: Iterable[str], folder: Path, ending: str = "", notes: Notes = PLAIN) -> list[Path]:
     """Draws what there is to draw of the named measures; returns the files, NAME + `ending` + .png."""
     written = []
     for measure in measures:
@@ -33,7 +33,7 @@ def plot_measures(
         for name, plot in PICTURES.get(measure, {}).items():
             path = folder / f"{name}{ending}.png"
             try:
-                plot(rows, path, band=band)
+                plot(rows, path, notes=notes)
             except NothingToDraw:  # a model that cannot be looked into has no rows by layer
                 continue
             written.append(path)

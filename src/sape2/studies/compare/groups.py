@@ -12,9 +12,13 @@ from sape2.studies.compare.headlines import Column, Row, Run, telling_layer
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of the same settings under different seeds, and what tells them from the other groups."""
+    """Runs of the same settings under different seeds, and what tells them from the other groups.
+
+    `label` always begins with the encoding; `name`, for a legend, leaves it out where all groups have the same.
+    """
 
     label: str
+    name: str
     runs: list[Run]
 
     @property
@@ -37,11 +41,22 @@ def group_runs(runs: list[Run]) -> list[Group]:
             if other.config.seed == run.config.seed:
                 raise ValueError(f"{other.folder} and {run.folder} are the same run (same settings and seed); give one of them")
         same.append(run)
-    labels = _labels([members[0] for members in groups.values()])
+    first = [members[0] for members in groups.values()]
+    several = len(first) == 1 or len({run.config.model.encoding for run in first}) > 1
     return [
-        Group(label, sorted(members, key=lambda run: run.config.seed))
-        for label, members in zip(labels, groups.values(), strict=True)
+        Group(label, name, sorted(members, key=lambda run: run.config.seed))
+        for label, name, members in zip(_labels(first), _labels(first, several), groups.values(), strict=True)
     ]
+
+
+TOLD_ONCE = ("model.encoding", "model.name", "data.name", "train.epochs")
+
+
+def shared_settings(groups: list[Group]) -> str:
+    """Encoding, model, data and epochs as far as all groups have the same, for a title; one group is named by its encoding."""
+    settings = [_settings(group.runs[0]) for group in groups]
+    alike = [key for key in TOLD_ONCE if len({repr(values[key]) for values in settings}) == 1]
+    return ", ".join(_tell(key, settings[0][key]) for key in alike if key != "model.encoding" or len(groups) > 1)
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -60,7 +75,7 @@ FOLLOWS = {  # what goes without saying once the first is said
 }
 
 
-def _labels(runs: list[Run]) -> list[str]:
+def _labels(runs: list[Run], with_encoding: bool = True) -> list[str]:
     """The encoding, and the other settings in which the runs differ; the folder too where that is not enough."""
     settings = [_settings(run) for run in runs]
     keys = dict.fromkeys(key for values in settings for key in values)
@@ -70,16 +85,18 @@ def _labels(runs: list[Run]) -> list[str]:
     }
     told = [key for key in differ if key not in implied]
     labels = [
-        ", ".join([run.config.model.encoding, *(_tell(key, values.get(key)) for key in told)])
+        ", ".join([*([run.config.model.encoding] if with_encoding else []), *(_tell(key, values.get(key)) for key in told)])
         for run, values in zip(runs, settings, strict=True)
     ]
-    return [f"{label} ({run.folder})" if labels.count(label) > 1 else label for label, run in zip(labels, runs, strict=True)]
+    return [
+        f"{label} ({run.folder})".strip() if labels.count(label) > 1 else label for label, run in zip(labels, runs, strict=True)
+    ]
 
 
 def _tell(key: str, value: Any) -> str:
-    if key in ("model.name", "data.name", "recipe"):
+    if key in ("model.encoding", "model.name", "data.name", "recipe"):
         return str(value)
-    return f"{value} epochs" if key == "train.epochs" else f"{key.split('.')[-1]}={value}"
+    return f"{value} epoch{'s' * (value != 1)}" if key == "train.epochs" else f"{key.split('.')[-1]}={value}"
 
 
 VALUES = ("value", "ci_low", "ci_high", "chance")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sape2 import viz
 from sape2.evaluation.report import csv_table, format_spread, markdown_table
-from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows
+from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows, shared_settings
 from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, Row, Run
 from sape2.training.files import write_text
 
@@ -29,7 +29,8 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        return f"{self.split} set, {WEIGHTS[self.weights]}"
+        shared = shared_settings(self.groups)
+        return f"{shared}{'; ' if shared else ''}{self.split} set, {WEIGHTS[self.weights]}"
 
     @property
     def has_seeds(self) -> bool:
@@ -142,14 +143,14 @@ def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
 def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
     """The figures, one line a group, and report.md with them in it. Raises ImportError without matplotlib."""
     groups = comparison.groups
-    epochs = {group.label: mean_epochs([run.epochs for run in group.runs]) for group in groups}
+    epochs = {group.name: mean_epochs([run.epochs for run in group.runs]) for group in groups}
     files = []
     if all(epochs.values()):
         files.append(folder / "curves.png")
-        viz.plot_curves(epochs, files[0])
-    band = "one std over seeds" if comparison.has_seeds else "95 % over images"
-    rows = {group.label: _shown_rows(group, comparison.has_seeds) for group in groups}
-    files += viz.plot_measures(rows, comparison.measures, folder, band=band)
+        viz.plot_curves(epochs, files[0], shared_settings(groups))
+    band = {"band": "one std over seeds"} if comparison.has_seeds else {}
+    rows = {group.name: _shown_rows(group, comparison.has_seeds) for group in groups}
+    files += viz.plot_measures(rows, comparison.measures, folder, notes=viz.Notes(about=comparison.title, **band))
     write_text(folder / "report.md", page(comparison, files))
     return files
 

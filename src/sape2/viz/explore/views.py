@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from sape2.viz.drawing import Drawing, Text, escape, flow, framed, stack
+from sape2.viz.drawing import Drawing, escape, flow, framed, stack
 from sape2.viz.explore.columns import Column, View
+from sape2.viz.figures import wrapped, written
 from sape2.viz.panels import (
     FIRST,
     SECOND,
@@ -237,39 +238,25 @@ def to_drawing(view: View) -> Drawing:
     """The whole view as one picture."""
     width = 700.0 if len(view.columns) == 1 else 340.0
     total = 700.0
-    parts: list[Drawing] = [_written([f"{view.columns[0].name}; {view.columns[0].encoding}; {view.notes}"], total, 14, True)]
+    parts: list[Drawing] = [written([f"{view.columns[0].name}; {view.columns[0].encoding}; {view.notes}"], total, 14, True)]
     for section in sections(view):
-        parts.append(_written([section.title], total, 14, True))
-        parts.append(_written(_wrapped(section.words, 108), total, 11.5))
+        parts.append(written([section.title], total, 14, True))
+        parts.append(written(wrapped(section.words, 108), total, 11.5))
         if section.table:
             lines = [
                 "   ".join(f"{name} {value}" for name, value in row.items() if name != "quantity") for row in section.table
             ]
             parts.append(
-                _written([f"{row['quantity']}:  {line}" for row, line in zip(section.table, lines, strict=True)], total, 11.5)
+                written([f"{row['quantity']}:  {line}" for row, line in zip(section.table, lines, strict=True)], total, 11.5)
             )
         if any(section.panels):
             named = len(view.columns) > 1
             columns = [
-                stack([*([_written([column.name], width, 12, True)] if named else []), flow(panels, width)], 6)
+                stack([*([written([column.name], width, 12, True)] if named else []), flow(panels, width)], 6)
                 for column, panels in zip(view.columns, section.panels, strict=True)
             ]
             parts.append(flow(columns, 2 * total, 20))
     return framed(stack(parts, 12, f"{view.columns[0].name}: {view.notes}"))
-
-
-def _written(lines: Sequence[str], width: float, size: float, bold: bool = False) -> Drawing:
-    texts = [Text(0, (at + 1) * 1.35 * size, line, size, bold=bold) for at, line in enumerate(lines)]
-    return Drawing(width, 1.35 * size * len(lines) + 2, tuple(texts))
-
-
-def _wrapped(text: str, length: int) -> list[str]:
-    lines = [""]
-    for word in text.split():
-        if len(lines[-1]) + len(word) + 1 > length:
-            lines.append("")
-        lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
 
 
 def to_json(view: View) -> str:
