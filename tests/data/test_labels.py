@@ -122,12 +122,13 @@ def test_a_test_class_of_a_hub_id_that_training_has_not_is_refused_with_its_name
 
 
 @pytest.mark.parametrize("unnamed", ["train", "test"])
-def test_labels_of_a_hub_id_go_by_number_where_one_split_has_no_names(hub, unnamed):
+def test_labels_of_a_hub_id_go_by_number_where_one_split_has_no_names(hub, unnamed, caplog):
     splits = {"train": (["cat", "dog"], [0, 1] * 4), "test": (["cat", "dog"], [1, 0, 1])}
     hub(**splits | {unnamed: (None, splits[unnamed][1])})
     found = load("owner/name")
     assert found.test.labels.tolist() == [1, 0, 1]
     assert seen(found.test) == ["dog", "cat", "dog"]
+    assert caplog.messages == [f"owner/name {unnamed} has no names of classes: its labels go by number"]
 
 
 def test_a_test_set_of_a_hub_id_without_labels_gives_way_to_the_validation_set(hub):

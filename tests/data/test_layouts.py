@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -383,6 +384,46 @@ def test_a_truncated_shard_is_refused_with_the_last_sample_that_is_whole(whole, 
     message = refusal(folder)
     assert f"the shard {shard} cannot be read after sample 0000002" in message
     assert "fetch it again" in message
+
+
+@pytest.mark.parametrize(
+    ("layout", "file", "message"),
+    [
+        ("parquet", "data/train-00001-of-00002.parquet", "train: 1 of 2 files like train-00000-of-00002.parquet are missing"),
+        ("webdataset", "train-000001.tar", "train: 1 of 3 files like train-000000.tar are missing, the first of them number 1"),
+    ],
+)
+def test_a_numbered_file_that_is_missing_is_told(whole, tmp_path, layout, file, message, caplog):
+    folder = shutil.copytree(whole[layout], tmp_path / layout)
+    assert len(load(folder).train) == 54
+    assert caplog.messages == []
+    (folder / file).unlink()
+    load(folder)
+    assert message in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["a-0-of-3.tar", "a-1-of-3.tar"], True),
+        (["a-00000-of-00002-0123456789abcdef.parquet"], True),
+        (["a-00000-of-00002-0123456789abcdef.parquet", "a-00001-of-00002-0123456789abcdee.parquet"], False),
+        (["a-1.tar", "a-3.tar"], True),
+        (["2012.tar", "2015.tar"], False),  # years
+        (["a-0.tar", "b-2.tar", "c.tar"], False),
+    ],
+)
+def test_only_holes_in_a_series_are_told(names, told, caplog):
+    base.tell_missing("here", [Path(name) for name in names])
+    assert bool(caplog.messages) == told
+
+
+def test_images_whose_ending_is_not_read_are_told(whole, tmp_path, caplog):
+    folder = shutil.copytree(whole["folder"], tmp_path / "folder")
+    (folder / "train" / "cat" / "a.gif").write_bytes(b"")
+    (folder / "train" / "cat" / "notes.txt").write_bytes(b"")
+    assert len(load(folder).train) == 54
+    assert "train: 1 images are left out, the first cat/a.gif; known are .jpg, .jpeg, .png" in caplog.text
 
 
 def test_more_than_one_layout_must_be_chosen_from(whole, tmp_path):

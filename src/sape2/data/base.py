@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = ("test", "validation", "valid", "val")  # the first of them that is there, and has labels, is the test set
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
+NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?(\.\w+)")  # train-00003-of-00010.parquet, train-000003.tar
+# Images too, but none that torchvision's folders have: told of, and not read.
+OTHER_ENDINGS = (".gif", ".jfif", ".jpe", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".tga", ".dds", ".svg")
 Result = TypeVar("Result")
 READING = threading.Lock()  # what a source keeps open is changed by one thread at a time
 log = logging.getLogger("sape2.data")
@@ -109,6 +113,22 @@ class Part:
 
     def contents(self) -> Any:
         return [self.parent.contents(), self.rows]
+
+
+def tell_missing(where: str, files: Sequence[Path]) -> None:
+    """Warns where numbered files fall short of their own "-of-N", or have a hole counted from 0 or 1."""
+    series: dict[tuple, dict[int, str]] = {}
+    for file in files:
+        if found := NUMBERED.fullmatch(file.name):
+            before, number, total, ending = found.groups()
+            series.setdefault((file.parent, before, total, ending), {})[int(number)] = file.name
+    for (_, _, total, _), names in series.items():
+        first = min(names)
+        wanted = range(int(total)) if total else range(first, (max(names) if first <= 1 else first) + 1)
+        missing = [number for number in wanted if number not in names]
+        if missing:
+            example = f"{len(missing)} of {len(wanted)} files like {names[first]} are missing"
+            log.warning("%s: %s, the first of them number %d; the others are read", where, example, missing[0])
 
 
 def find_splits(names: list[str], where: str) -> tuple[str, list[str]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sape2.data.base import IMAGE_ENDINGS, TEST_NAMES, TRAIN_NAMES, Part, Source, find_splits, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, TEST_NAMES, TRAIN_NAMES, Part, Source, find_splits, log, waiting_for
 from sape2.data.images import class_split
 from sape2.data.labels import near_name
 
@@ -31,9 +31,14 @@ class FolderImages:
 
         self.root, self.where, self.classes = folder / split, f"{folder} {split}".rstrip(), classes
         numbers = {name: number for number, name in enumerate(classes)}
-        found = make_dataset(str(self.root), numbers, is_valid_file=_is_image, allow_empty=True)
         start = len(str(self.root)) + 1
+        found = make_dataset(str(self.root), numbers, is_valid_file=_may_be_image, allow_empty=True)
         found = [image for image in found if not any(map(_is_hidden, image[0][start:].split(os.sep)))]
+        others = [path for path, _ in found if not _is_image(path)]
+        if others:
+            log.warning("%s: %d images are left out, the first %s; known are %s", self.where, len(others), others[0][start:],
+                        ", ".join(IMAGE_ENDINGS))  # fmt: skip
+        found = [image for image in found if _is_image(image[0])]
         found.sort(key=lambda image: (os.path.basename(image[0]), image[0]))
         self.labels: list[Any] = [label for _, label in found]
         self._paths = np.array([os.fsencode(path[start:]) for path, _ in found], dtype=bytes)  # far smaller than a list of str
@@ -150,6 +155,10 @@ def _classes(folder: Path) -> tuple[str, ...]:
 
 def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in LEFT_BY_SYSTEMS
+
+
+def _may_be_image(path: str) -> bool:
+    return path.lower().endswith((*IMAGE_ENDINGS, *OTHER_ENDINGS))
 
 
 def _is_image(path: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from sape2.data.base import Source
+from sape2.data.base import Source, log
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -41,6 +41,9 @@ def near_name(name: str, wanted: Sequence[str]) -> str:
 def match_classes(train: Source, test: Source) -> None:
     """The test labels in the order of the training names, where both have names."""
     check_names(train.classes, train.where)
+    if bool(train.classes) != bool(test.classes):
+        unnamed = test if train.classes else train
+        log.warning("%s has no names of classes: its labels go by number", unnamed.where)
     test.labels = renumber(test.labels, test.classes, train.classes, test.where, train.where)
     test.classes = train.classes if test.classes else ()
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sape2.config import DataConfig
-from sape2.data.base import READING, Source, find_splits, has_labels, waiting_for
+from sape2.data.base import READING, Source, find_splits, has_labels, tell_missing, waiting_for
 from sape2.data.labels import renumber
 
 IMAGE_COLUMNS = ("img", "image")
@@ -32,6 +32,7 @@ class ParquetImages:
         import pyarrow.parquet
 
         self.where, self.root, self.files = where, root, files
+        tell_missing(where, files)
         self.labels: list[Any] = []
         self.classes: tuple[str, ...] = ()
         groups: list[tuple[int, int, int, int]] = []  # file, row group, rows, bytes

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sape2.data.base import IMAGE_ENDINGS, READING, TEST_NAMES, TRAIN_NAMES, find_splits, has_labels, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, READING, TEST_NAMES, TRAIN_NAMES, find_splits, has_labels, tell_missing, waiting_for
 
 MAX_OPEN = 64  # shards held open by one process
 LABEL_ENDINGS = ("cls", "json")
@@ -34,6 +34,7 @@ class ShardImages:
 
     def __init__(self, where: str, shards: list[Path], classes: tuple[str, ...]) -> None:
         self.where, self.shards, self.classes = where, shards, classes
+        tell_missing(where, shards)
         numbers = {name: number for number, name in enumerate(classes)}
         indices = [waiting_for(str(shard), lambda shard=shard: index_shard(shard, numbers)) for shard in shards]
         self.labels: list[Any] = [label for index in indices for *_, label in index]
