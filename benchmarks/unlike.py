@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     config = get_recipe(options.recipe)
     data, size = replace(config.data, source=options.data), config.model.image_size
     images = load_data(data, config.model).test.images
-    found = [unlike(Picture(pixels, size, 0.0), data, size) for pixels in images]
+    found = [unlike(Picture(pixels, size, 0.0), data, [size]) for pixels in images]
     print(f"{options.recipe}: {sum(map(bool, found))} of {len(images)} test images are called unlike the training images")
     for kind, number in Counter(each.kind for several in found for each in several).most_common():
         print(f"{number} {kind}")

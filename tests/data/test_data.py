@@ -242,9 +242,7 @@ def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     assert f"{path} is a file; give the folder" in refusal(config_of(path), MODEL)
 
 
-@pytest.mark.parametrize(
-    ("name", "wanted"), [("tiny", "no parquet file;"), ("cifar10", "parquet file and no cifar-10-batches-py;")]
-)
+@pytest.mark.parametrize(("name", "wanted"), [("tiny", "no images;"), ("cifar10", "parquet file and no cifar-10-batches-py;")])
 def test_a_folder_without_images_says_what_it_holds(tmp_path, name, wanted):
     model = get_recipe("cifar10").model
     message = refusal(config_of(tmp_path, name=name), model)

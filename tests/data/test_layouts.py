@@ -274,7 +274,9 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
             for number in range(4):
                 file = b"no image" if (split, name) == ("train", "dog") else file_of(picture(number))
                 (tmp_path / split / name / f"{number}.png").write_bytes(file)
-    assert "no image of the class 'dog' can be read" in refusal(tmp_path, max_bad_samples=100)
+    line = refusal(tmp_path, max_bad_samples=100)
+    assert f"{tmp_path} train: none of the 3 images of the class 'dog' in one of the splits can be read: " in line
+    assert "it is of no kind that Pillow knows; put a good file in its place, or remove it" in line
 
 
 @pytest.mark.parametrize("side", [9_500, 13_500], ids=["above the limit", "twice above it"])

@@ -1,13 +1,18 @@
 """The recipe `images`: what a folder of one's own says about a run, the same each time, and one line where it cannot."""
 
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from own_cases import fill
 
 from sape2.cli import build_parser, main
 from sape2.cli.options import default_name, resolve
-from sape2.data import load_data
+from sape2.config import ModelConfig
+from sape2.data import load_data, open_sources
+from sape2.data.images import class_split
+from sape2.studies.compare.plan import Study
 from sape2.training.checkpoint import read_config, start_run
 
 
@@ -44,11 +49,12 @@ def test_class_folders_alone_are_enough(tmp_path, capfd):
     assert default_name(config) == "images-mine-vit_nano-ape+sape2-s0"
 
 
-def test_the_same_folder_says_the_same_and_settings_win(tmp_path):
+def test_the_same_folder_says_the_same_and_settings_win(tmp_path, capfd):
     folder = fill(tmp_path / "mine", {"cat": 9, "dog": 9})
     assert config_of(folder) == config_of(folder)
     changed = config_of(folder, "--set", "image_size=64", "--set", "patch_size=8", "--set", "data.mean=[0.5,0.5,0.5]")
     assert (changed.model.image_size, changed.data.mean) == ((64, 64), (0.5, 0.5, 0.5))
+    assert capfd.readouterr().err.splitlines()[-1].startswith("resized to 64x64 in patches of 8; mean [0.5, 0.5, 0.5]")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,8 @@ def test_a_training_set_without_a_test_set_is_split(tmp_path):
     ("make", "message"),
     [
         (lambda folder: None, "there is no such folder"),
-        (lambda folder: folder.mkdir(), "found nothing"),
+        (lambda folder: folder.mkdir(), "holds no images; found nothing"),
+        (lambda folder: fill(folder, {"": 5}), "holds images but no folder for each class: put them into DIR/CLASS/*.jpg"),
         (lambda folder: fill(folder, {"cat": 5}), "has the one class 'cat'; at least two are needed"),
         (lambda folder: fill(folder, {"cat": 5, "dog": 2}), "the class 'dog' has 2 images; training, validation and test"),
         (lambda folder: fill(folder, {"cat": 5, "dog": 0}), "the class 'dog' has 0 images"),
@@ -132,6 +139,23 @@ def test_a_damaged_image_is_named_once_and_does_not_end_the_run(tmp_path, caplog
     assert str(damaged) in caplog.text
 
 
+def test_a_class_whose_only_validation_image_is_damaged_is_told_in_one_line(tmp_path, capfd):
+    folder = fill(tmp_path / "mine", {"cat": 6, "dog": 6}, (8, 8))
+    data = config_of(folder).data
+    train = open_sources(data, ModelConfig())["train"]
+    row = class_split(torch.tensor(train.labels), data.validation_fraction, data.split_seed)[1][0]
+    damaged = Path(train.name(int(row)))
+    damaged.write_bytes(b"no image")
+    assert main(["train", "images", "--data", str(folder), "--out", str(tmp_path / "run")]) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert len([line for line in told if line.startswith("sape2:")]) == 1
+    assert (
+        f"the only image of the class {damaged.parent.name!r} in one of the splits cannot be read: {damaged} cannot be read"
+        in told[-1]
+    )
+    assert told[-1].endswith("put a good file in its place, or remove it")
+
+
 def test_the_same_folder_goes_on_with_a_run_and_a_changed_one_does_not(tmp_path):
     folder = fill(tmp_path / "mine", {"cat": 6, "dog": 6}, (8, 8))
 
@@ -141,9 +165,14 @@ def test_the_same_folder_goes_on_with_a_run_and_a_changed_one_does_not(tmp_path)
         return config
 
     config = start()
+    Study(config, ("ape",), 1, tmp_path / "study").start()
     assert read_config(tmp_path / "run") == config == start()
     shutil.copy(folder / "cat" / "0.png", folder / "dog" / "new.png")
-    with pytest.raises(ValueError, match=r"differs in data\.mean"):
+    with pytest.raises(
+        ValueError, match=r"the images in the folder 'mine' have changed since it began: data\.mean .* Put back"
+    ):
         start()
+    with pytest.raises(ValueError, match=r"another study, because the images in the folder 'mine' have changed"):
+        Study(config_of(folder), ("ape",), 1, tmp_path / "study").start()
     with pytest.raises(ValueError, match="saw other images: the number of its train images"):
         start("--set", f"data.mean={list(config.data.mean)}", "--set", f"data.std={list(config.data.std)}")

@@ -259,3 +259,8 @@ def test_a_run_of_another_reading_rule_is_noted(run, mine, tmp_path, capfd):
     (old / "data.json").write_text(json.dumps(seen | {"reading_rule": 1}))
     assert main(["predict", str(old), str(mine / "test" / "cat" / "0.png"), "--weights", "best"]) == 0
     assert "read its training images by rule 1" in capfd.readouterr().err
+
+
+def test_a_folder_of_runs_is_told_which_runs_it_holds(run, mine, capfd):
+    assert main(["predict", str(run.parent), str(mine)]) == 2
+    assert capfd.readouterr().err.endswith(f"it has no config.json; did you mean {run}?\n")

@@ -135,7 +135,7 @@ def test_the_numbers_on_the_page_are_those_of_the_model(run, photo, capfd, tmp_p
 
 def test_an_image_unlike_the_training_images_is_called_so(run, photo, tmp_path, capfd):
     Image.fromarray(np.asarray(Image.open(photo).resize((200, 150)))).save(photo)
-    why = "it has 200x150 pixels, the training images about 8x8: 22 times larger"
+    why = "it has 200x150 pixels, the training images at most 8x8: 22 times larger"
     assert status_of("explain", run, photo, "--out", tmp_path / "page.html") == 0
     assert f"note: unlike the training images: {why}" in capfd.readouterr().out
     text = (tmp_path / "page.html").read_text()

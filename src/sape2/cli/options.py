@@ -36,18 +36,28 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
         config = replace(config, seed=arguments.seed)
     if arguments.epochs is not None:
         config = with_epochs(config, arguments.epochs)
-    return override(config, arguments.set)
+    config = override(config, arguments.set)
+    if config.recipe == "images":
+        from sape2.data.own import settings_in_words
+
+        say_once(settings_in_words(config))
+    return config
 
 
 def fitted(config: RunConfig) -> RunConfig:
-    """The recipe `images` for the folder that --data names; what is filled in is told, by the first process only."""
+    """The recipe `images` for the folder that --data names; what is filled in is told."""
     from sape2.data.own import fit
 
     config, lines = fit(config)
-    if int(os.environ.get("RANK", "0")) == 0:  # set by torchrun
-        for line in lines:
-            say(line)
+    for line in lines:
+        say_once(line)
     return config
+
+
+def say_once(line: str) -> None:
+    """By the first process only."""
+    if int(os.environ.get("RANK", "0")) == 0:  # set by torchrun
+        say(line)
 
 
 def default_name(config: RunConfig | DetectionConfig) -> str:

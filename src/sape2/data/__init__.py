@@ -114,9 +114,13 @@ def find_layout(path: Path, config: DataConfig) -> Any:
         raise ValueError(f"--data {config.source} holds {' and '.join(found)}; choose with --set data.layout={found[0]}")
     if folder.find_classes(path):
         return "folder"
+    if folder.holds_images(path):
+        raise ValueError(
+            f"--data {config.source} holds images but no folder for each class: put them into DIR/CLASS/*.jpg and give DIR"
+        )
     there = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
     known = TORCHVISION_FOLDERS.get(config.name)
-    wanted = f"parquet file and no {known}" if known else "parquet file"
+    wanted = f"parquet file and no {known}" if known else "images"
     raise FileNotFoundError(
         f"--data {config.source} holds no {wanted}; found {there}. Known: image folders (train/CLASS/*.jpg), parquet, "
         "webdataset shards (*.tar)"

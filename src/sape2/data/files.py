@@ -87,7 +87,13 @@ class ImageFiles:
                 return decode(self.source.read(row), self.model, name, crop)
             except ValueError as error:
                 self.unreadable.add(name, str(error))
-        raise ValueError(f"{self.source.where}: no image of the class {self.classes[int(self.labels[place])]!r} can be read")
+        same = self.rows[self.labels == self.labels[place]].tolist()
+        which = "the only image" if len(same) == 1 else f"none of the {len(same)} images"
+        raise ValueError(
+            f"{self.source.where}: {which} of the class {self.classes[int(self.labels[place])]!r} in one of the splits can"
+            f"{'not' * (len(same) == 1)} be read: {self.unreadable.reasons[self.source.name(same[0])]}; put a good file in "
+            "its place, or remove it"
+        )
 
     def _stand_ins(self, place: int) -> Iterator[int]:
         yield place

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import statistics
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ def fingerprint(sources: dict[str, Source] | dict[str, ArrayImages]) -> dict[str
     """Per split: number of images, digests of all labels, of the bytes of 16 images, of names and sizes.
 
     The first three are the same in every layout that keeps the files as they are; names and sizes are of this layout.
-    Where files are decoded, the rule by which they are read (`data.pixels`) and the median (height, width) of the 16.
+    Where files are decoded, the rule by which they are read (`data.pixels`) and the (height, width) of the 16.
     """
     first = next(iter(sources.values()))
     about = {"layout": first.layout, "classes": list(first.classes)}
@@ -42,16 +41,16 @@ def _describe(source: Source | ArrayImages) -> dict[str, Any]:
         "pixels" if arrays else "bytes": digest(b"".join(digest(data).encode() for data in read)),
         "names": "" if isinstance(source, ArrayImages) else digest(repr(source.contents()).encode()),
     }
-    return about if arrays else about | {"size": _median_size(read)}
+    return about if arrays else about | {"sizes": _sizes(read)}
 
 
-def _median_size(files: list[bytes]) -> list[int] | None:
-    """[height, width] of those that are images; None if there are none."""
-    sizes = []
+def _sizes(files: list[bytes]) -> list[tuple[int, int]]:
+    """Each (height, width) that one of them has, as far as they are images."""
+    sizes = set()
     for data in files:
         with contextlib.suppress(ValueError), named("image"), opened(data) as image:
-            sizes.append(upright_size(image))
-    return [round(statistics.median(sides)) for sides in zip(*sizes, strict=True)] or None
+            sizes.add(upright_size(image))
+    return sorted(sizes)
 
 
 def _bytes(source: Source, index: int) -> bytes:

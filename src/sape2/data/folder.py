@@ -102,11 +102,12 @@ def has_test(folder: Path) -> bool:
 
 
 def _holds_classes(folder: Path) -> bool:
-    return any(
-        any(file.name.lower().endswith(IMAGE_ENDINGS) for file in _some(path.path))
-        for path in _some(folder)
-        if path.is_dir() and not _is_hidden(path.name)
-    )
+    return any(holds_images(path.path) for path in _some(folder) if path.is_dir() and not _is_hidden(path.name))
+
+
+def holds_images(folder: str | Path) -> bool:
+    """Directly, not below; looks at a few names only."""
+    return any(file.name.lower().endswith(IMAGE_ENDINGS) for file in _some(folder))
 
 
 def _split_names(folder: Path) -> list[str]:

@@ -157,6 +157,13 @@ def _in_words(config: RunConfig, sources: Any, classes: tuple[str, ...], look: L
         f"{rest} images to train, {n - rest} to validate "
         f"({data.validation_fraction:.0%} of each class, seed {data.split_seed}) "
         f"and {len(sources['test'].labels)} to test ({where})",
-        f"resized to {model.image_size[1]}x{model.image_size[0]} in patches of {model.patch_size}; "
-        f"mean {list(data.mean)}, std {list(data.std)}; {config.train.batch_size} images a batch",
     ]
+
+
+def settings_in_words(config: RunConfig) -> str:
+    """What the model is given, once `--set` has changed what `fit` filled in."""
+    model, data = config.model, config.data
+    return (
+        f"resized to {model.image_size[1]}x{model.image_size[0]} in patches of {model.patch_size}; "
+        f"mean {list(data.mean)}, std {list(data.std)}; {config.train.batch_size} images a batch"
+    )

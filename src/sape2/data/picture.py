@@ -89,8 +89,8 @@ def _share_of_colour(image: Image.Image) -> float:
 
 COLOUR = 24  # of 255 between the channels of a pixel; what JPEG makes of a grey image stays below
 FEW = 0.01  # of the pixels
-SMALLER, LARGER = 4.0, 16.0  # times the training images, in the mean of both sides
-STRETCHED = 2.0  # width to height, against the training images
+SMALLER, LARGER = 4.0, 16.0  # times the smallest, the largest of the training images, in the mean of both sides
+STRETCHED = 2.0  # width to height, against the nearest of the training images
 FAR = 1.75  # of a channel's mean, in standard deviations of the training pixels
 FLAT = 0.25  # of every channel's deviation, against that of the training pixels
 
@@ -107,8 +107,8 @@ class Unlike:
     sentence: str
 
 
-def unlike(picture: Picture, data: DataConfig, trained: Size) -> list[Unlike]:
-    """In what a picture is far from images whose files have the size `trained`, and pixels the run's mean and std."""
+def unlike(picture: Picture, data: DataConfig, trained: list[Size]) -> list[Unlike]:
+    """In what a picture is far from images whose files have the sizes `trained`, and pixels the run's mean and std."""
     return [*_colour(picture), *_size(picture, trained), *_brightness(picture, data)]
 
 
@@ -119,19 +119,21 @@ def _colour(picture: Picture) -> Iterator[Unlike]:
         yield Unlike("colour", share, "fraction", f"at most {FEW:.0%} of the pixels", "in colour", sentence)
 
 
-def _size(picture: Picture, trained: Size) -> Iterator[Unlike]:
-    (height, width), (y, x) = trained, picture.size
-    here, there = f"{x}x{y} pixels", f"the training images about {width}x{height}"
-    times = math.sqrt(x * y / (width * height))
-    limit = f"1/{SMALLER:g} to {LARGER:g} times the training images"
-    if times > LARGER:
-        yield Unlike("size", times, "times", limit, "far larger", f"it has {here}, {there}: {times:.0f} times larger")
-    if times < 1 / SMALLER:
-        yield Unlike("size", times, "times", limit, "far smaller", f"it has {here}, {there}: {1 / times:.0f} times smaller")
-    stretch = x * height / (y * width)
-    if max(stretch, 1 / stretch) > STRETCHED:
-        sentence = f"it has {here}, {there}: its proportions differ {max(stretch, 1 / stretch):.1f} times"
-        limit = f"1/{STRETCHED:g} to {STRETCHED:g} times the training images"
+def _size(picture: Picture, trained: list[Size]) -> Iterator[Unlike]:
+    height, width = picture.size
+    (least, smallest), (most, largest) = (pick((math.sqrt(y * x), (y, x)) for y, x in trained) for pick in (min, max))
+    side, here = math.sqrt(height * width), f"it has {width}x{height} pixels, the training images"
+    limit = f"1/{SMALLER:g} of the smallest to {LARGER:g} times the largest training image"
+    if (times := side / most) > LARGER:
+        sentence = f"{here} at most {largest[1]}x{largest[0]}: {times:.0f} times larger"
+        yield Unlike("size", times, "times", limit, "far larger", sentence)
+    if (times := side / least) < 1 / SMALLER:
+        sentence = f"{here} at least {smallest[1]}x{smallest[0]}: {1 / times:.0f} times smaller"
+        yield Unlike("size", times, "times", limit, "far smaller", sentence)
+    stretch, near = min((max(ratio, 1 / ratio), (y, x)) for y, x in trained for ratio in [width * y / (height * x)])
+    if stretch > STRETCHED:
+        sentence = f"{here} {near[1]}x{near[0]} and such: its proportions differ {stretch:.1f} times"
+        limit = f"{STRETCHED:g} times from the nearest training image"
         yield Unlike("proportions", stretch, "times", limit, "of other proportions", sentence)
 
 

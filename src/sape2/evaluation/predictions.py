@@ -17,7 +17,7 @@ from sape2.data.folder import image_files
 from sape2.data.picture import Picture, Unlike, unlike
 from sape2.evaluation.accuracy import predict
 from sape2.evaluation.base import Row
-from sape2.models.trained import load_run_model, names_of_classes, size_trained_on
+from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
 from sape2.training.checkpoint import read_config
 from sape2.training.memory_errors import in_prediction, told_in_one_line
 
@@ -69,7 +69,7 @@ def predict_files(
     """
     folder = Path(run)
     config, model = read_config(folder), load_run_model(folder, weights)
-    trained, predictions = size_trained_on(folder), Predictions()
+    trained, predictions = sizes_trained_on(folder), Predictions()
 
     def look(file: Path, picture: Picture) -> None:
         if found := unlike(picture, config.data, trained):

@@ -39,12 +39,12 @@ def names_of_classes(folder: Path) -> list[str]:
     return class_names(folder, number) or [str(label) for label in range(number)]
 
 
-def size_trained_on(folder: Path) -> tuple[int, int]:
-    """The median (height, width) of some training images in their files; the model's where the folder does not tell."""
+def sizes_trained_on(folder: Path) -> list[tuple[int, int]]:
+    """(height, width) of some training images in their files; the model's where the folder does not tell."""
     match read_seen(folder):
-        case {"train": {"size": [int(height), int(width)]}}:
-            return height, width
-    return read_config(folder).model.image_size
+        case {"train": {"sizes": [_, *_] as sizes}}:
+            return [(height, width) for height, width in sizes]
+    return [read_config(folder).model.image_size]
 
 
 def note_of_rule(folder: Path) -> str | None:

@@ -126,10 +126,21 @@ def check_run(folder: Path, config: RunConfig) -> None:
             f"so {config.train.epochs} epochs are another run, from the start: choose another --out"
         )
     if existing.identity() != config.identity():
-        raise ValueError(
-            f"{folder} holds another run, which differs in {difference(existing.identity(), config.identity())}; "
-            "choose another --out, or give the same settings to go on"
+        raise ValueError(f"{folder} holds another run, {how_it_differs(existing.identity(), config.identity())}")
+
+
+def how_it_differs(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Between two identities of configs, and what to do about it.
+
+    Of the recipe `images`, which takes its mean and std from the images, other ones mean that those in the folder changed.
+    """
+    found = difference(there, here)
+    if {there.get("recipe"), here.get("recipe")} == {"images"} and found.startswith(("data.mean", "data.std")):
+        return (
+            f"because the images in the folder {here['data']['name']!r} have changed since it began: {found}. "
+            "Put back what was there to go on, or choose another --out to start again with what is there now"
         )
+    return f"which differs in {found}; choose another --out, or give the same settings to go on"
 
 
 def _but_for_epochs(config: RunConfig) -> dict[str, Any]:
@@ -237,7 +248,9 @@ def read_config(folder: Path) -> RunConfig:
         if (folder / "study.json").exists():
             runs = f"one of its runs, {folder}/ENCODING-sSEED; sape2 report takes {folder}/rows.jsonl too"
             raise FileNotFoundError(f"{folder} is a study, not a run; give {runs}")
-        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json")
+        runs = [str(found.parent) for found in sorted(folder.glob("*/config.json"))[:3]]
+        meant = f"; did you mean {', '.join(runs)}?" if runs else ""
+        raise FileNotFoundError(f"{folder} is not a run folder: it has no config.json{meant}")
     text = _read_text(path)
     try:
         values = json.loads(text)

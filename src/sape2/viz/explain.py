@@ -26,7 +26,7 @@ from sape2.evaluation.findings import findings
 from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.evaluation.report import format_value
-from sape2.models.trained import load_run_model, names_of_classes, size_trained_on
+from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
 from sape2.training.checkpoint import read_config
 from sape2.training.files import write_text
 from sape2.training.standing import check_finished
@@ -128,7 +128,7 @@ def explain(
     choice.check(config.model)
     picture = read_picture(image_path, config.model, evaluation_crop(config.data))
     found = look(load_run_model(folder, weights), config, picture, image_path, choice, names_of_classes(folder))
-    found = replace(found, unlike=unlike(picture, config.data, size_trained_on(folder)))
+    found = replace(found, unlike=unlike(picture, config.data, sizes_trained_on(folder)))
     if out.suffix.lower() == ".png":
         image, *maps = _pairs(found)
         shown = f"{_about(found)} {UNLIKE} {_how_unlike(found)}" if found.unlike else _about(found)

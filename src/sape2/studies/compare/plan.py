@@ -14,7 +14,7 @@ from typing import Any
 
 from sape2.config import RunConfig
 from sape2.studies.compare.rawrows import Row, failure, finished_rows, gather, is_done, shared_settings
-from sape2.training.checkpoint import check_run, difference
+from sape2.training.checkpoint import check_run, how_it_differs
 from sape2.training.files import digest_of, holds_files, safe_name, write_text
 
 
@@ -85,10 +85,7 @@ class Study:
             raise ValueError(f"{path} is damaged, or of another version of sape2: {error}") from error
         there = json.loads(json.dumps(shared_settings(there)))
         if there != self.settings():
-            raise ValueError(
-                f"{self.folder} holds another study, which differs in {difference(there, self.settings())}; "
-                "choose another --out, or give the same settings to go on"
-            )
+            raise ValueError(f"{self.folder} holds another study, {how_it_differs(there, self.settings())}")
         for cell in self.cells():
             check_run(cell.folder, cell.config)
 

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from sape2.data import load_data
-from sape2.models.trained import load_run_model, note_of_rule, size_trained_on
+from sape2.models.trained import load_run_model, note_of_rule, sizes_trained_on
 from sape2.training.checkpoint import check_images, read_config
 from sape2.training.standing import check_finished
 from sape2.viz.explore.microscope import Microscope, Subject
@@ -56,4 +56,4 @@ def open_microscope(
 def _subject(folder: Path, name: str, weights: str) -> Subject:
     config = read_config(folder)
     check_finished(folder)
-    return Subject(name, load_run_model(folder, weights), config, size_trained_on(folder))
+    return Subject(name, load_run_model(folder, weights), config, sizes_trained_on(folder))

@@ -39,7 +39,7 @@ class Subject:
     name: str
     model: ViT
     config: RunConfig
-    trained_on: tuple[int, int] | None = None
+    trained_on: list[tuple[int, int]] | None = None
 
 
 class Microscope:

@@ -91,7 +91,7 @@ class Desk:
                 f"{file.name} has {width}x{height} pixels, less than one patch of {config.patch_size}x{config.patch_size}: "
                 "what is shown is made up by enlarging it."
             )
-        if found := unlike(picture, run.data, self.microscope.subject.trained_on or config.image_size):
+        if found := unlike(picture, run.data, self.microscope.subject.trained_on or [config.image_size]):
             told.append(f"{file.name} is unlike the training images: {'; '.join(each.sentence for each in found)}.")
         return json.dumps(answer | ({"message": " ".join(told)} if told else {}))
 
