@@ -273,12 +273,14 @@ def test_a_column_that_holds_no_images_is_refused(tmp_path, column):
     assert f"{tmp_path} train" in message
 
 
-@pytest.mark.parametrize("label", [3, -1, None])
-def test_a_bad_label_is_refused_with_its_row(tmp_path, label):
+@pytest.mark.parametrize(
+    ("label", "message"), [(3, ": label 3 is not in 0..2"), (-1, ": label -1 is not in 0..2"), (None, " has no label")]
+)
+def test_a_bad_label_is_refused_with_its_row(tmp_path, label, message):
     write_folder(tmp_path)
     files = [file_of(picture(i)) for i in range(5)]
     write_split(tmp_path, "train", files, [0, 1, label, 2, 0], label_type=datasets.Value("int64"))
-    assert refusal(config_of(tmp_path), MODEL).endswith(f"train row 2: label {label} is not in 0..2")
+    assert refusal(config_of(tmp_path), MODEL).endswith(f"train row 2{message}")
 
 
 def test_a_label_that_is_text_is_refused_with_its_row(tmp_path):
