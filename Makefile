@@ -19,8 +19,8 @@ slow: $(VENV)/.test  ## the slow ones
 shapes: $(VENV)/.test  ## all tests but the slow ones, with the annotated shape of every argument checked: twice the time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q --jaxtyping-packages=sape2,beartype.beartype
 
-browser: $(VENV)/.browser  ## the pages of sape2 explore and explain, in a Chromium of the system
-	$(BIN)/python -m pytest -q -m browser tests/viz
+browser: $(VENV)/.browser  ## pages of explore and explain, and the site if built, in a Chromium of the system
+	$(BIN)/python -m pytest -q -m browser tests/viz tests/docs
 
 tables: $(VENV)/.demo  ## the tables of the docs, from the rows in benchmarks/results
 	$(BIN)/python benchmarks/tables.py

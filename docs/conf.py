@@ -61,7 +61,7 @@ def add_pages_below(app: Any, name: str, source: list[str]) -> None:
 
 def link_files(app: Any, name: str, source: list[str]) -> None:
     """Markdown outside of docs/ is no page of the site: a link to it gives the file."""
-    source[0] = re.sub(r"\]\(((?:\.\./)+(?:benchmarks|src)/[^)]*\.md)\)", r"](path:\1)", source[0])
+    source[0] = re.sub(r"\]\(((?:\.\./)+(?:(?:benchmarks|src)/[^)]*|CONTRIBUTING)\.md)\)", r"](path:\1)", source[0])
 
 
 # --- formulas --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from PIL import Image
 from sape2 import viz
 from sape2.viz.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
 from sape2.viz.figures import even_columns
-from sape2.viz.panels import map_panel, number
+from sape2.viz.panels import heads_panel, line_panel, map_panel, number
 from sape2.viz.plots import by_distance, table_panel
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -95,6 +95,17 @@ def test_a_map_says_every_value_where_it_is():
     assert rects[-1].fill == "#fee838"
     assert rects[0].fill == "#00224e"
     assert [rect.patch for rect in rects] == ["0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
+
+
+def test_lines_and_heads_say_what_their_colours_mean():
+    image = np.zeros((1, 4, 4), np.uint8)
+    line = {"gate": np.array([0.2, 0.4]), "position": np.array([1.0, 2.0, 0.5, 3.0]), "vector": np.array([-2.0, 1.0])}
+    panel = line_panel(image, (2, 2), (0, 0), "x", line, "Along the row")
+    texts = [shape.text for shape in panel.shapes if isinstance(shape, Text)]
+    assert texts[-9:] == ["gate (share)", "0.000", "1.000", "position (rows)", "0.500", "3.000", "vector (logits)", "-2.000",
+                          "2.000"]  # fmt: skip
+    heads = heads_panel(np.array([[0.5, 1.5]]), "Positions", "rows of the table")
+    assert [shape.text for shape in heads.shapes if isinstance(shape, Text)][-2:] == ["0.000", "1.500"]
 
 
 def test_the_table_is_read_where_the_positions_are():

@@ -134,7 +134,7 @@ def test_every_encoding_opens_and_shows_what_there_is(encoding, shown):
     view = scope.view(replace(scope.start, other=(0, 0)))
     assert {section.key for section in sections(view)} == shown
     assert (view.columns[0].bias is None) == (encoding in ("none", "ape", "rope"))
-    assert "nan" not in to_html(view)
+    assert "nan" not in "".join(to_html(view))
     json.loads(json.dumps(view.to_dict(), default=float))
 
 
@@ -251,13 +251,14 @@ def test_runs_on_other_images_are_not_set_beside_each_other(scope):
 
 def test_an_answer_holds_the_view_the_whole_address_and_words(scope):
     answer = Desk(scope).answer("patch=1,2&other=3,3")
+    html = answer["html"] + answer["rest"]
     assert parse_state(answer["query"], State()) == replace(scope.start, patch=(1, 2), other=(3, 3))
     (column,) = scope.view(parse_state(answer["query"], scope.start)).columns
-    assert f"row 0, column 3: {column.bias[0, 3]:.5g} logits" in answer["html"]
-    assert f"row 1, column 0: gate {column.axes['x'].gates[0]:.5g}" in answer["html"]
-    assert answer["html"].count("data-patch='1,2'") >= 5  # image, line, four maps
+    assert f"row 0, column 3: {column.bias[0, 3]:.5g} logits" in html
+    assert f"row 1, column 0: gate {column.axes['x'].gates[0]:.5g}" in html
+    assert html.count("data-patch='1,2'") >= 5  # image, line, four maps
     assert "i at row 1, column 2, n at row 3, column 3" in answer["status"]
-    assert "http" not in answer["html"]
+    assert "http" not in html
 
 
 def test_files_of_a_view(scope, tmp_path):

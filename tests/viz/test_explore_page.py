@@ -1,4 +1,4 @@
-"""The page of the microscope as a person uses it: headless Chromium (conftest.py). Skipped where gradio is missing.
+"""The page of the microscope as a person uses it: headless Chromium (tests/conftest.py). Skipped where gradio is missing.
 
 AXE_JS names a copy of axe.min.js (npm: axe-core) for the test of contrast and names; SCREENSHOTS a folder to keep
 screenshots in.
@@ -215,6 +215,44 @@ def test_nothing_is_wider_than_the_screen(opened, tmp_path, width):
         / one.ownerSVGElement.viewBox.baseVal.width)""",
     )
     assert min(sizes) >= 9
+
+
+def boxes(page, selector):
+    """[left, top, right, bottom] of each, on the whole page."""
+    return page.eval_on_selector_all(
+        selector,
+        "all => all.map(one => one.getBoundingClientRect()).map(b => [b.left, b.top + scrollY, b.right, b.bottom + scrollY])",
+    )
+
+
+def test_the_view_takes_the_width_that_there_is(opened):
+    page = opened("?patch=3,3", width=1280)
+    assert min(left for left, *_ in boxes(page, "#sape2-controls, #sape2-view")) <= 48
+    for section in ("answer", "lines", "tables", "maps"):
+        panels = boxes(page, f".sape2-{section} .sape2-panel svg")
+        assert max(right for *_, right, _ in panels) >= 1280 - 64, section
+
+
+def test_on_a_phone_the_image_comes_first_then_the_controls_then_the_rest(opened):
+    page = opened("?patch=3,3", width=500)
+    (answer,), (controls,), (lines,) = (boxes(page, name) for name in (".sape2-answer", "#sape2-controls", ".sape2-lines"))
+    assert answer[3] <= controls[1]
+    assert controls[3] <= lines[1]
+    click(page, "2,3")
+    page.locator("#sape2-rest").focus()
+    page.keyboard.press("ArrowUp")
+    shows(page, "patch=1,3")
+
+
+def test_every_colour_has_a_scale_with_numbers_and_a_unit(opened):
+    page = opened("?patch=3,3")
+    for section, units in (("lines", ["gate (share)", "position (rows)", "vector (logits)"]), ("maps", ["logits"])):
+        for panel in page.locator(f".sape2-{section} .sape2-panel").all():
+            texts = panel.locator("text").all_text_contents()
+            scales = panel.locator("image[height='6.00']").count()
+            assert scales >= 1
+            assert sum(bool(re.fullmatch(r"-?[\d.]+(e-\d+)?", text)) for text in texts) >= 2 * scales
+            assert set(units) & set(texts) or "share of attention" in texts
 
 
 @pytest.mark.skipif("AXE_JS" not in os.environ, reason="AXE_JS does not name a copy of axe.min.js")

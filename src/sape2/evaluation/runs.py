@@ -121,7 +121,7 @@ def draw(folder: Path, splits: Splits) -> list[Path]:
     """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one."""
     config, figures, model = read_config(folder), folder / "figures", load_run_model(folder)
     written = [figures / "curves.png", figures / "confusion.png"]
-    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, written[0])
+    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, written[0], _about(describe(folder)))
     logits = predict(model, splits.test, 500)
     counts = confusion(logits, splits.test.labels)
     viz.plot_confusion(counts, splits.test.classes, written[1])
@@ -144,4 +144,9 @@ def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
     usual = {"split": "test", "weights": "last", "other_data": None}
     ending = "".join(f"-{safe_name(rows[0][key])}" for key in usual if rows[0].get(key) != usual[key])
     measures = dict.fromkeys(row["measure"] for row in rows)
-    return viz.plot_measures({rows[0]["encoding"]: rows}, measures, folder / "figures", ending)
+    about = f"{_about(rows[0])}; {rows[0]['split']} set, {rows[0]['weights']} weights"
+    return viz.plot_measures({rows[0]["encoding"]: rows}, measures, folder / "figures", ending, viz.Notes(about=about))
+
+
+def _about(row: Row) -> str:
+    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}"

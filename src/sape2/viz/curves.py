@@ -58,7 +58,8 @@ def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None
     share = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     figure, panel = plt.subplots(figsize=(0.5 * len(classes) + 2, 0.5 * len(classes) + 1.5))
     image = panel.imshow(share.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1)
-    panel.set_xticks(range(len(classes)), classes, rotation=60, ha="right")
+    upright = max(map(len, classes)) <= 2
+    panel.set_xticks(range(len(classes)), classes, **({} if upright else {"rotation": 60, "ha": "right"}))
     panel.set_yticks(range(len(classes)), classes)
     panel.set_xlabel("answer")
     panel.set_ylabel("true class")
@@ -67,7 +68,7 @@ def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None
             if counts[row, column]:
                 colour = "black" if share[row, column] > 0.6 else "white"
                 panel.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=panel, label="share of the true class", fraction=0.046)
+    figure.colorbar(image, ax=panel, label="share of the true class (numbers: images)", fraction=0.046)
     save(figure, path)
 
 

@@ -138,10 +138,10 @@ def _cell(patch: Patch, size: Length, fill: str, says: str) -> Rect:
     return Rect(x * size, HEAD + y * size, size + 0.3, size + 0.3, fill, title=f"{place(patch)}: {says}", patch=f"{y},{x}")
 
 
-def _scale(limits: Limits, colours: Sequence[str], y: Length, width: Length) -> Iterator[Shape]:
-    yield Raster(0, y, width, 6, colour(np.linspace(0, 1, 64)[None], colours))
-    yield Text(0, y + 18, number(limits[0]), 10.5, FAINT)
-    yield Text(width, y + 18, number(limits[1]), 10.5, FAINT, "end")
+def _scale(limits: Limits, colours: Sequence[str], y: Length, width: Length, x: Length = 0.0) -> Iterator[Shape]:
+    yield Raster(x, y, width, 6, colour(np.linspace(0, 1, 64)[None], colours))
+    yield Text(x, y + 18, number(limits[0]), 10.5, FAINT)
+    yield Text(x + width, y + 18, number(limits[1]), 10.5, FAINT, "end")
 
 
 def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits | None = None, width: Length = NARROW) -> Drawing:
@@ -176,6 +176,7 @@ def line_panel(
     cell = (WIDE - left) / length
     tile = min(cell, 40.0)
     line = [(patch[0], m) if axis == "x" else (m, patch[1]) for m in range(length)]
+    limits = {name: _line_limits(name, values) for name, values in quantities.items()}
     shapes: list[Shape] = [*heading(title, "left to right" if axis == "x" else "top to bottom")]
     for m, (y, x) in enumerate(line):
         shapes.append(Raster(left + m * cell, HEAD, cell - 1, tile - 1, in_colour(_tile(pixels, grid, (y, x)))))
@@ -183,8 +184,8 @@ def line_panel(
     shapes += _frame(Mark((0, at), letter), left, HEAD, cell - 1, tile - 1)
     top = HEAD + tile + 4
     for name, values in _rows(quantities, length):
-        limits = (0.0, 1.0) if name.startswith("gate") else limits_of([values], signed=values.min() < 0)
-        fills = colour((values - limits[0]) / (limits[1] - limits[0]), DIVERGING if limits[0] < 0 else SEQUENTIAL)
+        low, high = limits[name.split()[0]]
+        fills = colour((values - low) / (high - low), DIVERGING if low < 0 else SEQUENTIAL)
         shapes.append(Text(left - 6, top + 16, name, 11, INK, "end"))
         for m, value in enumerate(values.tolist()):
             says = f"{place(line[m])}: {name} {value:.5g}"
@@ -194,7 +195,17 @@ def line_panel(
                 size, ink = (10.5 if cell > 33 or abs(value) < 9.995 else 9.5), ink_on(fills[m])
                 shapes.append(Text(left + (m + 0.5) * cell - 0.5, top + 16, _short(value), size, ink, "middle"))
         top += tall
-    return Drawing(WIDE, top, tuple(shapes), f"{title}: {', '.join(quantities)}")
+    for at, (name, ends) in enumerate(limits.items()):
+        x, colours = left + at * (WIDE - left) / 3, DIVERGING if ends[0] < 0 else SEQUENTIAL
+        shapes += [Text(x, top + 18, UNITS[name], 10.5, FAINT), *_scale(ends, colours, top + 24, (WIDE - left) / 3 - 12, x)]
+    return Drawing(WIDE, top + 46 * bool(limits), tuple(shapes), f"{title}: {', '.join(quantities)}")
+
+
+UNITS = {"gate": "gate (share)", "position": "position (rows)", "vector": "vector (logits)"}
+
+
+def _line_limits(name: str, values: np.ndarray) -> Limits:
+    return (0.0, 1.0) if name == "gate" else limits_of([values], signed=bool(values.min() < 0))
 
 
 def _rows(quantities: dict[str, np.ndarray], length: int) -> Iterator[tuple[str, np.ndarray]]:
@@ -234,4 +245,6 @@ def heads_panel(values: np.ndarray, title: str, note: str, largest: float | None
             if cell >= 26:
                 ink = ink_on(fills[head, m])
                 shapes.append(Text(left + (m + 0.5) * cell - 0.5, top + 14, _short(value), 10, ink, "middle"))
-    return Drawing(WIDE, HEAD + heads * tall, tuple(shapes), f"{title}, {note}")
+    bottom = HEAD + heads * tall
+    shapes += _scale((0.0, largest), SEQUENTIAL, bottom + 6, WIDE - left, left)
+    return Drawing(WIDE, bottom + 28, tuple(shapes), f"{title}, {note}")

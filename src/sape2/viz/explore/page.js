@@ -25,6 +25,7 @@ window.sape2 = (() => {
     say("");
     state = new URLSearchParams(answer.query);
     view.innerHTML = answer.html;
+    find("sape2-rest").innerHTML = answer.rest;
     view.dataset.query = answer.query;
     find("sape2-status").textContent = answer.status;
     const address = new URLSearchParams(location.search);
@@ -149,18 +150,19 @@ window.sape2 = (() => {
   }
 
   function listen() {
-    const view = find("sape2-view");
     let justDragged = false;
-    view.addEventListener("click", (event) => {
-      const patch = event.target.dataset?.patch;
-      if (patch && !justDragged) choose(patch, event.shiftKey);
-      justDragged = false;
-    });
-    view.addEventListener("keydown", pressed);
-    view.addEventListener("pointerdown", (event) => {
-      justDragged = false; // the click after a drag is lost where the image was drawn again
-      grabbed(event);
-    });
+    for (const view of [find("sape2-view"), find("sape2-rest")]) {
+      view.addEventListener("click", (event) => {
+        const patch = event.target.dataset?.patch;
+        if (patch && !justDragged) choose(patch, event.shiftKey);
+        justDragged = false;
+      });
+      view.addEventListener("keydown", pressed);
+      view.addEventListener("pointerdown", (event) => {
+        justDragged = false; // the click after a drag is lost where the image was drawn again
+        grabbed(event);
+      });
+    }
     window.addEventListener("pointermove", pulled);
     window.addEventListener("pointerup", () => { justDragged = Boolean(released()); });
   }

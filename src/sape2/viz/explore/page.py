@@ -60,7 +60,8 @@ class Desk:
 
     def answer(self, query: str) -> dict[str, str]:
         view = self.view(query)
-        return {"html": to_html(view), "query": view.state.query(), "status": status(view)}
+        html, rest = to_html(view)
+        return {"html": html, "rest": rest, "query": view.state.query(), "status": status(view)}
 
     def file(self, query: str, kind: str) -> tuple[bytes, str]:
         """The view as a file, and its media type."""
@@ -154,19 +155,21 @@ def _text(name: str) -> str:
 
 
 def build_blocks(gradio: Any, microscope: Microscope, take: Callable[[str | None], str]) -> Any:
-    """Controls on the left, the view on the right; on a phone one below the other."""
+    """Controls on the left, the view on the right; on a phone the image, the controls, and the rest of the view."""
     state, config = microscope.start, microscope.subject.config.model
     with gradio.Blocks(title="sape2 explore", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gradio.HTML(_top(microscope))
-        with gradio.Row():
-            with gradio.Column(scale=1, min_width=280):
+        with gradio.Row(elem_id="sape2-page"):
+            with gradio.Column(elem_id="sape2-first"):
+                gradio.HTML(_frame(config.patch_size))
+            with gradio.Column(elem_id="sape2-controls"):
                 upload = gradio.UploadButton("Upload an image", elem_id="sape2-upload", size="md")
                 controls = _controls(gradio, microscope, state)
                 click = gradio.Radio([("patch i", "patch"), ("patch n", "other")], value="patch", label="A click chooses")
                 click.elem_id = "sape2-click"
                 gradio.HTML(_files(state))
-            with gradio.Column(scale=3, min_width=340):
-                gradio.HTML(_frame(config.patch_size))
+            with gradio.Column(elem_id="sape2-others"):
+                gradio.HTML(_rest())
         told = gradio.Textbox(visible="hidden")
         sync = gradio.Button("sync", visible="hidden", elem_id="sape2-sync")
         outputs = list(controls.values())
@@ -238,8 +241,15 @@ def _frame(patch_size: int) -> str:
         "<p id='sape2-alert' class='sape2-alert' role='alert' hidden></p>"
         "<p id='sape2-status' class='sape2-status' role='status'></p>"
         f"<div id='sape2-view' class='sape2-view' tabindex='0' role='region' data-patch-side='{patch_size}' "
-        "aria-label='What the model sees; arrow keys move patch i, with Shift patch n'></div>"
+        f"aria-label='What the model sees; {KEYS}'></div>"
     )
+
+
+KEYS = "arrow keys move patch i, with Shift patch n"
+
+
+def _rest() -> str:
+    return f"<div id='sape2-rest' class='sape2-view' tabindex='0' role='region' aria-label='From gates to bias; {KEYS}'></div>"
 
 
 # --- server ----------------------------------------------------------------------------------------------------------

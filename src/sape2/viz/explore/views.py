@@ -161,7 +161,7 @@ def _pair_words(columns: Sequence[Column]) -> str:
     if column.other is None:
         return ""
     distances, at = column.distances(), column.other
-    pair = f"i is {place(column.patch)}, n is {place(at)}. "
+    pair = f"i (orange) is {place(column.patch)}, n (blue) is {place(at)}. "
     attention = f"Attention from i to n: {number(float(column.attention[at]))}"
     if column.bias is None:
         return f"{pair}There is no bias between them. {attention}."
@@ -207,9 +207,10 @@ def _change(value: float) -> str:
 # --- page and files --------------------------------------------------------------------------------------------------
 
 
-def to_html(view: View) -> str:
-    """For the page; panels keep what a click and a pointer need."""
-    return "".join(_section_html(section, view) for section in sections(view))
+def to_html(view: View) -> tuple[str, str]:
+    """For the page: image and answer, and all that follows; panels keep what a click and a pointer need."""
+    first, *rest = (_section_html(section, view) for section in sections(view))
+    return first, "".join(rest)
 
 
 def _section_html(section: Section, view: View) -> str:
@@ -217,7 +218,9 @@ def _section_html(section: Section, view: View) -> str:
     for column, panels in zip(view.columns, section.panels, strict=False):
         name = f"<h3>{escape(column.name)}</h3>" if section.key == "answer" or len(view.columns) > 1 else ""
         body = "".join(f"<div class='sape2-panel'>{panel.svg()}</div>" for panel in panels) or "<p>Nothing to show here.</p>"
-        columns.append(f"<div class='sape2-column'>{name}<div class='sape2-panels'>{body}</div></div>")
+        kind = "sape2-narrow" if all(panel.width < 300 for panel in panels) else "sape2-wide"
+        body = f"<div class='sape2-panels {kind}' style='--number: {len(panels)}'>{body}</div>"
+        columns.append(f"<div class='sape2-column'>{name}{body}</div>")
     columns = columns if any(section.panels) else []
     body = f"<p>{escape(section.words)}</p>{_table_html(section.table)}<div class='sape2-columns'>{''.join(columns)}</div>"
     return f"<section class='sape2-section sape2-{section.key}'><h2>{escape(section.title)}</h2>{body}</section>"
