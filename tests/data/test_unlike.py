@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from own_cases import fill, finished_run
 from PIL import Image
 
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import load_data
 from sape2.data.picture import COLOUR, Picture, read_picture, unlike
+from sape2.models.trained import names_of_classes, sizes_trained_on
 
 DIGITS = get_recipe("digits")
 RGB = override(DIGITS, ["image_size=16", "in_channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]"])
@@ -99,3 +101,13 @@ def test_digits_are_like_digits():
 def test_a_photograph_is_unlike_digits(found):
     photograph = noise(480, 640, 40, 110)
     assert found(photograph, DIGITS, [(8, 8)]).keys() == {"colour", "size", "contrast"}
+
+
+def test_a_run_knows_the_sizes_of_its_images_and_shrugs_at_damage(tmp_path, as_users_call_it):
+    fill(tmp_path / "mine" / "train", {"cat": 3, "dog": 3}, (30, 40))
+    fill(tmp_path / "mine" / "test", {"cat": 1, "dog": 1}, (90, 20))
+    finished_run(tmp_path / "run", tmp_path / "mine")
+    assert sizes_trained_on(tmp_path / "run") == [(40, 30)]
+    (tmp_path / "run" / "data.json").write_text('{"train": {"sizes": [[0, 3], 4, ["a", 5]]}, "classes": 3}')
+    assert sizes_trained_on(tmp_path / "run") == [(32, 32)]
+    assert names_of_classes(tmp_path / "run") == ["0", "1"]

@@ -41,10 +41,14 @@ def names_of_classes(folder: Path) -> list[str]:
 
 def sizes_trained_on(folder: Path) -> list[tuple[int, int]]:
     """(height, width) of some training images in their files; the model's where the folder does not tell."""
-    match read_seen(folder):
-        case {"train": {"sizes": [_, *_] as sizes}}:
-            return [(height, width) for height, width in sizes]
-    return [read_config(folder).model.image_size]
+    train = read_seen(folder).get("train")
+    found = train.get("sizes") if isinstance(train, dict) else None
+    sizes = [(each[0], each[1]) for each in found if _is_size(each)] if isinstance(found, list) else []
+    return sizes or [read_config(folder).model.image_size]
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) and side > 0 for side in value)
 
 
 def note_of_rule(folder: Path) -> str | None:
