@@ -6,9 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
 from timing import Row
-from torchmetrics.functional import spearman_corrcoef
 
 from sape2.evaluation.report import markdown_table
 from sape2.training.checkpoint import read_rows, write_rows
@@ -25,7 +23,9 @@ def six_digits(value: float) -> float:
 
 def ranked_table(lines: list[Row], first: Sequence[float], second: Sequence[float]) -> str:
     """A table, and below it how far two numbers of its lines agree in rank."""
-    agreement = spearman_corrcoef(torch.tensor(first), torch.tensor(second))
+    from scipy.stats import spearmanr
+
+    agreement = spearmanr(first, second).statistic
     return markdown_table(lines, list(lines[0])) + f"\nRank correlation (Spearman): {agreement:.2f}\n"
 
 

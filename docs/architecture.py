@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
+@cache
 def modules() -> list[tuple[str, ast.AST]]:
     """Every module of the package by its name below it, "encodings" for the folder's `__init__`."""
     result = []

@@ -426,10 +426,9 @@ def test_result_rows_say_what_was_measured_on_what(finished):
 def test_figures_show_something(finished, name):
     with Image.open(finished[0] / "figures" / f"{name}.png") as image:
         assert image.format == "PNG"
-        pixels = np.asarray(image.convert("RGB"))
-    assert min(pixels.shape[:2]) > 200
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
-    assert pixels.std() > 10
+        assert min(image.size) > 200
+        assert len(image.convert("RGB").getcolors(2**24)) > 50
+        assert np.asarray(image).std() > 10
 
 
 def test_the_same_command_again_says_that_it_is_finished_and_changes_nothing(capfd, run):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 from encoding_cases import documented, evaluate
 
@@ -17,13 +19,14 @@ DEPTH = 2  # what belongs to a layer comes twice, what belongs to the model once
 
 def added_macs(name: str, grid: Grid, num_heads: int, head_dim: int, depth: int = DEPTH) -> int:
     """MACs of one image through a model with the encoding, less those of the same model without any; no prefix tokens."""
+    return macs(name, grid, num_heads, head_dim, depth) - macs("none", grid, num_heads, head_dim, depth)
+
+
+@cache
+def macs(name: str, grid: Grid, num_heads: int, head_dim: int, depth: int) -> int:
     image_size = (2 * grid[0], 2 * grid[1])
     shape = {"dim": num_heads * head_dim, "num_heads": num_heads, "depth": depth, "pool": "mean"}
-    with_it, without = (
-        count_macs(create_model("vit_nano", encoding=e, image_size=image_size, patch_size=2, **shape), 3, image_size)
-        for e in (name, "none")
-    )
-    return with_it - without
+    return count_macs(create_model("vit_nano", encoding=name, image_size=image_size, patch_size=2, **shape), 3, image_size)
 
 
 def check_macs(name: str, formula: str, grid: Grid, num_heads: int, head_dim: int) -> None:

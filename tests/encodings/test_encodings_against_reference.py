@@ -20,8 +20,8 @@ from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, f
 from sape2.encodings.grid import Grid
 
 BATCH, HEADS, HEAD_DIM = 2, 2, 8
-TRAINED: Grid = (3, 7)
-GRIDS: list[Grid] = [(3, 7), (2, 5), (4, 8)]  # the trained one, one inside it, one beyond it
+TRAINED: Grid = (3, 5)
+GRIDS: list[Grid] = [(3, 5), (2, 4), (4, 6)]  # the trained one, one inside it, one beyond it
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
 
 # Values to try for options that are numbers, 2 if not here; the values of all others are listed by their type.

@@ -9,7 +9,7 @@ import torch
 from sape2 import reference
 from sape2.encodings import SaPE2, create_encoding
 
-GRIDS = [(3, 5), (5, 2), (1, 4), (4, 4)]
+GRIDS = [(3, 5), (5, 2), (1, 4)]
 SWITCHES = [
     {},
     {"dot": "key"},

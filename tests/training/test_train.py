@@ -2,14 +2,17 @@
 
 import itertools
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from accelerate.utils import set_seed
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +35,7 @@ from sape2.training.checkpoint import (
 )
 from sape2.training.interruption import TrainingStopped
 from sape2.training.loop import Trainer, train
-from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision
+from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision, set_seeds
 
 TINY = [
     "model.dim=16", "model.depth=1", "model.num_heads=2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=16",
@@ -70,12 +73,18 @@ class StopAt(Exception):
     pass
 
 
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "ema"])
+def unbroken(tmp_path_factory, request):
+    """(settings, folder, weights) of a run of 15 steps, with and without an average of its weights."""
+    config = tiny("train.checkpoint_every=1", *(["train.ema_decay=0.9"] if request.param else []))
+    folder = tmp_path_factory.mktemp("unbroken")
+    return config, folder, run(folder, config)
+
+
 @pytest.mark.parametrize("stop", [2, 5, 8, 13], ids=lambda s: f"step{s}")
-@pytest.mark.parametrize("ema", [False, True], ids=["plain", "ema"])
-def test_a_run_that_breaks_at_any_step_ends_with_the_weights_of_one_that_did_not(tmp_path, monkeypatch, stop, ema):
+def test_a_run_that_breaks_at_any_step_ends_with_the_weights_of_one_that_did_not(tmp_path, monkeypatch, stop, unbroken):
     """Steps 5 and 10 end an epoch; 13 lies within the last one."""
-    config = tiny("train.checkpoint_every=1", *(["train.ema_decay=0.9"] if ema else []))
-    expected = run(tmp_path / "whole", config)
+    config, whole_folder, expected = unbroken
     step = Trainer._step
 
     def breaking(self, *batch):
@@ -89,7 +98,7 @@ def test_a_run_that_breaks_at_any_step_ends_with_the_weights_of_one_that_did_not
             run(tmp_path / "broken", config)
     assert last_checkpoint(tmp_path / "broken").name == f"step-{stop:08d}"
     assert same(run(tmp_path / "broken", config), expected)
-    whole, broken = (read_rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "broken"))
+    whole, broken = (read_rows(folder / "metrics.jsonl") for folder in (whole_folder, tmp_path / "broken"))
     timing = ("images_per_s", "wait_fraction", "seconds", "precision", "device")
     for one, other in zip(whole, broken, strict=True):
         assert {k: v for k, v in one.items() if k not in timing} == pytest.approx(
@@ -205,10 +214,20 @@ def test_the_moving_average_is_what_is_kept(tmp_path):
     assert same(load_file(last_checkpoint(tmp_path / "b") / "ema.safetensors"), averaged)
 
 
+def test_seeds_of_a_step_are_those_of_accelerate():
+    def draws():
+        return random.random(), np.random.rand(), torch.rand(3).tolist()  # noqa: NPY002 - the global one
+
+    set_seed(5)
+    expected = draws()
+    set_seeds(5, torch.device("cpu"))
+    assert draws() == expected
+
+
 def test_it_learns(tmp_path):
     data = images()
     data = replace(data, images=(data.labels * 25)[:, None, None, None].expand(-1, 1, 8, 8).to(torch.uint8).clone())
-    config = tiny("train.epochs=40", "augment.mixup=0", "augment.erase=0", "train.lr=0.01", "model.drop_path=0")
+    config = tiny("train.epochs=30", "augment.mixup=0", "augment.erase=0", "train.lr=0.02", "model.drop_path=0")
     model = build_model(config)
     train(model, data, lambda trained: quick_accuracy(trained, data), config, tmp_path, quiet=True)
     assert quick_accuracy(model, data)[0] > 0.8

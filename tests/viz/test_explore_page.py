@@ -8,6 +8,7 @@ import json
 import os
 import re
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 
 import jaxtyping
@@ -18,7 +19,8 @@ from PIL import Image
 
 WAIT = 120_000  # ms; processors of test machines are shared
 pytestmark = pytest.mark.browser
-pytest.importorskip("gradio", reason="needs gradio: pip install --group browser")
+if find_spec("gradio") is None:  # not imported here: that takes seconds, also of those who only collect the tests
+    pytest.skip("needs gradio: pip install --group browser", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -26,7 +26,7 @@ from sape2.data.augment import BatchMixer, TrainStream, derive_seed
 from sape2.encodings import AttentionEncoding
 from sape2.training.checkpoint import Progress, check_data, difference, last_checkpoint
 from sape2.training.interruption import TrainingStopped, catch_signals, progress_bar
-from sape2.training.optimisation import make_accelerator, make_optimizer, make_schedule
+from sape2.training.optimisation import make_accelerator, make_optimizer, make_schedule, set_seeds
 from sape2.training.processes import ALONE, Processes
 from sape2.training.record import Record
 from sape2.training.weights import Weights
@@ -142,15 +142,13 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
         """One update from one batch of this process, in `accumulation` equal parts."""
-        from accelerate.utils import set_seed
-
         step, train, stream = self.progress.step, self.config.train, self.stream
-        set_seed(derive_seed(self.config.seed, "step", step, 0) % 2**32)  # the same in all, to mix one batch
+        set_seeds(derive_seed(self.config.seed, "step", step, 0) % 2**32, images.device)  # the same in all, to mix one batch
         self.schedule.step_update(step)
         normalized = normalize(images, stream.data.mean, stream.data.std)
         images, targets = self.mixer(normalized, labels, stream.places, train.batch_size)
         if not self.processes.is_main:  # from here on each draws for its own images
-            set_seed(derive_seed(self.config.seed, "step", step, self.processes.rank) % 2**32)
+            set_seeds(derive_seed(self.config.seed, "step", step, self.processes.rank) % 2**32, images.device)
         self.wrapped.train()
         parts = list(zip(images.chunk(train.accumulation), targets.chunk(train.accumulation), strict=True))
         total = torch.zeros((), device=images.device)

@@ -1,9 +1,11 @@
-"""What a step is taken with: device and precision, optimiser, schedule, moving average. Built by accelerate and timm."""
+"""What a step is taken with: device and precision, optimiser, schedule, moving average, seeds. Built by accelerate and timm."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,6 +41,21 @@ def _has_bf16() -> bool:
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def set_seeds(seed: int, device: torch.device) -> None:
+    """All generators that a step on this device draws from. The draws are those after accelerate's `set_seed`.
+
+    On a CPU it is not called: it writes down a traceback for each accelerator that is not there, which took 0.6 ms a step.
+    """
+    if device.type == "cpu":
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002 - the global one, which libraries draw from
+        torch.default_generator.manual_seed(seed)
+    else:
+        from accelerate.utils import set_seed
+
+        set_seed(seed)
 
 
 def make_ema(model: nn.Module, config: TrainConfig) -> Any:
