@@ -2,7 +2,8 @@
 
 Images are held decoded in memory where they fit.
 
-A new layout is a file with a class like `base.Source`, functions `find(folder)` and `read(folder)`, and a line in `LAYOUTS`.
+A new layout is a file with a class like `base.Source`, functions to find and read it, a line in `LAYOUTS` and its
+name in `DataConfig.layout`.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def find_layout(path: Path, config: DataConfig) -> Any:
     """The layout that a folder holds; raises an error if there is none, or more than one."""
     if folder.find(path):
         return "folder"
-    found = [name for name in ("parquet", "webdataset") if LAYOUTS[name][0](path)]
+    found = [name for name, (holds, _) in LAYOUTS.items() if name != "folder" and holds(path)]
     if len(found) == 1:
         return found[0]
     if found:

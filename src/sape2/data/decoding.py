@@ -1,4 +1,4 @@
-"""One encoded image as pixels of the size and channels that a model takes, or a ValueError that names it."""
+"""One image, read by `pixels`, cropped and resized to what a model takes."""
 
 from __future__ import annotations
 

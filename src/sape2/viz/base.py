@@ -1,4 +1,4 @@
-"""What all pictures share: colours that everyone can tell apart, and files that appear whole or not at all.
+"""What all charts share: colours that everyone can tell apart, legends, and files that appear whole or not at all.
 
 Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines the dashes change too.
 """

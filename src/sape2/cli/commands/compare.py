@@ -18,7 +18,7 @@ HELP = "encodings x seeds under one recipe, with paired differences"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="see: sape2 list recipes")
     parser.add_argument("--encodings", required=True, metavar="A,B", help="see: sape2 list encodings")
-    parser.add_argument("--seeds", required=True, metavar="N", help="seeds 0 to N - 1 of every encoding")
+    parser.add_argument("--seeds", default="3", metavar="N", help="seeds 0 to N - 1 of every encoding (default 3)")
     parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default the first encoding)")
     parser.add_argument("--data", metavar="DIR", help="folder (parquet, or torchvision's files) or hub id")
     parser.add_argument("--model", metavar="NAME", help="see: sape2 list models")
