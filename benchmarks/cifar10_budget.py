@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from sape2.evaluation.report import markdown_table
-from sape2.training.checkpoint import read_config, read_rows, write_rows
+from sape2.training.run_folder import read_config, read_rows, write_rows
 from sape2.viz import plot_curves
 
 ROOT = Path(__file__).parent.parent

@@ -18,7 +18,7 @@ from kept import keep_and_print, last_test_rows, six_digits
 from timing import RESULTS, Row
 
 from sape2.evaluation.report import markdown_table
-from sape2.training.checkpoint import read_config
+from sape2.training.run_folder import read_config
 
 ROWS = RESULTS / "cifar10_measures.jsonl"
 SHARED = ("recipe", "model", "data", "epochs", "seed", "precision", "torch", "hardware", "split", "weights")

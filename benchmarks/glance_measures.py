@@ -19,7 +19,7 @@ from timing import RESULTS, Row
 from sape2.evaluation.report import format_spread, markdown_table, summarize
 from sape2.studies.compare.outcome import outcome
 from sape2.studies.compare.paired import paired_difference
-from sape2.training.checkpoint import read_config, read_rows
+from sape2.training.run_folder import read_config, read_rows
 
 ROWS = RESULTS / "cifar10_glance_measures.jsonl"
 BASELINE = "ape"

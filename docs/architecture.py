@@ -2,8 +2,8 @@
 
 Command:  python docs/architecture.py       (writes docs/figures/architecture.png)
 
-An arrow goes from a room to one that it imports; its width grows with the number of imports. Rooms stand in layers: a
-room is one layer above the highest that it imports.
+An arrow goes from a room to one that it imports; its width grows with the number of imports. Where a way along other
+arrows leads there too, it is left out. Rooms stand in layers: a room is one layer above the highest that it imports.
 """
 
 from __future__ import annotations
@@ -73,6 +73,21 @@ def layers(edges: Mapping[tuple[str, str], int]) -> dict[str, int]:
     return heights
 
 
+def direct(edges: Mapping[tuple[str, str], int]) -> dict[tuple[str, str], int]:
+    """Those that no way along others stands for: the transitive reduction."""
+
+    def reached(room: str) -> set[str]:
+        return {other for start, other in edges if start == room} | {
+            further for start, other in edges if start == room for further in reached(other)
+        }
+
+    return {
+        (room, other): count
+        for (room, other), count in edges.items()
+        if not any(other in reached(between) for start, between in edges if start == room)
+    }
+
+
 def places(heights: dict[str, int]) -> dict[str, tuple[float, float]]:
     """(x, y) of each room, the rooms of a layer spread evenly."""
     found = {}
@@ -91,12 +106,14 @@ def draw(edges: Counter[tuple[str, str]], out: Path) -> None:
 
     at = places(layers(edges))
     figure, axes = plt.subplots(figsize=(9, 7.2), layout="constrained")
-    for (room, other), count in sorted(edges.items()):
-        style = {"arrowstyle": "-|>", "color": "0.55", "lw": 0.4 + 0.12 * min(count, 15), "shrinkA": 12, "shrinkB": 14}
-        axes.annotate("", xy=at[other], xytext=at[room], arrowprops=style | {"connectionstyle": "arc3,rad=0.08"})
+    boxes = {}
     for room, (x, y) in at.items():
         box = {"boxstyle": "round,pad=0.45", "facecolor": "#e8f1fa", "edgecolor": "#2b6ca3"}
-        axes.text(x, y, room, ha="center", va="center", fontsize=11, bbox=box, zorder=3)
+        boxes[room] = axes.text(x, y, room, ha="center", va="center", fontsize=11, bbox=box).get_bbox_patch()
+    for (room, other), count in sorted(direct(edges).items()):
+        style = {"arrowstyle": "-|>", "color": "0.45", "lw": 0.6 + 0.12 * min(count, 15), "mutation_scale": 14}
+        style |= {"patchA": boxes[room], "patchB": boxes[other], "shrinkA": 0, "shrinkB": 1}
+        axes.annotate("", xy=at[other], xytext=at[room], arrowprops=style)
     axes.set(xlim=(-0.05, 1.05), ylim=(-0.5, max(y for _, y in at.values()) + 0.5))
     axes.axis("off")
     figure.savefig(out, dpi=110, metadata={"Software": None})

@@ -33,8 +33,9 @@ from sape2.data import Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.report import print_table, summarize
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import is_finished, load_weights, read_config, read_rows, write_rows
+from sape2.training.checkpoint import load_weights
 from sape2.training.loop import TrainingStopped, train
+from sape2.training.run_folder import is_finished, read_config, read_rows, write_rows
 
 LR = {"without": 2e-4, "encoding": 5e-3, "all": 2e-4}  # a tenth of cifar10_budget's for weights that are trained already
 

@@ -142,6 +142,7 @@ def test_threads_set_the_grid_of_a_plain_attention_each_for_itself():
     assert torch.equal(wide, call((2, 8)))
 
 
+@pytest.mark.slow
 def test_a_hook_after_compile_and_a_wrapped_model_run_as_before():
     model, x = opened(), torch.randn(1, 3, *WIDE).double()
     expected = model(x)

@@ -9,7 +9,7 @@ import tables
 
 from sape2.config.recipes import get_recipe
 from sape2.studies.compare.outcome import outcome
-from sape2.training.checkpoint import read_rows, start_run, write_rows
+from sape2.training.run_folder import read_rows, start_run, write_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEPT = [name for name in tables.TABLES if (tables.RESULTS / f"{name}.jsonl").exists()]

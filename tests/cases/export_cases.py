@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sape2 import create_model
 from sape2.config import DataConfig, ModelConfig, RunConfig
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import save_weights, start_run, write_rows
+from sape2.training.checkpoint import save_weights
+from sape2.training.run_folder import start_run, write_rows
 
 # Mean pooling: prefix tokens have no bias, so a class token would not see the bias of the last layer.
 SIZES: dict[str, Any] = {"dim": 8, "depth": 1, "num_heads": 2, "num_classes": 5, "pool": "mean"}

@@ -26,8 +26,8 @@ from sape2.studies.compare.plan import Study
 from sape2.studies.compare.rawrows import read_raw
 from sape2.studies.compare.work import forget_failures, work
 from sape2.studies.run import StepMemory, run_to_end
-from sape2.training.checkpoint import read_config, read_rows
 from sape2.training.lock import hold
+from sape2.training.run_folder import read_config, read_rows
 
 SETTINGS = [
     "model.dim=12", "model.depth=1", "model.drop_path=0.2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=32",

@@ -9,7 +9,8 @@ from sape2.cli import build_parser
 from sape2.cli.options import resolve
 from sape2.data import load_data
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import save_weights, start_run
+from sape2.training.checkpoint import save_weights
+from sape2.training.run_folder import start_run
 
 
 def fill(folder: Path, counts: dict[str, int], size=(30, 34), mode="RGB") -> Path:

@@ -3,7 +3,7 @@
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.studies.compare.plan import Study
-from sape2.training.checkpoint import start_run, write_rows
+from sape2.training.run_folder import start_run, write_rows
 
 TINY = [
     "model.dim=12", "model.depth=1", "train.epochs=1", "train.warmup_epochs=0", "train.batch_size=32", "train.precision=fp32",

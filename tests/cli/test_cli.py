@@ -26,7 +26,8 @@ from sape2.encodings.base import AttentionEncoding
 from sape2.evaluation import MEASURES
 from sape2.models.trained import build_model
 from sape2.studies.probes import TASKS
-from sape2.training.checkpoint import Progress, save_checkpoint, save_weights, start_run
+from sape2.training.checkpoint import Progress, save_checkpoint, save_weights
+from sape2.training.run_folder import start_run
 
 QUICK = ["--epochs", "2", "--set", "train.precision=fp32"]  # accelerate keeps one precision for the whole process
 CONDITIONS = {"name", "value", "unit", "n", "protocol", "encoding", "model", "data", "split", "seed"}

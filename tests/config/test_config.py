@@ -100,7 +100,7 @@ def runs(draw):
 # --- JSON ------------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(runs())
 def test_a_config_survives_json(config):
     assert RunConfig.from_dict(json.loads(config.to_json())) == config

@@ -476,7 +476,7 @@ def resume(folder, run_folder, whole, **changes):
     settings = ["model.image_size=8", "model.num_classes=3", "train.batch_size=16", "train.workers=0"]
     config = override(get_recipe("cifar10_budget"), settings)
     splits = load(folder, name="cifar10", **changes)
-    from sape2.training.checkpoint import start_run
+    from sape2.training.run_folder import start_run
 
     start_run(run_folder, config, splits.train.fingerprint)
 

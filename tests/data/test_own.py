@@ -13,7 +13,7 @@ from sape2.config import ModelConfig
 from sape2.data import load_data, open_sources
 from sape2.data.images import class_split
 from sape2.studies.compare.plan import Study
-from sape2.training.checkpoint import read_config, start_run
+from sape2.training.run_folder import read_config, start_run
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from sape2.data import decode
 from sape2.data.picture import read_picture
 from sape2.data.pixels import RULE, is_grey, named, opened, read_image, to_8_bits, upright_size
 from sape2.models.trained import note_of_rule
-from sape2.training.checkpoint import check_data
+from sape2.training.run_folder import check_data
 
 MODEL = ModelConfig(image_size=(16, 16), patch_size=4, num_classes=3)
 

@@ -26,7 +26,7 @@ from sape2.detection.train import (
     new_detector,
     open_images,
 )
-from sape2.training.checkpoint import read_rows
+from sape2.training.run_folder import read_rows
 
 pytest.importorskip("faster_coco_eval")
 TINY = [

@@ -8,7 +8,8 @@ from pathlib import Path
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import save_weights, start_run
+from sape2.training.checkpoint import save_weights
+from sape2.training.run_folder import start_run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ def faults(text: str) -> list[str]:
     return found + [f"{file}::{name}" for file, name in named if name not in functions(ROOT / file)]
 
 
+@cache
 def functions(file: Path) -> set[str]:
     tree = ast.parse(file.read_text(encoding="utf-8")) if file.is_file() else ast.Module([], [])
     return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}

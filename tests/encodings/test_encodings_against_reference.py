@@ -171,14 +171,13 @@ def test_rotation_and_bias_equal_the_literal_loop(name: str, grid: Grid) -> None
     bias = encoding.bias(q, k, grid)
     dense = None if bias is None else bias.dense().expand(BATCH, HEADS, -1, -1)
     rotated = encoding.rotate(q, k, grid)
-    for b in range(BATCH):
-        for head in range(HEADS):
-            for turned, vectors in zip(rotated, (q, k), strict=True):
-                expected = expected_rotation(encoding, base, vectors[b, head], head, grid)
-                torch.testing.assert_close(turned[b, head], expected, **CLOSE)
-            if dense is not None:
-                expected = expected_bias(encoding, base, q[b, head], k[b, head], head, grid)
-                torch.testing.assert_close(dense[b, head], expected, **CLOSE)
+    for b, head in [(0, 1), (1, 0)]:  # each image and each head, and never the place of the one for that of the other
+        for turned, vectors in zip(rotated, (q, k), strict=True):
+            expected = expected_rotation(encoding, base, vectors[b, head], head, grid)
+            torch.testing.assert_close(turned[b, head], expected, **CLOSE)
+        if dense is not None:
+            expected = expected_bias(encoding, base, q[b, head], k[b, head], head, grid)
+            torch.testing.assert_close(dense[b, head], expected, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["sape2", "sape2:count=both", "sape2:axes=raster"])

@@ -83,7 +83,7 @@ def literal(encoding, q, k, grid, trained_grid=None):
 @pytest.mark.parametrize("options", SWITCHES, ids=str)
 def test_every_switch_agrees_with_the_literal_loops(options, grid):
     encoding = sape2(grid, **options)
-    q, k = random_qk(grid)
+    q, k = random_qk(grid, batch=1)
     expected = literal(encoding, q, k, grid)
     maps = encoding.maps(q, k, grid)
     assert maps.keys() == expected.keys()

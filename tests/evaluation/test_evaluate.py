@@ -19,7 +19,8 @@ from sape2.data import load_data
 from sape2.evaluation.base import row
 from sape2.evaluation.runs import measure
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import read_config, read_rows, save_weights, start_run, write_rows
+from sape2.training.checkpoint import save_weights
+from sape2.training.run_folder import read_config, read_rows, start_run, write_rows
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,7 +10,7 @@ from sape2.cli import main
 from sape2.evaluation.base import row
 from sape2.evaluation.runs import is_measured
 from sape2.studies.compare.headlines import read_runs
-from sape2.training.checkpoint import _other_images, own_results, read_config, read_rows
+from sape2.training.run_folder import _other_images, own_results, read_config, read_rows
 
 
 @pytest.fixture(autouse=True)

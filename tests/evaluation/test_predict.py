@@ -18,7 +18,7 @@ from sape2.data import load_data
 from sape2.evaluation import accuracy
 from sape2.evaluation.predictions import find_images, predict_files
 from sape2.models.trained import load_run_model
-from sape2.training.checkpoint import class_names, read_config, write_rows
+from sape2.training.run_folder import class_names, read_config, write_rows
 
 
 @pytest.fixture(autouse=True, scope="module")

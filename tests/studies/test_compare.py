@@ -26,9 +26,10 @@ from sape2.cli import main
 from sape2.studies.compare.outcome import accuracy_table, outcome, page, write_outcome
 from sape2.studies.compare.rawrows import each_once, raw_row, read_raw
 from sape2.studies.run import StepMemory
-from sape2.training.checkpoint import last_checkpoint, read_rows, save_weights, write_rows
+from sape2.training.checkpoint import last_checkpoint, save_weights
 from sape2.training.lock import hold
 from sape2.training.loop import Trainer
+from sape2.training.run_folder import read_rows, write_rows
 
 GRID = ["compare", "digits", "--encodings", "none,ape", "--seeds", "2", "--baseline", "ape"]
 GRID += [text for setting in TINY for text in ("--set", setting)]

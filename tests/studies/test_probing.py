@@ -9,10 +9,10 @@ from test_probes import count_label
 
 from sape2.cli import main
 from sape2.encodings import list_encodings
-from sape2.studies import probe as probing
-from sape2.studies.probe import Cell, answer, build_model, finished, measure, measured_splits, run_cells, table
+from sape2.studies import probing
 from sape2.studies.probes import NOT_ASKED, TASKS, TRAIN
 from sape2.studies.probes.base import Task
+from sape2.studies.probing import Cell, answer, build_model, finished, measure, measured_splits, run_cells, table
 
 CPU = torch.device("cpu")
 

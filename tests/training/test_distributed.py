@@ -21,12 +21,13 @@ from sape2.data.augment import BatchMixer, share_of
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
 from sape2.studies.run import NOWHERE, shared_accuracy
-from sape2.training.checkpoint import last_checkpoint, read_rows
+from sape2.training.checkpoint import last_checkpoint
 from sape2.training.lock import hold
 from sape2.training.loop import Trainer, check_same_run, train
 from sape2.training.optimisation import make_accelerator
 from sape2.training.processes import ALONE, Processes, joined
 from sape2.training.record import Record
+from sape2.training.run_folder import read_rows
 from sape2.training.weights import Weights
 
 # Everything that is drawn for a batch as a whole; without drop path, which each process draws for its own images.

@@ -24,18 +24,11 @@ from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accura
 from sape2.evaluation.cost.measure import count_macs, count_parameters
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
-from sape2.training.checkpoint import (
-    Progress,
-    _keep_only,
-    last_checkpoint,
-    load_weights,
-    read_rows,
-    save_checkpoint,
-    save_weights,
-)
+from sape2.training.checkpoint import Progress, keep_only, last_checkpoint, load_weights, save_checkpoint, save_weights
 from sape2.training.interruption import TrainingStopped
 from sape2.training.loop import Trainer, train
 from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision, set_seeds
+from sape2.training.run_folder import read_rows
 
 TINY = [
     "model.dim=16", "model.depth=1", "model.num_heads=2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=16",
@@ -365,7 +358,7 @@ def test_a_checkpoint_half_removed_is_never_taken_for_one(tmp_path, monkeypatch)
     (checkpoint,) = (tmp_path / "checkpoint").iterdir()
     (tmp_path / "checkpoint" / "step-00000001").mkdir()
     monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
-    _keep_only(checkpoint)
+    keep_only(checkpoint)
     assert last_checkpoint(tmp_path) == checkpoint
     assert [path.name for path in (tmp_path / "checkpoint").iterdir() if not path.name.startswith(".")] == [checkpoint.name]
 

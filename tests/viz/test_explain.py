@@ -15,7 +15,8 @@ from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data.picture import read_picture
 from sape2.models.trained import build_model, load_run_model
-from sape2.training.checkpoint import save_weights, start_run, write_rows
+from sape2.training.checkpoint import save_weights
+from sape2.training.run_folder import start_run, write_rows
 from sape2.viz.drawing import Text
 from sape2.viz.explain import explain
 

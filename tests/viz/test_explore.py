@@ -19,7 +19,7 @@ from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData
 from sape2.models.trained import build_model, load_run_model
-from sape2.training.checkpoint import read_config
+from sape2.training.run_folder import read_config
 from sape2.viz.explore import SHIPPED
 from sape2.viz.explore.change import changes
 from sape2.viz.explore.microscope import LARGEST_GRID, Microscope, Subject

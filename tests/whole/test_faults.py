@@ -33,11 +33,12 @@ from sape2.models.trained import build_model
 from sape2.models.vit import ViT
 from sape2.studies.run import help_to_train
 from sape2.training import files
-from sape2.training.checkpoint import last_checkpoint, read_config, read_rows, save_weights, write_rows
+from sape2.training.checkpoint import last_checkpoint, save_weights
 from sape2.training.files import sweep, write_text
 from sape2.training.loop import Trainer, train
 from sape2.training.memory_errors import OutOfMemory, count_tokens, in_detection, in_evaluation, in_training, told_in_one_line
 from sape2.training.processes import Processes
+from sape2.training.run_folder import read_config, read_rows, write_rows
 
 SETTINGS = [text for setting in [*TINY, "train.epochs=2", "train.checkpoint_every=2"] for text in ("--set", setting)]
 TRAIN = ["train", "digits", "--encoding", "ape", *SETTINGS, "--out"]
@@ -293,7 +294,7 @@ def test_a_run_that_is_removed_while_it_is_measured_is_not_made_again(run, monke
 
 
 def remove_first(run):
-    from sape2.training.checkpoint import update_results
+    from sape2.training.run_folder import update_results
 
     def update(folder, rows):
         shutil.rmtree(run)

@@ -48,7 +48,7 @@ def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
     from sape2.studies.compare.groups import Group
     from sape2.studies.compare.headlines import Run
     from sape2.studies.compare.tables import Comparison
-    from sape2.training.checkpoint import read_config
+    from sape2.training.run_folder import read_config
 
     group = Group(folder.name, folder.name, [Run(folder, read_config(folder), rows, [])])
     compared = Comparison([group], [measure], rows[0]["split"], rows[0]["weights"])

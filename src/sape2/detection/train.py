@@ -30,23 +30,12 @@ from sape2.detection.composed import compose
 from sape2.detection.metrics import Row, evaluate_detector, make_metric
 from sape2.detection.models import build_detector, no_weight_decay
 from sape2.evaluation.runs import hardware
-from sape2.training.checkpoint import (
-    Progress,
-    check_data,
-    keep_fingerprint,
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_rows,
-    save_checkpoint,
-    save_weights,
-    update_results,
-    write_rows,
-)
+from sape2.training.checkpoint import Progress, last_checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
 from sape2.training.files import holds_files, write_text
 from sape2.training.memory_errors import in_detection, told_in_one_line
 from sape2.training.optimisation import mixed_precision
 from sape2.training.processes import refuse_launcher
+from sape2.training.run_folder import check_data, keep_fingerprint, read_rows, update_results, write_rows
 
 COMPOSED = "runs/data/coco_digits"
 

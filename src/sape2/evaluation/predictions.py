@@ -18,8 +18,8 @@ from sape2.data.picture import Picture, Unlike, unlike
 from sape2.evaluation.accuracy import predict
 from sape2.evaluation.base import Row
 from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
-from sape2.training.checkpoint import read_config
 from sape2.training.memory_errors import in_prediction, told_in_one_line
+from sape2.training.run_folder import read_config
 
 BATCH = 500  # images, as in `accuracy`; halved where they do not fit into memory
 

@@ -17,9 +17,9 @@ from sape2.data import ImageData, ImageFiles, Splits
 from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.models.trained import WEIGHTS, load_run_model
-from sape2.training.checkpoint import check_images, own_results, read_config, read_rows, update_results
 from sape2.training.files import safe_name
 from sape2.training.memory_errors import in_evaluation, told_in_one_line
+from sape2.training.run_folder import check_images, own_results, read_config, read_rows, update_results
 
 Row = dict[str, Any]
 MEASURE_OTHERS = "measure these with sape2 evaluate RUN --data DIR --other-data NAME"

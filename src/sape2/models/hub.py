@@ -15,8 +15,9 @@ from torch import nn
 
 import sape2
 from sape2.config import ModelConfig, RunConfig, model_config
-from sape2.training.checkpoint import class_names, load_weights, own_results, read_config, save_weights
+from sape2.training.checkpoint import load_weights, save_weights
 from sape2.training.files import write_text
+from sape2.training.run_folder import class_names, own_results, read_config
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LICENCE, PAPER = "apache-2.0", "arXiv:2505.09466"

@@ -10,8 +10,9 @@ from sape2.config import RunConfig
 from sape2.data.augment import derive_seed
 from sape2.data.pixels import RULE
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import class_names, load_weights, other_rule, read_config, read_seen
+from sape2.training.checkpoint import load_weights
 from sape2.training.memory_errors import in_building, told_in_one_line
+from sape2.training.run_folder import class_names, other_rule, read_config, read_seen
 from sape2.training.standing import check_finished
 
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoch, best epoch on the validation set

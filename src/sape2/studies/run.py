@@ -16,12 +16,13 @@ from sape2.evaluation.cost.memory import PeakMeter
 from sape2.evaluation.runs import measure
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import Progress, Row, check_images, check_run, is_finished
+from sape2.training.checkpoint import Progress
 from sape2.training.files import sweep
 from sape2.training.lock import Lock
 from sape2.training.loop import TrainingStopped, train
 from sape2.training.memory_errors import in_training, told_in_one_line
 from sape2.training.processes import ALONE, Dismissed, Processes
+from sape2.training.run_folder import Row, check_images, check_run, is_finished
 
 MIB = 2**20
 NOWHERE = Path(os.devnull)  # no file can be made in it

@@ -24,11 +24,12 @@ from sape2.config import RunConfig
 from sape2.data import ImageData, ImageFiles, normalize
 from sape2.data.augment import BatchMixer, TrainStream, derive_seed
 from sape2.encodings import AttentionEncoding
-from sape2.training.checkpoint import Progress, check_data, difference, last_checkpoint
+from sape2.training.checkpoint import Progress, last_checkpoint
 from sape2.training.interruption import TrainingStopped, catch_signals, progress_bar
 from sape2.training.optimisation import make_accelerator, make_optimizer, make_schedule, set_seeds
 from sape2.training.processes import ALONE, Processes
 from sape2.training.record import Record
+from sape2.training.run_folder import check_data, difference
 from sape2.training.weights import Weights
 
 # model -> (accuracy, loss) on the validation set; called in every process, and the same in each

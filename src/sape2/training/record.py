@@ -10,15 +10,8 @@ from typing import Any
 from torch import nn
 
 from sape2.config import RunConfig
-from sape2.training.checkpoint import (
-    Progress,
-    Row,
-    read_rows,
-    save_checkpoint,
-    save_weights,
-    start_run,
-    write_rows,
-)
+from sape2.training.checkpoint import Progress, save_checkpoint, save_weights
+from sape2.training.run_folder import Row, read_rows, start_run, write_rows
 
 CONDITIONS = {"epoch", "step", "precision", "device", "processes"}  # of an epoch's line: no curve is drawn of them
 

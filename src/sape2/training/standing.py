@@ -6,7 +6,8 @@ from pathlib import Path
 
 from sape2.config import RunConfig
 from sape2.config.command import train_command
-from sape2.training.checkpoint import is_finished, last_checkpoint, read_config, read_rows
+from sape2.training.checkpoint import last_checkpoint
+from sape2.training.run_folder import is_finished, read_config, read_rows
 
 
 def check_finished(folder: Path) -> None:

@@ -58,8 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.models.trained import build_model
     from sape2.studies.compare.progress import study_progress
     from sape2.studies.compare.runner import runner
-    from sape2.training.checkpoint import check_images
     from sape2.training.interruption import catch_signals
+    from sape2.training.run_folder import check_images
 
     for cell in study.cells()[: len(study.encodings)]:
         build_model(cell.config)  # a mistake in one of them is told before the first is trained

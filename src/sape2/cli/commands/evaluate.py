@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.training.checkpoint import read_config
+    from sape2.training.run_folder import read_config
     from sape2.training.standing import check_finished
 
     folder = Path(arguments.folder)

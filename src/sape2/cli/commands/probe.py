@@ -10,7 +10,7 @@ from sape2.cli.options import add_json, split_encodings, whole_number
 from sape2.cli.output import Row, drawn, say
 
 if TYPE_CHECKING:
-    from sape2.studies.probe import Cell
+    from sape2.studies.probing import Cell
 
 HELP = "train small models on a controlled task, measure on changed scenes"
 ENCODINGS = "none,ape,rope,rpe,cope,sape2,ape+sape2"
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.examples is not None:
         return _draw_examples(arguments.task, Path(arguments.examples))
     from sape2.evaluation.report import print_json, print_table
-    from sape2.studies.probe import draw_results, table
+    from sape2.studies.probing import draw_results, table
 
     cells, folder = _probe_cells(arguments), Path(arguments.out or Path("runs") / f"probe-{arguments.task}")
     rows = _run_probes(cells, folder)
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _draw_examples(task: str, path: Path) -> int:
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--examples needs a file that ends in .png, .svg or .pdf; got {str(path)!r}")
-    from sape2.studies.probe import draw_examples
+    from sape2.studies.probing import draw_examples
 
     draw_examples(task, path)
     print(f"written: {path}")
@@ -62,7 +62,7 @@ def _draw_examples(task: str, path: Path) -> int:
 
 def _probe_cells(arguments: argparse.Namespace) -> list[Cell]:
     """Seed by seed, so that a stop leaves whole comparisons."""
-    from sape2.studies.probe import Cell
+    from sape2.studies.probing import Cell
 
     steps = None if arguments.steps is None else whole_number("--steps", arguments.steps)
     return [
@@ -78,7 +78,7 @@ def _run_probes(cells: list[Cell], folder: Path) -> list[Row]:
     from rich.console import Console
     from rich.progress import Progress, TimeElapsedColumn
 
-    from sape2.studies.probe import run_cells
+    from sape2.studies.probing import run_cells
 
     console, rows = Console(stderr=True), []
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())

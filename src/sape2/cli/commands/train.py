@@ -51,8 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
-    from sape2.training.checkpoint import check_images, check_run, is_finished, own_results, standing
+    from sape2.training.checkpoint import standing
     from sape2.training.lock import hold
+    from sape2.training.run_folder import check_images, check_run, is_finished, own_results
 
     if not arguments.dry_run:
         check_run(folder, config)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
-from sape2.training.checkpoint import is_finished, own_results, read_config, read_rows
+from sape2.training.run_folder import is_finished, own_results, read_config, read_rows
 
 Row = dict[str, Any]
 

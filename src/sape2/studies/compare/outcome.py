@@ -13,8 +13,8 @@ from sape2.studies.compare.groups import mean_and_std
 from sape2.studies.compare.paired import Paired, holm, paired_difference
 from sape2.studies.compare.rawrows import check_one_study
 from sape2.studies.compare.tables import WEIGHTS
-from sape2.training.checkpoint import write_rows
 from sape2.training.files import write_text
+from sape2.training.run_folder import write_rows
 
 Row = dict[str, Any]
 PROTOCOL = (

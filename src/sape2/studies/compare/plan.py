@@ -14,8 +14,8 @@ from typing import Any
 
 from sape2.config import RunConfig
 from sape2.studies.compare.rawrows import Row, failure, finished_rows, gather, is_done, shared_settings
-from sape2.training.checkpoint import check_run, how_it_differs
 from sape2.training.files import digest_of, holds_files, safe_name, write_text
+from sape2.training.run_folder import check_run, how_it_differs
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from sape2.evaluation.cost.measure import count_model_operations, count_paramete
 from sape2.evaluation.runs import describe, is_measured
 from sape2.models.vit import ViT
 from sape2.studies.compare.headlines import Run, step_ms
-from sape2.training.checkpoint import Row, difference, is_finished, own_results, read_config, read_rows, write_rows
 from sape2.training.files import digest_of, write_text
+from sape2.training.run_folder import Row, difference, is_finished, own_results, read_config, read_rows, write_rows
 
 FAILED = ".failed.json"  # in the folder of a run that cannot go on
 CURVE = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "images_per_s", "seconds")

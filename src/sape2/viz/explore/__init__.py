@@ -9,7 +9,7 @@ from pathlib import Path
 
 from sape2.data import load_data
 from sape2.models.trained import load_run_model, note_of_rule, sizes_trained_on
-from sape2.training.checkpoint import check_images, read_config
+from sape2.training.run_folder import check_images, read_config
 from sape2.training.standing import check_finished
 from sape2.viz.explore.microscope import Microscope, Subject
 from sape2.viz.explore.page import import_gradio, serve

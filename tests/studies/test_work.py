@@ -16,9 +16,9 @@ from sape2.studies.compare import work as working
 from sape2.studies.compare.progress import duration, study_progress
 from sape2.studies.compare.rawrows import digest_of, raw_row, read_raw
 from sape2.studies.compare.work import Stopped, forget_failures, seconds_left, work
-from sape2.training.checkpoint import read_rows
 from sape2.training.files import safe_name
 from sape2.training.lock import NAME, Holder, hold
+from sape2.training.run_folder import read_rows
 
 
 @pytest.fixture(autouse=True)

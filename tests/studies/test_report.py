@@ -15,7 +15,7 @@ from sape2.config.recipes import get_recipe
 from sape2.studies.compare.groups import group_runs, mean_and_std
 from sape2.studies.compare.headlines import read_runs, telling_layer
 from sape2.studies.compare.tables import compare
-from sape2.training.checkpoint import read_rows, start_run, write_rows
+from sape2.training.run_folder import read_rows, start_run, write_rows
 
 CONDITIONS = {"split": "test", "weights": "last", "unit": "", "protocol": "p"}
 
