@@ -14,7 +14,7 @@ test: $(VENV)/.test  ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q
 
 slow: $(VENV)/.test  ## the slow ones
-	$(BIN)/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q -m slow
 
 shapes: $(VENV)/.test  ## all tests but the slow ones, with the annotated shape of every argument checked: twice the time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q --jaxtyping-packages=sape2,beartype.beartype

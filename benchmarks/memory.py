@@ -41,6 +41,7 @@ from torch import Tensor, nn
 
 from sape2 import create_model, viz
 from sape2.attention import blocks, choose_path
+from sape2.attention import module as attention_module
 from sape2.encodings import AttentionEncoding
 from sape2.evaluation.cost.measure import forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.cost.memory import available_bytes, peak_bytes, predicted_peak
@@ -91,7 +92,7 @@ def predict(step: Callable, module: nn.Module, inputs: list[Tensor]) -> int | No
         return "blocks" if in_blocks else choose_path(q, encoding, dropout)
 
     own_buffers = patch.object(blocks, "_WORKSPACE", type(blocks._WORKSPACE)())
-    with patch.object(module, "choose_path", chosen), own_buffers:
+    with patch.object(attention_module, "choose_path", chosen), own_buffers:
         return predicted_peak(step, module, inputs)
 
 

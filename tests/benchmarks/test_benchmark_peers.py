@@ -101,7 +101,7 @@ def test_a_model_made_straightforward_gives_the_same_logits():
     [
         ("attention_cost", {"SHAPES": [(1, (2, 3))]}, 2 * 15),
         ("model_cost", {"SHAPES": [(1, 32, 16)]}, 2 * 5),
-        ("memory", {"SIDES": [2, 4], "MAX_SIDE": 40, "LINE": (5, 6)}, 2 * 6 + 6 + 5),
+        ("memory", {"SIDES": [2, 4], "MAX_SIDE": 40, "LAW": (5, 6), "IN_BLOCKS": (49, 52)}, 2 * 6 + 6 + 3 + 2),
     ],
 )
 def test_benchmarks_run_from_end_to_end(module, smaller, results, tmp_path, monkeypatch, capsys):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -229,7 +228,7 @@ def test_available_memory_heeds_the_limit_of_a_container(tmp_path, monkeypatch):
 
 
 RESIDENT = """
-import resource, torch
+import torch
 from sape2 import create_encoding
 from sape2.evaluation.cost.subjects import EncodedAttention
 from sape2.evaluation.cost.measure import forward_backward
@@ -238,18 +237,20 @@ def step(side):
     module = EncodedAttention(create_encoding("sape2", 6, 64, (side, side)), (side, side)).train()
     inputs = [torch.randn(1, 6, side * side, 64, requires_grad=i < 3) for i in range(4)]
     return lambda: forward_backward(module, inputs)
+def most():  # of this process: ru_maxrss begins with that of the process that started it
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 step(8)()
 small, large = step(8), step(40)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = most()
 large()
-resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+resident = most() - before
 print(resident, peak_bytes(large))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux says how much memory a process had at most")
 def test_peak_agrees_with_what_the_system_says_the_process_grew_by():
-    assert resource.RUSAGE_SELF == 0  # getrusage is there
     found = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True, env=os.environ)
     resident, peak = map(int, found.stdout.split())
     assert peak > 200 * MEGA

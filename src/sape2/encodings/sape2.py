@@ -159,6 +159,11 @@ class SaPE2Options:
             raise ValueError(f"sape2:gate_scale=learned has no effect with gates={self.gates}")
 
 
+def _root(length: int, like: Tensor) -> float | Tensor:
+    """sqrt(S); a tensor where an export leaves S open, for no exporter takes the root of a symbol."""
+    return math.sqrt(length) if isinstance(length, int) else torch.full((), length, dtype=like.dtype, device=like.device).sqrt()
+
+
 def _facts(o: SaPE2Options) -> Facts:
     """Which symmetries hold follows from what a count sees: whole lines, one end of them, or only i to n."""
     static, direct, raster = o.gates != "content", o.readout == "direct", o.axes == "raster"
@@ -319,7 +324,7 @@ class SaPE2(AttentionEncoding):
             positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis)
             vectors = interpolate(to_lines(of_axis, grid, axis), positions)
             if self.options.normalize == "sqrt_length":
-                vectors = vectors / math.sqrt(line_length(grid, axis))
+                vectors = vectors / _root(line_length(grid, axis), vectors)
             result[axis] = LineMaps(gates, positions, vectors)
         return result
 
@@ -335,7 +340,7 @@ class SaPE2(AttentionEncoding):
             of_line = self._relative(scores[axis].flatten(-2))
             vectors = CountedVectors.apply(of_line, of_axis, self.options.count == "suffix", scale).transpose(-1, -2)
             shorter = self.options.normalize == "sqrt_length"
-            result[axis] = vectors / math.sqrt(line_length(grid, axis)) if shorter else vectors
+            result[axis] = vectors / _root(line_length(grid, axis), vectors) if shorter else vectors
         return result
 
     def _relative(self, scores: Tensor) -> Tensor:
