@@ -152,14 +152,18 @@ def left_behind(folder):
 
 
 def content(folder):
-    """Everything that a finished folder holds, times aside: weights as bytes, rows in order."""
+    """Everything that a finished folder holds, times aside: weights as bytes, rows in order.
+
+    Lines of a study stand as its runs ended: one that a dying process still holds waits until the others are done.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
         name = str(path.relative_to(folder))
         if path.suffix == ".safetensors":
             found[name] = {key: value.numpy().tobytes() for key, value in load_file(path).items()}
         elif path.suffix == ".jsonl":
-            rows = read_raw(path) if path.name == "rows.jsonl" else read_rows(path)
+            is_study = path.name == "rows.jsonl"
+            rows = sorted(read_raw(path), key=lambda row: (row["encoding"], row["seed"])) if is_study else read_rows(path)
             found[name] = [without_times(row) for row in rows]
         elif path.name == "config.json":
             found[name] = read_config(path.parent)
