@@ -17,6 +17,16 @@ def _seeded():
 @pytest.fixture
 def as_users_call_it():
     """Without the type checks of the tests, which would refuse an argument before the code says what is wrong with it."""
+    yield from _without_type_checks()
+
+
+@pytest.fixture(scope="module")
+def as_users_run_it():
+    """The same for all tests of a module, and for what it trains for them."""
+    yield from _without_type_checks()
+
+
+def _without_type_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -33,12 +32,7 @@ QUICK = ["--epochs", "2", "--set", "train.precision=fp32"]  # accelerate keeps o
 CONDITIONS = {"name", "value", "unit", "n", "protocol", "encoding", "model", "data", "split", "seed"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    """Without the shape checks of the tests, which would refuse a value of another type before the config does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +42,7 @@ def _in_an_empty_folder(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, _as_users_run_it):
+def finished(tmp_path_factory, as_users_run_it):
     """(folder, standard output, standard error) of `train digits --json`, two epochs."""
     folder, out, err = tmp_path_factory.mktemp("runs") / "run", io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

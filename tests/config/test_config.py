@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 
-import jaxtyping
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -30,12 +29,7 @@ open_fractions = st.floats(0, 1, exclude_min=True, exclude_max=True)
 positive = st.floats(0, 1e6, exclude_min=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    """Without the shape checks of the tests, which would refuse a value of another type before the config does."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def small_run(**sections):

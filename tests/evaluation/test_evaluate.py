@@ -6,7 +6,6 @@ import shutil
 import sys
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 from PIL import Image
 
@@ -22,12 +21,7 @@ from sape2.models.trained import build_model
 from sape2.training.checkpoint import save_weights
 from sape2.training.run_folder import read_config, read_rows, start_run, write_rows
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture

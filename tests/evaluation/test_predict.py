@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -20,12 +19,7 @@ from sape2.evaluation.predictions import find_images, predict_files
 from sape2.models.trained import load_run_model
 from sape2.training.run_folder import class_names, read_config, write_rows
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ import sys
 import time
 from pathlib import Path
 
-import jaxtyping
 import pytest
 import torch
 from PIL import Image
@@ -35,11 +34,7 @@ GRID = ["compare", "digits", "--encodings", "none,ape", "--seeds", "2", "--basel
 GRID += [text for setting in TINY for text in ("--set", setting)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def tree(folder):
@@ -50,7 +45,7 @@ def tree(folder):
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory, _as_users_run_it):
+def compared(tmp_path_factory, as_users_run_it):
     """(folder, standard output, standard error) of a real grid of four runs."""
     folder, out, err = tmp_path_factory.mktemp("compared") / "out", io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

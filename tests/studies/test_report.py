@@ -5,7 +5,6 @@ import json
 import sys
 from dataclasses import replace
 
-import jaxtyping
 import pytest
 from PIL import Image
 
@@ -20,11 +19,7 @@ from sape2.training.run_folder import read_rows, start_run, write_rows
 CONDITIONS = {"split": "test", "weights": "last", "unit": "", "protocol": "p"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def row(measure, name, value, n=100, **conditions):

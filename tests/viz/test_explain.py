@@ -4,7 +4,6 @@ import json
 import re
 from html.parser import HTMLParser
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -26,11 +25,7 @@ RGB = override(
 ).model
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def make_run(folder, *settings):

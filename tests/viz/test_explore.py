@@ -8,7 +8,6 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -27,12 +26,7 @@ from sape2.viz.explore.page import Desk, open_socket
 from sape2.viz.explore.state import State, parse_state
 from sape2.viz.explore.views import sections, to_html
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
 
 def subject(name="run", encoding="ape+sape2", **settings):

@@ -11,23 +11,15 @@ import threading
 from importlib.util import find_spec
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 WAIT = 120_000  # ms; processors of test machines are shared
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.usefixtures("as_users_run_it")]
 if find_spec("gradio") is None:  # not imported here: that takes seconds, also of those who only collect the tests
     pytest.skip("needs gradio: pip install --group browser", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _as_users_run_it():
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

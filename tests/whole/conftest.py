@@ -3,19 +3,16 @@
 import contextlib
 import io
 
-import jaxtyping
 import pytest
 
 
 @pytest.fixture(scope="module")
-def as_users_run_it():
-    """Without shape checks, and without what takes seconds and writes nothing but figures and a number."""
-    jaxtyping.config.update("jaxtyping_disable", True)
+def as_users_run_it(as_users_run_it):
+    """Also without what takes seconds and writes nothing but figures and a number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sape2.evaluation.runs.draw", lambda *_: [])
         patch.setattr("sape2.studies.run.StepMemory.after_step", lambda *_: {})
         yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module")

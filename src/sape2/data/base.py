@@ -7,7 +7,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -138,6 +138,17 @@ def find_splits(names: list[str], where: str) -> tuple[str, list[str]]:
     if train is None or not test:
         raise ValueError(f"--data {where} needs the splits train and test; found {', '.join(names) or 'none'}")
     return train, test
+
+
+def open_labelled(names: Iterable[Any], where: str, open_split: Callable[[str], Source]) -> dict[str, Source]:
+    """{"train": ..., "test": ...}; of several test sets the first that has labels. Raises ValueError if there is none."""
+    train, tests = find_splits([str(name) for name in names], where)
+    sources = [open_split(train)]
+    for name in tests:
+        sources.append(open_split(name))
+        if has_labels(sources[-1]):
+            return {"train": sources[0], "test": sources[-1]}
+    raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing")
 
 
 def has_labels(source: Source) -> bool:

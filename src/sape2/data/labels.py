@@ -38,6 +38,11 @@ def near_name(name: str, wanted: Sequence[str]) -> str:
     return f"; it has {near!r}: write both alike" if near is not None else ""
 
 
+def first_of(names: Sequence[str], most: int = 10) -> str:
+    """The names, or the first of many and an ellipsis."""
+    return ", ".join(names[:most]) + (", …" if len(names) > most else "")
+
+
 def match_classes(train: Source, test: Source) -> None:
     """The test labels in the order of the training names, where both have names."""
     check_names(train.classes, train.where)
@@ -53,9 +58,9 @@ def match_model(sources: Iterable[Any], classes: Sequence[str]) -> None:
 
     Raises ValueError for a class that the model has not.
     """
-    shown = ", ".join(classes[:10]) + (", …" if len(classes) > 10 else "")
+    run = f"the run ({first_of(classes)})"
     for source in sources:
-        source.labels = renumber(source.labels, source.classes, classes, source.where, f"the run ({shown})")
+        source.labels = renumber(source.labels, source.classes, classes, source.where, run)
         source.classes = tuple(classes) if source.classes else ()
 
 

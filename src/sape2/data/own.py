@@ -21,6 +21,7 @@ from sape2.config import DataConfig, ModelConfig, RunConfig
 from sape2.data import allowed_unreadable, find_layout, folder, keep_in_memory, open_sources
 from sape2.data.base import Part, Source
 from sape2.data.decoding import decode, file_in
+from sape2.data.labels import first_of
 from sape2.data.pixels import is_grey, named, opened, upright_size
 
 PATCHES = {32: 4, 64: 8, 96: 8, 224: 16}  # image size -> patch: grids of 8, 8, 12 and 14
@@ -149,7 +150,7 @@ def _statistics(source: Source, looked: list[int], model: ModelConfig) -> tuple[
 def _in_words(config: RunConfig, sources: Any, classes: tuple[str, ...], look: Look, rest: int) -> list[str]:
     data, model, n = config.data, config.model, len(sources["train"].labels)
     (height, width), drawn = look.median, data.test_fraction is not None
-    names = ", ".join(classes[:8]) + (", …" if len(classes) > 8 else "")
+    names = first_of(classes, 8)
     kind = "grey" if model.in_channels == 1 else "colour"
     where = f"{data.test_fraction:.0%} of each class, drawn with seed {data.split_seed}" if drawn else sources["test"].where
     return [

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from sape2.config import DataConfig
-from sape2.data.base import READING, Source, find_splits, has_labels, tell_missing, waiting_for
+from sape2.data.base import READING, Source, open_labelled, tell_missing, waiting_for
 from sape2.data.labels import renumber
 
 IMAGE_COLUMNS = ("img", "image")
@@ -191,7 +191,7 @@ def read(folder: Path, config: DataConfig) -> dict[str, Source]:
     others = [file for found in files.values() for file in found if file.suffix != ".parquet"]
     if others:
         raise ValueError(f"--data {folder}: the folder cannot be read: {others[0].name} is not a parquet file")
-    return _labelled(files, str(folder), lambda name: ParquetImages(f"{folder} {name}", folder, files[name], config))
+    return open_labelled(files, str(folder), lambda name: ParquetImages(f"{folder} {name}", folder, files[name], config))
 
 
 def is_hub_id(source: str) -> bool:
@@ -203,18 +203,7 @@ def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
     if not is_hub_id(source):
         raise FileNotFoundError(f"--data {source} is neither a folder nor a hub id (owner/name)")
     found = _quietly("load_dataset", source, source, "no such folder here, and the hub data set")
-    return _labelled(found, source, lambda name: HubImages(f"{source} {name}", found[name], config))
-
-
-def _labelled(found: Any, where: str, open_split: Any) -> dict[str, Source]:
-    """{"train": ..., "test": ...}; of several test sets the first whose labels are not all -1."""
-    train, tests = find_splits([str(name) for name in found], where)
-    sources = [open_split(train)]
-    for name in tests:
-        sources.append(open_split(name))
-        if has_labels(sources[-1]):
-            return {"train": sources[0], "test": sources[-1]}
-    raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing")
+    return open_labelled(found, source, lambda name: HubImages(f"{source} {name}", found[name], config))
 
 
 def _quietly(function: str, source: str, where: str, kind: str) -> Any:

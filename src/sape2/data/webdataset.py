@@ -20,7 +20,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from sape2.data.base import IMAGE_ENDINGS, READING, TEST_NAMES, TRAIN_NAMES, find_splits, has_labels, tell_missing, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, READING, TEST_NAMES, TRAIN_NAMES, Source, open_labelled, tell_missing, waiting_for
 
 MAX_OPEN = 64  # shards held open by one process
 LABEL_ENDINGS = ("cls", "json")
@@ -210,25 +210,21 @@ def find(folder: Path) -> bool:
     return next(folder.rglob("*.tar"), None) is not None
 
 
-def read(folder: Path) -> dict[str, ShardImages]:
+def read(folder: Path) -> dict[str, Source]:
     """The split of a shard is a word of its path (train-0001.tar, val/0001.tar); classes.txt may hold names, one a line."""
     groups: dict[str, list[Path]] = {}
-    for shard in sorted(folder.rglob("*.tar")):
+    files = sorted(folder.rglob("*"))
+    for shard in (path for path in files if path.name.endswith(".tar")):
         groups.setdefault(_split_of(shard.relative_to(folder)), []).append(shard)
-    packed = next((path.name for path in sorted(folder.rglob("*")) if PACKED.search(path.name)), None)
+    packed = next((path.name for path in files if PACKED.search(path.name)), None)
     if packed is not None or not groups:
         found = packed or "no .tar file"
         raise ValueError(f"--data {folder} needs webdataset shards that are not compressed (.tar); found {found}")
-    train, tests = find_splits(list(groups), str(folder))
     names = folder / "classes.txt"
     classes = (
         tuple(line.strip() for line in names.read_text(encoding="utf-8-sig").strip().splitlines()) if names.exists() else ()
     )
-    sources = (ShardImages(f"{folder} {name}", groups[name], classes) for name in tests)
-    test = next((source for source in sources if has_labels(source)), None)
-    if test is None:
-        raise ValueError(f"--data {folder} has no labels in {' or '.join(tests)}: all are -1 or missing")
-    return {"train": ShardImages(f"{folder} {train}", groups[train], classes), "test": test}
+    return open_labelled(groups, str(folder), lambda name: ShardImages(f"{folder} {name}", groups[name], classes))
 
 
 def _split_of(path: Path) -> str:

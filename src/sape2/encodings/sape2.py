@@ -159,11 +159,6 @@ class SaPE2Options:
             raise ValueError(f"sape2:gate_scale=learned has no effect with gates={self.gates}")
 
 
-def _root(length: int, like: Tensor) -> float | Tensor:
-    """sqrt(S); a tensor where an export leaves S open, for no exporter takes the root of a symbol."""
-    return math.sqrt(length) if isinstance(length, int) else torch.full((), length, dtype=like.dtype, device=like.device).sqrt()
-
-
 def _facts(o: SaPE2Options) -> Facts:
     """Which symmetries hold follows from what a count sees: whole lines, one end of them, or only i to n."""
     static, direct, raster = o.gates != "content", o.readout == "direct", o.axes == "raster"
@@ -322,9 +317,7 @@ class SaPE2(AttentionEncoding):
         for axis, of_axis in zip(self.axes, products, strict=True):
             gates = self._gates(q, k, grid, axis, scores)
             positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis)
-            vectors = interpolate(to_lines(of_axis, grid, axis), positions)
-            if self.options.normalize == "sqrt_length":
-                vectors = vectors / _root(line_length(grid, axis), vectors)
+            vectors = self._normalized(interpolate(to_lines(of_axis, grid, axis), positions), grid, axis)
             result[axis] = LineMaps(gates, positions, vectors)
         return result
 
@@ -339,9 +332,15 @@ class SaPE2(AttentionEncoding):
             scale = self._position_scale(grid, axis)
             of_line = self._relative(scores[axis].flatten(-2))
             vectors = CountedVectors.apply(of_line, of_axis, self.options.count == "suffix", scale).transpose(-1, -2)
-            shorter = self.options.normalize == "sqrt_length"
-            result[axis] = vectors / _root(line_length(grid, axis), vectors) if shorter else vectors
+            result[axis] = self._normalized(vectors, grid, axis)
         return result
+
+    def _normalized(self, vectors: Tensor, grid: Grid, axis: Axis) -> Tensor:
+        """Divided by sqrt(S), if asked for; in a tensor where an export leaves S open, for none takes the root of a symbol."""
+        if self.options.normalize == "none":
+            return vectors
+        length = line_length(grid, axis)
+        return vectors / (math.sqrt(length) if isinstance(length, int) else vectors.new_full((), length).sqrt())
 
     def _relative(self, scores: Tensor) -> Tensor:
         """Scores, which are divided by sqrt(d), as the gates scale them."""

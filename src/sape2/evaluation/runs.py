@@ -14,6 +14,7 @@ import torch
 
 from sape2 import viz
 from sape2.data import ImageData, ImageFiles, Splits
+from sape2.data.labels import first_of
 from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.models.trained import WEIGHTS, load_run_model
@@ -80,8 +81,8 @@ def notes_of_others(data: ImageData | ImageFiles, classes: Sequence[str], name: 
     there = set(data.labels.tolist())
     missing = [known for number, known in enumerate(classes) if number not in there]
     if missing:
-        shown = ", ".join(missing[:10]) + (", …" if len(missing) > 10 else "")
-        notes.append(f"{name} has {len(classes) - len(missing)} of the {len(classes)} classes of the run, and none of {shown}")
+        found = f"{len(classes) - len(missing)} of the {len(classes)} classes of the run"
+        notes.append(f"{name} has {found}, and none of {first_of(missing)}")
     return notes
 
 

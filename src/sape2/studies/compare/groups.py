@@ -52,7 +52,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
 TOLD_ONCE = ("model.encoding", "model.name", "data.name", "train.epochs")
 
 
-def shared_settings(groups: list[Group]) -> str:
+def shared_in_words(groups: list[Group]) -> str:
     """Encoding, model, data and epochs as far as all groups have the same, for a title; one group is named by its encoding."""
     settings = [_settings(group.runs[0]) for group in groups]
     alike = [key for key in TOLD_ONCE if len({repr(values[key]) for values in settings}) == 1]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sape2 import viz
 from sape2.evaluation.report import csv_table, format_spread, markdown_table
-from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows, shared_settings
+from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows, shared_in_words
 from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, Row, Run
 from sape2.training.files import write_text
 
@@ -29,7 +29,7 @@ class Comparison:
 
     @property
     def title(self) -> str:
-        shared = shared_settings(self.groups)
+        shared = shared_in_words(self.groups)
         return f"{shared}{'; ' if shared else ''}{self.split} set, {WEIGHTS[self.weights]}"
 
     @property
@@ -147,7 +147,7 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
     files = []
     if all(epochs.values()):
         files.append(folder / "curves.png")
-        viz.plot_curves(epochs, files[0], shared_settings(groups))
+        viz.plot_curves(epochs, files[0], shared_in_words(groups))
     band = {"band": "one std over seeds"} if comparison.has_seeds else {}
     rows = {group.name: _shown_rows(group, comparison.has_seeds) for group in groups}
     files += viz.plot_measures(rows, comparison.measures, folder, notes=viz.Notes(about=comparison.title, **band))
