@@ -192,7 +192,12 @@ class AugmentConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """AdamW with warm-up and cosine decay. `lr` is the learning rate itself, not per 512 images.
+    """Optimiser, schedule and batches. `lr` is the learning rate itself, not per 512 images.
+
+    `optimizer` is one of timm's. The Muon family (Jordan et al., 2024) orthogonalises the updates of the weight matrices
+    inside the blocks. These have a rate of their own, `muon_lr` (None: 0.02, and `lr` for AdaMuon), and `muon_momentum`
+    (None: 0.95); everything else is under AdamW with `lr`. Parameters of an encoding are never under Muon and never decay;
+    `encoding_lr` (None: `lr`) is their rate. `schedule` is the decay from these rates to `min_lr`, after a linear warm-up.
 
     `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
     over all processes and accumulation steps. `checkpoint_every` is in updates; 0 is at the end of every epoch only.
@@ -204,7 +209,13 @@ class TrainConfig:
 
     epochs: Count = 100
     batch_size: Count = 128
+    optimizer: Literal["adamw", "nadamw", "muon", "nmuon", "adamuon", "nadamuon"] = "adamw"
     lr: Positive = 1e-3
+    encoding_lr: Positive | None = None
+    muon_lr: Positive | None = None
+    muon_momentum: ShareBelow1 | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear"] = "cosine"
     min_lr: NotNegative = 1e-5
     warmup_epochs: NotNegative = 5
     weight_decay: NotNegative = 0.05
@@ -220,7 +231,19 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        require(self.min_lr <= self.lr, f"train.min_lr must not be above train.lr; got {self.min_lr} and {self.lr}")
+        for name, rate in self.rates.items():
+            require(self.min_lr <= rate, f"train.min_lr must not be above train.{name}; got {self.min_lr} and {rate}")
+        require(all(0 <= beta < 1 for beta in self.betas), f"train.betas must be in [0, 1); got {self.betas}")
+        for name in ("muon_lr", "muon_momentum"):
+            require(
+                self.uses_muon or getattr(self, name) is None,
+                f"train.{name} has no effect with train.optimizer={self.optimizer}; leave it out, or choose muon",
+            )
+        require(
+            not (self.uses_muon and self.parallel == "fsdp"),
+            f"train.optimizer={self.optimizer} needs whole weight matrices, and train.parallel=fsdp divides them; "
+            "choose train.parallel=ddp or train.optimizer=adamw",
+        )
         require(
             self.warmup_epochs < self.epochs,
             f"train.warmup_epochs must be less than train.epochs; got {self.warmup_epochs} and {self.epochs}",
@@ -229,6 +252,24 @@ class TrainConfig:
             self.batch_size % self.accumulation == 0,
             f"train.batch_size must be divisible by train.accumulation; got {self.batch_size} and {self.accumulation}",
         )
+
+
+    @property
+    def uses_muon(self) -> bool:
+        """Whether the weight matrices of the blocks are updated by Muon."""
+        return self.optimizer.endswith("muon")
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rates after warm-up, by the setting that names them."""
+        rates = {"lr": self.lr, "encoding_lr": self.lr if self.encoding_lr is None else self.encoding_lr}
+        if self.uses_muon:
+            usual = self.lr if "ada" in self.optimizer else 0.02
+            rates["muon_lr"] = usual if self.muon_lr is None else self.muon_lr
+        return rates
+
+
+ADDED = ("optimizer", "encoding_lr", "muon_lr", "muon_momentum", "betas", "schedule")  # to TrainConfig, after the first runs
 
 
 @dataclass(frozen=True)
@@ -271,6 +312,9 @@ class RunConfig:
             del values["data"][name]
         if self.data.test_fraction is None:  # so that runs from before this setting keep their digests
             del values["data"]["test_fraction"]
+        for name in ADDED:  # likewise
+            if getattr(self.train, name) == getattr(TrainConfig, name):
+                del values["train"][name]
         for name in ("workers", "checkpoint_every", "parallel"):
             del values["train"][name]
         return values

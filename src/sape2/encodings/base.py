@@ -185,6 +185,16 @@ class AttentionEncoding(nn.Module):
         return {} if bias is None else {"bias": bias.dense().expand(q.shape[0], q.shape[1], -1, -1)}
 
 
+def encoding_names(model: nn.Module) -> set[str]:
+    """Names of the parameters of all encodings in a model."""
+    return {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules()
+        if isinstance(module, (TokenEncoding, AttentionEncoding))
+        for name, _ in module.named_parameters()
+    }
+
+
 def bias_of(encoding: AttentionEncoding, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None) -> AttentionBias | None:
     """The bias, with the scores handed over to an encoding that reads such."""
     hook: Any = encoding.bias

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
-from sape2.encodings.base import full_precision
+from sape2.encodings.base import encoding_names, full_precision
 from sape2.encodings.grid import Grid
 from sape2.models import hub
 
@@ -126,13 +126,7 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of what must not decay besides norms and biases: tokens and everything of an encoding."""
-        inside = [
-            f"{prefix}.{name}"
-            for prefix, module in self.named_modules()
-            if isinstance(module, (TokenEncoding, AttentionEncoding))
-            for name, _ in module.named_parameters()
-        ]
-        return {"cls_token", "reg_token", *inside}
+        return {"cls_token", "reg_token", *encoding_names(self)}
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         return self.head(self.pool(self.features(images)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from sape2.config import TrainConfig
+from sape2.encodings.base import encoding_names
 from sape2.training.processes import ALONE, Processes, refuse_launcher
 
 
@@ -64,24 +66,73 @@ def make_ema(model: nn.Module, config: TrainConfig) -> Any:
     return None if config.ema_decay is None else ModelEmaV3(model, decay=config.ema_decay, use_warmup=True)
 
 
+MUON_MOMENTUM = 0.95
+
+
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; norms, biases, tokens and everything of an encoding do not decay (`ViT.no_weight_decay`)."""
+    """timm's optimiser of that name, over `parameter_groups`.
+
+    The updates of Muon are scaled by sqrt(max(1, rows / columns)), as by its author (Jordan et al., 2024), those of AdaMuon
+    to the size that AdamW's have (arXiv:2507.11005).
+    """
     from timm.optim import create_optimizer_v2
 
-    return create_optimizer_v2(model, opt="adamw", lr=config.lr, weight_decay=config.weight_decay)
+    options: dict[str, Any] = {}
+    if config.uses_muon:
+        momentum = MUON_MOMENTUM if config.muon_momentum is None else config.muon_momentum
+        scale = "match_rms_adamw" if "ada" in config.optimizer else "original"
+        options = {"momentum": momentum, "adjust_lr_fn": scale}
+    return create_optimizer_v2(
+        parameter_groups(model, config),
+        opt=config.optimizer,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        betas=config.betas,
+        **options,
+    )
+
+
+def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
+    """What decays, what does not, the encodings, and under Muon the weight matrices of the blocks, each with its rate.
+
+    Norms, biases, tokens and everything of an encoding do not decay (`ViT.no_weight_decay`).
+    """
+    still: set[str] = getattr(model, "no_weight_decay", set)()
+    encodings = encoding_names(model)
+    rates, groups = config.rates, {name: [] for name in ("decayed", "still", "encodings", "matrices")}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in encodings:
+            groups["encodings"].append(parameter)
+        elif config.uses_muon and name.startswith("blocks.") and parameter.ndim == 2:
+            groups["matrices"].append(parameter)
+        elif parameter.ndim <= 1 or name.endswith(".bias") or name in still:
+            groups["still"].append(parameter)
+        else:
+            groups["decayed"].append(parameter)
+    fallback = {"use_fallback": True} if config.uses_muon else {}
+    settings: dict[str, dict[str, Any]] = {
+        "decayed": {"lr": rates["lr"]} | fallback,
+        "still": {"lr": rates["lr"], "weight_decay": 0.0} | fallback,
+        "encodings": {"lr": rates["encoding_lr"], "weight_decay": 0.0} | fallback,
+        "matrices": {"lr": rates.get("muon_lr")},
+    }
+    return [{"params": parameters} | settings[name] for name, parameters in groups.items() if parameters]
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Any:
-    """Linear warm-up, then cosine from lr to min_lr; a function of the step alone."""
-    from timm.scheduler import CosineLRScheduler
+    """Linear warm-up, then cosine or linear decay of every group's rate to min_lr; a function of the step alone."""
+    from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 
     warmup = min(round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch - 1)
-    return CosineLRScheduler(
+    decay = partial(PolyLRScheduler, power=1.0) if config.schedule == "linear" else CosineLRScheduler
+    return decay(
         optimizer,
         t_initial=config.epochs * steps_per_epoch - warmup,
-        lr_min=min(config.min_lr, config.lr),
+        lr_min=config.min_lr,
         warmup_t=warmup,
-        warmup_lr_init=min(config.min_lr, config.lr) if warmup else config.lr,
+        warmup_lr_init=config.min_lr if warmup else config.lr,
         warmup_prefix=True,
         t_in_epochs=False,
     )

@@ -13,6 +13,7 @@ from sape2.config.recipes.cifar import (
     cifar10_glance,
     cifar10_paper,
     cifar10_short,
+    cifar10_sprint,
     cifar100,
     cifar100_paper,
 )
@@ -31,6 +32,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cifar10_budget": cifar10_budget,
     "cifar10_short": cifar10_short,
     "cifar10_glance": cifar10_glance,
+    "cifar10_sprint": cifar10_sprint,
     "imagenet": imagenet,
     "imagenet_base": imagenet_base,
     "imagenet_plain": imagenet_plain,
