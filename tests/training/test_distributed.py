@@ -332,9 +332,10 @@ def broken_run(folder, size, settings):
 
 
 @pytest.mark.slow
-def test_the_same_number_of_processes_goes_on_exactly(tmp_path):
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_same_number_of_processes_goes_on_exactly(tmp_path, optimizer):
     """With drop path too. Two addends have one sum; of more than two the order, and with it the rounding, may differ."""
-    settings = (EVERY_STEP, "augment.mixup=0.8", "train.ema_decay=0.9")
+    settings = (EVERY_STEP, "augment.mixup=0.8", "train.ema_decay=0.9", f"train.optimizer={optimizer}")
     whole, broken = tmp_path / "a" / "whole", tmp_path / "b" / "broken"
     assert [ended.status for ended in in_processes(tmp_path / "logs", 2, run, whole, settings)] == [0, 0]
     broken_run(broken, 2, settings)

@@ -28,7 +28,7 @@ from sape2.training.checkpoint import Progress, keep_only, last_checkpoint, load
 from sape2.training.interruption import TrainingStopped
 from sape2.training.loop import Trainer, train
 from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision, set_seeds
-from sape2.training.run_folder import read_rows
+from sape2.training.run_folder import check_run, read_rows
 
 TINY = [
     "model.dim=16", "model.depth=1", "model.num_heads=2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=16",
@@ -66,10 +66,14 @@ class StopAt(Exception):
     pass
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["plain", "ema"])
+@pytest.fixture(
+    scope="module",
+    params=[(), ("train.ema_decay=0.9",), ("train.optimizer=muon", "train.ema_decay=0.9"), ("train.optimizer=nadamuon",)],
+    ids=["plain", "ema", "muon", "nadamuon"],
+)
 def unbroken(tmp_path_factory, request):
     """(settings, folder, weights) of a run of 15 steps, with and without an average of its weights."""
-    config = tiny("train.checkpoint_every=1", *(["train.ema_decay=0.9"] if request.param else []))
+    config = tiny("train.checkpoint_every=1", *request.param)
     folder = tmp_path_factory.mktemp("unbroken")
     return config, folder, run(folder, config)
 
@@ -179,6 +183,12 @@ def test_sigterm_saves_a_checkpoint_and_stops(tmp_path, monkeypatch):
 
 
 # --- what a step does ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_not_continued_with_another_optimiser(tmp_path):
+    run(tmp_path, tiny("train.optimizer=muon"))
+    with pytest.raises(ValueError, match=r"train\.optimizer"):
+        check_run(tmp_path, tiny())
 
 
 def test_the_seed_decides_and_another_seed_differs(tmp_path):

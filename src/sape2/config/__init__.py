@@ -195,8 +195,7 @@ class TrainConfig:
     """Optimiser, schedule and batches. `lr` is the learning rate itself, not per 512 images.
 
     `optimizer` is one of timm's. The Muon family (Jordan et al., 2024) orthogonalises the updates of the weight matrices
-    inside the blocks. These have a rate of their own, `muon_lr` (None: 0.02, and `lr` for AdaMuon), and `muon_momentum`
-    (None: 0.95); everything else is under AdamW with `lr`. Parameters of an encoding are never under Muon and never decay;
+    inside the blocks. These have a rate of their own, `muon_lr` (None: 0.02), and `muon_momentum` (None: 0.95); everything else is under AdamW with `lr`. Parameters of an encoding are never under Muon and never decay;
     `encoding_lr` (None: `lr`) is their rate. `schedule` is the decay from these rates to `min_lr`, after a linear warm-up.
 
     `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
@@ -264,8 +263,7 @@ class TrainConfig:
         """The learning rates after warm-up, by the setting that names them."""
         rates = {"lr": self.lr, "encoding_lr": self.lr if self.encoding_lr is None else self.encoding_lr}
         if self.uses_muon:
-            usual = self.lr if "ada" in self.optimizer else 0.02
-            rates["muon_lr"] = usual if self.muon_lr is None else self.muon_lr
+            rates["muon_lr"] = 0.02 if self.muon_lr is None else self.muon_lr
         return rates
 
 

@@ -72,16 +72,12 @@ MUON_MOMENTUM = 0.95
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """timm's optimiser of that name, over `parameter_groups`.
 
-    The updates of Muon are scaled by sqrt(max(1, rows / columns)), as by its author (Jordan et al., 2024), those of AdaMuon
-    to the size that AdamW's have (arXiv:2507.11005).
+    An update of Muon is an orthogonal matrix, scaled to a root mean square of 0.2 times the rate (arXiv:2502.16982).
     """
     from timm.optim import create_optimizer_v2
 
-    options: dict[str, Any] = {}
-    if config.uses_muon:
-        momentum = MUON_MOMENTUM if config.muon_momentum is None else config.muon_momentum
-        scale = "match_rms_adamw" if "ada" in config.optimizer else "original"
-        options = {"momentum": momentum, "adjust_lr_fn": scale}
+    momentum = MUON_MOMENTUM if config.muon_momentum is None else config.muon_momentum
+    options = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"} if config.uses_muon else {}
     return create_optimizer_v2(
         parameter_groups(model, config),
         opt=config.optimizer,
