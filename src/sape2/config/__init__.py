@@ -195,7 +195,8 @@ class TrainConfig:
     """Optimiser, schedule and batches. `lr` is the learning rate itself, not per 512 images.
 
     `optimizer` is one of timm's. The Muon family (Jordan et al., 2024) orthogonalises the updates of the weight matrices
-    inside the blocks. These have a rate of their own, `muon_lr` (None: 0.02), and `muon_momentum` (None: 0.95); everything else is under AdamW with `lr`. Parameters of an encoding are never under Muon and never decay;
+    inside the blocks. These have a rate of their own, `muon_lr` (None: 0.02, and `lr` for AdaMuon), and `muon_momentum`
+    (None: 0.95); everything else is under AdamW with `lr`. Parameters of an encoding are never under Muon and never decay;
     `encoding_lr` (None: `lr`) is their rate. `schedule` is the decay from these rates to `min_lr`, after a linear warm-up.
 
     `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
@@ -252,18 +253,23 @@ class TrainConfig:
             f"train.batch_size must be divisible by train.accumulation; got {self.batch_size} and {self.accumulation}",
         )
 
-
     @property
     def uses_muon(self) -> bool:
         """Whether the weight matrices of the blocks are updated by Muon."""
         return self.optimizer.endswith("muon")
 
     @property
+    def uses_adamuon(self) -> bool:
+        """Whether these updates are also scaled element by element, as in AdamW."""
+        return self.optimizer.endswith("adamuon")
+
+    @property
     def rates(self) -> dict[str, float]:
         """The learning rates after warm-up, by the setting that names them."""
         rates = {"lr": self.lr, "encoding_lr": self.lr if self.encoding_lr is None else self.encoding_lr}
         if self.uses_muon:
-            rates["muon_lr"] = 0.02 if self.muon_lr is None else self.muon_lr
+            usual = self.lr if self.uses_adamuon else 0.02
+            rates["muon_lr"] = usual if self.muon_lr is None else self.muon_lr
         return rates
 
 

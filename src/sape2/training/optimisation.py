@@ -72,12 +72,15 @@ MUON_MOMENTUM = 0.95
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """timm's optimiser of that name, over `parameter_groups`.
 
-    An update of Muon is an orthogonal matrix, scaled to a root mean square of 0.2 times the rate (arXiv:2502.16982).
+    An update of Muon is an orthogonal matrix times sqrt(max(1, rows / columns)), as its author scales it (timm's default
+    is another), one of AdaMuon is as large as AdamW's (arXiv:2507.11005).
     """
     from timm.optim import create_optimizer_v2
 
-    momentum = MUON_MOMENTUM if config.muon_momentum is None else config.muon_momentum
-    options = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw"} if config.uses_muon else {}
+    options: dict[str, Any] = {}
+    if config.uses_muon:
+        momentum = MUON_MOMENTUM if config.muon_momentum is None else config.muon_momentum
+        options = {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw" if config.uses_adamuon else "original"}
     return create_optimizer_v2(
         parameter_groups(model, config),
         opt=config.optimizer,
