@@ -14,8 +14,10 @@ from sape2.config.recipes.cifar import (
     cifar10_paper,
     cifar10_short,
     cifar10_sprint,
+    cifar10_sprint_micro,
     cifar100,
     cifar100_paper,
+    cifar100_sprint,
 )
 from sape2.config.recipes.coco import DETECTION_RECIPES
 from sape2.config.recipes.digits import digits
@@ -33,6 +35,8 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "cifar10_short": cifar10_short,
     "cifar10_glance": cifar10_glance,
     "cifar10_sprint": cifar10_sprint,
+    "cifar100_sprint": cifar100_sprint,
+    "cifar10_sprint_micro": cifar10_sprint_micro,
     "imagenet": imagenet,
     "imagenet_base": imagenet_base,
     "imagenet_plain": imagenet_plain,

@@ -1,0 +1,279 @@
+"""The study of docs/decisions/0011-sprint.md: its runs in their order, and its tables from the rows that are kept.
+
+Command:  python benchmarks/sprint.py run STAGE [STAGE ...] --data DIR --out DIR [--threads N]
+          python benchmarks/sprint.py list       how many runs of each stage are kept
+          python benchmarks/sprint.py            prints the tables
+
+DIR holds the folders cifar10 and cifar100. Every finished run becomes a line of benchmarks/results/sprint.jsonl at once
+and is not run again: stop the command whenever you like, and give it again, on another machine too. Several processes may
+share one --out; each takes runs that no other has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+from timing import RESULTS, Row, conditions
+
+from sape2.config import RunConfig, override, with_epochs
+from sape2.config.recipes import get_recipe
+from sape2.evaluation.report import markdown_table
+from sape2.training.files import digest_of
+from sape2.training.run_folder import read_rows
+
+ROWS = RESULTS / "sprint.jsonl"
+BASELINE = "ape"
+SEEDS = (0, 1, 2)
+
+# --- what is run -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run: a recipe with an encoding, a seed, a length and other settings."""
+
+    recipe: str
+    encoding: str
+    seed: int = 0
+    epochs: int | None = None
+    settings: tuple[str, ...] = ()
+
+    @cached_property
+    def config(self) -> RunConfig:
+        config = get_recipe(self.recipe)
+        config = replace(config, seed=self.seed, model=replace(config.model, encoding=self.encoding))
+        config = config if self.epochs is None else with_epochs(config, self.epochs)
+        return override(config, list(self.settings))
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that decides the result, as in the raw rows of `sape2 compare`."""
+        return digest_of(json.loads(json.dumps(self.config.identity())))
+
+
+TABLE = ("none", "ape", "rope", "ape+rope", "ape+cope", "sape2", "ape+sape2")  # the paper's table 1
+BEYOND = ("cpe", "rope+sape2:readout=direct", "cpe+sape2:readout=direct")
+DIRECT = "sape2:readout=direct"
+BASES = ("", "ape+", "rope+", "cpe+")
+GATES = ("", ",gates=constant", ",gates=none,count=between")
+FORMS = ("sign=minus", "sign=learned", "preset=equations", "normalize=sqrt_length")
+
+# The recipe as it was before the search, so that the rows of the search stay those of its trials when the recipe changes.
+BEFORE = (
+    "train.optimizer=muon",
+    "train.lr=0.002",
+    "train.muon_lr=0.02",
+    "train.muon_momentum=0.95",
+    "train.betas=[0.9,0.95]",
+    "train.weight_decay=0.05",
+    "train.batch_size=128",
+    "train.label_smoothing=0.1",
+    "train.ema_decay=null",
+    "augment.crop_padding=4",
+)
+SEARCH_ENCODINGS = ("none", "ape", "rope", "ape+sape2")
+SEARCH_EPOCHS = 2
+CANDIDATES: dict[str, tuple[str, ...]] = {  # changes of the recipe as it was before the search
+    "as it was": (),
+    "Nesterov": ("train.optimizer=nmuon",),
+    "muon_lr 0.01": ("train.muon_lr=0.01",),
+    "muon_lr 0.04": ("train.muon_lr=0.04",),
+    "lr 0.004": ("train.lr=0.004",),
+    "no weight decay": ("train.weight_decay=0",),
+    "batch 64": ("train.batch_size=64",),
+    "no smoothing": ("train.label_smoothing=0",),
+}
+
+QUARTER = 3  # epochs of the search for rates: a quarter of the recipe's
+RATES = ((0.02, 0.002), (0.01, 0.0005), (0.04, 0.0005), (0.01, 0.008), (0.04, 0.008))  # of the blocks, of the encoding
+
+
+def search() -> Iterator[Trial]:
+    for settings in CANDIDATES.values():
+        yield from (Trial("cifar10_sprint", name, 0, SEARCH_EPOCHS, BEFORE + settings) for name in SEARCH_ENCODINGS)
+
+
+def tuning(encodings: Iterable[str], recipe: str = "cifar10_sprint") -> Iterator[Trial]:
+    """Every encoding at the same pairs of rates. `none` has no rate of its own, and so each rate of the blocks once."""
+    for rates in RATES:
+        for encoding in encodings:
+            if encoding != "none" or rates in RATES[:3]:
+                yield Trial(recipe, encoding, 0, QUARTER, _settings(rates))
+
+
+def _settings(rates: tuple[float, float]) -> tuple[str, ...]:
+    return (f"train.muon_lr={rates[0]}", f"train.encoding_lr={rates[1]}")
+
+
+def chosen_rates(rows: list[Row], encoding: str, recipe: str = "cifar10_sprint") -> tuple[str, ...]:
+    """The rates that were best on the validation split. Raises ValueError while the search of this encoding is not done."""
+    found = {row["digest"]: row for row in rows}
+    trials = list(tuning([encoding], recipe))
+    left = [trial for trial in trials if trial.digest not in found]
+    if left:
+        raise ValueError(f"the rates of {encoding} are not searched yet: {len(left)} runs of stage tuning are left")
+    return max(trials, key=lambda trial: validation(found[trial.digest])).settings
+
+
+def validation(row: Row) -> float:
+    """Accuracy on the validation split after the last epoch; never the best epoch, which would favour noise."""
+    return row["curve"]["validation_accuracy"][-1]
+
+
+def tuned(
+    rows: list[Row], encodings: Iterable[str], seeds: Iterable[int] = SEEDS, recipe: str = "cifar10_sprint", **changes: object
+) -> Iterator[Trial]:
+    """Seed by seed, so that a study that is stopped has about as many seeds of every encoding."""
+    names = list(encodings)
+    for seed in seeds:
+        for name in names:
+            yield Trial(recipe, name, seed, settings=chosen_rates(rows, name), **changes)
+
+
+CONTROLS = (
+    *(f"{base}{DIRECT}{gates}" for base in BASES for gates in GATES),
+    *(f"ape+key_table{options}" for options in ("", ":by=token", ":to=both", ":heads=shared")),
+    "rope+key_table",
+    "cpe+key_table",
+    "ape:every_layer=true",
+)
+STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
+    "search": lambda rows: search(),
+    "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
+    "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
+    "tuning_controls": lambda rows: tuning(name for name in CONTROLS if name not in (*TABLE, *BEYOND)),
+    "controls": lambda rows: tuned(rows, (name for name in CONTROLS if name not in (*TABLE, *BEYOND))),
+    "cifar100": lambda rows: tuned(rows, (*TABLE, *BEYOND), recipe="cifar100_sprint"),
+    "tuning_forms": lambda rows: tuning(f"ape+sape2:{form}" for form in FORMS),
+    "forms": lambda rows: tuned(rows, (f"ape+sape2:{form}" for form in FORMS)),
+    "short": lambda rows: tuned(rows, LENGTHS, epochs=QUARTER),
+    "long": lambda rows: tuned(rows, LENGTHS, epochs=16 * QUARTER),
+    "layerscale": lambda rows: (
+        replace(trial, settings=(*trial.settings, "model.layer_scale=1e-4")) for trial in tuned(rows, ("ape", "ape+sape2"))
+    ),
+    "more_seeds": lambda rows: tuned(rows, (*TABLE, *BEYOND), (3, 4)),
+}
+LENGTHS = ("ape", "rope", "ape+sape2", f"rope+{DIRECT}", f"rope+{DIRECT},gates=constant")
+
+
+# --- running it --------------------------------------------------------------------------------------------------------
+
+
+def run(stages: list[str], data: Path, out: Path, threads: int) -> None:
+    """Trains what is left, a run at a time, and keeps each as soon as it is finished."""
+    import torch
+
+    torch.set_num_threads(threads)
+    for stage in stages:
+        for trial in STAGES[stage](read_rows(ROWS)):
+            train(trial, stage, data, out)
+
+
+def train(trial: Trial, stage: str, data: Path | None, out: Path, rows: Path = ROWS) -> None:
+    """Does nothing if the run is kept, or if another process has it. Without `data` the recipe's own images are used."""
+    from sape2.data import load_data
+    from sape2.models.trained import build_model
+    from sape2.studies.compare.rawrows import raw_row
+    from sape2.studies.run import run_to_end
+    from sape2.training.lock import Held, hold
+
+    if trial.digest in {row["digest"] for row in read_rows(rows)}:
+        return
+    source = None if data is None else str(data / trial.config.data.name)
+    config = replace(trial.config, data=replace(trial.config.data, source=source))
+    try:
+        lock = hold(out / trial.digest)
+    except Held:
+        return
+    with lock:
+        splits = load_data(config.data, config.model)
+        run_to_end(build_model(config), splits, config, lock)
+        row = raw_row(lock.folder)
+    row["rows"] = [kept for kept in row["rows"] if "class" not in kept]
+    about = conditions()
+    row |= {"stage": stage, "processor": about.pop("hardware")} | {k: v for k, v in about.items() if k not in row}
+    with rows.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+# --- tables ------------------------------------------------------------------------------------------------------------
+
+
+def search_table(rows: list[Row]) -> str:
+    """Validation accuracy of the candidates, and their mean over the encodings that decide together."""
+    found = {row["digest"]: row for row in rows}
+    lines = []
+    for name, settings in CANDIDATES.items():
+        line: Row = {"candidate": name}
+        for encoding in SEARCH_ENCODINGS:
+            trial = Trial("cifar10_sprint", encoding, 0, SEARCH_EPOCHS, BEFORE + settings)
+            if trial.digest in found:
+                line[encoding] = f"{validation(found[trial.digest]):.4f}"
+        if len(line) > len(SEARCH_ENCODINGS):
+            line["mean"] = f"{sum(float(line[e]) for e in SEARCH_ENCODINGS) / len(SEARCH_ENCODINGS):.4f}"
+        if len(line) > 1:
+            lines.append(line)
+    return markdown_table(lines, ["candidate", *SEARCH_ENCODINGS, "mean"])
+
+
+def tuning_table(rows: list[Row]) -> str:
+    """Validation accuracy of every encoding at every pair of rates: what one rate for all would have said."""
+    found = {row["digest"]: row for row in rows}
+    lines: dict[str, Row] = {}
+    for stage in ("tuning", "tuning_controls", "tuning_forms"):
+        for trial in STAGES[stage](rows):
+            if trial.digest in found:
+                train = found[trial.digest]["settings"]["train"]
+                line = lines.setdefault(trial.encoding, {"encoding": f"`{trial.encoding}`"})
+                line[_heading((train["muon_lr"], train["encoding_lr"]))] = f"{validation(found[trial.digest]):.4f}"
+    return markdown_table(list(lines.values()), ["encoding", *map(_heading, RATES)])
+
+
+def _heading(rates: tuple[float, float]) -> str:
+    return f"{rates[0]:g} / {rates[1]:g}"
+
+
+TABLES = {"search": search_table, "tuning": tuning_table}
+
+
+def tables(rows: list[Row]) -> str:
+    return "\n".join(f"### {name}\n\n{table(rows)}" for name, table in TABLES.items())
+
+
+def progress(rows: list[Row]) -> str:
+    """How many runs of each stage are kept; a stage whose rates are not chosen yet says so."""
+    kept, lines = {row["digest"] for row in rows}, []
+    for stage, trials in STAGES.items():
+        try:
+            digests = [trial.digest for trial in trials(rows)]
+        except ValueError as error:
+            lines.append({"stage": stage, "runs": str(error)})
+        else:
+            lines.append({"stage": stage, "runs": f"{len(kept & set(digests))} of {len(digests)}"})
+    return markdown_table(lines, ["stage", "runs"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", nargs="?", choices=["run", "list", "tables"], default="tables")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("--data", type=Path, help="folder that holds cifar10 and cifar100")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "sprint")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args()
+    unknown = [stage for stage in given.stages if stage not in STAGES]
+    if unknown or (given.command == "run" and not (given.stages and given.data)):
+        parser.error(f"run needs --data DIR and stages out of {', '.join(STAGES)}; got {', '.join(given.stages) or 'none'}")
+    if given.command == "run":
+        run(given.stages, given.data, given.out, given.threads)
+    else:
+        print((progress if given.command == "list" else tables)(read_rows(ROWS)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""The runs of the sprint study: declared before they run, run once, and chosen on the validation split alone."""
+
+import pytest
+import sprint
+
+from sape2.training.run_folder import read_rows
+
+TINY = (
+    "train.precision=fp32",
+    "train.workers=0",
+    "model.dim=16",
+    "model.depth=1",
+    "model.num_heads=2",
+    "train.warmup_epochs=0",
+)
+
+
+def row_of(trial, validation, test=0.5):
+    """What is kept of a run, as far as choosing rates reads it."""
+    curve = {"validation_accuracy": [0.9, validation]}
+    return {"digest": trial.digest, "settings": trial.config.identity(), "curve": curve, "rows": [{"value": test}]}
+
+
+def test_a_run_is_kept_under_its_digest_and_not_run_again(tmp_path):
+    trial, rows = sprint.Trial("digits", "none", epochs=1, settings=TINY), tmp_path / "rows.jsonl"
+    sprint.train(trial, "search", None, tmp_path / "runs", rows)
+    kept = read_rows(rows)
+    assert [row["digest"] for row in kept] == [trial.digest]
+    assert kept[0]["stage"] == "search"
+    assert {"commit", "processor", "threads", "torch", "date"} <= kept[0].keys()
+    sprint.train(trial, "search", None, tmp_path / "elsewhere", rows)
+    assert read_rows(rows) == kept
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("stage", sprint.STAGES)
+def test_every_run_of_a_stage_is_another_one(stage, monkeypatch):
+    monkeypatch.setattr(sprint, "chosen_rates", lambda rows, encoding: ("train.muon_lr=0.02", "train.encoding_lr=0.002"))
+    digests = [trial.digest for trial in sprint.STAGES[stage]([])]
+    assert len(set(digests)) == len(digests) > 0
+
+
+def test_rates_are_chosen_on_the_validation_split_after_the_last_epoch():
+    trials = list(sprint.tuning(["ape"]))
+    assert len(trials) >= 4
+    rows = [row_of(trial, 0.5 + 0.01 * index, test=0.9 - 0.01 * index) for index, trial in enumerate(trials)]
+    assert sprint.chosen_rates(rows, "ape") == trials[-1].settings
+    with pytest.raises(ValueError, match=r"ape.*1 runs"):
+        sprint.chosen_rates(rows[:-1], "ape")
+
+
+def test_every_encoding_has_the_same_search():
+    names = (*sprint.TABLE, *sprint.BEYOND)
+    searched = {name: [trial.settings for trial in sprint.tuning([name])] for name in names if name != "none"}
+    assert len({tuple(settings) for settings in searched.values()}) == 1
+
+
+def test_the_tables_show_what_is_kept():
+    trials = list(sprint.tuning(["rope"]))
+    table = sprint.tuning_table([row_of(trial, 0.25 + 0.01 * i) for i, trial in enumerate(trials)])
+    assert all(number in table for number in ("0.2500", "0.2900", "0.02 / 0.002"))
+    assert "rope" in table
