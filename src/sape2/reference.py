@@ -158,7 +158,7 @@ def sape2_pair(vectors: Tensor, i: int, n: int, grid: Grid, axis: str, readout: 
     return squared if readout == "squared_distance" else math.sqrt(squared)
 
 
-# --- absolute and conditional: vectors that are added to the tokens, (N, D) ------------------------------------------
+# --- absolute and conditional: vectors that are added to the tokens, (N, D), or to keys -----------------------------
 
 
 def ape(tokens: Tensor, table: Tensor) -> Tensor:
@@ -199,6 +199,18 @@ def cpe(tokens: Tensor, weight: Tensor, offset: Tensor, grid: Grid, padding: str
                     if 0 <= row < height and 0 <= column < width:
                         output[y * width + x] += weight[:, dy + 1, dx + 1].double() * tokens[row * width + column].double()
     return output
+
+
+def key_table(q: Tensor, k: Tensor, keys: Tensor, queries: Tensor | None, grid: Grid, divide_bias: bool = True) -> Tensor:
+    """b_in = (q_i + a_i)^T (k_n + e_n) - q_i^T k_n, over sqrt(d); `keys` e and `queries` a are (H, W, d), for one head."""
+    width = grid[1]
+    bias = torch.zeros(len(q), len(q), dtype=torch.float64)
+    for i in range(len(q)):
+        for n in range(len(q)):
+            query = q[i].double() if queries is None else q[i].double() + queries[i // width, i % width].double()
+            key = k[n].double() + keys[n // width, n % width].double()
+            bias[i, n] = query @ key - q[i].double() @ k[n].double()
+    return bias / math.sqrt(q.shape[1]) if divide_bias else bias
 
 
 # --- rotary: turned vectors, (N, d) ----------------------------------------------------------------------------------

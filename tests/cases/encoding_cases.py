@@ -18,6 +18,9 @@ DIM = HEADS * HEAD_DIM
 VARIANTS = [
     *list_encodings(),
     "cpe:padding=circular",
+    "key_table:by=token",
+    "key_table:to=both",
+    "key_table:by=token,to=both,heads=shared,divide_bias=false",
     "rope:beyond=rescale",
     "rope_mixed:init=axes",
     "rpe:beyond=clamp",

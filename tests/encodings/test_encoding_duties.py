@@ -103,6 +103,20 @@ def test_a_resized_table_of_ones_stays_one(name: str, value: float, grid: Grid) 
     torch.testing.assert_close(found, torch.full_like(found, value), rtol=1e-6, atol=0.0)
 
 
+@pytest.mark.parametrize("grid", [(2, 5), (5, 9)], ids=str)
+def test_keys_get_what_ape_would_add_to_them_on_other_grids(grid: Grid) -> None:
+    """A table of places is resampled as that of ape; tables of rows and columns as one that is their sum."""
+    torch.manual_seed(0)
+    encoding, ape = make("key_table:by=token", (3, 7)), make("ape", (3, 7))
+    q, k = queries_and_keys(content(2, num_tokens(grid)))
+    for changed in (encoding, make("key_table:by=axis", (3, 7))):
+        tables = list(changed.parameters())
+        ape.table.copy_(sum(tables).expand(-1, 3, 7, -1).permute(1, 2, 0, 3).flatten(2))  # (H, W, h * d)
+        moved = k + ape.resampled(grid).unflatten(-1, (HEADS, HEAD_DIM)).permute(2, 0, 1, 3).flatten(1, 2)
+        expected = q @ (moved - k).transpose(-1, -2) / HEAD_DIM**0.5
+        torch.testing.assert_close(changed.bias(q, k, grid).dense(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "head_dim", "message"),
     [
@@ -139,7 +153,10 @@ def test_every_encoding_says_what_it_is() -> None:
         assert encoding.source
 
 
-@pytest.mark.parametrize("name", ["rpe_decomposed", "sape2:readout=direct", "sape2:readout=squared_distance"])
+@pytest.mark.parametrize(
+    "name",
+    ["rpe_decomposed", "sape2:readout=direct", "sape2:readout=squared_distance", "key_table", "key_table:by=token,to=both"],
+)
 def test_a_dot_product_needs_no_map_and_its_factors_equal_it(name: str) -> None:
     torch.manual_seed(0)
     encoding, (q, k) = make(name, (3, 7)), queries_and_keys(content(2, 21))

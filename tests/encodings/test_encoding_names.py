@@ -66,6 +66,25 @@ def test_shared_layers_have_one_table():
     assert count[1] - count[0] == 3 * 2 * 9 * 32
 
 
+def test_a_table_for_every_layer_comes_before_every_block():
+    tokens, layers = create_encodings("ape:every_layer=true+rope", 2, 8, (3, 4), depth=3)
+    assert [module.after_block for module in tokens] == [None, 0, 1]
+    assert len({id(module.table) for module in tokens}) == len(layers) == 3
+    tokens, _ = create_encodings("ape+cpe", 2, 8, (3, 4), depth=3)
+    assert [module.after_block for module in tokens] == [None, 0]
+
+
+def test_a_table_for_every_layer_is_added_to_what_enters_each_block():
+    size = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 2, "num_heads": 3, "pool": "class"}
+    model = create_model("vit_nano", encoding="ape:every_layer=true", **size).eval()
+    images = torch.randn(2, 3, 16, 16)
+    x, grid = model.embed(images)
+    x = model.blocks[0](x, grid)
+    table = model.token_encodings[1].table.flatten(0, 1)
+    x = model.blocks[1](torch.cat([x[:, :1], x[:, 1:] + table], dim=1), grid)
+    torch.testing.assert_close(model.features(images), model.norm(x))
+
+
 def test_options_are_described_with_the_default_first():
     described = describe_options(SaPE2.Options)
     assert described["count"] == "suffix|prefix|both|between|cyclic"
@@ -92,7 +111,7 @@ def test_options_are_described_with_the_default_first():
         ("sape2:table_std=wide", "sape2:table_std needs a number; got 'wide'"),
         ("sape2:share=yes", "sape2:share needs true or false; got 'yes'"),
         ("cpe:share=true", "acts once on the tokens"),
-        ("ape:count=both", "ape has no option 'count'; known options: resize"),
+        ("ape:count=both", "ape has no option 'count'; known options: resize, every_layer"),
         ("none:count=both", "none has no option 'count'; known options: every, share"),
     ],
 )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sape2.config.names import unknown
-from sape2.encodings.absolute import LearnedAbsolute, SinCos
+from sape2.encodings.absolute import KeyTable, LearnedAbsolute, SinCos
 from sape2.encodings.base import (
     AttentionBias,
     AttentionEncoding,
@@ -37,6 +37,7 @@ TOKEN_ENCODINGS: dict[str, type[TokenEncoding]] = {
 }
 ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
     "none": NoEncoding,
+    "key_table": KeyTable,
     "rope": Rotary,
     "rope_mixed": RotaryMixed,
     "rpe": RelativeTable,
@@ -56,6 +57,7 @@ __all__ = [
     "CoPE",
     "Conditional",
     "Facts",
+    "KeyTable",
     "LearnedAbsolute",
     "NoEncoding",
     "RelativeContextual",
@@ -181,9 +183,13 @@ def create_encoding(name: str, num_heads: int, head_dim: int, grid: Grid) -> Tok
 def create_encodings(
     name: str, num_heads: int, head_dim: int, grid: Grid, depth: int
 ) -> tuple[list[TokenEncoding], list[AttentionEncoding]]:
-    """All modules of a model: its token encodings, and one attention encoding for each of the `depth` layers."""
+    """All modules of a model: its token encodings, and one attention encoding for each of the `depth` layers.
+
+    A token encoding that acts before every block comes `depth` times.
+    """
     parts = _in_order(parse_encoding(name))
-    tokens = [TOKEN_ENCODINGS[p.name](num_heads, head_dim, grid, **p.options) for p in parts if p.acts_on_tokens]
+    sizes = (num_heads, head_dim, grid)
+    tokens = [module for p in parts if p.acts_on_tokens for module in _create_on_tokens(p, *sizes, depth)]
     layers: list[list[AttentionEncoding]] = [[] for _ in range(depth)]
     for part in parts:
         if part.acts_on_tokens:
@@ -200,6 +206,17 @@ def create_encodings(
 def _in_order(parts: list[Part]) -> list[Part]:
     """However a name was written, its parts are made in one order, so that a seed gives the same parameters."""
     return sorted(parts, key=lambda part: part.name)
+
+
+def _create_on_tokens(part: Part, num_heads: int, head_dim: int, grid: Grid, depth: int) -> list[TokenEncoding]:
+    """One module, or one for every block: before the first block, after block 0, and so on."""
+    encoding = TOKEN_ENCODINGS[part.name]
+    modules = [encoding(num_heads, head_dim, grid, **part.options)]
+    if modules[0].every_layer:
+        modules += [encoding(num_heads, head_dim, grid, **part.options) for _ in range(depth - 1)]
+        for block, module in enumerate(modules[1:]):
+            module.after_block = block
+    return modules
 
 
 def _create(part: Part, num_heads: int, head_dim: int, grid: Grid) -> AttentionEncoding:

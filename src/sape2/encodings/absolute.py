@@ -1,30 +1,57 @@
-"""Absolute encodings in the token slot: one vector per grid place, added to the tokens before the first block."""
+"""Absolute encodings: one vector per grid place, added to the tokens once or before every block, or to keys in every layer."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import Facts, TokenEncoding, full_precision, make_options
+from sape2.encodings.base import (
+    AttentionBias,
+    AttentionEncoding,
+    Facts,
+    TokenEncoding,
+    full_precision,
+    make_options,
+    no_autocast,
+)
+from sape2.encodings.bias import Factors, Places
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
+
+Resize = Literal["bicubic", "bilinear"]
+
+
+def resampled(
+    table: Float[Tensor, "tables height width channels"], grid: Grid, mode: Resize = "bicubic"
+) -> Float[Tensor, "tables rows columns channels"]:
+    """Tables resampled as images to `grid`, with antialiasing as in timm; the very same table on its own grid."""
+    if not is_symbolic(grid) and table.shape[1:3] == tuple(grid):
+        return table
+    image = full_precision(table).permute(0, 3, 1, 2)
+    return F.interpolate(image, size=tuple(grid), mode=mode, antialias=True, align_corners=False).permute(0, 2, 3, 1)
+
+
+# --- on the tokens ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class LearnedAbsoluteOptions:
-    """`resize`: how the table is resampled to another grid."""
+    """`resize`: how the table is resampled to another grid; `every_layer`: a table of its own before every block."""
 
-    resize: Literal["bicubic", "bilinear"] = "bicubic"
+    resize: Resize = "bicubic"
+    every_layer: bool = False
 
 
 class LearnedAbsolute(TokenEncoding):
     """x_i + e[i], one learned vector per place of the training grid (ViT, arXiv:2010.11929); normal of std 0.02.
 
-    On another grid the table is resampled as an image, from its own (H, W), never from a guessed square.
+    On another grid the table is resampled as an image, from its own (H, W), never from a guessed square. With
+    `every_layer` a model has one of these modules for every block, each added to the tokens that enter it: the control
+    that tells whether a gain comes from meeting a table in every layer.
     """
 
     Options = LearnedAbsoluteOptions
@@ -35,8 +62,8 @@ class LearnedAbsolute(TokenEncoding):
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid)
         self.options = make_options(LearnedAbsoluteOptions, "ape", options)
-        self.grid = check_grid(grid)
-        self.table = nn.Parameter(torch.empty(*self.grid, num_heads * head_dim))  # (H, W, D)
+        self.every_layer = self.options.every_layer
+        self.table = nn.Parameter(torch.empty(*check_grid(grid), num_heads * head_dim))  # (H, W, D)
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
@@ -44,11 +71,7 @@ class LearnedAbsolute(TokenEncoding):
         return tokens + self.resampled(grid).flatten(0, 1).to(tokens.dtype)
 
     def resampled(self, grid: Grid) -> Float[Tensor, "height width dim"]:
-        if not is_symbolic(grid) and tuple(grid) == self.grid:
-            return self.table
-        image = full_precision(self.table).permute(2, 0, 1)[None]  # (1, D, H, W)
-        image = F.interpolate(image, size=tuple(grid), mode=self.options.resize, antialias=True, align_corners=False)
-        return image[0].permute(1, 2, 0)
+        return resampled(self.table[None], grid, self.options.resize)[0]
 
 
 @dataclass(frozen=True)
@@ -88,3 +111,79 @@ class SinCos(TokenEncoding):
         y, x = coordinates(grid).double().unbind(-1)
         angles = [x[:, None] * omega, y[:, None] * omega]
         return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1)
+
+
+# --- on the keys of every layer --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class KeyTableOptions:
+    """`by`: a vector for every row and one for every column, or one for every place; `to`: keys alone, or vectors of their
+    own for queries, too; `heads`: vectors of its own for each head, or the same for all; `divide_bias`: by sqrt(d).
+    """
+
+    by: Literal["axis", "token"] = "axis"
+    to: Literal["keys", "both"] = "keys"
+    heads: Literal["each", "shared"] = "each"
+    divide_bias: bool = True
+
+
+class KeyTable(AttentionEncoding):
+    """b_in = q_i^T e_n / sqrt(d), what a learned vector e_n of place n adds to the logits when it is added to the key.
+
+    With to=both, (q_i + a_i)^T (k_n + e_n) takes the place of q_i^T k_n. By axis, e_n is the vector of n's row plus that
+    of its column. The control of `sape2:readout=direct`: the query meets a table of places in every layer, and no gate
+    counts. Vectors start as those of `ape`, normal of std 0.02, and are resampled like them on other grids.
+    """
+
+    Options = KeyTableOptions
+    summary = "a learned vector per row and column, or per place, added to the keys in every layer"
+    source = "the control of SaPE2's read-out (ours)"
+    variants: ClassVar[dict[str, str]] = {
+        "by=token": "a vector for every place instead of its row and its column",
+        "to=both": "vectors of their own for the queries, too",
+        "heads=shared,divide_bias=false": "one table for all heads, read undivided, as in sape2:readout=direct",
+    }
+    facts = Facts(content_dependent=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(KeyTableOptions, "key_table", options)
+        height, width = check_grid(grid)
+        tables = num_heads if self.options.heads == "each" else 1
+        shapes = {"": (height, width)} if self.options.by == "token" else {"_y": (height, 1), "_x": (1, width)}
+        for side in ("keys", "queries") if self.options.to == "both" else ("keys",):
+            for axis, places in shapes.items():
+                table = nn.Parameter(torch.empty(tables, *places, head_dim))  # (h or 1, rows, columns, d)
+                self.register_parameter(side + axis, table)
+                nn.init.trunc_normal_(table, std=0.02)
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        check_tokens(q, grid)
+        with no_autocast(q):
+            scale = q.shape[-1] ** -0.5 if self.options.divide_bias else 1.0
+            terms = [self._met_by(scale * full_precision(q), grid)]
+            if self.options.to == "both":
+                terms.append(Factors(scale * self._vectors("queries", grid), full_precision(k) + self._vectors("keys", grid)))
+            return AttentionBias(*terms, dtype=q.dtype)
+
+    def _met_by(self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid) -> Factors | Places:
+        """q_i^T e_n for all places n."""
+        if self.options.by == "token":
+            return Factors(q, self._vectors("keys", grid))
+        rows, columns = (table.flatten(1, 2).transpose(-1, -2) for table in self._tables("keys", grid))
+        return Places(q @ rows, q @ columns)
+
+    def _vectors(self, side: str, grid: Grid) -> Float[Tensor, "tables tokens head_dim"]:
+        """The vector of every place."""
+        return sum(self._tables(side, grid)).expand(-1, *grid, -1).flatten(1, 2)
+
+    def _tables(self, side: str, grid: Grid) -> list[Float[Tensor, "tables rows columns head_dim"]]:
+        """One of (H, W) places, or one of (H, 1) and one of (1, W)."""
+        height, width = grid
+        if self.options.by == "token":
+            return [resampled(full_precision(getattr(self, side)), grid)]
+        along_y, along_x = (full_precision(getattr(self, f"{side}_{axis}")) for axis in "yx")
+        return [resampled(along_y, (height, 1)), resampled(along_x, (1, width))]

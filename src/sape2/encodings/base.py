@@ -121,6 +121,8 @@ class Facts:
 class TokenEncoding(nn.Module):
     """Adds position to the tokens once: before the first block, or after block `after_block`.
 
+    With `every_layer` a model has a module before every block, see `sape2.encodings.create_encodings`.
+
     A class says what it is (`summary`), where it comes from (`source`), and which settings of its options are worth a
     comparison (`variants`: options -> what they are and where they come from); `sape2 list encodings` shows all three.
     """
@@ -132,6 +134,7 @@ class TokenEncoding(nn.Module):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # names of several options at once, the default first
     facts = Facts()
     after_block: int | None = None
+    every_layer: bool = False
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__()
