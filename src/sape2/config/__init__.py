@@ -196,8 +196,9 @@ class TrainConfig:
 
     `optimizer` is one of timm's. The Muon family (Jordan et al., 2024) orthogonalises the updates of the weight matrices
     inside the blocks. These have a rate of their own, `muon_lr` (None: 0.02, and `lr` for AdaMuon), and `muon_momentum`
-    (None: 0.95); everything else is under AdamW with `lr`. Parameters of an encoding are never under Muon and never decay;
-    `encoding_lr` (None: `lr`) is their rate. `schedule` is the decay from these rates to `min_lr`, after a linear warm-up.
+    (None: 0.95); everything else is under AdamW with `lr`. A leading n means Nesterov momentum, also in the AdamW part.
+    Parameters of an encoding are never under Muon and never decay; `encoding_lr` (None: `lr`) is their rate. `schedule`
+    is the decay from these rates to `min_lr`, after a linear warm-up.
 
     `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
     over all processes and accumulation steps. `checkpoint_every` is in updates; 0 is at the end of every epoch only.
