@@ -414,13 +414,19 @@ CHANGES = {
     "train.epochs": 50, "train.batch_size": 64, "train.lr": 0.5, "train.min_lr": 0, "train.warmup_epochs": 1,
     "train.weight_decay": 0, "train.label_smoothing": 0, "train.clip_grad": 1, "train.ema_decay": 0.9,
     "train.accumulation": 2, "train.precision": "fp32", "train.shuffle_window": 64, "augment.crop_area": 0.1,
-    "data.center_crop": 0.9,
+    "data.center_crop": 0.9, "train.optimizer": "muon", "train.encoding_lr": 0.1, "train.betas": [0.8, 0.9],
+    "train.schedule": "linear",
 }  # fmt: skip
 NO_CHANGE_OF_THE_RESULT = {
     "data.source": "elsewhere", "data.layout": "folder", "data.in_memory": False, "data.max_bad_samples": 3,
     "train.workers": 3, "train.checkpoint_every": 7, "train.parallel": "fsdp",
 }  # fmt: skip
-WITH_OTHERS = {"model.in_channels": ["model.in_channels=1", "data.mean=[0]", "data.std=[1]"]}
+MUON = "train.optimizer=muon"
+WITH_OTHERS = {
+    "model.in_channels": ["model.in_channels=1", "data.mean=[0]", "data.std=[1]"],
+    "train.muon_lr": [MUON, "train.muon_lr=0.3"],
+    "train.muon_momentum": [MUON, "train.muon_momentum=0.5"],
+}
 
 
 def test_every_setting_is_known_to_the_identity_tests():
