@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow shapes browser tables docs notebooks lint clean
+.PHONY: demo test slow shapes browser leaderboard tables docs notebooks lint clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
 	$(BIN)/sape2 train digits --out runs/demo
@@ -21,6 +21,9 @@ shapes: $(VENV)/.test  ## all tests but the slow ones, with the annotated shape 
 
 browser: $(VENV)/.browser  ## pages of explore and explain, and the site if built, in a Chromium of the system
 	$(BIN)/python -m pytest -q -m browser tests/viz tests/docs
+
+leaderboard: $(VENV)/.demo  ## the table of docs/leaderboard.md, from the rows in benchmarks/results/leaderboard
+	$(BIN)/python benchmarks/leaderboard.py
 
 tables: $(VENV)/.demo  ## the tables of the docs, from the rows in benchmarks/results
 	$(BIN)/python benchmarks/tables.py

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from timing import RESULTS, Row, conditions
 
@@ -49,6 +50,13 @@ class Trial:
         config = replace(config, seed=self.seed, model=replace(config.model, encoding=self.encoding))
         config = config if self.epochs is None else with_epochs(config, self.epochs)
         return override(config, list(self.settings))
+
+    @property
+    def command(self) -> str:
+        """What trains the same with the installed package."""
+        length = "" if self.epochs is None else f" --epochs {self.epochs}"
+        settings = "".join(f" --set {setting}" for setting in self.settings)
+        return f"sape2 train {self.recipe} --data DIR --encoding {self.encoding} --seed {self.seed}{length}{settings}"
 
     @cached_property
     def digest(self) -> str:
@@ -169,27 +177,38 @@ def run(stages: list[str], data: Path, out: Path, threads: int) -> None:
 
 def train(trial: Trial, stage: str, data: Path | None, out: Path, rows: Path = ROWS) -> None:
     """Does nothing if the run is kept, or if another process has it. Without `data` the recipe's own images are used."""
-    from sape2.data import load_data
-    from sape2.models.trained import build_model
-    from sape2.studies.compare.rawrows import raw_row
-    from sape2.studies.run import run_to_end
     from sape2.training.lock import Held, hold
 
     if trial.digest in {row["digest"] for row in read_rows(rows)}:
         return
-    source = None if data is None else str(data / trial.config.data.name)
-    config = replace(trial.config, data=replace(trial.config.data, source=source))
     try:
         lock = hold(out / trial.digest)
     except Held:
         return
     with lock:
-        splits = load_data(config.data, config.model)
-        run_to_end(build_model(config), splits, config, lock)
-        row = raw_row(lock.folder)
+        keep(trained(trial, data, lock) | {"stage": stage}, rows)
+
+
+def trained(trial: Trial, data: Path | None, lock: Any) -> Row:
+    """Trains to the end in the locked folder; the raw row of the run without its classes, and the conditions."""
+    from sape2.data import load_data
+    from sape2.models.trained import build_model
+    from sape2.studies.compare.rawrows import raw_row
+    from sape2.studies.run import run_to_end
+
+    source = None if data is None else str(data / trial.config.data.name)
+    config = replace(trial.config, data=replace(trial.config.data, source=source))
+    splits = load_data(config.data, config.model)
+    run_to_end(build_model(config), splits, config, lock)
+    row, about = raw_row(lock.folder), conditions()
     row["rows"] = [kept for kept in row["rows"] if "class" not in kept]
-    about = conditions()
-    row |= {"stage": stage, "processor": about.pop("hardware")} | {k: v for k, v in about.items() if k not in row}
+    return (
+        row | {"command": trial.command, "processor": about["hardware"]} | {k: about[k] for k in ("date", "threads", "commit")}
+    )
+
+
+def keep(row: Row, rows: Path) -> None:
+    rows.parent.mkdir(parents=True, exist_ok=True)
     with rows.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
