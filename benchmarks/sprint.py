@@ -75,7 +75,7 @@ FORMS = ("sign=minus", "sign=learned", "preset=equations", "normalize=sqrt_lengt
 BEFORE = (
     "train.optimizer=nmuon",
     "train.lr=0.002",
-    "train.muon_lr=0.02",
+    "train.muon_lr=0.01",
     "train.muon_momentum=0.95",
     "train.betas=[0.9,0.95]",
     "train.weight_decay=0.05",
@@ -86,10 +86,13 @@ BEFORE = (
 )
 SEARCH_ENCODINGS = ("none", "ape", "rope", "ape+sape2")
 SEARCH_EPOCHS = 2
-CANDIDATES: dict[str, tuple[str, ...]] = {"as it was": (), "muon_lr 0.01": ("train.muon_lr=0.01",)}  # what screening left
+CANDIDATES: dict[str, tuple[str, ...]] = {  # what the screening with one encoding left
+    "as it was": (),
+    "batch 64": ("train.batch_size=64", "train.muon_lr=0.007", "train.lr=0.0014"),
+}
 
 QUARTER = 3  # epochs of the search for rates: a quarter of the recipe's
-RATES = ((0.02, 0.002), (0.01, 0.0005), (0.04, 0.0005), (0.01, 0.008), (0.04, 0.008))  # of the blocks, of the encoding
+RATES = ((0.01, 0.002), (0.005, 0.0005), (0.02, 0.0005), (0.005, 0.008), (0.02, 0.008))  # of the blocks, of the encoding
 
 
 def search() -> Iterator[Trial]:

@@ -135,7 +135,7 @@ def cifar10_sprint() -> RunConfig:
             epochs=12,
             batch_size=128,
             lr=2e-3,
-            muon_lr=0.02,
+            muon_lr=0.01,
             muon_momentum=0.95,
             betas=(0.9, 0.95),
             schedule="linear",
