@@ -57,7 +57,7 @@ def _is_transformed(q: Tensor) -> bool:
 
 
 def _is_replica(encoding: AttentionEncoding) -> bool:
-    return getattr(encoding, "_is_replica", False)
+    return bool(getattr(encoding, "_is_replica", False))
 
 
 def is_small(q: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -178,7 +179,7 @@ class KeyTable(AttentionEncoding):
 
     def _vectors(self, side: str, grid: Grid) -> Float[Tensor, "tables tokens head_dim"]:
         """The vector of every place."""
-        return sum(self._tables(side, grid)).expand(-1, *grid, -1).flatten(1, 2)
+        return reduce(torch.add, self._tables(side, grid)).expand(-1, *grid, -1).flatten(1, 2)
 
     def _tables(self, side: str, grid: Grid) -> list[Float[Tensor, "tables rows columns head_dim"]]:
         """One of (H, W) places, or one of (H, 1) and one of (1, W)."""

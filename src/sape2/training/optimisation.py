@@ -96,7 +96,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
     Norms, biases, tokens and everything of an encoding do not decay (`ViT.no_weight_decay`).
     """
-    still: set[str] = getattr(model, "no_weight_decay", set)()
+    no_decay: Any = getattr(model, "no_weight_decay", set)
+    still = no_decay()
     encodings = encoding_names(model)
     rates, groups = config.rates, {name: [] for name in ("decayed", "still", "encodings", "matrices")}
     for name, parameter in model.named_parameters():

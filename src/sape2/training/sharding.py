@@ -20,7 +20,7 @@ def shard(model: nn.Module, device: torch.device) -> None:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    blocks = getattr(model, "blocks", ())
+    blocks: Any = getattr(model, "blocks", ())
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh)
 

@@ -33,11 +33,11 @@ def plot_bias(
     axes[0].set_title("image and patch", fontsize=9)
     maps = [bias.mean(0)[patch[0] * width + patch[1]].view(height, width).numpy() for bias in layers]
     low, high = min(values.min() for values in maps), max(values.max() for values in maps)
-    for panel, values, title in zip(axes[1:], maps, titles, strict=True):
-        shown = panel.imshow(values, cmap=MAP_COLOURS, vmin=low, vmax=high)
+    shown = [panel.imshow(values, cmap=MAP_COLOURS, vmin=low, vmax=high) for panel, values in zip(axes[1:], maps, strict=True)]
+    for panel, title in zip(axes[1:], titles, strict=True):
         panel.plot(patch[1], patch[0], "s", color=LINES[1], markersize=5)
         panel.set_title(title, fontsize=9)
-    figure.colorbar(shown, ax=list(axes), fraction=0.03, label="bias (logits)")
+    figure.colorbar(shown[0], ax=list(axes), fraction=0.03, label="bias (logits)")
     for panel in axes:
         panel.set_xticks([])
         panel.set_yticks([])
