@@ -11,8 +11,9 @@ from PIL import Image
 
 from sape2.config.detection import ImagesConfig
 from sape2.detection.batches import TrainView, epoch_batches, make_transform, one_size_batches, padded_size
-from sape2.detection.coco import count_objects, decode_mask, open_split
+from sape2.detection.coco import count_objects, open_split
 from sape2.detection.composed import MIN_VISIBLE, TEST_COLUMNS, TEST_EVERY, _draw, _sources, compose, run_lengths
+from sape2.detection.masks import decode_mask
 from sape2.detection.metrics import CocoMetric
 
 pytest.importorskip("faster_coco_eval")
@@ -202,9 +203,10 @@ def test_published_layout_crowds_empty_images_and_boxes_of_no_size(write):
     empty = images[1][1]
     assert empty["boxes"].shape == (0, 4)
     assert empty["masks"].shape == (0, 6, 6)
-    assert images.notes[0].startswith("left out 1 boxes of no size")
-    assert "annotation 3" in images.notes[0]
-    assert images.notes[1].startswith("1 of 2 images")
+    told = ["end outside of their image", "without area", "of no size inside their image", "1 of 2", "1 of 2, dog"]
+    for note, wanted in zip(images.notes, told, strict=True):
+        assert wanted in note
+    assert "annotation 3" in images.notes[2]
     assert count_objects(images) == {"dog": 0, "cat": 1}
 
 
@@ -223,11 +225,11 @@ def test_training_leaves_crowds_out(write):
     ("change", "message"),
     [
         (lambda v: v.pop("images"), "needs a list called images"),
-        (lambda v: v["images"][0].pop("height"), "needs id, file_name, height, width"),
+        (lambda v: v["images"][0].pop("height"), "image 7 .a.png. needs height and width"),
         (lambda v: v["images"][0].update(file_name="../a.png"), "lies outside"),
         (lambda v: v["images"][0].update(file_name="/etc/hostname"), "lies outside"),
         (lambda v: v["images"][1].update(file_name="c.png"), "image 9 is missing"),
-        (lambda v: v["categories"][0].pop("name"), "a category needs id and name"),
+        (lambda v: v["categories"][0].pop("name"), "category 44 needs name"),
         (lambda v: v["annotations"][0].update(image_id=8), "annotation 1 speaks of image 8"),
         (lambda v: v["annotations"][1].update(category_id=4), "annotation 2 has category 4; known ids: 3, 44"),
         (lambda v: v["annotations"][1].update(bbox=[0, 0, 1]), "annotation 2 needs bbox"),
@@ -244,10 +246,10 @@ def test_files_that_cannot_be_used_are_refused_in_one_line(write, change, messag
 
 def test_damage_is_named(write):
     folder = write(lambda values: values["images"][0].update(width=11))
-    with pytest.raises(ValueError, match=r"a\.png is 8x10 pixels; .* says 8x11"):
+    with pytest.raises(ValueError, match=r"a\.png is 8x10 pixels; .* says 8x11 of image 7"):
         open_split(folder, "train")[0]
     (folder / "train2017" / "a.png").write_bytes(b"\x89PNG no image")
-    with pytest.raises(ValueError, match=r"a\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.png .image 7 of .* cannot be read"):
         open_split(folder, "train")[0]
     (folder / "annotations" / "instances_train2017.json").write_text("{")
     with pytest.raises(ValueError, match="is damaged"):

@@ -44,7 +44,7 @@ def test_a_category_of_one_split_only_is_refused(tmp_path):
             "id 1 twice: a.png and b.png",
         ),
         ({"categories": [{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}]}, "id 1 twice: cat and dog"),
-        ({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]}, "name 'cat' twice: cat and cat"),
+        ({"categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}]}, "categories 1 and 2 both have the name 'cat'"),
         (
             {"annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, n, 9]} for n in (8, 9)]},
             "annotations has id 1 twice",

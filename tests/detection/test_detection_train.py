@@ -16,15 +16,13 @@ from sape2.data.pixels import RULE
 from sape2.detection import compose, create_detector, run_detection
 from sape2.detection.metrics import predict
 from sape2.detection.models import no_weight_decay
+from sape2.detection.splits import check_goes_on, fingerprint, open_images
 from sape2.detection.train import (
     DetectionTrainer,
     check_folder,
-    check_goes_on,
-    fingerprint,
     make_optimizer,
     make_schedule,
     new_detector,
-    open_images,
 )
 from sape2.training.run_folder import read_rows
 

@@ -119,7 +119,7 @@ class TrainStream(Dataset):
             batch_size=None,
             sampler=range(start, self.total_steps),
             num_workers=workers,
-            worker_init_fn=_leave_signals_to_the_main_process,
+            worker_init_fn=leave_signals_to_the_main_process,
             prefetch_factor=min(8, max(2, ahead)) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
@@ -149,7 +149,7 @@ class _Prepared(Dataset):
         return batch, dict(data.unreadable.reasons) if isinstance(data, ImageFiles) else {}, error
 
 
-def _leave_signals_to_the_main_process(_: int) -> None:
+def leave_signals_to_the_main_process(_: int) -> None:
     """Ctrl-C reaches the whole process group; a worker that died of it would break the step that saves the run."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 # Looked up when first used, so that recipes, which read the settings alone, do not wait for torch.
 _HOMES = {
-    "CocoImages": "coco",
-    "DetectionConfig": "settings",
-    "DetectorConfig": "settings",
-    "SimpleFeaturePyramid": "pyramid",
-    "WindowedViT": "backbone",
-    "build_detector": "models",
-    "compose": "composed",
-    "create_detector": "models",
-    "evaluate_detector": "metrics",
-    "open_split": "coco",
-    "run_detection": "train",
+    "CocoImages": "detection.coco",
+    "DetectionConfig": "config.detection",
+    "DetectorConfig": "config.detection",
+    "SimpleFeaturePyramid": "detection.pyramid",
+    "WindowedViT": "detection.backbone",
+    "build_detector": "detection.models",
+    "compose": "detection.composed",
+    "create_detector": "detection.models",
+    "evaluate_detector": "detection.metrics",
+    "open_split": "detection.coco",
+    "run_detection": "detection.train",
 }
 __all__ = [
     "CocoImages",
@@ -46,5 +46,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(f"sape2.detection.{_HOMES[name]}"), name)
+        return getattr(importlib.import_module(f"sape2.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'sape2.detection' has no attribute {name!r}")

@@ -26,9 +26,35 @@ Sample = tuple[Tensor, dict[str, Any]]
 
 
 def padded_size(size: Grid, image_size: Grid, divisor: int) -> Grid:
-    """(height, width) that the model sees of an image: fitted into `image_size` (either way up), sides then rounded up."""
+    """(height, width) that the model sees of an image: fitted into `image_size` (either way up), sides then rounded up.
+
+    Raises ValueError if a side is rounded to no pixel.
+    """
+    height, width = (math.ceil(side / divisor) * divisor for side in fitted_size(size, image_size))
+    return height, width
+
+
+def fitted_size(size: Grid, image_size: Grid) -> Grid:
+    """(height, width) to which torchvision's detectors resize an image. Raises ValueError if a side is rounded to no pixel."""
+    if min(size) < 1:
+        raise ValueError(f"an image of {size[0]}x{size[1]} has no pixels")
     scale = min(min(image_size) / min(size), max(image_size) / max(size))
-    height, width = (math.ceil(int(side * scale) / divisor) * divisor for side in size)
+    return _some_pixels(size, scale, f"fitted into {image_size[0]}x{image_size[1]}")
+
+
+def check_jitter(size: Grid, image_size: Grid, low: float) -> None:
+    """Raises ValueError if scale jitter by the factor `low` leaves no pixel of a side."""
+    scale = min(image_size[0] / size[0], image_size[1] / size[1]) * low * (1 - 1e-6)  # it is computed in float32
+    _some_pixels(size, scale, f"scaled by {low:g} (images.scale_jitter) of what fits into {image_size[0]}x{image_size[1]}")
+
+
+def _some_pixels(size: Grid, scale: float, how: str) -> Grid:
+    height, width = (int(side * scale) for side in size)
+    if not (height and width):
+        raise ValueError(
+            f"{size[0]}x{size[1]} pixels are too thin: {how}, a side has {min(size) * scale:.2f} pixels; cut the image into "
+            "parts, or leave it out"
+        )
     return height, width
 
 

@@ -68,7 +68,11 @@ class CocoMetric:
 def evaluate_detector(
     model: Any, images: CocoImages, config: DetectionConfig, watch: Callable[[int], None] = lambda done: None
 ) -> list[Row]:
-    """Rows of COCO's metrics of a detector in float32; `watch` is told how many images are done."""
+    """Rows of COCO's metrics of a detector in float32; `watch` is told how many images are done.
+
+    Raises ValueError if there is no object to measure.
+    """
+    images.check_measurable()
     metric = CocoMetric(config.detector.masks)
     for _, predictions, targets in predict(model, images, config):
         metric.update(predictions, targets)

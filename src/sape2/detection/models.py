@@ -10,16 +10,19 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from torch import Tensor
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 
 from sape2.config import ModelConfig, model_config
 from sape2.config.checks import make_config
 from sape2.config.detection import DetectorConfig, ImagesConfig
 from sape2.detection.backbone import WindowedViT
+from sape2.detection.batches import fitted_size
 from sape2.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid, strides
 
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
@@ -56,16 +59,24 @@ def build_detector(model: ModelConfig, detector: DetectorConfig, images: ImagesC
         kind = FasterRCNN
         if detector.masks:
             kind, parts = MaskRCNN, parts | _mask_parts(detector, pyramid, model.num_classes + 1)
-        return kind(
-            PyramidBackbone(body, pyramid),
-            min_size=min(model.image_size),
-            max_size=max(model.image_size),
-            size_divisible=level_strides[-1],
-            image_mean=list(images.mean),
-            image_std=list(images.std),
-            box_score_thresh=detector.score_threshold,
-            **parts,
-        )
+        built = kind(PyramidBackbone(body, pyramid), box_score_thresh=detector.score_threshold, **parts)
+    built.transform = FitImages(
+        min(model.image_size),
+        max(model.image_size),
+        list(images.mean),
+        list(images.std),
+        size_divisible=level_strides[-1],
+    )
+    return built
+
+
+class FitImages(GeneralizedRCNNTransform):
+    """torchvision's resizing and padding. Raises ValueError for an image so thin that a side would have no pixel."""
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        height, width = image.shape[-2:]
+        fitted_size((height, width), (self.min_size[-1], self.max_size))
+        return super().resize(image, target)
 
 
 def no_weight_decay(model: FasterRCNN) -> set[str]:

@@ -1,9 +1,9 @@
-"""Training of detectors: one process, resumed exactly at the end of the last epoch.
+"""Training of detectors in one process, which holds the run folder, and resumes exactly at the step of the last checkpoint.
 
 Every draw of a step (order, augmentation, which proposals are sampled) follows from (seed, epoch or step), so a run that
-stopped gives the same weights as one that did not. The run folder holds config.json, data.json (which
-images), model.safetensors (last epoch, the end), checkpoint/, metrics.jsonl (a line per epoch), results.jsonl. Nothing is
-chosen on the test images.
+stopped gives the same weights as one that did not. A checkpoint follows every epoch, and SIGINT or SIGTERM. The run folder
+holds config.json, data.json (which images), model.safetensors (last epoch, the end), checkpoint/, metrics.jsonl (a line per
+epoch), results.jsonl. Nothing is chosen on the test images.
 """
 
 from __future__ import annotations
@@ -21,102 +21,92 @@ import torch
 from torch.utils.data import DataLoader
 
 from sape2.config.detection import DetectionConfig, TrainingConfig
-from sape2.data.augment import derive_seed
-from sape2.data.fingerprint import digest
-from sape2.data.pixels import RULE
+from sape2.data.augment import derive_seed, leave_signals_to_the_main_process
 from sape2.detection.batches import Sample, TrainView, epoch_batches, make_transform, padded_size
-from sape2.detection.coco import CocoImages, count_objects, open_split
-from sape2.detection.composed import compose
+from sape2.detection.coco import CocoImages, count_objects
 from sape2.detection.metrics import Row, evaluate_detector, make_metric
 from sape2.detection.models import build_detector, no_weight_decay
+from sape2.detection.pyramid import strides
+from sape2.detection.splits import check_goes_on, check_sizes, fingerprint, open_images, read_all, same_content
 from sape2.evaluation.runs import hardware
-from sape2.training.checkpoint import Progress, last_checkpoint, load_checkpoint, load_weights, save_checkpoint, save_weights
-from sape2.training.files import holds_files, write_text
+from sape2.training.checkpoint import (
+    Progress,
+    last_checkpoint,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+    save_weights,
+    standing,
+)
+from sape2.training.files import holds_files, sweep, write_text
+from sape2.training.interruption import TrainingStopped, catch_signals
+from sape2.training.lock import Lock, hold
 from sape2.training.memory_errors import in_detection, told_in_one_line
 from sape2.training.optimisation import mixed_precision
 from sape2.training.processes import refuse_launcher
-from sape2.training.run_folder import check_data, keep_fingerprint, read_rows, update_results, write_rows
-
-COMPOSED = "runs/data/coco_digits"
+from sape2.training.run_folder import keep_fingerprint, read_rows, update_results, write_rows
 
 
 def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) -> list[Row]:
     """Trains (or goes on, or finds that it is done), measures the test images, writes and returns the rows.
 
-    Raises ValueError, FileNotFoundError or ImportError, in one line, for what the user can put right.
+    All images are read once before the first step. Raises ValueError, FileNotFoundError or ImportError, in one line, for
+    what the user can put right; Held if another process works on the folder; TrainingStopped on SIGINT and SIGTERM.
     """
     check_folder(folder, config)
     done = read_rows(folder / "results.jsonl")
-    if done:
+    if done and (config.images.name == "coco_digits" or config.images.source is None):
         return done
     make_metric(config.detector.masks)  # what is missing at the end is better known at the beginning
     with torch.device("meta"):  # what is wrong with a model shows before images are composed
         build_detector(config.model, config.detector, config.images)
-    train_images, test_images = open_images(config)
-    model = new_detector(config)
-    if (folder / "model.safetensors").exists():
-        load_weights(folder / "model.safetensors", model)
-    else:
-        images = fingerprint(config, train_images, test_images)
-        check_goes_on(folder, images)
-        with memory_named(config):
-            DetectionTrainer(model, train_images, config, folder, quiet, images).run()
-        model = new_detector(config)  # without what accelerate put around it
-        load_weights(folder / "model.safetensors", model)
+    train, test = open_images(config)
+    check_goes_on(folder, fingerprint(config, train, test))
+    if done:
+        return done
+    with hold(folder, standing(folder)) as lock:
+        check_folder(folder, config)
+        sweep(folder)
+        check_images(config, train, test, quiet)
+        if not (folder / "model.safetensors").exists():
+            with memory_named(config):
+                seen = fingerprint(config, train, test)
+                DetectionTrainer(new_detector(config), train, config, folder, quiet, seen, lock.check).run()
+        return measure(config, test, lock, quiet)
+
+
+def check_images(config: DetectionConfig, train: CocoImages, test: CocoImages, quiet: bool) -> None:
+    """Says what was changed or left out, and reads every image of both splits once. Raises ValueError naming file and id."""
+    stride = strides(config.model.patch_size, config.detector.scales, config.detector.extra_level)[-1]
+    low = min(config.images.scale_jitter, default=None)
+    check_sizes(train, config.model.image_size, stride, low)
+    check_sizes(test, config.model.image_size, stride)
+    for note in (*train.notes, *test.notes):
+        say(note, quiet)
+    digests = []
+    for images in (train, test):
+        with progress_bar(f"reading the images of {images.where}", len(images), quiet) as show:
+            digests.append(read_all(images, show))
+    for note in same_content(train, digests[0], test, digests[1]):
+        say(note, quiet)
+
+
+def measure(config: DetectionConfig, images: CocoImages, lock: Lock, quiet: bool) -> list[Row]:
+    """The rows of the trained detector on the test images, written into the locked folder."""
+    model = new_detector(config)  # without what accelerate puts around one that is trained
+    load_weights(lock.folder / "model.safetensors", model)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    with progress_bar("measuring", len(test_images), quiet) as show, memory_named(config):
-        rows = evaluate_detector(model, test_images, config, show)
+    with progress_bar("measuring", len(images), quiet) as show, memory_named(config):
+        rows = evaluate_detector(model, images, config, show)
     rows = [row | describe(config) for row in rows]
-    update_results(folder, rows)
+    lock.check()
+    update_results(lock.folder, rows)
     return rows
 
 
 def memory_named(config: DetectionConfig) -> AbstractContextManager[None]:
     return told_in_one_line(lambda: in_detection(config.model, config.training.batch_size))
-
-
-def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
-    """Training and test images; the composed set is made if it does not exist. Raises ValueError if classes do not fit."""
-    images = config.images
-    if images.name == "coco_digits":
-        source = compose(Path(images.source or COMPOSED), images.train_images or 0, images.test_images or 0)
-    elif images.source is None:
-        raise ValueError("coco needs --data: a folder in COCO format, with annotations/, train2017/ and val2017/")
-    else:
-        source = Path(images.source).expanduser()
-    limits = {"train": images.train_images, "test": images.test_images}
-    train, test = (open_split(source, split, config.detector.masks, limit) for split, limit in limits.items())
-    test.match_classes(train)
-    for split in (train, test):
-        if len(split.classes) != config.model.num_classes:
-            raise ValueError(
-                f"{split.where} has {len(split.classes)} categories, {', '.join(split.classes[:3])}, …; wanted those of "
-                f"{train.where}, as many as --set model.num_classes={len(train.classes)}, got {config.model.num_classes}"
-            )
-    return train, test
-
-
-def fingerprint(config: DetectionConfig, train: CocoImages, test: CocoImages) -> Row:
-    """For data.json: number of images and digest of the annotations of each split, and the rule of reading if it matters.
-
-    It does not for JPEG files, which are neither deep nor transparent and are left as they are stored, nor for our own.
-    """
-    splits = {"train": train, "test": test}
-    names = [entry["file_name"].lower() for images in splits.values() for entry in images.images]
-    plain = config.images.name == "coco_digits" or all(name.endswith((".jpg", ".jpeg")) for name in names)
-    described = {name: {"images": len(images), "labels": digest(images.where.read_bytes())} for name, images in splits.items()}
-    return {"layout": "coco"} | ({} if plain else {"reading_rule": RULE}) | described
-
-
-def check_goes_on(folder: Path, images: Row) -> None:
-    """Raises ValueError if a run to be taken up saw other images, or may have read them by another rule."""
-    check_data(folder, images)
-    if "reading_rule" in images and last_checkpoint(folder) and not (folder / "data.json").exists():
-        raise ValueError(
-            f"{folder} does not tell by which rule it read its images; this version reads by rule {images['reading_rule']} "
-            "(docs/data.md). Finish it with the version that began it, or choose another --out"
-        )
 
 
 def new_detector(config: DetectionConfig) -> Any:
@@ -179,10 +169,20 @@ def describe(config: DetectionConfig) -> Row:
 
 
 class DetectionTrainer:
-    """The state of one run: model, optimiser, schedule, progress."""
+    """The state of one run: model, optimiser, schedule, progress. `check` is called before anything is written."""
 
-    def __init__(self, model: Any, images: CocoImages, config: DetectionConfig, folder: Path, quiet: bool, seen: Row) -> None:
+    def __init__(
+        self,
+        model: Any,
+        images: CocoImages,
+        config: DetectionConfig,
+        folder: Path,
+        quiet: bool,
+        seen: Row,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         self.config, self.folder, self.images, self.quiet, self.seen = config, folder, images, quiet, seen
+        self.check = check
         self.accelerator = make_accelerator(config.training)
         self.model = model.to(self.accelerator.device)
         divisor = model.transform.size_divisible
@@ -199,40 +199,64 @@ class DetectionTrainer:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def run(self) -> None:
+        """Epoch by epoch to the end; at a signal saves, and raises TrainingStopped."""
+        self._begin()
+        with catch_signals() as caught:
+            for epoch in range(self.progress.step // self.steps_per_epoch, self.config.training.epochs):
+                self._run_epoch(epoch, caught)
+                if self.progress.step % self.steps_per_epoch == 0:
+                    self._end_epoch(epoch)
+                self.check()
+                save_checkpoint(self.folder, self.progress, self.model, None, {"optimizer": self.optimizer.state_dict()})
+                if caught and self.progress.step < self.config.training.epochs * self.steps_per_epoch:
+                    raise TrainingStopped(caught[0], self.progress.step)
+        self.check()
+        save_weights(self.folder / "model.safetensors", self.model)
+
+    def _begin(self) -> None:
+        """Makes the folder, or takes it up: lines of epochs that will be run again are dropped."""
         if not (self.folder / "config.json").exists():
             write_text(self.folder / "config.json", self.config.to_json())
         keep_fingerprint(self.folder, self.seen)
-        self._say_where_it_stands()
-        path = self.folder / "metrics.jsonl"
-        write_rows(path, [row for row in read_rows(path) if row["step"] <= self.progress.step])
-        epochs = self.config.training.epochs
-        for epoch in range(self.progress.step // self.steps_per_epoch, epochs):
-            start = time.perf_counter()
-            with progress_bar(f"epoch {epoch + 1}/{epochs}", self.steps_per_epoch, self.quiet) as show:
-                sums = self._run_epoch(epoch, show)
-            row = self._row(epoch, sums, time.perf_counter() - start)
-            write_rows(path, [*read_rows(path), row])
-            save_checkpoint(self.folder, self.progress, self.model, None, {"optimizer": self.optimizer.state_dict()})
-            parts = "  ".join(f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in sums)
-            self._say(f"epoch {epoch + 1}/{epochs}  {parts}  {row['images_per_s']:.1f} images/s")
-        save_weights(self.folder / "model.safetensors", self.model)
+        path, step = self.folder / "metrics.jsonl", self.progress.step
+        write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
+        epoch, done = divmod(step, self.steps_per_epoch)
+        place = f"going on after epoch {epoch}" + (f" and {done} steps of the next" if done else "")
+        say(f"{self.folder}: {place if step else 'starting'}", self.quiet)
+        counts = sum(count_objects(self.images).values())
+        text = f"{len(self.images)} training images with {counts} objects of {len(self.images.classes)} classes"
+        say(text, self.quiet)
 
-    def _run_epoch(self, epoch: int, show: Callable[[int], None]) -> dict[str, float]:
-        """The sums over the steps of the loss and of its parts."""
-        training, seed = self.config.training, self.config.seed
+    def _run_epoch(self, epoch: int, caught: list[int]) -> None:
+        """The steps of an epoch that are not done yet, until a signal; `progress.sums` adds up their losses and seconds."""
+        training, seed, sums = self.config.training, self.config.seed, self.progress.sums
+        first = self.progress.step % self.steps_per_epoch
         loader: DataLoader[list[Sample]] = DataLoader(
             TrainView(self.images, self.transform, seed, epoch),
-            batch_sampler=epoch_batches(self.sizes, training.batch_size, seed, epoch),
+            batch_sampler=epoch_batches(self.sizes, training.batch_size, seed, epoch)[first:],
             collate_fn=list,
             num_workers=training.workers,
+            worker_init_fn=leave_signals_to_the_main_process,
         )
-        sums: dict[str, float] = {}
-        for done, samples in enumerate(loader, start=1):
-            for name, value in self._step(samples).items():
-                sums[name] = sums.get(name, 0.0) + value
-            self.progress.step += 1
-            show(done)
-        return sums
+        mark = time.perf_counter()
+        with progress_bar(f"epoch {epoch + 1}/{training.epochs}", self.steps_per_epoch, self.quiet) as show:
+            for done, samples in enumerate(loader, start=first + 1):
+                for name, value in self._step(samples).items():
+                    sums[name] = sums.get(name, 0.0) + value
+                self.progress.step += 1
+                show(done)
+                if caught:
+                    break
+        sums["seconds"] = sums.get("seconds", 0.0) + time.perf_counter() - mark
+
+    def _end_epoch(self, epoch: int) -> None:
+        sums, self.progress.sums = self.progress.sums, {}
+        row = self._row(epoch, sums.pop("seconds"), sums)
+        self.check()
+        path = self.folder / "metrics.jsonl"
+        write_rows(path, [*read_rows(path), row])
+        parts = "  ".join(f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in sums)
+        say(f"epoch {epoch + 1}/{self.config.training.epochs}  {parts}  {row['images_per_s']:.1f} images/s", self.quiet)
 
     def _step(self, samples: list[Sample]) -> dict[str, float]:
         """One update; raises ValueError if the loss is not finite."""
@@ -255,36 +279,28 @@ class DetectionTrainer:
         self.stepper.zero_grad()
         return {"loss": loss.item()} | {name: part.item() for name, part in parts.items()}
 
-    def _row(self, epoch: int, sums: dict[str, float], seconds: float) -> Row:
-        images = self.steps_per_epoch * self.config.training.batch_size
+    def _row(self, epoch: int, seconds: float, sums: dict[str, float]) -> Row:
         return {
             "epoch": epoch + 1,
             "step": self.progress.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             **{name: value / self.steps_per_epoch for name, value in sums.items()},
-            "images_per_s": images / seconds,
+            "images_per_s": self.steps_per_epoch * self.config.training.batch_size / seconds,
             "seconds": seconds,
             "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
             "device": str(self.accelerator.device),
         }
-
-    def _say_where_it_stands(self) -> None:
-        epoch = self.progress.step // self.steps_per_epoch
-        self._say(f"{self.folder}: {f'going on after epoch {epoch}' if epoch else 'starting'}")
-        counts = sum(count_objects(self.images).values())
-        self._say(f"{len(self.images)} training images with {counts} objects of {len(self.images.classes)} classes")
-        for note in self.images.notes:
-            self._say(note)
-
-    def _say(self, text: str) -> None:
-        if not self.quiet:
-            print(text, file=sys.stderr)
 
 
 def _of_training(target: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
     """What a loss needs of a target."""
     names = [name for name in ("boxes", "labels", "masks") if name in target]
     return {name: target[name].as_subclass(torch.Tensor).to(device) for name in names}
+
+
+def say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr)
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------

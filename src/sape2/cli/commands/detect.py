@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sape2.cli.options import add_json, default_name
+from sape2.cli.output import say
 from sape2.config import override, resized
 
 SEE = "the config.json of a run has all keys"
@@ -46,8 +47,13 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.detection import run_detection
     from sape2.evaluation.report import print_json, print_table
+    from sape2.training.interruption import TrainingStopped
 
-    rows = run_detection(config, folder)
+    try:
+        rows = run_detection(config, folder)
+    except TrainingStopped as stopped:
+        say(f"sape2: {stopped}")
+        return 128 + stopped.signal_number
     if arguments.json:
         print_json(rows)
     else:

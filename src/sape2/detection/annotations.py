@@ -1,0 +1,273 @@
+"""The annotations of one split in COCO format, every field checked when they are read.
+
+What cannot be used is refused in one line that names the file and the id. What has one evident reading is taken so; where
+that changes an object or leaves it out, `notes` count it and name the first. The whole list is in docs/detection.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sape2.data.labels import first_of
+from sape2.data.pixels import MAX_PIXELS
+from sape2.detection.masks import RunLengths, area_and_box, beyond, encode_segmentation, is_number
+from sape2.encodings.grid import Grid
+
+LISTS = {"images": "image", "annotations": "annotation", "categories": "category"}
+ROUNDING = 0.02  # pixels; published boxes are rounded to hundredths
+Entry = dict[str, Any]
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class CocoObject:
+    """An annotated object: its box as x1, y1, x2, y2 inside the image in pixels, its mask where masks are read."""
+
+    category_id: int
+    box: Box
+    area: float
+    crowd: bool
+    mask: RunLengths | None
+
+
+class Notes:
+    """What was changed or left out, counted by kind."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+
+    def add(self, kind: str, first: str) -> None:
+        self._counts[kind] += 1
+        self._first.setdefault(kind, first)
+
+    def lines(self, where: Path) -> list[str]:
+        """ "FILE: boxes that ...: 3, the first: annotation 7 with bbox [...]"."""
+        return [f"{where}: {kind}: {number}, the first: {self._first[kind]}" for kind, number in self._counts.items()]
+
+
+class Annotations:
+    """images (id, file_name, height, width) of the first `limit`, category names by id, objects by image id, notes."""
+
+    def __init__(self, where: Path, masks: bool, limit: int | None) -> None:
+        self.where, self.masks = where, masks
+        values = read_json(where)
+        notes = Notes()
+        self.categories = self._read_categories(values)
+        images = [self._read_image(name, entry) for name, entry in self._entries(values, "images")]
+        self.images = images[:limit]
+        if not self.images:
+            raise ValueError(f"{where} has no images")
+        self.objects: dict[int, list[CocoObject]] = {entry["id"]: [] for entry in self.images}
+        sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in images}
+        seen: set[tuple[Any, ...]] = set()
+        for name, entry in self._entries(values, "annotations"):
+            found = self._read_object(name, entry, sizes, notes)
+            image = entry["image_id"]
+            if found is None or image not in self.objects:
+                continue
+            if (image, found.category_id, found.box) in seen:
+                notes.add("objects with the category and the box of another one of their image", name)
+            seen.add((image, found.category_id, found.box))
+            self.objects[image].append(found)
+        self.notes = [*notes.lines(where), *self._notes_of_the_whole()]
+
+    # --- lists -------------------------------------------------------------------------------------------------------
+
+    def _entries(self, values: Entry, key: str) -> Iterator[tuple[str, Entry]]:
+        """Each entry with what to call it. Ids are whole numbers, each there once; annotations may be without."""
+        first: dict[int, Entry] = {}
+        for number, entry in enumerate(values[key], start=1):
+            name = f"{LISTS[key]} number {number}"
+            if not isinstance(entry, dict):
+                raise ValueError(f"{self.where}: {name} must be an object; got {_short(entry)}")
+            identity = entry.get("id")
+            if identity is None and key == "annotations":
+                yield name, entry
+                continue
+            if type(identity) is not int:
+                raise ValueError(f"{self.where}: {name} needs id as a whole number; got {_short(identity)} in {_called(entry)}")
+            if identity in first:
+                both = f"{_called(first[identity])} and {_called(entry)}"
+                raise ValueError(f"{self.where}: {key} has id {identity} twice: {both}; give each its own")
+            first[identity] = entry
+            yield f"{LISTS[key]} {identity}", entry
+
+    def _read_categories(self, values: Entry) -> dict[int, str]:
+        """Names by id, in the order of the ids."""
+        found: dict[int, str] = {}
+        for name, entry in self._entries(values, "categories"):
+            text = entry.get("name")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"{self.where}: {name} needs name as a text; got {_short(text)}")
+            if text in found.values():
+                first = next(number for number, other in found.items() if other == text)
+                raise ValueError(
+                    f"{self.where}: categories {first} and {entry['id']} both have the name {text!r}; give each its own"
+                )
+            found[entry["id"]] = text
+        if not found:
+            raise ValueError(f"{self.where} has no categories")
+        return dict(sorted(found.items()))
+
+    def _read_image(self, name: str, entry: Entry) -> Entry:
+        file, sides = entry.get("file_name"), [entry.get(key) for key in ("height", "width")]
+        if not isinstance(file, str) or not file.strip():
+            raise ValueError(f"{self.where}: {name} needs file_name as a text; got {_short(file)}")
+        if not all(type(side) is int and side > 0 for side in sides):
+            raise ValueError(
+                f"{self.where}: {name} ({file}) needs height and width as whole numbers above 0; got {_short(sides)}"
+            )
+        if sides[0] * sides[1] > MAX_PIXELS:
+            raise ValueError(
+                f"{self.where}: {name} ({file}) of {sides[0]}x{sides[1]} has too many pixels to be read safely (at most "
+                f"{MAX_PIXELS}); make it smaller first"
+            )
+        return {"id": entry["id"], "file_name": file, "height": sides[0], "width": sides[1]}
+
+    # --- objects -----------------------------------------------------------------------------------------------------
+
+    def _read_object(self, name: str, entry: Entry, sizes: dict[int, Grid], notes: Notes) -> CocoObject | None:
+        """None for an object of no size inside its image."""
+        where = f"{self.where}: {name}"
+        image, category = entry.get("image_id"), entry.get("category_id")
+        if type(image) is not int or image not in sizes:
+            raise ValueError(f"{where} speaks of image {_short(image)}, which is not listed")
+        if type(category) is not int or category not in self.categories:
+            known = first_of([str(number) for number in self.categories])
+            raise ValueError(f"{where} has category {_short(category)}; known ids: {known}")
+        x, y, width, height = _read_box(where, entry)
+        crowd, area = _read_crowd(where, entry), _read_area(where, entry)
+        size = sizes[image]
+        box = _inside((x, y, x + width, y + height), size)
+        told = f"{name} with bbox {entry['bbox']} in image {image} of {size[0]}x{size[1]}"
+        outline = entry.get("segmentation")
+        mask = self._read_mask(where, outline, size) if self.masks else None
+        if image not in self.objects:  # beyond the limit: checked, not told
+            return None
+        if box[2] <= box[0] or box[3] <= box[1]:
+            notes.add("boxes (x, y, width, height) of no size inside their image, left out", told)
+            return None
+        if max(box[0] - x, box[1] - y, x + width - box[2], y + height - box[3]) > ROUNDING:
+            notes.add("boxes (x, y, width, height) that end outside of their image, cut off at its border", told)
+        if mask is not None and not self._is_seen(mask, box, outline, size, told, notes):
+            return None
+        if min(box[2] - box[0], box[3] - box[1]) < 1:
+            notes.add("boxes less than one pixel wide or high, measured but not trained on", told)
+        if area is None:
+            notes.add("objects without area, which get that of their box", name)
+            area = (box[2] - box[0]) * (box[3] - box[1])
+        elif not _is_area_of(area, width, height, exact=not outline):
+            notes.add("areas that do not fit their box, taken as they are", f"area {area:g}, {told}")
+        return CocoObject(category, box, area, crowd, mask)
+
+    def _read_mask(self, where: str, outline: Any, size: Grid) -> RunLengths:
+        if not outline:
+            raise ValueError(
+                f"{where} has no segmentation, and masks are asked for; give --set detector.masks=false to do without"
+            )
+        try:
+            return encode_segmentation(outline, size)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def _is_seen(self, mask: RunLengths, box: Box, outline: Any, size: Grid, told: str, notes: Notes) -> bool:
+        """Whether the mask has a pixel; told if not, if its outline leaves the image or if it lies beside its box."""
+        pixels, (left, top, width, height) = area_and_box(mask)
+        if pixels == 0:
+            notes.add("masks without a pixel inside their image, left out with their objects", told)
+            return False
+        if isinstance(outline, list) and beyond(outline, size) > ROUNDING:
+            notes.add("polygons that end outside of their image, cut off at its border", told)
+        x, y = left + width / 2, top + height / 2
+        if not (box[0] - 1 <= x <= box[2] + 1 and box[1] - 1 <= y <= box[3] + 1):
+            notes.add("masks that lie beside their box", told)
+        return True
+
+    # --- the whole ---------------------------------------------------------------------------------------------------
+
+    def _notes_of_the_whole(self) -> list[str]:
+        notes, number = [], len(self.images)
+        empty = sum(not found for found in self.objects.values())
+        crowds = sum(bool(found) and all(item.crowd for item in found) for found in self.objects.values())
+        used = {item.category_id for found in self.objects.values() for item in found if not item.crowd}
+        unused = [name for category, name in self.categories.items() if category not in used]
+        if empty:
+            notes.append(f"{self.where}: images without an object: {empty} of {number}")
+        if crowds:
+            notes.append(f"{self.where}: images of crowds alone, which are empty to training: {crowds} of {number}")
+        if unused and used:
+            notes.append(
+                f"{self.where}: categories without an object here: {len(unused)} of {len(self.categories)}, {first_of(unused)}"
+            )
+        return notes
+
+
+# --- fields ----------------------------------------------------------------------------------------------------------
+
+
+def _read_box(where: str, entry: Entry) -> Box:
+    box = entry.get("bbox")
+    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
+        raise ValueError(f"{where} needs bbox as four finite numbers, x, y, width, height; got {_short(box)}")
+    x, y, width, height = map(float, box)
+    if width < 0 or height < 0:
+        raise ValueError(f"{where} has a negative width or height in bbox, which is x, y, width, height; got {_short(box)}")
+    return x, y, width, height
+
+
+def _read_crowd(where: str, entry: Entry) -> bool:
+    """Nothing and null say that it is no crowd."""
+    value = entry.get("iscrowd")
+    if value is None:
+        return False
+    if not isinstance(value, (bool, int)) or value not in (0, 1):
+        raise ValueError(f"{where} needs iscrowd as 0 or 1; got {_short(value)}")
+    return bool(value)
+
+
+def _read_area(where: str, entry: Entry) -> float | None:
+    value = entry.get("area")
+    if value is None:
+        return None
+    if not is_number(value) or value < 0:
+        raise ValueError(f"{where} needs area as a number of pixels; got {_short(value)}")
+    return float(value)
+
+
+def _is_area_of(area: float, width: float, height: float, exact: bool) -> bool:
+    """Whether an area may belong to a box, a pixel more or less on each side; `exact` without a segmentation."""
+    least = max(width - 1, 0) * max(height - 1, 0) if exact else 0
+    return 0 < area <= (width + 1) * (height + 1) and area >= least
+
+
+def _inside(corners: Box, size: Grid) -> Box:
+    (x1, y1, x2, y2), (height, width) = corners, map(float, size)
+    return min(max(x1, 0), width), min(max(y1, 0), height), min(max(x2, 0), width), min(max(y2, 0), height)
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _called(entry: Entry) -> str:
+    return str(entry.get("file_name") or entry.get("name") or {k: entry.get(k) for k in ("image_id", "category_id", "bbox")})[
+        :80
+    ]
+
+
+def read_json(path: Path) -> Entry:
+    """The three lists that every file in COCO format has; what else it holds is not read."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    for key in LISTS:
+        if not isinstance(values, dict) or not isinstance(values.get(key), list):
+            raise ValueError(f"{path} is not in COCO format: it needs a list called {key}")
+    return values

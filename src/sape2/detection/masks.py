@@ -1,0 +1,100 @@
+"""COCO's segmentations as run lengths and as masks: polygons, run lengths and compressed run lengths."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from sape2.encodings.grid import Grid
+
+RunLengths = dict[str, Any]  # "size" [height, width] and "counts", compressed to bytes
+
+
+def encode_segmentation(segmentation: Any, size: Grid) -> RunLengths:
+    """The mask of an image of `size` (height, width) in compressed run lengths; polygons are cut at its border.
+
+    Raises ValueError for what is no segmentation of such an image.
+    """
+    if isinstance(segmentation, list):
+        return _encode_polygons(segmentation, size)
+    height, width = size
+    if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
+        raise ValueError(
+            f"a segmentation is polygons or run lengths of an image of {height}x{width}; got {str(segmentation)[:80]}"
+        )
+    counts = segmentation.get("counts")
+    if isinstance(counts, list):
+        if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != height * width:
+            raise ValueError(f"run lengths must be whole numbers that add up to the {height * width} pixels of the image")
+        return _library().frPyObjects(segmentation, height, width)
+    if not isinstance(counts, (str, bytes)):
+        raise ValueError(f"counts of a segmentation must be a list of run lengths or a string; got {str(counts)[:80]}")
+    return _check_compressed({"size": [height, width], "counts": counts})
+
+
+def decode_mask(segmentation: Any, size: Grid) -> np.ndarray:
+    """Any form of segmentation -> (height, width) of 0 and 1. Raises ValueError as `encode_segmentation`."""
+    return decode_run_lengths(encode_segmentation(segmentation, size))
+
+
+def decode_run_lengths(run_lengths: RunLengths) -> np.ndarray:
+    return _library().decode(run_lengths)
+
+
+def area_and_box(run_lengths: RunLengths) -> tuple[int, list[float]]:
+    """Pixels of the mask, and the x, y, width, height that they lie in."""
+    library = _library()
+    return int(library.area(run_lengths)), library.toBbox(run_lengths).tolist()
+
+
+def is_number(value: Any) -> bool:
+    """A finite number as JSON writes one; no integer that is too large for a float."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def beyond(polygons: list[list[float]], size: Grid) -> float:
+    """By how many pixels points of polygons lie outside of an image."""
+    height, width = size
+    x, y = ([value for part in polygons for value in part[axis::2]] for axis in (0, 1))
+    return max(0.0, -min(x), -min(y), max(x) - width, max(y) - height)
+
+
+def _encode_polygons(polygons: list[Any], size: Grid) -> RunLengths:
+    height, width = size
+    if not polygons or not all(_is_polygon(part) for part in polygons):
+        raise ValueError(
+            f"a segmentation by polygons is a list of lists x, y, x, y, … of three points or more, as finite numbers; "
+            f"got {str(polygons)[:80]}"
+        )
+    if (outside := beyond(polygons, size)) > max(size):  # the library walks along every edge, pixel by pixel
+        raise ValueError(f"a polygon of an image of {height}x{width} ends {outside:g} pixels outside of it")
+    library = _library()
+    return library.merge(library.frPyObjects(polygons, height, width))
+
+
+def _is_polygon(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and all(is_number(value) for value in part)
+
+
+def _check_compressed(run_lengths: RunLengths) -> RunLengths:
+    """Raises ValueError unless the library decodes it to the pixels of the image."""
+    try:
+        _library().decode(run_lengths)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"compressed run lengths are damaged: {error}; got {str(run_lengths['counts'])[:40]!r}") from error
+    return run_lengths
+
+
+def _library() -> Any:
+    try:
+        from faster_coco_eval.core import mask
+    except ImportError as error:
+        raise ImportError("masks in COCO format need faster-coco-eval: pip install 'sape2[detect]'") from error
+    return mask
