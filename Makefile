@@ -8,6 +8,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test slow shapes browser leaderboard tables docs notebooks lint clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
+	@echo "Training on the digits that come with scikit-learn, 60 epochs: about 45 s on two free CPU cores."
 	$(BIN)/sape2 train digits --out runs/demo
 
 test: $(VENV)/.test  ## all tests but the slow ones
@@ -43,13 +44,16 @@ lint: $(VENV)/.lint  ## style and types
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit("sape2 needs Python 3.11 or newer; %s is %s. Try make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'
+	@echo "Making an environment in $(VENV), once. pip fetches $(TORCH) and what they need."
+	@echo "With PyTorch for CUDA, the default, these are 6 GB; for a machine without a GPU docs/tutorial.md has a TORCH=... of much less."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install $(TORCH)
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/python -m pip install -q -e '.[train,data,viz]'
+	@echo "pip fetches what training, data and pictures need: accelerate, datasets, tensorboard, scikit-learn, matplotlib."
+	$(BIN)/python -m pip install -e '.[train,data,viz]'
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo

@@ -1,7 +1,7 @@
 """Detection with different encodings on the composed set: same images, same weights elsewhere, several seeds.
 
 Command:  python benchmarks/detection_digits.py --out DIR
-Resumes where it stopped, at the end of an epoch. Writes benchmarks/results/detection_digits.jsonl, one row a number, and
+Resumes where it stopped. Writes benchmarks/results/detection_digits.jsonl, one row a number, and
 prints mean, spread and the paired difference to ape; --table prints it from the rows that are there.
 """
 

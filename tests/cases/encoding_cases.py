@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, list_encodings
+from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
 from sape2.encodings.grid import Grid, num_tokens
 
 HEADS, HEAD_DIM = 2, 8
@@ -17,6 +17,7 @@ DIM = HEADS * HEAD_DIM
 
 VARIANTS = [
     *list_encodings(),
+    *(f"{name}:{variant}" for name in list_encodings() for variant in find_encoding(name).variants),
     "cpe:padding=circular",
     "key_table:by=token",
     "key_table:to=both",
@@ -27,31 +28,14 @@ VARIANTS = [
     "rpe_contextual:heads=each,divide_bias=false",
     "alibi:metric=manhattan",
     "alibi:slopes=learned",
-    "cope:num_positions=10",
-    "cope:count=causal",
-    "cope:count=between",
-    "sape2:preset=equations",
-    "sape2:dot=key",
-    "sape2:axes=x",
-    "sape2:axes=y",
-    "sape2:axes=raster",
-    "sape2:gates=none",
-    "sape2:gates=constant",
     "sape2:gates=constant,count=both,axes=raster",
     "sape2:gates=constant,count=between",
     "sape2:gates=constant,count=cyclic",
-    "sape2:count=prefix",
-    "sape2:count=both",
-    "sape2:count=between",
-    "sape2:count=cyclic",
     "sape2:count=cyclic,axes=raster",
     "sape2:count=cyclic,readout=squared_distance",
     "sape2:count=between,axes=y",
-    "sape2:readout=squared_distance",
-    "sape2:readout=direct",
     "sape2:readout=direct,axes=x",
     "sape2:readout=direct,count=both",
-    "sape2:readout=direct,count=between",
     "sape2:readout=direct,count=cyclic",
     "sape2:readout=direct,count=between,axes=raster",
     "sape2:readout=direct,gates=none",

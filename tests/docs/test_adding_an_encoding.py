@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,30 @@ def copy(tmp_path: Path) -> Path:
     return tmp_path
 
 
+ONLY = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {blocked}:
+            raise ModuleNotFoundError("No module named " + name, name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def with_pytest_alone(root: Path) -> None:
+    """From here on the copy runs as after the `pip install -e . pytest` of the page: without any extra."""
+    assert "`pip install -e . pytest`" in PAGE.read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extras = {
+        re.split(r"[<>=\[ ]", line)[0] for extra in project["project"]["optional-dependencies"].values() for line in extra
+    }
+    tests = {re.split(r"[<>=\[ ]", line)[0] for line in project["dependency-groups"]["test"]} - {"pytest", "pytest-xdist"}
+    names = {name.replace("-", "_") for name in extras | tests} - {"pillow"} | {"sklearn"}
+    (root / "src" / "sitecustomize.py").write_text(ONLY.replace("{blocked}", repr(sorted(names))))
+
+
 def run(command: str, root: Path) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "PYTHONPATH": str(root / "src"),
@@ -68,19 +93,28 @@ def test_the_page_leads_to_an_encoding_that_passes_every_check(copy: Path) -> No
     ]
     for block in edits:
         apply(copy, *block)
+    with_pytest_alone(copy)
     (check,) = [text for language, _, text in blocks() if language == "bash"]
     tests, example = (run(command, copy) for command in check.splitlines())
     assert tests.returncode == 0, tests.stdout[-3000:]
     assert int(re.search(r"(\d+) passed", tests.stdout)[1]) > 15 + len(blocks())
-    assert example.stdout.strip() == "Gravity()", example.stderr[-1000:]
+    assert example.stdout.strip() == "Gravity(scale=2.0)", example.stderr[-1000:]
 
 
 @pytest.mark.slow
-def test_a_wrong_fact_on_the_page_would_be_found(copy: Path) -> None:
-    """The same steps with `flip` left out of the declaration fail, so the check above means something."""
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("Facts(translation=True, flip=True)", "Facts(translation=True)", "flip is declared False"),
+        ("full_precision(self.weight)[:", "(full_precision(self.weight) * q.mean())[:", "content_dependent"),
+    ],
+)
+def test_a_wrong_fact_on_the_page_would_be_found(copy: Path, right: str, wrong: str, said: str) -> None:
+    """The same steps with `flip` not declared, or with content that is read and not declared, fail: the check means something."""
+    assert PAGE.read_text().count(right) == 1
     for language, words, text in blocks():
         if language in ("python", "diff"):
-            apply(copy, language, words, text.replace("Facts(translation=True, flip=True)", "Facts(translation=True)"))
+            apply(copy, language, words, text.replace(right, wrong))
     tests = run("python -m pytest tests/encodings/test_encoding_facts.py -q -k gravity", copy)
     assert tests.returncode == 1
-    assert "flip is declared False" in tests.stdout
+    assert said in tests.stdout

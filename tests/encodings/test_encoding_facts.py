@@ -176,6 +176,9 @@ def test_facts_do_not_change_with_prefix_tokens(name: str, num_prefix: int) -> N
         ("cpe", "circular_shift"),
         ("cpe", "content_dependent"),
         ("ape", "content_dependent"),
+        ("alibi", "content_dependent"),
+        ("rpe_contextual", "content_dependent"),
+        ("sape2", "content_dependent"),
         ("sape2:axes=x", "row_permutation"),
         ("sape2:axes=x", "column_permutation"),
         ("sape2", "translation"),
@@ -202,6 +205,35 @@ def test_the_checker_sees_an_encoding_that_takes_one_grid_only() -> None:
 
     torch.manual_seed(0)
     check_facts(OneGrid(HEADS, HEAD_DIM, (3, 7)), (3, 7))
+
+
+class ContentBias(AttentionEncoding):
+    """Depends on content through its bias, and does not say so."""
+
+    def bias(self, q: Tensor, k: Tensor, grid: Grid) -> AttentionBias:
+        return AttentionBias(Matrix(torch.randn(21, 21, generator=torch.Generator().manual_seed(0), dtype=q.dtype) * q.sum()))
+
+
+class ContentRotation(AttentionEncoding):
+    """The same through its rotation, by an angle that is the first number of each vector."""
+
+    def rotate(self, q: Tensor, k: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        turned = [torch.stack([x[..., 0].cos() * x[..., 0], *x[..., 1:].unbind(-1)], -1) for x in (q, k)]
+        return turned[0], turned[1]
+
+
+class ContentTokens(TokenEncoding):
+    """The same on the tokens."""
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        return tokens + tokens.roll(1, 1)
+
+
+@pytest.mark.parametrize("toy", [ContentBias, ContentRotation, ContentTokens])
+def test_content_that_an_encoding_does_not_declare_is_found(toy: type[Encoding]) -> None:
+    encoding = toy(HEADS, HEAD_DIM, (3, 7))
+    with pytest.raises(AssertionError, match="content_dependent"):
+        check_facts(encoding, (3, 7))
 
 
 @pytest.mark.parametrize("num_prefix", [0, 1, 3])

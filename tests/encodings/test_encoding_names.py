@@ -39,6 +39,25 @@ def test_ten_positions_clamp_what_the_default_table_does_not():
     assert list(sizes.values()) == [257, 10, 17, 10]
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("none", ""),
+        ("sape2", ""),
+        ("rope", ""),
+        ("ape", ""),
+        ("sape2:axes=x,count=cyclic", "count=cyclic, axes=x"),
+        ("alibi:metric=manhattan", "metric=manhattan"),
+        ("cpe:padding=circular", "padding=circular"),
+        ("cope:num_positions=10", "num_positions=10"),
+    ],
+)
+def test_an_encoding_shows_the_options_that_are_not_at_their_default(name, shown):
+    encoding = create_encoding(name, num_heads=2, head_dim=8, grid=(3, 4))
+    assert encoding.extra_repr() == shown
+    assert shown in repr(encoding)
+
+
 @pytest.mark.parametrize("name", ["ape+rope+sape2", "sape2+ape+rope", "rope+sape2+ape"])
 def test_order_does_not_matter(name):
     models = []

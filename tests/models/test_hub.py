@@ -1,14 +1,23 @@
 """A model as a folder: saved, loaded, described, and one clear line for a damaged one."""
 
 import json
+import re
+import shlex
+from dataclasses import replace
 
 import pytest
 import torch
 from export_cases import assert_same_weights, finished_run, tiny
 
 import sape2
-from sape2.models.hub import find_folder
+from sape2.cli import build_parser
+from sape2.cli.options import resolve
+from sape2.config import HUB_IDS, override
+from sape2.config.recipes import get_recipe
+from sape2.data import open_sources
+from sape2.models.hub import command, find_folder
 from sape2.models.vit import ViT
+from sape2.training.run_folder import read_config
 
 
 @pytest.fixture
@@ -49,12 +58,32 @@ def test_the_card_is_filled_from_the_run(saved):
         "license: apache-2.0",
         "library_name: sape2",
         "| accuracy | 0.8750 | fraction | 40 | test | last | top-1, one view |",
-        "sape2 train digits --model vit_nano --encoding ape+sape2 --epochs 100 --seed 3",
         "arXiv:2505.09466",
         "a, b, c, d, e",
         "(images - torch.tensor([0.3])",
     ):
         assert text in card
+
+
+def test_the_command_of_the_card_trains_the_run_again_with_every_setting(saved):
+    """The run of `export_cases` differs from its recipe in many settings."""
+    said = re.search(r"^\| command \| `(.*)` \|$", (saved[0] / "README.md").read_text(), flags=re.MULTILINE)[1]
+    assert "--set" in said
+    words = shlex.split(said)
+    assert words[:3] == ["sape2", "train", "digits"]
+    assert resolve(build_parser().parse_args(words[1:])) == read_config(saved[0].parent / "run")
+
+
+def test_the_command_of_the_card_names_no_path_of_this_machine_and_none_of_an_unknown_recipe():
+    config = override(get_recipe("cifar10"), ["data.source=/home/me/photographs", "train.lr=0.5"])
+    assert command(config) == "`sape2 train cifar10 --data DIR --set train.lr=0.5`"
+    assert command(replace(config, recipe="mine")) is None
+
+
+def test_the_data_set_of_a_recipe_has_its_id_on_the_card_and_in_messages():
+    assert HUB_IDS["imagenet"] == "ILSVRC/imagenet-1k"
+    with pytest.raises(ValueError, match=HUB_IDS["imagenet"]):
+        open_sources(get_recipe("imagenet").data, get_recipe("imagenet").model)
 
 
 def test_the_front_matter_of_the_card_is_read_by_the_hub_client(saved):

@@ -123,6 +123,10 @@ def resized(model: ModelConfig, name: str) -> ModelConfig:
     )
 
 
+# Data sets of recipes that a hub has under an id.
+HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Which images. `source` is a folder or a hub id (None: the data set embedded in scikit-learn, digits only).

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from sape2.config import DataConfig, ModelConfig
+from sape2.config import HUB_IDS, DataConfig, ModelConfig
 from sape2.data import folder, parquet, webdataset
 from sape2.data.arrays import TORCHVISION_FOLDERS, ArrayImages, read_digits, read_torchvision
 from sape2.data.base import Part, Source, UnreadableImages
@@ -36,7 +36,6 @@ LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, DataConfig], An
     "parquet": (parquet.find, parquet.read),
     "webdataset": (webdataset.find, lambda path, _: webdataset.read(path)),
 }
-HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagenet": "ILSVRC/imagenet-1k"}
 MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
 
 

@@ -142,6 +142,9 @@ class TokenEncoding(nn.Module):
     def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        return changed_options(self)
+
 
 class AttentionEncoding(nn.Module):
     """Adds position inside attention. Both hooks see grid tokens only; `bias` sees q and k before rotation.
@@ -166,6 +169,9 @@ class AttentionEncoding(nn.Module):
     @property
     def makes_bias(self) -> bool:
         return type(self).bias is not AttentionEncoding.bias
+
+    def extra_repr(self) -> str:
+        return changed_options(self)
 
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
@@ -196,6 +202,13 @@ def encoding_names(model: nn.Module) -> set[str]:
         if isinstance(module, (TokenEncoding, AttentionEncoding))
         for name, _ in module.named_parameters()
     }
+
+
+def changed_options(encoding: TokenEncoding | AttentionEncoding) -> str:
+    """ "count=cyclic, axes=x" for `repr`: the options that differ from their defaults; "" for an encoding without options."""
+    default, options = vars(type(encoding).Options()), getattr(encoding, "options", None)
+    changed = {} if options is None else {name: value for name, value in vars(options).items() if value != default.get(name)}
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 def bias_of(encoding: AttentionEncoding, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None) -> AttentionBias | None:

@@ -250,11 +250,6 @@ class SaPE2(AttentionEncoding):
         """The preset of eq. 9 and 16: gates on unscaled logits, bias divided by sqrt(d)."""
         return cls(num_heads, head_dim, grid, preset="equations", **options)
 
-    def extra_repr(self) -> str:
-        default = SaPE2Options()
-        changed = {name: value for name, value in vars(self.options).items() if value != getattr(default, name)}
-        return ", ".join(f"{name}={value}" for name, value in changed.items())
-
     # --- hooks -------------------------------------------------------------------------------------------------------
 
     def bias(

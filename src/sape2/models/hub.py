@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import nn
 
 import sape2
-from sape2.config import ModelConfig, RunConfig, model_config
+from sape2.config import HUB_IDS, ModelConfig, RunConfig, model_config
+from sape2.config.command import train_command
 from sape2.training.checkpoint import load_weights, save_weights
 from sape2.training.files import write_text
 from sape2.training.run_folder import class_names, own_results, read_config
@@ -24,7 +25,6 @@ LICENCE, PAPER = "apache-2.0", "arXiv:2505.09466"
 FORMAT = 1
 Description = dict[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
-HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}
 SHOWN = ("accuracy", "top5_accuracy", "loss", "calibration_error")
 
 
@@ -143,17 +143,19 @@ def model_card(description: Description, run: Path | None) -> str:
         _table("Model", description["model"]),
     ]
     if isinstance(config, RunConfig):
-        training = {"data": config.data.name} | description["training"] | {"command": f"`{command(config)}`"}
+        training = {"data": config.data.name} | description["training"] | {"command": command(config)}
         parts += [_table("Training", training), _results(rows), _classes(description)]
     return "\n".join([*parts, _LICENCE_AND_CITATION])
 
 
-def command(config: RunConfig) -> str:
-    """A command that trains such a model; settings changed besides are in the config.json of the run."""
-    model = config.model
-    words = ["sape2 train", config.recipe, "--model", model.name, "--encoding", model.encoding]
-    words += ["--epochs", str(config.train.epochs), "--seed", str(config.seed)]
-    return " ".join(words if config.data.name == "digits" else [*words, "--data DIR"])
+def command(config: RunConfig) -> str | None:
+    """The `sape2 train` command in Markdown, with DIR for the folder of images; None for a recipe that is not known here."""
+    if config.data.source is not None or config.data.name != "digits":  # a path of this machine helps nobody
+        config = replace(config, data=replace(config.data, source="DIR"))
+    try:
+        return f"`{train_command(config)}`"
+    except ValueError:
+        return None
 
 
 def _shown_rows(run: Path, weights: str) -> list[dict[str, Any]]:
