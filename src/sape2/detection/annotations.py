@@ -116,7 +116,8 @@ class Annotations:
         return dict(sorted(found.items()))
 
     def _read_image(self, name: str, entry: Entry) -> Entry:
-        file, sides = entry.get("file_name"), [entry.get(key) for key in ("height", "width")]
+        file = entry.get("file_name")
+        sides: list[Any] = [entry.get(key) for key in ("height", "width")]
         if not isinstance(file, str) or not file.strip():
             raise ValueError(f"{self.where}: {name} needs file_name as a text; got {_short(file)}")
         if not all(type(side) is int and side > 0 for side in sides):
@@ -145,7 +146,7 @@ class Annotations:
         crowd, area = _read_crowd(where, entry), _read_area(where, entry)
         size = sizes[image]
         box = _inside((x, y, x + width, y + height), size)
-        told = f"{name} with bbox {entry['bbox']} in image {image} of {size[0]}x{size[1]}"
+        told = f"{name} with bbox {_short(entry['bbox'])} in image {image} of {size[0]}x{size[1]}"
         outline = entry.get("segmentation")
         mask = self._read_mask(where, outline, size) if self.masks else None
         if image not in self.objects:  # beyond the limit: checked, not told

@@ -7,7 +7,7 @@ see the padding. Images of one size (`detection.batches`) are padded to multiple
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ class FitImages(GeneralizedRCNNTransform):
     """torchvision's resizing and padding. Raises ValueError for an image so thin that a side would have no pixel."""
 
     def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
-        height, width = image.shape[-2:]
-        fitted_size((height, width), (self.min_size[-1], self.max_size))
+        (height, width), shorter = image.shape[-2:], cast("tuple[int, ...]", self.min_size)
+        fitted_size((height, width), (shorter[-1], self.max_size))
         return super().resize(image, target)
 
 
