@@ -51,12 +51,13 @@ def copy(tmp_path: Path) -> Path:
 ONLY = """
 from importlib.machinery import PathFinder
 
-find = PathFinder.find_spec
+class Find:  # no function, which pytest would make a method of its own finder
+    find_spec = PathFinder.find_spec
 
-def find_spec(name, path=None, target=None):
-    return None if name.partition(".")[0] in {blocked} else find(name, path, target)
+    def __call__(self, name, path=None, target=None):
+        return None if name.partition(".")[0] in {blocked} else self.find_spec(name, path, target)
 
-PathFinder.find_spec = find_spec
+PathFinder.find_spec = Find()
 """
 
 
