@@ -53,6 +53,15 @@ def png_of_16_bits(values, extra=b""):
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
 
 
+def png_of_few_bits(bits, line, clear):
+    """One line of grey values of 1, 2 or 4 bits, of which `clear` is transparent."""
+    packed = int("".join(f"{value:0{bits}b}" for value in line).ljust(8 * -(-len(line) * bits // 8), "0"), 2)
+    data = b"\0" + packed.to_bytes(-(-len(line) * bits // 8), "big")
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", len(line), 1, bits, 0, 0, 0, 0))
+    extra = chunk(b"tRNS", struct.pack(">H", clear))
+    return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
+
+
 def grey_tiff(width, bits, data, white_is_zero=False):
     """One line of grey pixels of that many bits."""
     photometric, place = (0 if white_is_zero else 1), 8 + 2 + 12 * 9 + 4

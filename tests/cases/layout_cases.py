@@ -1,6 +1,7 @@
 """The same small images in every layout."""
 
 import io
+import tarfile
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,17 @@ def write_parquet(path, files, labels, names=CLASSES):
     columns = {"img": [{"bytes": file, "path": None} for file in files], "label": labels}
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path), batch_size=7)
+
+
+def shard_of(path, size, prefix="s", label=lambda number: number % 3):
+    """A shard with so many samples."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for number in range(size):
+            for ending, data in (("png", file_of(picture(number))), ("cls", str(label(number)).encode())):
+                member = tarfile.TarInfo(f"{prefix}{number:03d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
 
 
 def write_layouts_of(root: Path, train=60, test=9, bad=()) -> dict[str, Path]:

@@ -1,16 +1,25 @@
 """Labels go by name: other orders are matched, and what cannot be matched is refused with both names."""
 
 import io
+import os
 import re
+from dataclasses import replace
+from decimal import Decimal
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
 from layout_cases import hub_splits
 from PIL import Image
 
 from sape2.config import DataConfig, model_config
-from sape2.data import folder, load_data
+from sape2.config.recipes import get_recipe
+from sape2.data import folder, load_data, open_sources
 from sape2.data.labels import check_names, renumber
+from sape2.data.own import fit
+from sape2.data.walk import walk
 
 
 def png(value):
@@ -76,11 +85,100 @@ def test_labels_are_renumbered_by_name_and_missing_ones_stay():
     check_names(["cat", "dog"], "train")
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("caf\u00e9", "cafe\u0301"),
+        ("ab", "a\u200bb"),
+        ("ab", "ab\ufe0f"),
+        ("a b", "a\u00a0b"),
+        ("a", "\u200e a"),
+        ("x", "\u200b"),
+    ],
+)
+def test_names_that_look_alike_are_refused_with_their_code_points(names):
+    with pytest.raises(ValueError, match="train names") as error:
+        check_names(["dog", *names], "train")
+    assert ascii(names[1]) in str(error.value)
+
+
+def test_capitals_make_two_classes():
+    check_names(["A", "a", "b"], "train")
+    assert renumber([0, 1], ["a", "A"], ["A", "a", "b"], "test", "train") == [1, 0]
+
+
+def test_composed_and_decomposed_letters_are_one_class_across_splits(tmp_path):
+    files = [f"{split}/{name}/{n}.png" for split, name in (("train", "caf\u00e9"), ("test", "cafe\u0301")) for n in range(2)]
+    write_folder(tmp_path, [*files, "train/tea/a.png", "train/tea/b.png", "test/tea/a.png"])
+    splits = load(tmp_path)
+    assert splits.test.classes == ("caf\u00e9", "tea")
+    assert splits.test.labels.tolist() == [0, 0, 1]
+    with pytest.raises(ValueError, match=r"look alike: 'tea' and 'te\\u200ba'"):
+        folder.read(walk(write_folder(tmp_path, ["test/te\u200ba/a.png"])))
+
+
+def test_names_of_other_bytes_than_utf8_are_text(tmp_path):
+    files = [os.fsdecode(name) for name in (b"caf\xe9/a.png", b"caf\xe9/\xe9.png", b"two\nlines/a.png")]
+    train = folder.read(walk(write_folder(tmp_path, [f"{split}/{name}" for split in ("train", "test") for name in files])))[
+        "train"
+    ]
+    assert train.classes == (r"caf\xe9", r"two\nlines")
+    assert train.labels == [0, 1, 0]
+    assert train.name(2) == rf"{tmp_path}/train/caf\xe9/\xe9.png"
+    assert train.read(2)["bytes"]
+
+
+PARQUET_LABELS = {
+    "bool": (pyarrow.bool_(), [True, False]),
+    "int8": (pyarrow.int8(), [1, 0]),
+    "uint64": (pyarrow.uint64(), [1, 0]),
+    "whole floats": (pyarrow.float32(), [1.0, 0.0]),
+    "decimal": (pyarrow.decimal128(5, 1), [Decimal(1), Decimal(0)]),
+    "categories": (pyarrow.dictionary(pyarrow.int8(), pyarrow.int64()), [1, 0]),
+    "fractions": (pyarrow.float64(), [0.5, 0]),
+    "no number": (pyarrow.float64(), [float("nan"), 0]),
+    "text": (pyarrow.string(), ["a", "b"]),
+    "large text": (pyarrow.large_string(), ["a", "b"]),
+    "text views": (pyarrow.string_view(), ["1", "0"]),
+    "named categories": (pyarrow.dictionary(pyarrow.int8(), pyarrow.string()), ["a", "b"]),
+    "lists": (pyarrow.list_(pyarrow.int64()), [[1], [0]]),
+    "missing": (pyarrow.int64(), [None, 0]),
+    "bad": (pyarrow.uint64(), [2**63, 0]),
+}
+
+
+@pytest.mark.parametrize("kind", PARQUET_LABELS)
+def test_labels_of_every_type_are_whole_numbers_or_refused_with_their_row(tmp_path, kind):
+    stored, labels = PARQUET_LABELS[kind]
+    for split in ("train", "test"):
+        table = pyarrow.table({"image": [png(n) for n in range(8)], "label": pyarrow.array(labels * 4, stored)})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    if list(PARQUET_LABELS).index(kind) < 6:
+        assert load(tmp_path).test.labels.dtype == torch.int64
+        assert load(tmp_path).test.labels.tolist() == [1, 0] * 4
+    else:
+        with pytest.raises(ValueError, match=r"train row 0(:| has no) label"):
+            load(tmp_path)
+        with pytest.raises(ValueError, match=r"train( row 0(:| has no) label|: the class '1' has 0 images)"):
+            fit(replace(get_recipe("images"), data=DataConfig(source=str(tmp_path))))
+
+
+def test_a_file_without_names_between_files_with_them_goes_by_number_and_is_told(tmp_path, caplog):
+    write_file(tmp_path / "train-0.parquet", ["cat", "dog"], [0, 1] * 2)
+    table = pyarrow.table({"image": [{"bytes": png(1), "path": "x"}] * 2, "label": [0, 1]})
+    pyarrow.parquet.write_table(table, tmp_path / "train-1.parquet")
+    write_file(tmp_path / "train-2.parquet", ["dog", "cat"], [0, 1] * 2)
+    write_file(tmp_path / "test.parquet", ["dog", "cat"], [0, 1])
+    source = open_sources(DataConfig("tiny", str(tmp_path)), model_config("vit_nano", num_classes=2))["train"]
+    assert source.labels == [0, 1, 0, 1, 0, 1, 1, 0, 1, 0]
+    assert "train train-1.parquet has no names of classes" in caplog.text
+
+
 def test_hidden_folders_are_no_classes_and_give_no_images(tmp_path):
     kept = [f"{split}/{name}/a.png" for split in ("train", "test") for name in ("cat", "dog")]
     hidden = ["train/.ipynb_checkpoints/a.png", "train/__MACOSX/a.png", "train/@eaDir/a.png", "train/cat/@eaDir/b.png"]
     write_folder(tmp_path, [*kept, *hidden, "train/cat/.ipynb_checkpoints/a.png", "train/.DS_Store", "train/cat/Thumbs.db"])
-    train = folder.read(tmp_path)["train"]
+    train = folder.read(walk(tmp_path))["train"]
     assert train.classes == ("cat", "dog")
     assert train.labels == [0, 1]
 
@@ -88,13 +186,13 @@ def test_hidden_folders_are_no_classes_and_give_no_images(tmp_path):
 def test_a_training_class_without_images_is_refused(tmp_path):
     write_folder(tmp_path, ["train/cat/a.png", "train/cow/notes.txt", "test/cat/a.png"])
     with pytest.raises(ValueError, match=r"train: the class 'cow' has 0 images"):
-        folder.read(tmp_path)
+        folder.read(walk(tmp_path))
 
 
 def test_a_test_class_of_other_capitals_is_refused_with_both_names(tmp_path):
     write_folder(tmp_path, ["train/cat/a.png", "test/Cat/a.png"])
     with pytest.raises(ValueError, match=r"has the class 'Cat', which .*train has not; it has 'cat'"):
-        folder.read(tmp_path)
+        folder.read(walk(tmp_path))
 
 
 # --- hub ids ---------------------------------------------------------------------------------------------------------
@@ -128,7 +226,7 @@ def test_labels_of_a_hub_id_go_by_number_where_one_split_has_no_names(hub, unnam
     found = load("owner/name")
     assert found.test.labels.tolist() == [1, 0, 1]
     assert seen(found.test) == ["dog", "cat", "dog"]
-    assert caplog.messages == [f"owner/name {unnamed} has no names of classes: its labels go by number"]
+    assert caplog.messages[0] == f"owner/name {unnamed} has no names of classes: its labels go by number"
 
 
 def test_a_test_set_of_a_hub_id_without_labels_gives_way_to_the_validation_set(hub):

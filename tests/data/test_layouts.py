@@ -8,6 +8,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from layout_cases import CLASSES, LAYOUTS, MODEL, file_of, load, picture, write_layouts_of, write_parquet
@@ -224,7 +226,7 @@ def test_damaged_images_are_named_counted_and_replaced_by_the_next_of_their_clas
         assert [row * 7 % 3 for row in rows] == labels.tolist()
         assert not {4, 31} & set(rows)
     messages = [record.getMessage() for record in caplog.records]
-    assert [message[: message.index(":")] for message in messages] == [f"skipped ({n} of at most 2)" for n in (1, 2)]
+    assert [message[: message.index(":")] for message in messages] == [f"skipped in train ({n} of at most 2)" for n in (1, 2)]
     wanted = {
         "parquet": ["train row 4 (train-00000-of-00002.parquet row 4)", "train row 31 (train-00001-of-00002.parquet row 1)"],
         "folder": [f"train/{CLASSES[1]}/00000004.png", f"train/{CLASSES[1]}/00000031.png"],
@@ -240,10 +242,10 @@ def test_damaged_images_give_the_same_batches_in_every_layout(damaged):
 
 
 def test_one_image_too_many_stops_the_run_with_a_clear_line(damaged):
-    assert "1 images cannot be read, and data.max_bad_samples allows 0" in refusal(damaged["folder"])
+    assert "1 images of train cannot be read, and data.max_bad_samples allows 0" in refusal(damaged["folder"])
     data = load(damaged["folder"], in_memory=False, max_bad_samples=1).train
     with pytest.raises(
-        ValueError, match=r"\.png cannot be read as an image.*2 images cannot be read.*allows 1: put good files"
+        ValueError, match=r"\.png cannot be read as an image.*2 images of train cannot be read.*allows 1: put good files"
     ):
         list(stream_of(data).batches(0))
 
@@ -425,7 +427,7 @@ def test_images_whose_ending_is_not_read_are_told(whole, tmp_path, caplog):
     (folder / "train" / "cat" / "a.gif").write_bytes(b"")
     (folder / "train" / "cat" / "notes.txt").write_bytes(b"")
     assert len(load(folder).train) == 54
-    assert "train: 1 images are left out, the first cat/a.gif; known are .jpg, .jpeg, .png" in caplog.text
+    assert "train: 1 file is left out, cat/a.gif; taken are images in folders of their classes (.jpg, .jpeg" in caplog.text
 
 
 def test_more_than_one_layout_must_be_chosen_from(whole, tmp_path):
@@ -456,6 +458,54 @@ def test_a_test_set_without_labels_gives_way_to_the_validation_set(tmp_path):
     assert "no labels in test: all are -1" in refusal(tmp_path)
 
 
+PATH = pyarrow.struct({"path": pyarrow.string()})
+BOTH = pyarrow.struct({"bytes": pyarrow.large_binary(), "path": pyarrow.large_string()})
+
+
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "string_view", "path", "bytes and path", "in the folders of splits"]
+)
+def test_rows_may_name_image_files_in_the_folder(tmp_path, kind, caplog):
+    stored = {
+        "large_string": pyarrow.large_string(),
+        "string_view": pyarrow.string_view(),
+        "path": PATH,
+        "bytes and path": BOTH,
+    }
+    for split, first in (("train", 0), ("test", 10)):
+        folder = tmp_path / (f"{split}/images" if kind.startswith("in") else f"images/{split}")
+        folder.mkdir(parents=True)
+        for row in range(6):
+            (folder / f"{row}.png").write_bytes(file_of(picture(first + row, (8, 8))))
+        names = [str((folder / f"{row}.png").relative_to(tmp_path)) for row in range(6)]
+        values = [{"path": name} for name in names] if "path" in kind else names
+        table = pyarrow.table({"image": pyarrow.array(values, stored.get(kind)), "label": [0, 1, 2] * 2})
+        pyarrow.parquet.write_table(table, tmp_path / f"{split}.parquet")
+    found = load(tmp_path)
+    assert torch.equal(found.test.images[5], torch.tensor(np.asarray(picture(15, (8, 8)))).permute(2, 0, 1))
+    assert caplog.messages == []
+    (tmp_path / "extra.png").write_bytes(b"x")
+    load(tmp_path)
+    assert "1 file is left out, extra.png" in caplog.text
+    shutil.copy(tmp_path / "train.parquet", tmp_path / "test.parquet")
+    assert "share 6 files, the first: " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()])
+def test_images_are_read_from_every_kind_of_bytes(tmp_path, stored):
+    for split in ("train", "test"):
+        files = pyarrow.array([file_of(picture(row, (8, 8))) for row in range(6)], stored)
+        pyarrow.parquet.write_table(pyarrow.table({"image": files, "label": [0, 1, 2] * 2}), tmp_path / f"{split}.parquet")
+    assert torch.equal(load(tmp_path).test.images[5], torch.tensor(np.asarray(picture(5, (8, 8)))).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("values", [[[1, 2]] * 3, [{"a": b"x"}] * 3, [1.5] * 3])
+def test_a_column_of_no_images_is_refused_with_its_type(tmp_path, values):
+    for split in ("train", "test"):
+        pyarrow.parquet.write_table(pyarrow.table({"image": values, "label": [0, 1, 2]}), tmp_path / f"{split}.parquet")
+    assert "column 'image' holds" in refusal(tmp_path)
+
+
 def test_a_path_in_a_parquet_file_cannot_leave_the_folder(tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(file_of(picture(0)))
@@ -463,7 +513,7 @@ def test_a_path_in_a_parquet_file_cannot_leave_the_folder(tmp_path):
         {"img": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}, "label": datasets.Value("int64")}
     )
     for split in ("train", "test"):
-        rows = {"img": [{"bytes": None, "path": "../secret.png"}] * 3, "label": [0, 1, 2]}
+        rows = {"img": [{"bytes": None, "path": "../secret.png"}] * 6, "label": [0, 1, 2] * 2}
         (tmp_path / "data").mkdir(exist_ok=True)
         datasets.Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "data" / f"{split}.parquet"))
     assert "'../secret.png' leads out of" in refusal(tmp_path / "data")

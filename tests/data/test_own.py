@@ -135,7 +135,7 @@ def test_a_damaged_image_is_named_once_and_does_not_end_the_run(tmp_path, caplog
     damaged.write_bytes(damaged.read_bytes()[:60])
     config = config_of(folder)
     load_data(config.data, config.model)
-    assert [line.split(":")[0] for line in caplog.messages] == ["skipped (1 of at most 1)"]
+    assert [line.split(":")[0] for line in caplog.messages] == ["skipped in test (1 of at most 1)"]
     assert str(damaged) in caplog.text
 
 

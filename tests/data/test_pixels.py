@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 import write_layouts
-from image_cases import GREYS, chunk, colours, deep, grey_tiff, png_of_16_bits, saved, see_through, turned
+from image_cases import GREYS, chunk, colours, deep, grey_tiff, png_of_16_bits, png_of_few_bits, saved, see_through, turned
 from layout_cases import CLASSES, load, write_parquet
 from PIL import Image, ImageOps
 
 from sape2.config import ModelConfig
 from sape2.data import decode
-from sape2.data.picture import read_picture
+from sape2.data.picture import read_picture, take_picture
 from sape2.data.pixels import RULE, is_grey, named, opened, read_image, to_8_bits, upright_size
 from sape2.models.trained import note_of_rule
 from sape2.training.run_folder import check_data
@@ -157,6 +157,25 @@ def test_one_colour_of_a_png_can_be_transparent():
     assert read(saved(image, transparency=(1, 2, 3))).tolist() == [[[255, 255, 255], [4, 5, 6]]]
     deep_grey = png_of_16_bits(np.array([[257, 300]], np.uint16), chunk(b"tRNS", struct.pack(">H", 300)))
     assert read(deep_grey, 1).tolist() == [[1, 255]]
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_grey_of_few_bits_can_be_transparent(bits, channels):
+    white = 2**bits - 1
+    for clear in range(white + 1):
+        expected = [255 if value == clear else value * 255 // white for value in range(white + 1)]
+        found = read(png_of_few_bits(bits, range(white + 1), clear), channels)
+        assert found.reshape(white + 1, channels)[:, 0].tolist() == expected
+
+
+def test_one_colour_of_16_bits_can_be_transparent_and_its_neighbours_are_not(tmp_path):
+    values = np.array([[[258, 772, 1286], [259, 772, 1286], [258, 772, 1030]]], np.uint16)
+    file = png_of_16_bits(values, chunk(b"tRNS", struct.pack(">3H", 258, 772, 1286)))
+    assert read(file).tolist() == [[[255, 255, 255], [1, 3, 5], [1, 3, 4]]]
+    (tmp_path / "a.png").write_bytes(file)
+    picture = take_picture(tmp_path / "a.png", ModelConfig(image_size=(1, 3), patch_size=1, in_channels=1))
+    assert picture.pixels[0, 0, 0] == 255  # opened once, read as grey and as colours
 
 
 def test_colour_with_alpha_of_16_bits_is_laid_on_white():

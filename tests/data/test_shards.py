@@ -7,10 +7,11 @@ import subprocess
 import tarfile
 
 import pytest
-from layout_cases import file_of, picture
+from layout_cases import file_of, picture, shard_of
 
 from sape2.config import DataConfig, ModelConfig
 from sape2.data import load_data, webdataset
+from sape2.data.walk import walk
 from sape2.data.webdataset import index_shard
 
 PNG = file_of(picture(1))
@@ -96,7 +97,7 @@ def test_packed_shards_beside_open_ones_are_refused(tmp_path):
     for name in ("train-1.tar.gz", "train-1.tgz"):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(ValueError, match=f"not compressed \\(.tar\\); found {name}"):
-            webdataset.read(tmp_path)
+            webdataset.read(walk(tmp_path))
         (tmp_path / name).unlink()
 
 
@@ -104,8 +105,8 @@ def test_packed_shards_beside_open_ones_are_refused(tmp_path):
 def test_a_shard_that_names_two_splits_is_refused(tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     write_shard(tmp_path / name, SAMPLES)
-    with pytest.raises(ValueError, match=f"the shard {name} names two splits, train and (test|val)"):
-        webdataset.read(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} names two splits, train and (test|validation)"):
+        webdataset.read(walk(tmp_path))
 
 
 # --- one image and one label -----------------------------------------------------------------------------------------
@@ -129,9 +130,27 @@ def test_names_in_shards_are_numbered_by_classes_txt(tmp_path):
     (tmp_path / "classes.txt").write_text("cat\ndog \n\n")
     for split in ("train", "test"):
         write_shard(tmp_path / f"{split}.tar", [("a.png", png(1)), ("a.cls", b"dog"), ("b.png", png(1)), ("b.cls", b"0")])
-    found = webdataset.read(tmp_path)
+    found = webdataset.read(walk(tmp_path))
     assert found["test"].classes == ("cat", "dog")
     assert found["train"].labels == [1, 0]
+
+
+def test_keys_of_other_bytes_than_utf8_are_read_and_shown_as_text(tmp_path):
+    for split in ("train", "test"):
+        shard_of(tmp_path / f"{split}.tar", 3, prefix="caf\udce9")
+    train = webdataset.read(walk(tmp_path))["train"]
+    assert train.labels == [0, 1, 2]
+    assert train.name(1) == rf"{tmp_path}/train.tar:caf\xe9001"
+
+
+def test_a_word_without_a_number_is_refused_with_its_sample(tmp_path):
+    for split in ("train", "test"):
+        shard_of(tmp_path / f"{split}.tar", 3, label="abc".__getitem__)
+    with pytest.raises(ValueError, match=r"train.tar:s000: label 'a' is no whole number; classes.txt can number names"):
+        load_data(DataConfig("tiny", str(tmp_path)), ModelConfig())
+    (tmp_path / "classes.txt").write_bytes(b"a\nb\xe9\nc")
+    with pytest.raises(ValueError, match=r"classes.txt is not UTF-8"):
+        load_data(DataConfig("tiny", str(tmp_path)), ModelConfig())
 
 
 def labelled(path, *files):
@@ -182,10 +201,10 @@ def test_an_image_without_a_label_is_named(tmp_path):
 def test_shards_without_any_label_give_way_to_the_validation_set(tmp_path):
     for split, files in (("train", SAMPLES), ("val", SAMPLES), ("test", [("0.png", PNG)])):
         write_shard(tmp_path / f"{split}.tar", files)
-    assert webdataset.read(tmp_path)["test"].labels == [1, 1, 1]
+    assert webdataset.read(walk(tmp_path))["test"].labels == [1, 1, 1]
     (tmp_path / "val.tar").unlink()
     with pytest.raises(ValueError, match="has no labels in test: all are -1 or missing"):
-        webdataset.read(tmp_path)
+        webdataset.read(walk(tmp_path))
 
 
 @pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_SPARSE])

@@ -18,23 +18,25 @@ import torch
 from sape2.config import HUB_IDS, DataConfig, ModelConfig
 from sape2.data import folder, parquet, webdataset
 from sape2.data.arrays import TORCHVISION_FOLDERS, ArrayImages, read_digits, read_torchvision
-from sape2.data.base import Part, Source, UnreadableImages
+from sape2.data.base import Part, Source, UnreadableImages, plain_name
 from sape2.data.decoding import decode
 from sape2.data.files import ImageFiles, Splits
 from sape2.data.fingerprint import fingerprint
-from sape2.data.images import ImageData, limit_by_class, normalize, split_by_class
-from sape2.data.labels import match_classes, match_model
+from sape2.data.images import ImageData, limit_by_class, normalize, split_by_class, tell_twins
+from sape2.data.labels import as_numbers, first_of, match_classes, match_model
+from sape2.data.splits import split_of
+from sape2.data.walk import Files, is_image, walk
 
 __all__ = [
     "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "fingerprint", "limit_by_class", "load_data",
     "normalize", "open_sources", "split_by_class",
 ]  # fmt: skip
 
-# name: (whether a folder holds it, its splits)
-LAYOUTS: dict[str, tuple[Callable[[Path], bool], Callable[[Path, DataConfig], Any]]] = {
-    "folder": (folder.find, lambda path, config: folder.read(path, config.test_fraction, config.split_seed)),
+# name: (whether these files are of it, its splits)
+LAYOUTS: dict[str, tuple[Callable[[Files], bool], Callable[[Files, DataConfig], Any]]] = {
+    "folder": (folder.find, lambda files, config: folder.read(files, config.test_fraction, config.split_seed)),
     "parquet": (parquet.find, parquet.read),
-    "webdataset": (webdataset.find, lambda path, _: webdataset.read(path)),
+    "webdataset": (webdataset.find, lambda files, _: webdataset.read(files)),
 }
 MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
 
@@ -53,18 +55,29 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     if config.test_fraction is not None and not isinstance(sources["test"], Part):
         raise ValueError(f"data.test_fraction is for images without a test set; --data {config.source} has one")
     print_ = fingerprint(sources)
-    sets = [as_images(source, config, model) for source in sources.values()]
+    sets = [as_images(source, config, model, split) for split, source in sources.items()]
     for images in sets:
         if isinstance(images, ImageFiles):
             images.fingerprint = print_
     train, test = (images if isinstance(images, ImageFiles) else replace(images, fingerprint=print_) for images in sets)
+    _check_counts(train, sources["train"].where)
     train, validation = split_by_class(train, config.validation_fraction, config.split_seed)
     if config.train_limit is not None and config.train_limit < len(train):
         train = limit_by_class(train, config.train_limit, config.split_seed)
-    splits = [train, validation, test]
-    if keep_in_memory(sum(map(len, splits)), config, model):
-        splits = [images.decoded() if isinstance(images, ImageFiles) else images for images in splits]
-    return Splits(*splits)
+    splits = {"train": train, "validation": validation, "test": test}
+    if not keep_in_memory(sum(map(len, splits.values())), config, model):
+        return Splits(**splits)
+    decoded = {split: images.decoded() if isinstance(images, ImageFiles) else images for split, images in splits.items()}
+    tell_twins(decoded, lambda split, place: splits[split].name(place))
+    return Splits(**decoded)
+
+
+def _check_counts(train: ImageFiles | ImageData, where: str) -> None:
+    """Raises ValueError naming a class with one image, which would be taken to validate, so that none were left to train."""
+    alone = (train.labels.bincount() == 1).nonzero()
+    if len(alone):
+        name = train.classes[int(alone[0])]
+        raise ValueError(f"{where}: the class {name!r} has 1 image; training and validation need one each, at least 2")
 
 
 def keep_in_memory(images: int, config: DataConfig, model: ModelConfig) -> bool:
@@ -87,47 +100,61 @@ def open_sources(config: DataConfig, model: ModelConfig) -> dict[str, Source] | 
             f"{TORCHVISION_FOLDERS.get(config.name, 'files')}, an image folder (train/CLASS/*.jpg), webdataset shards (*.tar), "
             f"or a hub id such as {HUB_IDS.get(config.name, 'owner/name')}"
         )
-    path = Path(config.source).expanduser()
-    if path.is_file():
-        raise NotADirectoryError(f"--data {config.source} is a file; give the folder that holds it")
-    if not path.is_dir():
+    path = data_folder(config.source)
+    if path is None:
         return _matched(parquet.read_hub(config.source, config))
+    files = walk(path)
     if config.layout is None and (path / TORCHVISION_FOLDERS.get(config.name, "-")).is_dir():
-        return read_torchvision(config, model, path)
-    _, read = LAYOUTS[config.layout or find_layout(path, config)]
-    return _matched(read(path, config))
+        return read_torchvision(config, model, files)
+    _, read = LAYOUTS[config.layout or find_layout(files, config)]
+    return _matched(read(files, config))
+
+
+def data_folder(source: str) -> Path | None:
+    """The folder that --data names, whole; None where there is no such folder. Raises NotADirectoryError for a file."""
+    if not source.strip():
+        raise ValueError("--data is empty; give a folder or a hub id")
+    path = Path(source).expanduser().absolute()
+    if path.is_file():
+        raise NotADirectoryError(f"--data {plain_name(source)} is a file; give the folder that holds it")
+    return path if path.is_dir() else None
 
 
 def _matched(sources: dict[str, Source]) -> dict[str, Source]:
+    for source in sources.values():
+        as_numbers(source)
     match_classes(sources["train"], sources["test"])
     return sources
 
 
-def find_layout(path: Path, config: DataConfig) -> Any:
-    """The layout that a folder holds; raises an error if there is none, or more than one."""
-    if folder.find(path):
+def find_layout(files: Files, config: DataConfig) -> Any:
+    """The layout of a folder; raises an error if there is none, or more than one. Folders of splits and classes go first."""
+    if folder.find(files) and not (parquet.find(files) and parquet.holds_paths(files, config)):
         return "folder"
-    found = [name for name, (holds, _) in LAYOUTS.items() if name != "folder" and holds(path)]
+    found = [name for name, (holds, _) in LAYOUTS.items() if name != "folder" and holds(files)]
+    where = plain_name(files.root)
+    if folder.find_classes(files) and not any(map(split_of, files.ending(".parquet", ".tar", "readme.md"))):
+        found.insert(0, "folder")
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"--data {config.source} holds {' and '.join(found)}; choose with --set data.layout={found[0]}")
-    if folder.find_classes(path):
-        return "folder"
-    if folder.holds_images(path):
+        raise ValueError(f"--data {where} holds {' and '.join(found)}; choose with --set data.layout={found[0]}")
+    if any(map(is_image, files.real)):
         raise ValueError(
-            f"--data {config.source} holds images but no folder for each class: put them into DIR/CLASS/*.jpg and give DIR"
+            f"--data {where} holds images but no folder for each class: put them into DIR/CLASS/*.jpg and give DIR"
         )
-    there = ", ".join(sorted(file.name for file in path.iterdir())[:5]) or "nothing"
+    there = first_of(sorted(map(plain_name, {name.partition("/")[0] for name in (*files.real, *files.folders)})), 5)
     known = TORCHVISION_FOLDERS.get(config.name)
     wanted = f"parquet file and no {known}" if known else "images"
     raise FileNotFoundError(
-        f"--data {config.source} holds no {wanted}; found {there}. Known: image folders (train/CLASS/*.jpg), parquet, "
+        f"--data {where} holds no {wanted}; found {there or 'nothing'}. Known: image folders (train/CLASS/*.jpg), parquet, "
         "webdataset shards (*.tar)"
     )
 
 
-def as_images(source: Source | ArrayImages, config: DataConfig, model: ModelConfig) -> ImageFiles | ImageData:
+def as_images(
+    source: Source | ArrayImages, config: DataConfig, model: ModelConfig, split: str = "train"
+) -> ImageFiles | ImageData:
     """The source with its labels checked; nothing is decoded."""
     if not source.labels:
         raise ValueError(f"{source.where} holds no rows")
@@ -146,7 +173,8 @@ def as_images(source: Source | ArrayImages, config: DataConfig, model: ModelConf
     if isinstance(source, ArrayImages):
         images = torch.from_numpy(source.images).permute(0, 3, 1, 2).contiguous()
         return ImageData(images, labels, classes, config.mean, config.std)
-    return ImageFiles(source, labels, classes, config, model, UnreadableImages(allowed_unreadable(len(labels), config)))
+    unreadable = UnreadableImages(allowed_unreadable(len(labels), config), split)
+    return ImageFiles(source, labels, classes, config, model, unreadable)
 
 
 def allowed_unreadable(images: int, config: DataConfig) -> int:

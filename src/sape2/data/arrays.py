@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,11 @@ import torch
 from PIL import Image
 
 from sape2.config import DataConfig, ModelConfig
+from sape2.data.base import plain_name
 from sape2.data.decoding import to_array
 from sape2.data.images import class_split
 from sape2.data.pixels import to_8_bits
+from sape2.data.walk import Files, tell_left_out
 
 TORCHVISION_FOLDERS = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
 
@@ -50,10 +51,13 @@ def read_digits(model: ModelConfig) -> dict[str, ArrayImages]:
     }
 
 
-def read_torchvision(config: DataConfig, model: ModelConfig, folder: Path) -> dict[str, ArrayImages]:
+def read_torchvision(config: DataConfig, model: ModelConfig, files: Files) -> dict[str, ArrayImages]:
     """CIFAR's original files; torchvision checks their published hashes before it unpickles them."""
     from torchvision import datasets
 
+    folder, own = files.root, TORCHVISION_FOLDERS[config.name]
+    others = [name for name in files.real if not name.startswith((f"{own}/", "cifar-"))]
+    tell_left_out(plain_name(folder), others, f"the files in {own} are taken")
     reader = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.name]
     result = {}
     for split in ("train", "test"):

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
+from unicodedata import category
 
 from torch.utils.data import get_worker_info
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
-TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("test", "validation", "valid", "val")  # the first of them that is there, and has labels, is the test set
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?(\.\w+)")  # train-00003-of-00010.parquet, train-000003.tar
 # Images too, but none that torchvision's folders have: told of, and not read.
 OTHER_ENDINGS = (".gif", ".jfif", ".jpe", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".tga", ".dds", ".svg")
+LINE_ENDS = ("Cc", "Zl", "Zp")  # and other control characters, as Unicode calls them
 Result = TypeVar("Result")
 READING = threading.Lock()  # what a source keeps open is changed by one thread at a time
 log = logging.getLogger("sape2.data")
@@ -48,15 +49,20 @@ class Source(Protocol):
 
 
 def plain_name(path: Path | str) -> str:
-    """A path, or a part of one, as text that any file or terminal takes: bytes that are no UTF-8 are written as \\xE9."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A path, or a part of one, as one line of text: bytes that are no UTF-8 are written as \\xE9, a line end as \\n."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return text if text.isprintable() else "".join(ascii(sign)[1:-1] if category(sign) in LINE_ENDS else sign for sign in text)
+
+
+def digest(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
 class UnreadableImages:
     """The images that could not be read so far, each once. Raises ValueError at the one that is too many."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, split: str) -> None:
+        self.limit, self.split = limit, split
         self.reasons: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -68,11 +74,11 @@ class UnreadableImages:
         self.reasons[name] = reason
         if len(self) > self.limit:
             raise ValueError(
-                f"{reason}; {len(self)} images cannot be read, and data.max_bad_samples allows {self.limit}: "
+                f"{reason}; {len(self)} images of {self.split} cannot be read, and data.max_bad_samples allows {self.limit}: "
                 "put good files in their place, or --set data.max_bad_samples=N"
             )
         if get_worker_info() is None:  # workers hand theirs to the main process
-            log.warning("skipped (%d of at most %d): %s", len(self), self.limit, reason)
+            log.warning("skipped in %s (%d of at most %d): %s", self.split, len(self), self.limit, reason)
 
     def update(self, found: dict[str, str]) -> None:
         for name, reason in found.items():
@@ -129,28 +135,3 @@ def tell_missing(where: str, files: Sequence[Path]) -> None:
         if missing:
             example = f"{len(missing)} of {len(wanted)} files like {names[first]} are missing"
             log.warning("%s: %s, the first of them number %d; the others are read", where, example, missing[0])
-
-
-def find_splits(names: list[str], where: str) -> tuple[str, list[str]]:
-    """(train, candidates for test in order) of the names that are there; raises ValueError if one is missing."""
-    train = next((name for name in TRAIN_NAMES if name in names), None)
-    test = [name for name in TEST_NAMES if name in names]
-    if train is None or not test:
-        raise ValueError(f"--data {where} needs the splits train and test; found {', '.join(names) or 'none'}")
-    return train, test
-
-
-def open_labelled(names: Iterable[Any], where: str, open_split: Callable[[str], Source]) -> dict[str, Source]:
-    """{"train": ..., "test": ...}; of several test sets the first that has labels. Raises ValueError if there is none."""
-    train, tests = find_splits([str(name) for name in names], where)
-    sources = [open_split(train)]
-    for name in tests:
-        sources.append(open_split(name))
-        if has_labels(sources[-1]):
-            return {"train": sources[0], "test": sources[-1]}
-    raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing")
-
-
-def has_labels(source: Source) -> bool:
-    """False where every label is -1 or missing: a test set whose answers are kept back, as ImageNet's on the hub."""
-    return any(label not in (-1, None) for label in source.labels) or not source.labels

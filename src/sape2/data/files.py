@@ -57,6 +57,9 @@ class ImageFiles:
         part.rows, part.labels = self.rows[index], self.labels[index]
         return part
 
+    def name(self, place: int) -> str:
+        return self.source.name(int(self.rows[place]))
+
     @property
     def image_bytes(self) -> int:
         height, width = self.model.image_size

@@ -6,14 +6,13 @@ Also what later commands tell people: the names of the classes, and how large th
 from __future__ import annotations
 
 import contextlib
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sape2.data.arrays import ArrayImages
-from sape2.data.base import Source
+from sape2.data.base import Source, digest
 from sape2.data.pixels import RULE, named, opened, upright_size
 
 PROBES = 16  # images of a split whose bytes are looked at
@@ -62,7 +61,3 @@ def _bytes(source: Source, index: int) -> bytes:
     if entry.get("bytes") is None and entry.get("path") is not None and Path(entry["path"]).is_file():
         return Path(entry["path"]).read_bytes()
     return entry.get("bytes") or b""
-
-
-def digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=8).hexdigest()

@@ -1,4 +1,4 @@
-"""Image folders: DIR/train/CLASS/*.jpg and the same under test, validation, valid or val, or DIR/CLASS/*.jpg alone.
+"""Image folders: DIR/train/CLASS/*.jpg and the same under a test split, or DIR/CLASS/*.jpg alone.
 
 Classes in order of name; hidden files and folders are left out.
 """
@@ -6,52 +6,73 @@ Classes in order of name; hidden files and folders are left out.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, TEST_NAMES, TRAIN_NAMES, Part, Source, find_splits, log, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, Part, Source, log, plain_name, waiting_for
 from sape2.data.images import class_split
-from sape2.data.labels import near_name
+from sape2.data.labels import near_name, numbers_of
+from sape2.data.splits import by_split, open_labelled, split_of, splits_in
+from sape2.data.walk import Files, is_image, listed, tell_left_out
 
-LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders that hold copies or nothing
-PEEK = 20  # folders and files looked at to tell the layout
+KNOWN = f"taken are images in folders of their classes ({', '.join(IMAGE_ENDINGS)})"
 
 
 class FolderImages:
-    """The images below DIR/SPLIT/CLASS, sorted by file name, so that files named by number keep their order."""
+    """The images below DIR/SPLIT/CLASS, sorted by file name, so that files named by number keep their order.
+
+    Without any folder of a class they have no labels.
+    """
 
     layout = "folder"
 
-    def __init__(self, folder: Path, split: str, classes: tuple[str, ...]) -> None:
-        from torchvision.datasets.folder import make_dataset
-
-        self.root, self.where, self.classes = folder / split, f"{folder} {split}".rstrip(), classes
+    def __init__(self, files: Files, split: str) -> None:
+        self.root, self.where = files.root / split, plain_name(f"{files.root} {split}".rstrip())
+        self._start = len(split) + bool(split)
+        inside = [name[self._start :] for name in files.real if name.startswith(split and f"{split}/")]
+        folders = [name[self._start :] for name in files.folders if name.startswith(split and f"{split}/")]
+        found = [name for name in inside if is_image(name) and ("/" in name or not folders)]
+        tell_left_out(self.where, {*inside} - {*found}, KNOWN)
+        _check_splits_below(self.where, folders, found, bool(split))
+        found = self._once(files, found)
+        found.sort(key=lambda name: (os.path.basename(name), name))
+        classes = sorted(name for name in folders if "/" not in name)
+        self.classes = tuple(map(plain_name, classes))
         numbers = {name: number for number, name in enumerate(classes)}
-        start = len(str(self.root)) + 1
-        found = make_dataset(str(self.root), numbers, is_valid_file=_may_be_image, allow_empty=True)
-        found = [image for image in found if not any(map(_is_hidden, image[0][start:].split(os.sep)))]
-        others = [path for path, _ in found if not _is_image(path)]
-        if others:
-            log.warning("%s: %d images are left out, the first %s; known are %s", self.where, len(others), others[0][start:],
-                        ", ".join(IMAGE_ENDINGS))  # fmt: skip
-        found = [image for image in found if _is_image(image[0])]
-        found.sort(key=lambda image: (os.path.basename(image[0]), image[0]))
-        self.labels: list[Any] = [label for _, label in found]
-        self._paths = np.array([os.fsencode(path[start:]) for path, _ in found], dtype=bytes)  # far smaller than a list of str
+        self.labels: list[Any] = [numbers.get(_class_of(name)) for name in found]
+        self._paths = np.array([os.fsencode(name) for name in found], dtype=bytes)  # far smaller than a list of str
+
+    def _once(self, files: Files, found: list[str]) -> list[str]:
+        """Without links to images that are taken already. Raises ValueError for one file in two classes."""
+        seen: dict[str, str] = {}
+        prefix = os.path.join(self.root.name, "") if self._start else ""
+        for name in found:
+            real = files.real[prefix + name]
+            first = seen.setdefault(real, name)
+            if _class_of(first) != _class_of(name):
+                both = f"{plain_name(first)} and {plain_name(name)} are one file, {plain_name(real)}"
+                raise ValueError(f"{self.where}: {both}, in two classes; leave the right one")
+        if again := sorted({*found} - {*seen.values()}):
+            log.warning("%s: left out, links to images that are taken already: %s", self.where, listed(again))
+        return list(seen.values())
+
+    def real_paths(self, files: Files) -> dict[str, str]:
+        """Where each image really lies -> what it is called."""
+        names = (os.path.join(self.root.name, "") * bool(self._start) + os.fsdecode(path) for path in self._paths.tolist())
+        return {files.real[name]: name for name in names}
 
     def name(self, index: int) -> str:
-        return str(self._path(index))
+        return plain_name(self._path(index))
 
     def _path(self, index: int) -> Path:
         return self.root / os.fsdecode(bytes(self._paths[index]))
 
     def read(self, index: int) -> dict[str, Any]:
         path = self._path(index)
-        return {"bytes": waiting_for(str(self.root), lambda: self._bytes(path))}
+        return {"bytes": waiting_for(plain_name(self.root), lambda: self._bytes(path))}
 
     def _bytes(self, path: Path) -> bytes:
         """Raises OSError if the whole folder is gone, ValueError if it is this one file."""
@@ -63,105 +84,116 @@ class FolderImages:
         try:
             return path.read_bytes()  # the folder may have come back just now
         except OSError as error:
-            raise ValueError(f"{path}: the image cannot be read: {error.strerror}") from error
+            raise ValueError(f"{plain_name(path)}: the image cannot be read: {error.strerror}") from error
 
     def contents(self) -> Any:
         return [self._paths.tobytes()]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """Every image file below a folder, in order of path; what is hidden or left by systems is not looked at.
-
-    Links to folders are followed, each folder once. Raises OSError for a folder that cannot be listed.
-    """
-    found, seen = [], set()
-    for root, folders, names in os.walk(folder, onerror=_raise, followlinks=True):
-        here = os.path.realpath(root)
-        folders[:] = [] if here in seen else [name for name in folders if not _is_hidden(name)]
-        found += [] if here in seen else [Path(root, name) for name in names if _is_image(name)]
-        seen.add(here)
-    return sorted(found)
+def _class_of(name: str) -> str:
+    return name.partition("/")[0]
 
 
-def _raise(error: OSError) -> None:
-    raise error
+def _check_splits_below(where: str, folders: list[str], found: list[str], in_split: bool) -> None:
+    """Raises ValueError where train and test lie below a class, or below a split in place of classes, or in file names."""
+    holding = {_class_of(name) for name in found if name.count("/") == 1}
+    kinds: dict[str, set[str]] = {}
+    for name in folders:
+        top, _, below = name.partition("/")
+        if below or (in_split and top not in holding):
+            kinds.setdefault(top if below else "", set()).update(splits_in(below or top)[0])
+    names = {split_of(os.path.basename(name)) for name in found} if not in_split else {None}
+    for place, splits in (*kinds.items(), *([] if None in names else [("", names)])):
+        if "train" in splits and len(splits) > 1:
+            holder = f"the class folder {plain_name(place)}" if place else "it"
+            raise ValueError(
+                f"{where}: {holder} holds images of {' and '.join(sorted(map(str, splits)))}, which must not be mixed; "
+                "put them into DIR/train/CLASS and DIR/test/CLASS"
+            )
 
 
-def find(folder: Path) -> bool:
-    """Whether DIR/train/*/ holds image files; looks at a few names only."""
-    return any(_holds_classes(folder / split) for split in _split_names(folder))
+# --- which folder is what --------------------------------------------------------------------------------------------
 
 
-def find_classes(folder: Path) -> bool:
-    """The same of DIR/*/, where there is no split."""
-    return not _split_names(folder) and _holds_classes(folder)
+def find(files: Files) -> bool:
+    """Whether a folder named as a split holds folders with images."""
+    return any(True in below for name, below in _tops(files).items() if split_of(name))
 
 
-def has_test(folder: Path) -> bool:
-    return any(name in TEST_NAMES for name in _split_names(folder))
+def find_classes(files: Files) -> bool:
+    """Whether DIR/*/ holds images, and no folder is a split."""
+    return not find(files) and any(_tops(files).values())
 
 
-def _holds_classes(folder: Path) -> bool:
-    return any(holds_images(path.path) for path in _some(folder) if path.is_dir() and not _is_hidden(path.name))
+def _tops(files: Files) -> dict[str, set[bool]]:
+    """The folders in DIR, each with where its images lie: right in it (False), in folders below (True), or nowhere."""
+    found: dict[str, set[bool]] = {name: set() for name in files.folders if "/" not in name}
+    for name in files.real:
+        top, _, below = name.partition("/")
+        if below and is_image(name):
+            found[top].add("/" in below)
+    return found
 
 
-def holds_images(folder: str | Path) -> bool:
-    """Directly, not below; looks at a few names only."""
-    return any(file.name.lower().endswith(IMAGE_ENDINGS) for file in _some(folder))
+def split_folders(files: Files) -> dict[str, str]:
+    """Split -> the folder that holds it; none where DIR holds the classes. Raises ValueError where it can be read both ways."""
+    tops, where = _tops(files), plain_name(files.root)
+    named = [name for name in tops if split_of(name)]
+    others = sorted(name for name in tops if name not in named and tops[name])
+    kinds = {split_of(name) for name in named}
+    whole = "train" in kinds and len(kinds) > 1
+    if not find(files):
+        if named and (whole or not others):
+            raise ValueError(
+                f"--data {where}: {listed(named)} hold{'s' * (len(named) == 1)} images but no folder for each class: put them "
+                "into DIR/train/CLASS and DIR/test/CLASS"
+            )
+        return {}
+    if others and not whole:
+        raise ValueError(
+            f"--data {where}: {listed(named)} holds folders as a split does, and {listed(others)} holds images under no word "
+            "of a split. If all are classes, put them into DIR/train; if they are splits, name them train and test"
+        )
+    return {split: found[0] for split, found in by_split(where, named, "folder").items()}
 
 
-def _split_names(folder: Path) -> list[str]:
-    return [name for name in (*TRAIN_NAMES, *TEST_NAMES) if (folder / name).is_dir()]
+def has_test(files: Files) -> bool:
+    return len({*split_folders(files)} - {"train"}) > 0
 
 
-def _some(folder: str | Path) -> Iterator[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        for entry, _ in zip(entries, range(PEEK), strict=False):
-            yield entry
-
-
-def read(folder: Path, test_fraction: float | None = None, seed: int = 0) -> dict[str, Source]:
+def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dict[str, Source]:
     """{"train": ..., "test": ...}; where there is no test set, `test_fraction` of each class is taken as one, with `seed`."""
-    if test_fraction is not None and not has_test(folder):
-        only = next(iter(_split_names(folder)), "")
-        source = _all_filled(FolderImages(folder, only, _classes(folder / only)))
+    splits, where = split_folders(files), plain_name(files.root)
+    if splits:
+        tell_left_out(where, [name for name in files.real if _class_of(name) not in splits.values()], "they are of no split")
+    if test_fraction is not None and not {*splits} - {"train"}:
+        source = _all_filled(FolderImages(files, splits.get("train", "")))
         rest, part = class_split(torch.tensor(source.labels, dtype=torch.long), test_fraction, seed)
         return {"train": Part(source, rest.tolist(), "train"), "test": Part(source, part.tolist(), "test")}
-    if find_classes(folder):
+    if not splits:
         raise ValueError(
-            f"--data {folder} needs the splits train and test; found classes only. sape2 train images splits them, "
+            f"--data {where} needs the splits train and test; found classes only. sape2 train images splits them, "
             "or --set data.test_fraction=0.2"
         )
-    train, tests = find_splits(_split_names(folder), str(folder))
-    classes = _classes(folder / train)
-    others = sorted({*_classes(folder / tests[0])} - {*classes})
-    if others:
-        raise ValueError(
-            f"{folder / tests[0]} has the class {others[0]!r}, which {folder / train} has not{near_name(others[0], classes)}"
-        )
-    return {"train": _all_filled(FolderImages(folder, train, classes)), "test": FolderImages(folder, tests[0], classes)}
+
+    def opened(split: str) -> tuple[FolderImages, dict[str, str]]:
+        source = FolderImages(files, splits[split])
+        return source, source.real_paths(files)
+
+    sources = open_labelled(splits, where, opened)
+    train, test = sources["train"], sources["test"]
+    numbers = numbers_of(train.classes)
+    for name in test.classes:
+        if name not in numbers:
+            raise ValueError(
+                f"{test.where} has the class {name!r}, which {train.where} has not{near_name(name, train.classes)}"
+            )
+    return {"train": _all_filled(train), "test": test}
 
 
-def _all_filled(train: FolderImages) -> FolderImages:
+def _all_filled(train: Source) -> Source:
     """Raises ValueError naming a class folder without images: that class could never be learned."""
     empty = sorted({*range(len(train.classes))} - {*train.labels})
     if empty and train.labels:
-        raise ValueError(f"{train.root}: the class {train.classes[empty[0]]!r} has 0 images; add some, or remove its folder")
+        raise ValueError(f"{train.where}: the class {train.classes[empty[0]]!r} has 0 images; add some, or remove its folder")
     return train
-
-
-def _classes(folder: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not _is_hidden(entry.name)))
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in LEFT_BY_SYSTEMS
-
-
-def _may_be_image(path: str) -> bool:
-    return path.lower().endswith((*IMAGE_ENDINGS, *OTHER_ENDINGS))
-
-
-def _is_image(path: str) -> bool:
-    name = os.path.basename(path).lower()
-    return name.endswith(IMAGE_ENDINGS) and not name.startswith(".")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
+
+from sape2.data.base import digest, log
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,9 @@ class ImageData:
 
     def __getitem__(self, index: Tensor | slice) -> ImageData:
         return replace(self, images=self.images[index], labels=self.labels[index])
+
+    def name(self, place: int) -> str:
+        return f"image {place}"
 
     @property
     def image_bytes(self) -> int:
@@ -75,6 +80,19 @@ def split_by_class(data: Set, fraction: float, seed: int) -> tuple[Set, Set]:
     """(rest, part): `part` holds `fraction` of every class, at least one image of each, drawn with `seed`."""
     rest, part = class_split(data.labels, fraction, seed)
     return data[rest], data[part]
+
+
+def tell_twins(splits: dict[str, ImageData], name: Callable[[str, int], str]) -> None:
+    """Warns where a later split has images with the pixels of an earlier one, as the test set of what was trained on."""
+    known: dict[str, tuple[str, int]] = {}
+    for split, data in splits.items():
+        own = {digest(image.tobytes()): (split, place) for place, image in enumerate(data.images.numpy())}
+        both = [key for key in own if key in known]
+        if both:
+            first = f"{name(*own[both[0]])} is {name(*known[both[0]])}"
+            count = f"{len(both)} of {len(data)} images"
+            log.warning("%s: %s have the pixels of an image that is trained or validated on: %s", split, count, first)
+        known = own | known
 
 
 def limit_by_class(data: Set, size: int, seed: int) -> Set:

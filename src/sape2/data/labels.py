@@ -1,20 +1,27 @@
-"""Labels of two files that name their classes: matched by name, never by number."""
+"""Labels of two files that name their classes: matched by name, never by number. Names that look alike are told apart."""
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
 from typing import Any
 
 from sape2.data.base import Source, log
 
+NO_WIDTH = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10)}  # beside Unicode's category Cf
+
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Raises ValueError where two classes differ by nothing, or by capitals and spaces only."""
+    """Raises ValueError for an empty name, and where two classes look alike. "A" and "a" are two classes."""
     seen: dict[str, str] = {}
     for name in names:
-        if _plain(name) in seen:
-            raise ValueError(f"{where} names two classes {seen[_plain(name)]!r} and {name!r}; give each a name of its own")
-        seen[_plain(name)] = name
+        if not _looks(name):
+            raise ValueError(f"{where} names a class {name!a}, which shows nothing; give it a name")
+        first = seen.setdefault(_looks(name), name)
+        if first is not name:
+            raise ValueError(f"{where} names two classes {_both(first, name)}; give each a name of its own")
+        seen[_looks(name)] = name
 
 
 def renumber(labels: list[Any], names: Sequence[str], wanted: Sequence[str], where: str, known: str) -> list[Any]:
@@ -22,7 +29,7 @@ def renumber(labels: list[Any], names: Sequence[str], wanted: Sequence[str], whe
     if not names or not wanted or tuple(names) == tuple(wanted):
         return labels
     check_names(names, where)
-    numbers = {name: number for number, name in enumerate(wanted)}
+    numbers = numbers_of(wanted)
     table = {number: numbers.get(name) for number, name in enumerate(names)} | {-1: -1, None: None}
     for label in dict.fromkeys(labels):
         if label not in table:
@@ -32,10 +39,20 @@ def renumber(labels: list[Any], names: Sequence[str], wanted: Sequence[str], whe
     return [table[label] for label in labels]
 
 
+def numbers_of(names: Sequence[str]) -> dict[str, int]:
+    """Name -> number; composed and decomposed letters are the same text, so a name is found in both forms."""
+    forms = [{unicodedata.normalize(form, name): number for number, name in enumerate(names)} for form in ("NFD", "NFC")]
+    return forms[0] | forms[1] | {name: number for number, name in enumerate(names)}
+
+
 def near_name(name: str, wanted: Sequence[str]) -> str:
-    """What an error adds where a known name differs by capitals or spaces only."""
-    near = next((other for other in wanted if _plain(other) == _plain(name)), None)
-    return f"; it has {near!r}: write both alike" if near is not None else ""
+    """What an error adds where a known name differs by capitals, spaces or what does not show."""
+    near = next((other for other in wanted if _looks(other).casefold() == _looks(name).casefold()), None)
+    if near is None:
+        return ""
+    return (
+        f"; {_both(near, name)}: write both alike" if _looks(near) == _looks(name) else f"; it has {near!r}: write both alike"
+    )
 
 
 def first_of(names: Sequence[str], most: int = 10) -> str:
@@ -47,10 +64,13 @@ def match_classes(train: Source, test: Source) -> None:
     """The test labels in the order of the training names, where both have names."""
     check_names(train.classes, train.where)
     if bool(train.classes) != bool(test.classes):
-        unnamed = test if train.classes else train
-        log.warning("%s has no names of classes: its labels go by number", unnamed.where)
+        tell_unnamed((test if train.classes else train).where)
     test.labels = renumber(test.labels, test.classes, train.classes, test.where, train.where)
     test.classes = train.classes if test.classes else ()
+
+
+def tell_unnamed(where: str) -> None:
+    log.warning("%s has no names of classes: its labels go by number", where)
 
 
 def match_model(sources: Iterable[Any], classes: Sequence[str]) -> None:
@@ -64,5 +84,28 @@ def match_model(sources: Iterable[Any], classes: Sequence[str]) -> None:
         source.classes = tuple(classes) if source.classes else ()
 
 
-def _plain(name: str) -> str:
-    return " ".join(name.split()).casefold()
+def as_numbers(source: Any) -> None:
+    """Makes the labels of a source whole numbers, whatever type its file keeps them in. Raises ValueError naming the row."""
+    for row, label in enumerate(source.labels):
+        if type(label) is int:
+            continue
+        if label is None:
+            raise ValueError(f"{source.name(row)} has no label")
+        if not isinstance(label, (bool, float, Decimal)) or label != label or label % 1:
+            way_out = "; classes.txt can number names in shards, ClassLabel in parquet" if isinstance(label, str) else ""
+            raise ValueError(f"{source.name(row)}: label {label!r} is no whole number{way_out}")
+        source.labels[row] = int(label)
+
+
+def _looks(name: str) -> str:
+    """A name without what does not show: marks of no width, kinds of spaces, composed or decomposed letters."""
+    shown = (
+        sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf" and ord(sign) not in NO_WIDTH
+    )
+    return " ".join("".join(shown).split())
+
+
+def _both(one: str, other: str) -> str:
+    """Two names that look alike, with their code points where these are the difference."""
+    points = f" look alike: {one!a} and {other!a}" if not (one + other).isascii() else ""
+    return f"{one!r} and {other!r}{points}"

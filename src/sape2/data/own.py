@@ -11,18 +11,18 @@ import math
 import statistics
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from sape2.config import DataConfig, ModelConfig, RunConfig
-from sape2.data import allowed_unreadable, find_layout, folder, keep_in_memory, open_sources
-from sape2.data.base import Part, Source
+from sape2.data import allowed_unreadable, data_folder, find_layout, folder, keep_in_memory, open_sources
+from sape2.data.base import Part, Source, plain_name
 from sape2.data.decoding import decode, file_in
 from sape2.data.labels import first_of
 from sape2.data.pixels import is_grey, named, opened, upright_size
+from sape2.data.walk import walk
 
 PATCHES = {32: 4, 64: 8, 96: 8, 224: 16}  # image size -> patch: grids of 8, 8, 12 and 14
 TEST_FRACTION = 0.2
@@ -72,21 +72,19 @@ def find_data(data: DataConfig) -> DataConfig:
     source = data.source
     if source is None:
         raise ValueError("images needs --data: a folder with a folder of images for each class, DIR/CLASS/*.jpg")
-    path = Path(source).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"--data {source}: there is no such folder")
-    if not path.is_dir():
-        raise NotADirectoryError(f"--data {source} is a file; give the folder that holds it")
-    name = path.resolve().name or "images"
-    layout = find_layout(path, data)
-    fraction = TEST_FRACTION if layout == "folder" and not folder.has_test(path) else None
+    path = data_folder(source)
+    if path is None:
+        raise FileNotFoundError(f"--data {plain_name(source)}: there is no such folder")
+    name, files = plain_name(path.resolve().name) or "images", walk(path)
+    layout = data.layout or find_layout(files, data)
+    fraction = TEST_FRACTION if layout == "folder" and not folder.has_test(files) else None
     return replace(data, name=name, layout=layout, test_fraction=fraction)
 
 
 def _check_classes(train: Source, test: Source) -> tuple[str, ...]:
     """Their names. Raises ValueError if there are too few, or a class has too few images to be split."""
     counts = Counter(train.labels)
-    classes = tuple(train.classes) or tuple(str(label) for label in range(max(counts, default=-1) + 1))
+    classes = tuple(train.classes) or tuple(map(str, range(min(max(counts, default=-1) + 1, len(train.labels)))))
     if not counts:
         raise ValueError(f"{train.where} holds no images")
     if len(classes) < 2:
@@ -96,7 +94,9 @@ def _check_classes(train: Source, test: Source) -> tuple[str, ...]:
         if counts[label] < 2:
             n = counts[label] + (0 if own else test.labels.count(label))
             sets, least = ("training and validation", 2) if own else ("training, validation and test", 3)
-            raise ValueError(f"{train.where}: the class {name!r} has {n} images; {sets} need one each, at least {least}")
+            raise ValueError(
+                f"{train.where}: the class {name!r} has {n} image{'s' * (n != 1)}; {sets} need one each, at least {least}"
+            )
     return classes
 
 

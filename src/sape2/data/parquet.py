@@ -5,22 +5,26 @@ A local folder is read by row group, each held in memory only while it is of use
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from sape2.config import DataConfig
-from sape2.data.base import READING, Source, open_labelled, tell_missing, waiting_for
-from sape2.data.labels import renumber
+from sape2.data.base import READING, Source, plain_name, tell_missing, waiting_for
+from sape2.data.labels import renumber, tell_unnamed
+from sape2.data.splits import by_split, files_by_split, open_labelled
+from sape2.data.walk import Files, lying, tell_left_out
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 CACHE_BYTES = 512 * 2**20  # row groups kept by one process
+FEWEST_BYTES = 40  # of an image; smaller columns of bytes hold none
 
 
 class ParquetImages:
@@ -29,33 +33,45 @@ class ParquetImages:
     layout = "parquet"
 
     def __init__(self, where: str, root: Path, files: list[Path], config: DataConfig) -> None:
-        import pyarrow.parquet
-
         self.where, self.root, self.files = where, root, files
         tell_missing(where, files)
         self.labels: list[Any] = []
         self.classes: tuple[str, ...] = ()
+        self.by_path: dict[str, str] = {}  # the images that rows name by their paths: where each lies -> its name there
         groups: list[tuple[int, int, int, int]] = []  # file, row group, rows, bytes
-        label = ""
+        named: dict[Path, tuple[str, ...]] = {}
         for number, file in enumerate(files):
             try:
-                opened = waiting_for(str(file), lambda file=file: pyarrow.parquet.ParquetFile(file))
-                if not number:
-                    self._image, label = _columns(opened.schema_arrow, where, config)
-                    self.classes = _class_names(opened.schema_arrow, label)
-                for group in range(opened.num_row_groups):
-                    metadata = opened.metadata.row_group(group)
-                    groups.append((number, group, metadata.num_rows, metadata.total_byte_size))
-                labels = opened.read(columns=[label]).column(label).to_pylist()
-                names = _class_names(opened.schema_arrow, label)
-                self.labels += renumber(labels, names, self.classes, f"{where} {file.name}", f"{where} {files[0].name}")
+                with waiting_for(plain_name(file), lambda file=file: file.open("rb")) as stream, opened(stream) as found:
+                    columns = _columns(found.schema_arrow, where, config)
+                    if number and columns != (self._image, self._label):
+                        raise ValueError(f"{where} {plain_name(file.name)} has other columns, {' and '.join(columns)}")
+                    self._image, self._label = columns
+                    for group in range(found.num_row_groups):
+                        metadata = found.metadata.row_group(group)
+                        groups.append((number, group, metadata.num_rows, metadata.total_byte_size))
+                    labels = found.read(columns=[self._label]).column(self._label).to_pylist()
+                    named[file] = _class_names(found.schema_arrow, self._label)
+                    self.by_path |= lying(root, paths_in(found, self._image))
+                self._add(labels, file, named)
             except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
                 if str(error).startswith(where):
                     raise
                 raise ValueError(f"{where} cannot be read after row {len(self.labels)}: {_first_line(error)}") from error
+        for file, names in named.items():
+            if self.classes and not names:
+                tell_unnamed(f"{where} {plain_name(file.name)}")
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self._starts = np.concatenate([[0], self._groups[:, 2].cumsum()])
         self._cache: OrderedDict[int, Any] = OrderedDict()
+
+    def _add(self, labels: list[Any], file: Path, named: dict[Path, tuple[str, ...]]) -> None:
+        """The labels of a file, renumbered as the first file with names has them."""
+        first = next((other for other, names in named.items() if names), file)
+        self.classes = named[first]
+        self.labels += renumber(
+            labels, named[file], self.classes, *(f"{self.where} {plain_name(f.name)}" for f in (file, first))
+        )
 
     def name(self, index: int) -> str:
         if len(self.files) == 1:
@@ -63,14 +79,14 @@ class ParquetImages:
         group = self._group(index)
         file = int(self._groups[group, 0])
         first = int(self._starts[int((self._groups[:, 0] < file).sum())])
-        return f"{self.where} row {index} ({self.files[file].name} row {index - first})"
+        return f"{self.where} row {index} ({plain_name(self.files[file].name)} row {index - first})"
 
     def _group(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def read(self, index: int) -> Any:
         group = self._group(index)
-        rows = waiting_for(str(self.files[int(self._groups[group, 0])]), lambda: self._rows(group))
+        rows = waiting_for(plain_name(self.files[int(self._groups[group, 0])]), lambda: self._rows(group))
         value = rows[index - int(self._starts[group])].as_py()
         if isinstance(value, bytes):
             return {"bytes": value}
@@ -92,12 +108,10 @@ class ParquetImages:
             return self._cache[group]
 
     def _load(self, group: int) -> Any:
-        import pyarrow.parquet
-
         file, number = self._groups[group, :2].tolist()
         try:
-            with pyarrow.parquet.ParquetFile(self.files[file]) as opened:
-                return opened.read_row_group(number, columns=[self._image]).column(self._image).combine_chunks()
+            with self.files[file].open("rb") as stream, opened(stream) as found:
+                return found.read_row_group(number, columns=[self._image]).column(self._image).combine_chunks()
         except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -110,26 +124,67 @@ class ParquetImages:
         return [[file.name for file in self.files], self._groups.tolist()]
 
 
+def opened(stream: IO[bytes]) -> Any:
+    """A parquet file that is open already: of paths, pyarrow takes some for addresses, and none that is not UTF-8."""
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError("reading parquet needs pyarrow: pip install 'sape2[train]'") from error
+    return pyarrow.parquet.ParquetFile(stream)
+
+
 def inside(root: Path, path: str, where: str) -> Path:
     """A path that a data file names, which must lie in the folder of the data."""
     found = (root / path).resolve()
     if not found.is_relative_to(root.resolve()):
-        raise ValueError(f"{where}: its path {path!r} leads out of {root}")
+        raise ValueError(f"{where}: its path {path!r} leads out of {plain_name(root)}")
     return found
+
+
+def paths_in(found: Any, column: str) -> list[str]:
+    """The paths that stand in the place of images; those beside bytes are names only."""
+    if _holds(found.schema_arrow.field(column).type, "string"):
+        return [path for path in found.read(columns=[column]).column(column).to_pylist() if path is not None]
+    groups = [group for group in range(found.num_row_groups) if _lacks_bytes(found.metadata.row_group(group), column)]
+    rows = found.read_row_groups(groups, columns=[column]).column(column).to_pylist() if groups else []
+    return [row["path"] for row in rows if isinstance(row, dict) and row.get("bytes") is None and row.get("path")]
+
+
+def _lacks_bytes(group: Any, column: str) -> bool:
+    """Whether rows of a row group have no bytes, as far as its metadata tell."""
+    chunks = {chunk.path_in_schema: chunk for chunk in map(group.column, range(group.num_columns))}
+    chunk = chunks.get(f"{column}.bytes")
+    if chunk is None:
+        return f"{column}.path" in chunks
+    missing = chunk.statistics.null_count if chunk.is_stats_set and chunk.statistics.has_null_count else 0
+    return bool(missing) or chunk.total_uncompressed_size < FEWEST_BYTES * group.num_rows
 
 
 def _columns(schema: Any, where: str, config: DataConfig) -> tuple[str, str]:
     """(image column, label column); raises ValueError if one is missing or holds something else."""
-    import pyarrow
-
     image = _column(schema.names, config.image_column, IMAGE_COLUMNS, where, "image")
     label = _column(schema.names, config.label_column, LABEL_COLUMNS, where, "label")
     kind = schema.field(image).type
-    types = pyarrow.types
-    fits = types.is_struct(kind) or types.is_binary(kind) or types.is_large_binary(kind) or types.is_string(kind)
-    if not fits:
+    if not (_holds(kind, "binary", "string") or _is_image(kind)):
         raise ValueError(f"{where} column {image!r} holds {kind}, not images; use --set data.image_column=NAME")
     return image, label
+
+
+def _holds(kind: Any, *wanted: str) -> bool:
+    """Whether a type of pyarrow is "string" or "binary" of whatever storage: large, as a view, of one size, in a dictionary."""
+    import pyarrow
+
+    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    return any(re.fullmatch(rf"(large_|fixed_size_)?{name}(_view)?(\[\d+\])?", str(kind)) for name in wanted)
+
+
+def _is_image(kind: Any) -> bool:
+    """Whether it is a struct of bytes, a path, or both."""
+    import pyarrow
+
+    fields = {each.name: each.type for each in kind} if pyarrow.types.is_struct(kind) else {}
+    wanted = {"bytes": "binary", "path": "string"}
+    return bool(wanted.keys() & fields) and all(_holds(fields[name], wanted[name], "null") for name in wanted.keys() & fields)
 
 
 def _column(known: Iterable[str], wanted: str | None, usual: Iterable[str], where: str, what: str) -> str:
@@ -143,9 +198,11 @@ def _column(known: Iterable[str], wanted: str | None, usual: Iterable[str], wher
 
 def _class_names(schema: Any, label: str) -> tuple[str, ...]:
     """The names that `datasets` keeps in the metadata of the file."""
-    import datasets
-
-    return tuple(getattr(datasets.Features.from_arrow_schema(schema)[label], "names", None) or ())
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        return tuple(map(str, features[label]["names"])) if features[label]["_type"] == "ClassLabel" else ()
+    except (ValueError, KeyError, TypeError):
+        return ()
 
 
 def _first_line(error: Exception) -> str:
@@ -180,40 +237,67 @@ class HubImages:
 # --- a folder, or a hub id -------------------------------------------------------------------------------------------
 
 
-def find(folder: Path) -> bool:
-    return next(folder.rglob("*.parquet"), None) is not None
+def find(files: Files) -> bool:
+    return bool(files.ending(".parquet"))
 
 
-def read(folder: Path, config: DataConfig) -> dict[str, Source]:
-    """Which files are which split is told by `datasets`: from names, folders, or a README.md with `configs:`."""
-    builder = _quietly("load_dataset_builder", str(folder), str(folder), "the folder")
-    files = {str(name): [Path(file) for file in files] for name, files in (builder.config.data_files or {}).items()}
-    others = [file for found in files.values() for file in found if file.suffix != ".parquet"]
-    if others:
-        raise ValueError(f"--data {folder}: the folder cannot be read: {others[0].name} is not a parquet file")
-    return open_labelled(files, str(folder), lambda name: ParquetImages(f"{folder} {name}", folder, files[name], config))
+def holds_paths(files: Files, config: DataConfig) -> bool:
+    """Whether rows of the first file name image files, which then belong to it."""
+    first = next(iter(files.ending(".parquet")), None)
+    try:
+        with (files.root / str(first)).open("rb") as stream, opened(stream) as found:
+            return bool(paths_in(found, _columns(found.schema_arrow, "", config)[0]))
+    except (OSError, RuntimeError, TypeError, ValueError, KeyError):
+        return False
+
+
+def read(files: Files, config: DataConfig) -> dict[str, Source]:
+    """The split of a file is a word of its path, or told by a README.md with `configs:`."""
+    where, seen = plain_name(files.root), set()
+    groups = files_by_split(files, ".parquet")
+
+    def open_split(split: str) -> tuple[ParquetImages, dict[str, str]]:
+        paths = [files.root / name for name in groups[split]]
+        source = ParquetImages(f"{where} {split}", files.root, paths, config)
+        lies = {files.real[name]: name for name in groups[split]} | source.by_path
+        seen.update(source.by_path)
+        source.by_path = {}
+        return source, lies
+
+    sources = open_labelled(groups, where, open_split)
+    others = [name for name, lies in files.real.items() if lies not in seen and not name.lower().endswith(".parquet")]
+    tell_left_out(where, others, "rows of parquet files are taken")
+    return sources
 
 
 def is_hub_id(source: str) -> bool:
     """Whether it is written as owner/name, and nothing of that path is here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and not Path(source).exists()
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).exists()
 
 
 def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
     if not is_hub_id(source):
         raise FileNotFoundError(f"--data {source} is neither a folder nor a hub id (owner/name)")
-    found = _quietly("load_dataset", source, source, "no such folder here, and the hub data set")
-    return open_labelled(found, source, lambda name: HubImages(f"{source} {name}", found[name], config))
+    found = _load_quietly(source)
+    groups = by_split(source, map(str, found), "split")
+
+    def open_split(split: str) -> tuple[HubImages, dict[str, str]]:
+        [name] = groups[split]
+        return HubImages(f"{source} {name}", found[name], config), {}
+
+    return open_labelled(groups, source, open_split)
 
 
-def _quietly(function: str, source: str, where: str, kind: str) -> Any:
+def _load_quietly(source: str) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("reading parquet needs datasets: pip install 'sape2[train]'") from error
+        raise ImportError("reading hub data sets needs datasets: pip install 'sape2[train]'") from error
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs every error that it also raises
     try:
-        return getattr(datasets, function)(source)
+        return datasets.load_dataset(source)
     except Exception as error:  # datasets raises many kinds; all mean that the source cannot be read
-        raise ValueError(f"--data {where}: {kind} cannot be read: {_first_line(error)}") from error
+        raise ValueError(
+            f"--data {source}: no such folder here, and the hub data set cannot be read: {_first_line(error)}"
+        ) from error

@@ -14,7 +14,9 @@ from typing import IO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-RULE = 2  # its version, kept in data.json; under 1, 16 bits were cut off at 255, orientation and transparency ignored
+# Its version, kept in data.json. Under 2, the transparent colour of PNG with 2, 4 or 3x16 bits was not found; under 1, also, 16
+# bits were cut off at 255, orientation and transparency ignored.
+RULE = 3
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which it warns; here an image above it is refused
 MAX_BYTES = 256 * 2**20  # of an encoded image
 ORIENTATION, BITS, WHITE_IS_ZERO = 0x0112, 258, 262  # tags of EXIF and TIFF; the last is 0 where zero is white
@@ -76,6 +78,7 @@ def _header(stream: IO[bytes]) -> Image.Image:
         raise ValueError(_what_it_is(stream.read(4096))) from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} are too many pixels to be read safely; make it smaller first")
+    _keep_clear_colour(image, stream)
     return image
 
 
@@ -104,6 +107,26 @@ def to_8_bits(image: Image.Image, channels: int, annotated: tuple[int, int] | No
         image = image.convert("RGB")
     image = image if channels == 3 else image.convert("L")
     return image if turn is None else image.transpose(turn)
+
+
+def _keep_clear_colour(image: Image.Image, stream: IO[bytes]) -> None:
+    """Gives the one colour of a PNG that is transparent as deep as Pillow reads the pixels, before anything reads them.
+
+    Grey of 2 and 4 bits is spread to 8, so that colour is too. Colours of 16 bits lose their low bytes, in which they may
+    differ from it, so these are read as well and the image gets an alpha channel.
+    """
+    clear, stored = image.info.get("transparency"), image.tile[0].args if getattr(image, "tile", None) else None
+    if stored in ("L;2", "L;4") and isinstance(clear, int):
+        white = 2 ** int(stored[-1]) - 1
+        image.info["transparency"] = (clear & white) * (255 // white)
+    elif stored == "RGB;16B" and isinstance(clear, tuple):
+        stream.seek(0)
+        with Image.open(io.BytesIO(stream.read())) as again:
+            again.tile = [again.tile[0]._replace(args="RGB;16L")]  # the other byte of each pair
+            low = np.asarray(again)
+        del image.info["transparency"]
+        values = np.asarray(image).astype(np.uint16) << 8 | low
+        image.putalpha(Image.fromarray(np.where((values == clear).all(-1), 0, 255).astype(np.uint8)))
 
 
 def _is_deep(image: Image.Image) -> bool:

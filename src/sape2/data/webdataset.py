@@ -20,7 +20,9 @@ from typing import IO, Any
 
 import numpy as np
 
-from sape2.data.base import IMAGE_ENDINGS, READING, TEST_NAMES, TRAIN_NAMES, Source, open_labelled, tell_missing, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, READING, Source, plain_name, tell_missing, waiting_for
+from sape2.data.splits import files_by_split, open_labelled
+from sape2.data.walk import Files, tell_left_out
 
 MAX_OPEN = 64  # shards held open by one process
 LABEL_ENDINGS = ("cls", "json")
@@ -36,9 +38,9 @@ class ShardImages:
         self.where, self.shards, self.classes = where, shards, classes
         tell_missing(where, shards)
         numbers = {name: number for number, name in enumerate(classes)}
-        indices = [waiting_for(str(shard), lambda shard=shard: index_shard(shard, numbers)) for shard in shards]
+        indices = [waiting_for(plain_name(shard), lambda shard=shard: index_shard(shard, numbers)) for shard in shards]
         self.labels: list[Any] = [label for index in indices for *_, label in index]
-        self._keys = np.array([key.encode() for index in indices for key, *_ in index], dtype=bytes)
+        self._keys = np.array([os.fsencode(key) for index in indices for key, *_ in index], dtype=bytes)
         self._places = np.array([place[1:3] for index in indices for place in index], dtype=np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *map(len, indices)])
         self._open: dict[int, io.FileIO] = {}
@@ -47,12 +49,12 @@ class ShardImages:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def name(self, index: int) -> str:
-        return f"{self.shards[self._shard(index)]}:{bytes(self._keys[index]).decode()}"
+        return plain_name(f"{self.shards[self._shard(index)]}:{os.fsdecode(bytes(self._keys[index]))}")
 
     def read(self, index: int) -> dict[str, Any]:
         offset, size = self._places[index].tolist()
         shard = self._shard(index)
-        data = waiting_for(str(self.shards[shard]), lambda: self._bytes(shard, offset, size))
+        data = waiting_for(plain_name(self.shards[shard]), lambda: self._bytes(shard, offset, size))
         if len(data) < size:
             raise ValueError(f"{self.name(index)}: the shard ends after {len(data)} of its {size} bytes")
         return {"bytes": data}
@@ -107,12 +109,12 @@ def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Pl
                 _add(samples, tar, member, numbers or {})
             _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        last = next((f" after sample {key}" for key in reversed(samples) if samples[key].images), "")
-        raise ValueError(f"the shard {path} cannot be read{last}: {error}; fetch it again, or remove it") from error
+        last = next((f" after sample {plain_name(key)}" for key in reversed(samples) if samples[key].images), "")
+        raise ValueError(f"the shard {plain_name(path)} cannot be read{last}: {error}; fetch it again, or remove it") from error
     try:
         return [_place(key, sample) for key, sample in samples.items() if sample.images or sample.labels or sample.links]
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(plain_name(f"{path}: {error}")) from error
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
@@ -206,31 +208,33 @@ def _labels(content: bytes, ending: str) -> list[Any]:
 # --- a folder of shards ----------------------------------------------------------------------------------------------
 
 
-def find(folder: Path) -> bool:
-    return next(folder.rglob("*.tar"), None) is not None
+def find(files: Files) -> bool:
+    return bool(files.ending(".tar"))
 
 
-def read(folder: Path) -> dict[str, Source]:
+def read(files: Files) -> dict[str, Source]:
     """The split of a shard is a word of its path (train-0001.tar, val/0001.tar); classes.txt may hold names, one a line."""
-    groups: dict[str, list[Path]] = {}
-    files = sorted(folder.rglob("*"))
-    for shard in (path for path in files if path.name.endswith(".tar")):
-        groups.setdefault(_split_of(shard.relative_to(folder)), []).append(shard)
-    packed = next((path.name for path in files if PACKED.search(path.name)), None)
-    if packed is not None or not groups:
-        found = packed or "no .tar file"
-        raise ValueError(f"--data {folder} needs webdataset shards that are not compressed (.tar); found {found}")
-    names = folder / "classes.txt"
-    classes = (
-        tuple(line.strip() for line in names.read_text(encoding="utf-8-sig").strip().splitlines()) if names.exists() else ()
-    )
-    return open_labelled(groups, str(folder), lambda name: ShardImages(f"{folder} {name}", groups[name], classes))
+    packed = next((name for name in files.real if PACKED.search(name)), None)
+    where = plain_name(files.root)
+    if packed is not None or not find(files):
+        found = "no .tar file" if packed is None else plain_name(packed)
+        raise ValueError(f"--data {where} needs webdataset shards that are not compressed (.tar); found {found}")
+    groups, classes = files_by_split(files, ".tar"), _class_names(files)
+    tell_left_out(where, {*files.real} - {*files.ending(".tar")}, "samples in shards are taken")
+
+    def open_split(split: str) -> tuple[ShardImages, dict[str, str]]:
+        shards = [files.root / name for name in groups[split]]
+        return ShardImages(f"{where} {split}", shards, classes), {files.real[name]: name for name in groups[split]}
+
+    return open_labelled(groups, where, open_split)
 
 
-def _split_of(path: Path) -> str:
-    """Raises ValueError where the path names a training and a test split."""
-    words = re.split(r"[\W_\d]+", str(path.with_suffix("")).lower())
-    named = [name for name in (*TRAIN_NAMES, *TEST_NAMES) if name in words]
-    if len({name in TRAIN_NAMES for name in named}) > 1:
-        raise ValueError(f"the shard {path} names two splits, {named[0]} and {named[1]}; name one in its path")
-    return named[0] if named else "others"
+def _class_names(files: Files) -> tuple[str, ...]:
+    """Those in classes.txt, one a line."""
+    path = files.root / "classes.txt"
+    if "classes.txt" not in files.real:
+        return ()
+    try:
+        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{plain_name(path)} is not UTF-8: {error}; save it as UTF-8") from error

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from sape2.data.base import plain_name
 from sape2.data.files import LooseFiles
-from sape2.data.folder import image_files
 from sape2.data.picture import Picture, Unlike, unlike
+from sape2.data.walk import image_files
 from sape2.evaluation.accuracy import predict
 from sape2.evaluation.base import Row
 from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on

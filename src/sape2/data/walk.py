@@ -1,0 +1,110 @@
+"""The one walk over a folder: every file below it, as it is named and as it really lies.
+
+Links are followed, but never in a circle. What is hidden or left by systems is not looked at.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, log, plain_name
+from sape2.data.labels import first_of
+
+LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders that hold copies or nothing
+NOTES = (".md", ".txt", ".rst", ".pdf", ".html", "license", "licence", "readme", "thumbs.db", "desktop.ini")  # ends of names
+NAMED = 3  # files that a line names; of more, the number
+
+
+@dataclass(frozen=True)
+class Files:
+    """What lies below `root`. Names are relative to it, with "/" between folders, in order of name folder by folder."""
+
+    root: Path
+    real: dict[str, str]  # file -> where it really lies
+    folders: list[str]
+
+    def ending(self, *endings: str) -> list[str]:
+        """The files with one of these endings, in capitals or not."""
+        return [name for name in self.real if name.lower().endswith(endings)]
+
+
+def walk(root: Path) -> Files:
+    """Raises OSError for a folder that cannot be listed. Tells of links that lead back, and of what is no ordinary file.
+
+    A folder that links lead to several times is entered once below each DIR/A/B, so that circles of links end.
+    """
+    real, folders, odd = {}, [], []
+    waiting, entered = [("", os.path.realpath(root))], set()
+    while waiting:
+        inside, here = waiting.pop()
+        below = []
+        for entry in _entries(here):
+            name, link = inside + entry.name, entry.is_symlink()
+            lies = os.path.realpath(entry.path) if link else entry.path
+            if not (os.path.isdir(lies) if link else entry.is_dir()):
+                if entry.is_file(follow_symlinks=False) or (link and (os.path.isfile(lies) or not os.path.lexists(lies))):
+                    real[name] = lies
+                else:
+                    odd.append(name)
+            elif link and os.path.commonpath([here, lies]) == lies:
+                odd.append(name)
+            elif (key := (*name.split("/")[:2], lies)) not in entered:
+                entered.add(key)
+                folders.append(name)
+                below.append((f"{name}/", lies))
+        waiting += reversed(below)
+    if odd:
+        reason = "links that lead back to a folder they lie in, or no ordinary files"
+        log.warning("%s: left out, %s: %s", plain_name(root), reason, listed(odd))
+    return Files(root, real, folders)
+
+
+def lying(root: Path, paths: Iterable[str]) -> dict[str, str]:
+    """Where the files really lie that data name by paths -> the path; only those that lie in `root`."""
+    folders: dict[str, str] = {}
+    found, top = {}, os.path.join(os.path.realpath(root), "")
+    for path in paths:
+        folder, name = os.path.split(os.path.normpath(os.path.join(root, path)))
+        if "\0" in path:  # no file has such a name
+            continue
+        if folder not in folders:
+            folders[folder] = os.path.realpath(folder)
+        real = os.path.join(folders[folder], name)
+        real = os.path.realpath(real) if os.path.islink(real) else real
+        if real.startswith(top):
+            found[real] = path
+    return found
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    """In order of name, links last, so that what lies there goes before what leads there."""
+    with os.scandir(folder) as entries:
+        seen = [entry for entry in entries if not (entry.name.startswith(".") or entry.name in LEFT_BY_SYSTEMS)]
+    return sorted(seen, key=lambda entry: (entry.is_symlink(), entry.name))
+
+
+def is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Every image file below a folder, in order of path, also those that training leaves out; other files are told."""
+    names = walk(folder).real
+    images = [name for name in names if name.lower().endswith((*IMAGE_ENDINGS, *OTHER_ENDINGS))]
+    tell_left_out(plain_name(folder), names.keys() - {*images}, "known are " + ", ".join((*IMAGE_ENDINGS, *OTHER_ENDINGS)))
+    return sorted(folder / name for name in images)
+
+
+def tell_left_out(where: str, names: Iterable[str], reason: str, what: str = "file") -> None:
+    """Warns of the files that are not taken; notes for people are not counted."""
+    left = sorted(name for name in names if not name.lower().endswith(NOTES))
+    if left:
+        number = f"1 {what} is" if len(left) == 1 else f"{len(left)} {what}s are"
+        log.warning("%s: %s left out, %s; %s", where, number, listed(left), reason)
+
+
+def listed(names: list[str]) -> str:
+    return first_of([plain_name(name) for name in names], NAMED)
