@@ -418,6 +418,7 @@ def test_a_numbered_file_that_is_missing_is_told(whole, tmp_path, layout, file, 
     ],
 )
 def test_only_holes_in_a_series_are_told(names, told, caplog):
+    base.tell.cache_clear()
     base.tell_missing("here", [Path(name) for name in names])
     assert bool(caplog.messages) == told
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from layout_cases import shard_of
 from own_cases import fill
 
 from sape2.cli import build_parser, main
@@ -63,6 +64,15 @@ def test_the_same_folder_says_the_same_and_settings_win(tmp_path, capfd):
 def test_the_model_has_the_size_of_the_median_image(tmp_path, size, patch, side):
     model = config_of(fill(tmp_path / "mine", {"cat": 3, "dog": 3}, size)).model
     assert (model.image_size, model.patch_size) == ((side, side), patch)
+
+
+def test_what_says_how_a_folder_is_read_holds_before_it_is_looked_at(tmp_path, capfd):
+    folder = fill(tmp_path / "mine", {"cat": 9, "dog": 9})
+    shard_of(folder / "backup.tar", 3)
+    with pytest.raises(ValueError, match=r"holds folder and webdataset; choose with --set data\.layout=folder"):
+        config_of(folder)
+    assert config_of(folder, "--set", "data.layout=folder").data.layout == "folder"
+    assert capfd.readouterr().err.count("1 file is left out, backup.tar") <= 1
 
 
 def test_grey_images_get_one_channel(tmp_path):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from sape2.detection import DetectionConfig
 
 
+READ_BY = tuple(prefix + key for prefix in ("data.", "") for key in ("layout", "image_column", "label_column", "split_seed"))
+
+
 def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="rows as JSON on standard output instead of a table")
 
@@ -27,7 +30,7 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     if config.recipe == "images":
-        config = fitted(config)
+        config = fitted(override(config, [setting for setting in arguments.set if setting.partition("=")[0] in READ_BY]))
     if arguments.model is not None:
         config = replace(config, model=resized(config.model, arguments.model))
     if arguments.encoding is not None:

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 from unicodedata import category
@@ -56,6 +57,12 @@ def plain_name(path: Path | str) -> str:
 
 def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+@cache
+def tell(line: str) -> None:
+    """A warning, once in a process: for one command a folder is opened more than once."""
+    log.warning("%s", line)
 
 
 class UnreadableImages:
@@ -134,4 +141,4 @@ def tell_missing(where: str, files: Sequence[Path]) -> None:
         missing = [number for number in wanted if number not in names]
         if missing:
             example = f"{len(missing)} of {len(wanted)} files like {names[first]} are missing"
-            log.warning("%s: %s, the first of them number %d; the others are read", where, example, missing[0])
+            tell(f"{where}: {example}, the first of them number {missing[0]}; the others are read")

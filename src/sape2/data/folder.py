@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sape2.data.base import IMAGE_ENDINGS, Part, Source, log, plain_name, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, Part, Source, plain_name, tell, waiting_for
 from sape2.data.images import class_split
 from sape2.data.labels import near_name, numbers_of
 from sape2.data.splits import by_split, open_labelled, split_of, splits_in
@@ -56,7 +56,7 @@ class FolderImages:
                 both = f"{plain_name(first)} and {plain_name(name)} are one file, {plain_name(real)}"
                 raise ValueError(f"{self.where}: {both}, in two classes; leave the right one")
         if again := sorted({*found} - {*seen.values()}):
-            log.warning("%s: left out, links to images that are taken already: %s", self.where, listed(again))
+            tell(f"{self.where}: left out, links to images that are taken already: {listed(again)}")
         return list(seen.values())
 
     def real_paths(self, files: Files) -> dict[str, str]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
-from sape2.data.base import Source, log
+from sape2.data.base import Source, tell
 
 NO_WIDTH = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10)}  # beside Unicode's category Cf
 
@@ -70,7 +70,7 @@ def match_classes(train: Source, test: Source) -> None:
 
 
 def tell_unnamed(where: str) -> None:
-    log.warning("%s has no names of classes: its labels go by number", where)
+    tell(f"{where} has no names of classes: its labels go by number")
 
 
 def match_model(sources: Iterable[Any], classes: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sape2.data.base import NUMBERED, Source, log, plain_name
+from sape2.data.base import NUMBERED, Source, plain_name, tell
 from sape2.data.walk import Files, listed, tell_left_out
 
 WORDS = {"train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev"}
@@ -164,7 +164,7 @@ def open_labelled(
             for other in tests:
                 if other != name:
                     reason = "has no labels" if other == "test" else "is not read: images to validate are drawn from train"
-                    log.warning("%s: the split %s %s", where, other, reason)
+                    tell(f"{where}: the split {other} {reason}")
             return {"train": train, "test": test}
     raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, log, plain_name
+from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, plain_name, tell
 from sape2.data.labels import first_of
 
 LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders that hold copies or nothing
@@ -58,7 +58,7 @@ def walk(root: Path) -> Files:
         waiting += reversed(below)
     if odd:
         reason = "links that lead back to a folder they lie in, or no ordinary files"
-        log.warning("%s: left out, %s: %s", plain_name(root), reason, listed(odd))
+        tell(f"{plain_name(root)}: left out, {reason}: {listed(odd)}")
     return Files(root, real, folders)
 
 
@@ -103,7 +103,7 @@ def tell_left_out(where: str, names: Iterable[str], reason: str, what: str = "fi
     left = sorted(name for name in names if not name.lower().endswith(NOTES))
     if left:
         number = f"1 {what} is" if len(left) == 1 else f"{len(left)} {what}s are"
-        log.warning("%s: %s left out, %s; %s", where, number, listed(left), reason)
+        tell(f"{where}: {number} left out, {listed(left)}; {reason}")
 
 
 def listed(names: list[str]) -> str:
