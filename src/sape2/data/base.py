@@ -50,9 +50,13 @@ class Source(Protocol):
 
 
 def plain_name(path: Path | str) -> str:
-    """A path, or a part of one, as one line of text: bytes that are no UTF-8 are written as \\xE9, a line end as \\n."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return text if text.isprintable() else "".join(ascii(sign)[1:-1] if category(sign) in LINE_ENDS else sign for sign in text)
+    """A path, or a part of one, as text that any file or terminal takes: bytes that are no UTF-8 are written as \\xE9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def one_line(text: str) -> str:
+    """Text with line ends and other control characters written as in Python: a file may be named so."""
+    return text if text.isprintable() else "".join(ascii(s)[1:-1] if category(s) in LINE_ENDS else s for s in text)
 
 
 def digest(data: bytes) -> str:
@@ -62,7 +66,7 @@ def digest(data: bytes) -> str:
 @cache
 def tell(line: str) -> None:
     """A warning, once in a process: for one command a folder is opened more than once."""
-    log.warning("%s", line)
+    log.warning("%s", one_line(line))
 
 
 class UnreadableImages:
@@ -85,7 +89,7 @@ class UnreadableImages:
                 "put good files in their place, or --set data.max_bad_samples=N"
             )
         if get_worker_info() is None:  # workers hand theirs to the main process
-            log.warning("skipped in %s (%d of at most %d): %s", self.split, len(self), self.limit, reason)
+            log.warning("skipped in %s (%d of at most %d): %s", self.split, len(self), self.limit, one_line(reason))
 
     def update(self, found: dict[str, str]) -> None:
         for name, reason in found.items():
