@@ -49,15 +49,15 @@ def walk(root: Path) -> Files:
                     real[name] = lies
                 else:
                     odd.append(name)
-            elif link and os.path.commonpath([here, lies]) == lies:
+            elif (link and os.path.commonpath([here, lies]) == lies) or (key := (*name.split("/")[:2], lies)) in entered:
                 odd.append(name)
-            elif (key := (*name.split("/")[:2], lies)) not in entered:
+            else:
                 entered.add(key)
                 folders.append(name)
                 below.append((f"{name}/", lies))
         waiting += reversed(below)
     if odd:
-        reason = "links that lead back to a folder they lie in, or no ordinary files"
+        reason = "links that lead back, or to a folder that is taken already, or no ordinary files"
         tell(f"{plain_name(root)}: left out, {reason}: {listed(odd)}")
     return Files(root, real, folders)
 
