@@ -28,10 +28,10 @@ def tiny(encoding: str, **changes: Any) -> ViT:
     return randomised(model, std=0.5).eval()
 
 
-def finished_run(folder: Path, encoding: str = "ape+sape2") -> tuple[Path, ViT]:
+def finished_run(folder: Path, encoding: str = "ape+sape2", name: str = "digits") -> tuple[Path, ViT]:
     """What `train` leaves, with random weights and made-up results; and the model of the last epoch."""
     size = ModelConfig(name="vit_nano", encoding=encoding, image_size=(12, 16), patch_size=4, in_channels=1, **SIZES)
-    config = RunConfig("digits", size, DataConfig("digits", mean=(0.3,), std=(0.2,)), seed=3)
+    config = RunConfig("digits", size, DataConfig(name, mean=(0.3,), std=(0.2,)), seed=3)
     model = randomised(ViT(size), std=0.5).eval()
     start_run(folder, config)
     save_weights(folder / "best.safetensors", randomised(ViT(size), std=0.5))

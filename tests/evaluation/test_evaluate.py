@@ -37,10 +37,11 @@ def test_measures_draw_their_figures_and_the_last_line_names_them(run, capfd):
     assert main(["evaluate", str(run), "--measures", "shift,resolution,grouping,health", "--limit", "4"]) == 0
     out, err = capfd.readouterr()
     names = ["shift", "equivariance", "resolution", "grouping", "health"]
-    assert sorted(path.stem for path in (run / "figures").iterdir()) == sorted(names)
-    assert " ".join(out.split()).endswith(", ".join(f"figures/{name}.png" for name in names))
-    for name in names:
-        assert Image.open(run / "figures" / f"{name}.png").size[0] > 400
+    files = [f"{name}-4_images.png" for name in names]  # so few do not replace those of all
+    assert sorted(path.name for path in (run / "figures").iterdir()) == sorted(files)
+    assert " ".join(out.split()).endswith(", ".join(f"figures/{name}" for name in files))
+    for name in files:
+        assert Image.open(run / "figures" / name).size[0] > 400
     rows = read_rows(run / "results.jsonl")
     shift = [row for row in rows if row["measure"] == "shift"]
     consistency = next(row["value"] for row in shift if row["name"] == "circular_consistency" and row["shifts"] == "sub_patch")
@@ -148,7 +149,7 @@ def test_without_matplotlib_there_are_rows_and_one_line_that_says_why(run, monke
 
 def test_figures_of_another_split_have_names_of_their_own(run, capfd):
     assert main(["evaluate", str(run), "--measures", "grouping", "--limit", "2", "--split", "validation"]) == 0
-    assert [path.name for path in (run / "figures").iterdir()] == ["grouping-validation.png"]
+    assert [path.name for path in (run / "figures").iterdir()] == ["grouping-validation-2_images.png"]
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "many"])

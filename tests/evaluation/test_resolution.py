@@ -13,7 +13,7 @@ from evaluation_cases import CentrePixel, Constant, Images, PixelReadout, random
 from torch import nn
 
 from sape2.evaluation import MEASURES
-from sape2.evaluation.base import bootstrap_interval
+from sape2.evaluation.base import bootstrap_interval, drawn
 from sape2.evaluation.equivariance import biases_by_layer
 from sape2.evaluation.lie import lie_derivative_error
 from sape2.evaluation.resolution import bias_size, fall_interval, predict_view, resolution, size_at_fall
@@ -72,7 +72,7 @@ def test_scaling_keeps_constants_and_its_own_size():
 def test_a_model_that_ignores_the_image_loses_nothing():
     rows = list(resolution(Constant(), random_images(20)))
     assert set(values(rows, "accuracy_drop")) == {0.0}
-    assert {(row["ci_low"], row["ci_high"]) for row in select(rows, "accuracy_drop")} == {(0.0, 0.0)}
+    assert not any("ci_low" in row for row in select(rows, "accuracy_drop"))  # equal differences tell no spread
     assert values(rows, "sizes_refused") == [0]
     for row in select(rows, "size_at_5_points"):
         assert (row["value"], row["ci_low"], row["ci_high"]) == (None, None, None)
@@ -127,7 +127,8 @@ def test_accuracy_at_a_size_is_that_of_the_resized_images(measured):
     expected = model(resized).argmax(1)
     assert torch.equal(predict_view(model, data, view, 12, batch_size=5), expected)
     (row,) = select(measured.rows, "accuracy_at_size", size="12x8", transform="scaled", rule="clamp")
-    assert row["value"] == pytest.approx((expected[:8] == data.labels[:8]).double().mean().item())
+    some = drawn(data, 8).index
+    assert row["value"] == pytest.approx((expected[some] == data.labels[some]).double().mean().item())
 
 
 def test_the_interval_of_a_drop_is_paired_image_by_image():
@@ -276,7 +277,8 @@ def test_what_is_taken_over_from_a_rule_that_changes_nothing_is_what_would_be_me
 
 
 def test_the_spread_is_the_deviation_of_the_centred_bias_under_each_rule(measured):
-    large = F.interpolate(measured.data.images[:8], size=(16, 16), mode="bicubic", antialias=True)
+    some = drawn(measured.data, 8).index
+    large = F.interpolate(measured.data.images[some], size=(16, 16), mode="bicubic", antialias=True)
     spread = {}
     for rule, variant in rules(measured.model).items():
         bias = variant.maps(large)[0]["bias"]

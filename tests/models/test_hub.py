@@ -13,11 +13,12 @@ import sape2
 from sape2.cli import build_parser
 from sape2.cli.options import resolve
 from sape2.config import HUB_IDS, override
+from sape2.config.names import cell
 from sape2.config.recipes import get_recipe
 from sape2.data import open_sources
-from sape2.models.hub import command, find_folder
+from sape2.models.hub import PUBLISHED, command, find_folder
 from sape2.models.vit import ViT
-from sape2.training.run_folder import read_config
+from sape2.training.run_folder import read_config, read_rows, write_rows
 
 
 @pytest.fixture
@@ -49,15 +50,15 @@ def test_the_config_says_all_that_is_needed(saved):
     assert config["normalization"]["mean"] == [0.3]
     assert config["normalization"]["std"] == [0.2]
     assert config["classes"] == list("abcde")
-    assert (config["licence"], config["encoding"], config["sape2_version"]) == ("apache-2.0", "ape+sape2", sape2.__version__)
+    assert config["normalization"]["resize"].startswith("grey, 8 bits; the whole image resized to 16x12 pixels")
+    assert (config["encoding"], config["sape2_version"]) == ("ape+sape2", sape2.__version__)
 
 
 def test_the_card_is_filled_from_the_run(saved):
     card = (saved[0] / "README.md").read_text()
     for text in (
-        "license: apache-2.0",
         "library_name: sape2",
-        "| accuracy | 0.8750 | fraction | 40 | test | last | top-1, one view |",
+        "| accuracy | 0.8750 |  |  | fraction | 40 | test | last | top-1, one view |",
         "arXiv:2505.09466",
         "a, b, c, d, e",
         "(images - torch.tensor([0.3])",
@@ -90,8 +91,64 @@ def test_the_front_matter_of_the_card_is_read_by_the_hub_client(saved):
     from huggingface_hub import ModelCard
 
     data = ModelCard.load(saved[0] / "README.md").data
-    assert (data.license, data.library_name) == ("apache-2.0", "sape2")
+    assert (data.license, data.library_name) == (None, "sape2")
     assert {result.metric_value for result in data.eval_results} == {0.875}
+
+
+def test_a_licence_is_written_only_where_the_owner_names_one(saved, tmp_path):
+    assert "licen" not in (saved[0] / "config.json").read_text().lower()
+    assert "apache" not in (saved[0] / "README.md").read_text().lower()
+    saved[1].save_pretrained(tmp_path / "named", license="cc-by-4.0")
+    assert json.loads((tmp_path / "named" / "config.json").read_text())["license"] == "cc-by-4.0"
+    assert "license: cc-by-4.0" in (tmp_path / "named" / "README.md").read_text()
+    for text in ("", "my own\nlicence", "license: x"):
+        with pytest.raises(ValueError, match="a license is an identifier"):
+            saved[1].save_pretrained(tmp_path / "other", license=text)
+
+
+@pytest.mark.parametrize(
+    ("seen", "public"),
+    [
+        ({"layout": "parquet", "train": {"labels": "x", "bytes": "y"}, "test": {"labels": "x", "bytes": "y"}}, None),
+        ({"layout": "folder"}, None),
+        ({}, None),
+        ({"layout": "arrays"}, "uoft-cs/cifar10"),  # torchvision has checked its hashes
+        ({"layout": "parquet", "hub_id": "someone/images"}, "someone/images"),
+        (
+            {"layout": "parquet"}
+            | {
+                split: dict(zip(("labels", "bytes"), found, strict=True))
+                for split, found in zip(("train", "test"), PUBLISHED["cifar100"], strict=True)
+            },
+            "uoft-cs/cifar100",
+        ),
+    ],
+)
+def test_a_public_data_set_is_known_by_its_images_and_not_by_the_name_of_a_folder(tmp_path, seen, public):
+    from huggingface_hub import ModelCard
+
+    run, model = finished_run(tmp_path / "run", name="cifar10")
+    (run / "data.json").write_text(json.dumps(seen))
+    model.save_pretrained(tmp_path / "folder", run)
+    card = ModelCard.load(tmp_path / "folder" / "README.md")
+    assert card.data.datasets == ([public] if public else None)
+    assert {result.dataset_type for result in card.data.eval_results} == {public or "own-images"}
+
+
+def test_a_card_claims_nothing_of_a_part_of_the_images_and_tells_changed_settings(tmp_path):
+    run, model = finished_run(tmp_path / "run")
+    rows = read_rows(run / "results.jsonl")
+    write_rows(run / "results.jsonl", [row | {"limit": 8, "n": 8} for row in rows])
+    model.save_pretrained(tmp_path / "folder", run)
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "model-index" not in card
+    assert "| fraction | 8 | test" in card
+    assert "model.dim=8" in card
+
+
+def test_names_of_classes_stay_in_their_cells(tmp_path):
+    assert cell("a|b\nc <b>") == "a\\|b c &lt;b>"
+    assert cell("<0.0001") == "<0.0001"
 
 
 def test_the_example_of_the_card_runs(saved, monkeypatch):

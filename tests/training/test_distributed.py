@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from sape2.data.augment import BatchMixer, share_of
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
 from sape2.studies.run import NOWHERE, shared_accuracy
+from sape2.training import processes
 from sape2.training.checkpoint import last_checkpoint
 from sape2.training.lock import hold
 from sape2.training.loop import Trainer, check_same_run, train
@@ -243,13 +245,44 @@ def test_a_state_of_another_version_is_named_with_its_place_where_there_is_one(t
 
 
 def test_processes_that_do_not_come_together_are_told_in_one_line(monkeypatch):
-    def late(*_, **__):
-        raise torch.distributed.DistStoreError("Timed out after 601 seconds waiting for clients. 1/2 clients joined.")
+    def late(*_, timeout):
+        assert timeout.total_seconds() == 7
+        raise torch.distributed.DistStoreError("Timed out after 8 seconds waiting for clients. 1/2 clients joined.")
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "init_process_group", late)
-    with pytest.raises(ConnectionError, match="did not come together: Timed out after 601 seconds"), joined():
+    monkeypatch.setenv("SAPE2_JOIN_SECONDS", "7")
+    monkeypatch.setattr(torch.distributed, "rendezvous", late)
+    with pytest.raises(ConnectionError, match="did not come together within 7 s: Timed out after 8 seconds") as told, joined():
         pass
+    assert "unset WORLD_SIZE" in str(told.value)
+
+
+def test_a_process_that_waits_for_others_says_so(monkeypatch, capfd):
+    waiting = threading.Event()
+
+    def late(*_, **__):
+        waiting.wait(30)
+        raise torch.distributed.DistStoreError("Timed out")
+
+    def tell(seconds):
+        told(seconds)
+        waiting.set()
+
+    told = processes._tell_that_it_waits
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(processes, "TOLD_AFTER_S", 0.01)
+    monkeypatch.setattr(processes, "_tell_that_it_waits", tell)
+    monkeypatch.setattr(torch.distributed, "rendezvous", late)
+    with pytest.raises(ConnectionError), joined():
+        pass
+    assert "waiting for the other processes, 60 s at most: WORLD_SIZE says that 2 were started" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0", "-1", "nan", "inf"])
+def test_a_limit_that_is_no_time_is_refused(monkeypatch, text):
+    monkeypatch.setenv("SAPE2_JOIN_SECONDS", text)
+    with pytest.raises(ValueError, match="SAPE2_JOIN_SECONDS must be a number above 0"):
+        processes.join_seconds()
 
 
 # --- groups of processes ---------------------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ def test_the_picture_says_which_image_and_model_and_what_was_predicted(run, phot
     assert status_of("explain", run, photo, "--out", tmp_path / "picture.png") == 0
     texts = [shape.text for shape in saved[0].shapes if isinstance(shape, Text)]
     assert re.fullmatch(r"photo\.png: \d, \d+\.\d%", texts[0])
-    assert texts[1].startswith("vit_nano* with ape+sape2, trained on digits for 60 epochs (seed 0)")
+    assert texts[1].startswith("vit_nano* with ape+sape2, trained on digits for 60 epochs (seed 0; model.depth=2)")
     assert "The model's answer" in texts
 
 

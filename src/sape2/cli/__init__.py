@@ -13,11 +13,14 @@ from typing import Any, NoReturn
 
 import sape2
 from sape2.cli.commands import COMMANDS
+from sape2.cli.text import print_anything
 from sape2.config.names import did_you_mean
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    print_anything()
+    os.environ["MPLBACKEND"] = "agg"  # pictures go into files: what the variable held is not ours to stumble over
     parser = build_parser()
     arguments, others = parser.parse_known_args(argv)
     if arguments.command is None and not others:

@@ -40,6 +40,7 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
     if arguments.epochs is not None:
         config = with_epochs(config, arguments.epochs)
     config = override(config, arguments.set)
+    config = replace(config, model=replace(config.model, encoding=one_name(config.model.encoding)))
     if config.recipe == "images":
         from sape2.data.own import settings_in_words
 
@@ -80,18 +81,27 @@ def recipe_name(config: RunConfig | DetectionConfig) -> str:
 
 
 def split_encodings(text: str) -> tuple[str, ...]:
-    """ "a,b:x=1,y=2,c" -> a, b:x=1,y=2, c: what has an "=" before any ":" belongs to the options before it."""
-    from sape2.encodings import parse_encoding
+    """ "a,b:x=1,y=2,c" -> a, b:x=1,y=2, c: what has an "=" before any ":" belongs to the options before it.
 
+    Each encoding once, under its one name; where that is not what was written, it is told.
+    """
     names: list[str] = []
     for piece in (piece.strip() for piece in text.split(",")):
         if names and "=" in piece and ":" not in piece.partition("=")[0]:
             names[-1] += f",{piece}"
         else:
             names.append(piece)
-    for name in names:
-        parse_encoding(name)
-    return tuple(dict.fromkeys(names))
+    return tuple(dict.fromkeys(map(one_name, names)))
+
+
+def one_name(encoding: str) -> str:
+    """The one name of an encoding, by which it is written and compared; told where it was written otherwise."""
+    from sape2.encodings import canonical_name
+
+    name = canonical_name(encoding)
+    if name != encoding.strip():
+        say_once(f"{encoding.strip()} is the encoding {name}")
+    return name
 
 
 def whole_number(option: str, text: str) -> int:

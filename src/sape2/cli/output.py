@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
-              "data", "recipe", "epochs", "seed", "precision", "torch", "hardware"}  # fmt: skip
+              "data", "recipe", "epochs", "seed", "changed", "limit", "other_data", "precision", "torch",
+              "hardware"}  # fmt: skip
 MANY = 40  # rows of one measure that are not printed unless asked for
 COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
 
@@ -18,13 +20,25 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def drawn(draw: Callable[[], list[Path]]) -> list[Path]:
-    """The files that `draw` wrote; none, and a line that says why, without matplotlib."""
-    try:
-        return draw()
-    except ImportError as error:
-        say(f"no figures: {error}")
-        return []
+def drawn(*draws: Callable[[], Path | Iterable[Path]]) -> list[Path]:
+    """The files that were drawn, each apart from the others; a line for each that was not, and one without matplotlib.
+
+    Figures come after the work, so no error in one is an error of the command; they are drawn when it is given again.
+    """
+    files: list[Path] = []
+    for draw in draws:
+        try:
+            found = draw()
+            files += [found] if isinstance(found, Path) else found
+        except ImportError as error:
+            say(f"no figures: {error}")
+            break
+        except Exception as error:
+            if os.environ.get("SAPE2_DEBUG"):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            say(f"a figure is missing: {type(error).__name__}: {reason}; the results are whole, and the same command draws it")
+    return files
 
 
 def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path], everything: bool = False) -> int:
@@ -68,7 +82,9 @@ def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
 
 
 def _title(row: Row) -> str:
-    return f"{row['data']}, {row['model']}, {row['encoding']}, {row['epochs']} epochs, seed {row['seed']}"
+    changed = f", {row['changed']}" if row.get("changed") else ""
+    limit = "" if row.get("limit") is None else f"; {row['limit']:,} images drawn by class"
+    return f"{row['data']}, {row['model']}, {row['encoding']}, {row['epochs']} epochs, seed {row['seed']}{changed}{limit}"
 
 
 def _print_measure(rows: list[Row]) -> None:
@@ -107,8 +123,10 @@ def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: b
         print_json(found.rows())
         return
     for weights, title in WEIGHTS.items():
-        print_table(accuracy_table(found, weights), accuracy_columns(found), f"test accuracy, {title}")
+        print_table(accuracy_table(found, weights), accuracy_columns(found), f"test accuracy, {title}; {found.title}")
     print_table(cost_table(found), ["encoding", *COST_HEADINGS.values()], "cost")
+    for note in found.notes():
+        print(note)
     for row in found.failed:
         print(f"failed: {row['encoding']} seed {row['seed']}: {row['failed']}")
     print(f"in {folder}: {', '.join(path.name for path in files)}")

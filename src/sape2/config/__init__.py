@@ -11,6 +11,7 @@ from sape2.config.checks import (
     LARGEST,
     Count,
     Inside01,
+    Layers,
     Magnitude,
     NotNegative,
     Number,
@@ -30,6 +31,7 @@ from sape2.config.checks import (
 from sape2.config.names import nearest, unknown
 
 NEAR = 3  # keys that one which is not known is told about
+MOST_MACS = 1e15  # of one image
 SEE = "sape2 train RECIPE --dry-run prints all keys"
 
 # dim, depth, num_heads, mlp_ratio
@@ -56,7 +58,7 @@ class ModelConfig:
     in_channels: Size = 3
     num_classes: Size = 10
     dim: Size = 384
-    depth: Size = 12
+    depth: Layers = 12
     num_heads: Size = 6
     mlp_ratio: Positive = 4.0
     pool: Literal["class", "mean"] = "class"
@@ -77,6 +79,23 @@ class ModelConfig:
             f"the width must be divisible by the number of heads; got dim={self.dim}, num_heads={self.num_heads}",
         )
         check_image_size(self.image_size, self.patch_size)
+        require(
+            self.least_macs <= MOST_MACS,
+            f"one image in this model takes at least {self.least_macs:.0e} multiply-accumulates ({self.depth} layers of width "
+            f"{self.dim} for {self.grid[0]}x{self.grid[1]} patches and {self.num_registers} registers), too many to train; "
+            f"at most {MOST_MACS:.0e} are taken",
+        )
+
+    @property
+    def least_macs(self) -> float:
+        """Multiply-accumulates of the blocks for one image: N tokens in width D, depth (2 N² D + (4 + 2 r) N D²)."""
+        tokens = self.grid[0] * self.grid[1] + self.num_registers
+        return float(self.depth) * (2.0 * tokens**2 * self.dim + (4 + 2 * self.mlp_ratio) * tokens * float(self.dim) ** 2)
+
+    @property
+    def least_bytes(self) -> float:
+        """Of the weights of the blocks, in float32."""
+        return 4.0 * self.depth * (4 + 2 * self.mlp_ratio) * float(self.dim) ** 2
 
     @property
     def label(self) -> str:

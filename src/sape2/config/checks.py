@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from sape2.config.names import did_you_mean
 
 LARGEST = 2**24  # of a size of a model: more is a slip of the hand
+DEEPEST = 1000  # layers, as many as the deepest transformers have; to make each takes its time
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ Inside01 = Annotated[Real, Range("in (0, 1)", lambda value: 0 < value < 1)]
 Number = Annotated[int, AT_LEAST_0]
 Count = Annotated[int, AT_LEAST_1]
 Size = Annotated[int, Range(f"from 1 to {LARGEST}", lambda value: 1 <= value <= LARGEST)]
+Layers = Annotated[int, Range(f"from 1 to {DEEPEST}", lambda value: 1 <= value <= DEEPEST)]
 SizeOr0 = Annotated[int, Range(f"from 0 to {LARGEST}", lambda value: 0 <= value <= LARGEST)]
 Magnitude = Annotated[int, Range("from 0 to 30", lambda value: 0 <= value <= 30)]
 SplitSeed = Annotated[int, Range("in 0..2**63 - 1", lambda value: 0 <= value < 2**63)]

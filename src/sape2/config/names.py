@@ -1,7 +1,8 @@
-"""Names that people write: which known one was meant by one that is not known."""
+"""Names that people write: which known one was meant by one that is not known, and any name as text in a table."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -26,3 +27,9 @@ def unknown(what: str, name: str, known: Iterable[str], note: str = "") -> Value
     """The error of a name that is not known: what was meant, what is known, and a note behind that."""
     known = list(known)
     return ValueError(f"unknown {what} {name!r}; {did_you_mean(name, known)}known {what}s: {', '.join(known)}{note}")
+
+
+def cell(value: object) -> str:
+    """Text that stays in its cell of a Markdown table: one line, without a bar that ends it or a tag."""
+    text = re.sub(r"(?<!\\)\|", r"\\|", " ".join(str(value).split()))
+    return re.sub(r"<(?=[A-Za-z/!])", "&lt;", text)

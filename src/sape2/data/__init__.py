@@ -55,6 +55,8 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     if config.test_fraction is not None and not isinstance(sources["test"], Part):
         raise ValueError(f"data.test_fraction is for images without a test set; --data {config.source} has one")
     print_ = fingerprint(sources)
+    if config.source is not None and not Path(config.source).expanduser().exists():
+        print_ |= {"hub_id": config.source}
     sets = [as_images(source, config, model, split) for split, source in sources.items()]
     for images in sets:
         if isinstance(images, ImageFiles):

@@ -90,6 +90,19 @@ def evaluation_crop(config: DataConfig) -> Crop | None:
     return None if config.center_crop is None else CenterCrop(config.center_crop)
 
 
+def in_words(config: DataConfig, model: ModelConfig) -> str:
+    """What is done to an image that is not trained on before its pixels are normalised, for those who do it elsewhere."""
+    height, width = model.image_size
+    channels = {1: "grey", 3: "RGB", 4: "RGBA"}.get(model.in_channels, f"{model.in_channels} channels")
+    size = f"{width}x{height} pixels (width x height)"
+    if config.center_crop is None:
+        return f"{channels}, 8 bits; the whole image resized to {size}, bicubic with antialiasing, its proportions not kept"
+    return (
+        f"{channels}, 8 bits; resized, bicubic with antialiasing and its proportions kept, so that {config.center_crop:g} of "
+        f"the shorter side is the size of the model, then the middle {size} cut out"
+    )
+
+
 def to_array(image: Image.Image, model: ModelConfig, crop: Crop | None = None) -> np.ndarray:
     """An image in the model's channels, at its size (bicubic where the size differs)."""
     height, width = model.image_size

@@ -97,13 +97,18 @@ def tell_twins(splits: dict[str, ImageData], name: Callable[[str, int], str]) ->
 
 def limit_by_class(data: Set, size: int, seed: int) -> Set:
     """`size` images, drawn with `seed`, with the classes in the shares that they have in `data`."""
+    return data[draw_by_class(data.labels, size, seed)]
+
+
+def draw_by_class(labels: Tensor, size: int, seed: int) -> Tensor:
+    """Which images these are, ascending; the first of a larger draw with the same seed are a smaller one."""
     generator = torch.Generator().manual_seed(seed)
-    place = torch.empty(len(data), dtype=torch.float64)  # of an image in a random order of its class, from 0 to 1
-    for members in _members(data.labels):
+    place = torch.empty(len(labels), dtype=torch.float64)  # of an image in a random order of its class, from 0 to 1
+    for members in _members(labels):
         place[members[torch.randperm(len(members), generator=generator)]] = (
             torch.arange(len(members), dtype=torch.float64) + 0.5
         ) / len(members)
-    return data[place.argsort(stable=True)[:size].sort().values]
+    return place.argsort(stable=True)[:size].sort().values
 
 
 def class_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from sape2.config.detection import DetectionConfig, TrainingConfig
+from sape2.config.recipes.changed import changed_in_words
 from sape2.data.augment import derive_seed, leave_signals_to_the_main_process
 from sape2.detection.batches import Sample, TrainView, epoch_batches, make_transform, padded_size
 from sape2.detection.coco import CocoImages, count_objects
@@ -44,7 +45,7 @@ from sape2.training.lock import Lock, hold
 from sape2.training.memory_errors import in_detection, told_in_one_line
 from sape2.training.optimisation import mixed_precision
 from sape2.training.processes import refuse_launcher
-from sape2.training.run_folder import keep_fingerprint, read_rows, update_results, write_rows
+from sape2.training.run_folder import canonical, keep_fingerprint, read_rows, update_results, write_rows
 
 
 def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) -> list[Row]:
@@ -53,6 +54,7 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
     All images are read once before the first step. Raises ValueError, FileNotFoundError or ImportError, in one line, for
     what the user can put right; Held if another process works on the folder; TrainingStopped on SIGINT and SIGTERM.
     """
+    config = canonical(config)
     check_folder(folder, config)
     done = read_rows(folder / "results.jsonl")
     if done and (config.images.name == "coco_digits" or config.images.source is None):
@@ -125,7 +127,7 @@ def check_folder(folder: Path, config: DetectionConfig) -> None:
             raise ValueError(f"{folder} is not a detection run: it has no config.json; choose another --out")
         return
     try:
-        held = DetectionConfig.from_dict(json.loads(path.read_text(encoding="utf-8"))).identity()
+        held = canonical(DetectionConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))).identity()
     except (ValueError, RecursionError) as error:  # JSON errors among them
         raise ValueError(
             f"{path} is not the config of a detection run of this version: {error}; choose another --out"
@@ -157,6 +159,7 @@ def describe(config: DetectionConfig) -> Row:
         "recipe": config.recipe,
         "epochs": config.training.epochs,
         "seed": config.seed,
+        "changed": changed_in_words(config),
         "split": "test",
         "weights": "last",
         "precision": mixed_precision(config.training.precision).replace("no", "fp32"),

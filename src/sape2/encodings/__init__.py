@@ -68,6 +68,7 @@ __all__ = [
     "SaPE2",
     "SinCos",
     "TokenEncoding",
+    "canonical_name",
     "create_encoding",
     "create_encodings",
     "find_encoding",
@@ -161,6 +162,41 @@ def _parse_part(text: str) -> Part:
     check_options(name, options, list(options_of(name)))
     schedule = {key: options.pop(key) for key in ("every", "share") if key in options}
     return Part(name, options, make_options(Schedule, name, schedule))
+
+
+def canonical_name(name: str) -> str:
+    """The one name of an encoding, however it was written: parts and options sorted, defaults left out, numbers alike.
+
+    "sape2:sign=plus+ape" is "ape+sape2". A preset stands where that is shorter: "sape2:gate_scale=none,divide_bias=true" is
+    "sape2:preset=equations". Raises ValueError for what is no encoding.
+    """
+    return "+".join(map(_spelled, _in_order(parse_encoding(name))))
+
+
+def _spelled(part: Part) -> str:
+    encoding, given = find_encoding(part.name), dict(part.options)
+    presets = encoding.presets or {"": {}}
+    preset = given.pop("preset", next(iter(presets)))
+    if preset not in presets:
+        raise ValueError(f"{part.name}:preset must be one of {', '.join(presets)}; got {preset!r}")
+    meant = make_options(encoding.Options, part.name, presets[preset] | given, *({"preset"} & {*options_of(part.name)}))
+    spellings = [
+        ({"preset": known} if known != next(iter(presets)) else {}) | _changed(meant, encoding.Options(**values))
+        for known, values in presets.items()
+    ]
+    options = min(spellings, key=len) | _changed(part.schedule, Schedule())
+    return part.name + ":" * bool(options) + ",".join(f"{key}={_text(value)}" for key, value in sorted(options.items()))
+
+
+def _changed(options: Any, default: Any) -> dict[str, Any]:
+    return {key: value for key, value in vars(options).items() if value != getattr(default, key)}
+
+
+def _text(value: Any) -> str:
+    """As a name takes it: true, none, 0.5, 100."""
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def create_encoding(name: str, num_heads: int, head_dim: int, grid: Grid) -> TokenEncoding | AttentionEncoding:

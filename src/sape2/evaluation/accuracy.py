@@ -6,34 +6,33 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, count_images, first_images
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, drawn_images, row, wilson_interval
 from sape2.training.memory_errors import is_out_of_memory
 
 
 def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 500) -> list[dict[str, Any]]:
     """Rows: accuracy, top5_accuracy, loss, calibration_error (15 bins), and class_accuracy for every class.
 
-    Over the first `limit` images (None: all).
+    Over `limit` images drawn by class (None: all); shares with Wilson's interval.
     """
-    logits = predict(model, data, batch_size, count_images(data, limit))
-    labels = data.labels[: len(logits)]
+    data = drawn(data, count_images(data, limit))
+    logits, labels = predict(model, data, batch_size), data.labels
     correct = logits.argmax(1) == labels
     n, num_classes = len(labels), logits.shape[1]
-    rows = [_row("accuracy", correct.double().mean().item(), "fraction", n, "top-1, one view")]
+    rows = [_share("accuracy", correct, "top-1, one view")]
     if num_classes > 5:
         top5 = (logits.topk(5).indices == labels[:, None]).any(1)
-        rows.append(_row("top5_accuracy", top5.double().mean().item(), "fraction", n, "top-5, one view"))
-    rows.append(_row("loss", F.cross_entropy(logits, labels).item(), "nats", n, "cross-entropy, no smoothing"))
+        rows.append(_share("top5_accuracy", top5, "top-5, one view"))
+    rows.append(row("accuracy", "loss", F.cross_entropy(logits, labels).item(), "nats", n, "cross-entropy, no smoothing"))
     error = calibration_error(logits.softmax(1), labels).item()
-    rows.append(_row("calibration_error", error, "fraction", n, "expected calibration error, 15 equal bins, l1"))
+    rows.append(row("accuracy", "calibration_error", error, "fraction", n, "expected calibration error, 15 equal bins, l1"))
     for label, name in enumerate(data.classes):
         members = correct[labels == label]
         if len(members):
-            row = _row("class_accuracy", members.double().mean().item(), "fraction", len(members), "top-1, one view")
-            rows.append(row | {"class": name})
+            rows.append(_share("class_accuracy", members, "top-1, one view") | {"class": name})
     return rows
 
 
@@ -62,7 +61,7 @@ def quick_accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500
 def predict(
     model: nn.Module, data: LabelledImages, batch_size: int, limit: int | None = None
 ) -> Float[Tensor, "images classes"]:
-    """Logits for the first `limit` images (None: all), in float32 on the CPU; the model is left in the mode it was in.
+    """Logits for `limit` images drawn by class (None: all), in float32 on the CPU; the model is left in the mode it was in.
 
     Of no images they are (0, 0). Where batches of this size do not fit into memory, they are halved until they do.
     """
@@ -70,7 +69,7 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        logits = [model(images.to(device)).float().cpu() for images, _ in first_images(data, limit, batch_size)]
+        logits = [model(images.to(device)).float().cpu() for images, _ in drawn_images(data, limit, batch_size)]
     except (RuntimeError, MemoryError) as error:
         if batch_size == 1 or not is_out_of_memory(error):
             raise
@@ -88,5 +87,7 @@ def confusion(logits: Float[Tensor, "images classes"], labels: Int[Tensor, " ima
     return (labels * size + logits.argmax(1)).bincount(minlength=size * size).view(size, size)
 
 
-def _row(name: str, value: float, unit: str, n: int, protocol: str) -> dict[str, Any]:
-    return {"measure": "accuracy", "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol}
+def _share(name: str, correct: Bool[Tensor, " images"], protocol: str) -> Row:
+    value, n = correct.double().mean().item(), len(correct)
+    low, high = wilson_interval(value, n)
+    return row("accuracy", name, value, "fraction", n, protocol, ci_low=low, ci_high=high)

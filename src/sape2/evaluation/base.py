@@ -2,14 +2,17 @@
 
 A measurement (`Measure`) is a function (model, data) -> rows. It sees a model as something that turns images
 (B, C, height, width) into logits; one that looks inside also needs `embed` and `maps` (`MappedModel`). A row is a flat
-JSON object with `measure`, `name`, `value`, `unit`, `n` and `protocol`; where the value is a mean over images, `ci_low`
-and `ci_high` too; where guessing would give more than 0, `chance`.
+JSON object with `measure`, `name`, `value`, `unit`, `n` and `protocol`; where the value is a mean over images that differ,
+`ci_low` and `ci_high` too; where guessing would give more than 0, `chance`. Fewer images than there are (`limit`) are drawn
+by class with a seed, never the first ones: a set that is sorted by class begins with one class.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
+import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,6 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from sape2.data.images import draw_by_class
 from sape2.encodings.grid import Grid
 
 Row = dict[str, Any]
@@ -57,7 +61,7 @@ def as_mapped(model: object) -> MappedModel | None:
 class Measure(Protocol):
     """What `MEASURES` holds. Rows may come as a list or be yielded as they are measured, for a caller that shows progress.
 
-    `limit` is the number of images, the first ones of `data`; None leaves it to the measure. Every row states its n.
+    `limit` is the number of images, drawn by class (`drawn`); None leaves it to the measure. Every row states its n.
     """
 
     def __call__(self, model: Any, data: LabelledImages, limit: int | None = None) -> Iterable[Row]: ...
@@ -69,16 +73,42 @@ def row(measure: str, name: str, value: int | float | None, unit: str, n: int, p
 
 
 def mean_row(measure: str, name: str, per_image: Float[Tensor, " images"], unit: str, protocol: str, **conditions: Any) -> Row:
-    """The mean over images with its 95 % bootstrap interval; images whose value is NaN (undefined there) are left out.
+    """The mean over images with its 95 % interval (`interval_of`); images whose value is NaN (undefined there) are left out.
 
     Where it is undefined for all of them the value is None.
     """
     defined = per_image[~per_image.isnan()].double()
     if not len(defined):
         return row(measure, name, None, unit, 0, protocol, **conditions)
-    low, high = bootstrap_interval(defined)
-    interval = {"ci_low": low, "ci_high": high}
+    interval = interval_of(defined, is_share=unit == "fraction" and name not in DIFFERENCES)
     return row(measure, name, defined.mean().item(), unit, len(defined), protocol, **interval, **conditions)
+
+
+DIFFERENCES = ("accuracy_drop",)  # fractions that may be negative
+
+
+def interval_of(values: Float[Tensor, " images"], is_share: bool = False) -> Row:
+    """ci_low and ci_high of the mean: Wilson's for a share of images, else by bootstrap; nothing where there is none.
+
+    A share is of values that are 0 or 1. Other values that are all the same, or a single one, tell no spread, so they get no
+    interval rather than one of no width.
+    """
+    if is_share and bool(((values == 0) | (values == 1)).all()):
+        low, high = wilson_interval(values.mean().item(), len(values))
+    else:
+        low, high = bootstrap_interval(values)
+    return {"ci_low": low, "ci_high": high} if low < high else {}
+
+
+def wilson_interval(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a share p of n images (1927): with z the normal quantile,
+
+    (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n). Of 12 right of 12 it is 0.758 to 1, not 1 to 1.
+    """
+    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
+    return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
 def bootstrap_interval(
@@ -108,14 +138,67 @@ def _resampled_counts(images: int, resamples: int, seed: int) -> Float[Tensor, "
     return torch.stack([draw.bincount(minlength=images).float() for draw in draws])
 
 
-def first_images(data: LabelledImages, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the first `limit` images (all of them for None)."""
-    left = len(data.labels) if limit is None else limit
-    for images, labels in data.batches(batch_size):
-        if left <= 0:
+# --- which images ----------------------------------------------------------------------------------------------------
+
+
+DRAW_SEED = 0  # of the images that a limit leaves, so that all models are measured on the same ones
+
+
+def drawn(data: LabelledImages, limit: int | None) -> LabelledImages:
+    """`limit` images of `data` in its order, drawn by class with `DRAW_SEED`; all of them for None, or if there are no more.
+
+    Classes have the shares that they have in `data`. A smaller draw is a part of a larger one.
+    """
+    if limit is None or limit >= len(data.labels):
+        return data
+    index = draw_by_class(data.labels.cpu(), limit, DRAW_SEED)
+    return DrawnMasks(data, index) if hasattr(data, "masks") else Drawn(data, index)
+
+
+class Drawn:
+    """Some images of a data set, in its order."""
+
+    def __init__(self, data: Any, index: Int[Tensor, " images"]) -> None:
+        self.data, self.index = data, index
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.data.classes
+
+    @property
+    def labels(self) -> Tensor:
+        return self.data.labels[self.index]
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """From a set that takes an index only what was drawn is read, from others everything."""
+        if hasattr(self.data, "__getitem__"):
+            yield from self.data[self.index].batches(batch_size)
             return
-        yield images[:left], labels[:left]
-        left -= len(images)
+        start, images, labels = 0, [], []
+        for some, named in self.data.batches(batch_size):
+            inside = self.index[(self.index >= start) & (self.index < start + len(some))] - start
+            images.append(some[inside])
+            labels.append(named[inside])
+            start += len(some)
+        yield from zip(torch.cat(images).split(batch_size), torch.cat(labels).split(batch_size), strict=True)
+
+
+class DrawnMasks(Drawn):
+    """The same of a set with masks."""
+
+    @property
+    def masks(self) -> Tensor:
+        return self.data.masks[self.index]
+
+
+def drawn_images(data: LabelledImages, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of the images of `drawn`."""
+    return drawn(data, limit).batches(batch_size)
+
+
+def drawn_labels(data: LabelledImages, limit: int | None) -> Tensor:
+    """Their labels, in the same order, on the CPU."""
+    return drawn(data, limit).labels.cpu()
 
 
 def count_images(data: LabelledImages, limit: int | None, default: int | None = None) -> int:

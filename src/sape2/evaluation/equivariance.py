@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid
-from sape2.evaluation.base import LabelledImages, MappedModel, Row, as_mapped, evaluating, first_images, mean_row, patch_size
+from sape2.evaluation.base import LabelledImages, MappedModel, Row, as_mapped, drawn_images, evaluating, mean_row, patch_size
 from sape2.evaluation.translation import translate
 
 Steps = tuple[int, int]  # (dy, dx) in patches
@@ -93,7 +93,7 @@ def _error_rows(
     patch = patch_size(model, data)
     errors: dict[tuple[str, int, int], list[Tensor]] = {}  # (axis, shift_px, layer)
     with evaluating(model) as device:
-        for images, _ in first_images(data, limit, batch_size):
+        for images, _ in drawn_images(data, limit, batch_size):
             images = images.to(device)
             still = read(mapped, images)
             grid = (images.shape[-2] // patch[0], images.shape[-1] // patch[1])

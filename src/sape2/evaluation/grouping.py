@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
-from sape2.evaluation.base import LabelledImages, Row, count_images, first_images, image_size, mean_row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, image_size, mean_row
 from sape2.evaluation.layers import Layer, embedded, layers_of, mapped
 from sape2.evaluation.masks import MaskedImages, colour_clusters, masked_batches
 from sape2.evaluation.scenes import make_scenes
@@ -78,14 +78,16 @@ def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, b
     """Attention distance and entropy, same-label lift, what the bias tells of objects; per layer.
 
     Labels come from the data set's masks if it has them (`MaskedImages`), else from colour clusters; the same once more on
-    synthetic scenes with true masks, where the grid has at least 3x3 patches. `limit`: the first so many images (None: 1,000).
+    synthetic scenes with true masks, where the grid has at least 3x3 patches.
+    `limit`: so many images, drawn by class (None: 1,000).
     """
     mapped(model, "grouping")
     number = count_images(data, limit, LIMIT)
+    data = drawn(data, number)
     images, _ = next(data.batches(1))
     _, grid = embedded(model, images)
     masks = "given" if isinstance(data, MaskedImages) else "colour clusters"
-    yield from _rows(_collect(model, _labelled(data, grid, number, batch_size)), grid, masks)
+    yield from _rows(_collect(model, _labelled(data, grid, batch_size)), grid, masks)
     if min(grid) >= 3:
         height, width = image_size(data)
         patch = height // grid[0], width // grid[1]
@@ -94,12 +96,12 @@ def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, b
         yield from _rows(found, grid, "scenes")
 
 
-def _labelled(data: LabelledImages, grid: Grid, limit: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _labelled(data: LabelledImages, grid: Grid, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """(images, labels of the patches), by true masks where the data set has them."""
     if isinstance(data, MaskedImages):
-        yield from masked_batches(data, grid, limit, batch_size)
+        yield from masked_batches(data, grid, None, batch_size)
     else:
-        yield from ((images, colour_clusters(images, grid)) for images, _ in first_images(data, limit, batch_size))
+        yield from ((images, colour_clusters(images, grid)) for images, _ in data.batches(batch_size))
 
 
 def _collect(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], labels_only: bool = False) -> dict[int, Statistics]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, Row, count_images, evaluating, first_images, mean_row, row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn_images, evaluating, mean_row, row
 from sape2.evaluation.findings import findings
 from sape2.evaluation.layers import Layer, layers_of, mapped
 from sape2.evaluation.position import position_content
@@ -49,7 +49,7 @@ UNITS = {
 def health(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
     """Gates, positions, table use, bias against content, gradients, position probe; warnings in words.
 
-    `limit`: the first so many images (None: 1,000); gradients are those of the first 64 of them.
+    `limit`: so many images, drawn by class (None: 1,000); gradients are those of 64 of them.
     """
     mapped(model, "health")
     number = count_images(data, limit, LIMIT)
@@ -68,7 +68,7 @@ def layer_rows(model: nn.Module, data: LabelledImages, limit: int, batch_size: i
     found: dict[tuple, list[Tensor]] = defaultdict(list)
     tables: dict[tuple, TableUse] = {}
     encodings = encodings_of(model)
-    for images, _ in first_images(data, limit, batch_size):
+    for images, _ in drawn_images(data, limit, batch_size):
         for layer in layers_of(model, images):
             encoding = encodings.get(layer.number)
             for (name, axis), values in layer_statistics(layer, encoding).items():
@@ -243,7 +243,7 @@ def _gradients(model: nn.Module, data: LabelledImages, limit: int) -> dict[int, 
     if not parameters:
         return {}
     number = min(limit, GRADIENT_IMAGES)
-    images, labels = next(first_images(data, number, number))
+    images, labels = next(drawn_images(data, number, number))
     with evaluating(model) as device, torch.enable_grad():
         loss = F.cross_entropy(model(images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sape2.evaluation.base import LabelledImages, Row, evaluating, first_images, mean_row
+from sape2.evaluation.base import LabelledImages, Row, drawn_images, evaluating, mean_row
 from sape2.evaluation.translation import Border, ShiftAxis, shift_derivative
 
 Method = Literal["forward_mode", "central_difference"]
@@ -84,7 +84,7 @@ def _derivatives(
         try:
             batches = [
                 lie_derivative(model, images.to(device), axis, border).float().cpu()
-                for images, _ in first_images(data, limit, batch_size)
+                for images, _ in drawn_images(data, limit, batch_size)
             ]
             return torch.cat(batches), "forward_mode"
         except torch.OutOfMemoryError:
@@ -101,7 +101,7 @@ def _differences(
     try:
         with evaluating(wide):
             batches = [
-                lie_difference(wide, images.double(), axis, border) for images, _ in first_images(data, limit, batch_size)
+                lie_difference(wide, images.double(), axis, border) for images, _ in drawn_images(data, limit, batch_size)
             ]
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid, coordinates
-from sape2.evaluation.base import LabelledImages, Row, count_images, first_images, mean_row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn_images, mean_row
 from sape2.evaluation.layers import embedded, layers_of
 
 PENALTY = 1e-4  # of the ridge regression, in units of the variance of a feature
@@ -79,7 +79,7 @@ def position_content(
 
 
 def _half(data: LabelledImages, limit: int | None, batch_size: int, start: int) -> Iterator[Tensor]:
-    for images, _ in first_images(data, limit, batch_size):
+    for images, _ in drawn_images(data, limit, batch_size):
         if len(images) > start:
             yield images[start::2]
 

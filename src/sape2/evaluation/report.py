@@ -1,13 +1,16 @@
-"""Rows as people and programs read them. Imports nothing of ours: a row is a flat JSON object."""
+"""Rows as people and programs read them: a row is a flat JSON object. Needs no torch."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
+import re
 import statistics
 from collections.abc import Iterable
 from typing import Any
+
+from sape2.config.names import cell
 
 Row = dict[str, Any]
 
@@ -24,8 +27,16 @@ def format_value(value: Any) -> str:
 
 
 def format_spread(mean: float, std: float | None, digits: int) -> str:
-    """ "0.8121 ± 0.0031"; the mean alone where there is no standard deviation."""
-    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
+    """ "0.8121 ± 0.0031"; the mean alone where there is no standard deviation.
+
+    Values that are all the same tell no spread: "0.8121 (all alike)". A small one is "± <0.0001".
+    """
+    text = f"{mean:.{digits}f}"
+    if std is None:
+        return text
+    if std <= 1e-12 * abs(mean):  # rounding of equal values
+        return f"{text} (all alike)"
+    return f"{text} ± {std:.{digits}f}" if std >= 0.5 * 10**-digits else f"{text} ± <{10**-digits:.{digits}f}"
 
 
 def print_table(rows: Iterable[Row], columns: list[str], title: str, file: Any = None) -> None:
@@ -55,13 +66,30 @@ def print_json(rows: Iterable[Row]) -> None:
 def markdown_table(rows: Iterable[Row], columns: list[str]) -> str:
     """The same table for a page."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(format_value(row[c]) if c in row else "" for c in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(cell(format_value(row[c])) if c in row else "" for c in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
+FORMULA = re.compile(r"[=+\-@\t\n\uFF1D\uFF0B\uFF0D\uFF20]")
+
+
+def text_cell(value: Any) -> Any:
+    """Text that a spreadsheet would take for a formula (=1+2, @name, -x, a tab) with an apostrophe before it; else as it is.
+
+    Numbers are no text, and stay. A carriage return, at which readers would begin a new line, is written as \\r.
+    """
+    if not isinstance(value, str):
+        return value
+    value = value.replace("\r", "\\r")
+    return f"'{value}" if FORMULA.match(value.lstrip(" ")) else value
+
+
 def csv_table(rows: Iterable[Row]) -> str:
-    """Comma-separated, all digits; the columns are those of the rows in the order they come, None is an empty cell."""
-    rows = list(rows)
+    """Comma-separated, all digits; the columns are those of the rows in the order they come, None is an empty cell.
+
+    Names stay text in a spreadsheet (`text_cell`).
+    """
+    rows = [{text_cell(key): text_cell(value) for key, value in row.items()} for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
     writer.writeheader()

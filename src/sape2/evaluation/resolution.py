@@ -21,8 +21,9 @@ from sape2.evaluation.base import (
     as_mapped,
     chance_agreement,
     count_images,
+    drawn_images,
+    drawn_labels,
     evaluating,
-    first_images,
     image_size,
     mean_row,
     patch_size,
@@ -45,7 +46,7 @@ def resolution(model: nn.Module, data: LabelledImages, limit: int | None = None,
     model's own first. Raises ValueError for a model that does not tell its patch, or does not run at its own size.
     """
     size, patch, images = image_size(data), patch_size(model, data), count_images(data, limit, LIMIT)
-    labels, refused = data.labels[:images].cpu(), dict[View, str]()
+    labels, refused = drawn_labels(data, images), dict[View, str]()
     built: Curve | None = None
     for rule, variant in rules(model).items():
         curve = Curve(size, patch, labels, rule, describe_rule(variant), {})
@@ -71,10 +72,10 @@ def resolution(model: nn.Module, data: LabelledImages, limit: int | None = None,
 def predict_view(
     model: nn.Module, data: LabelledImages, view: View, limit: int, batch_size: int = 100
 ) -> Int[Tensor, " images"]:
-    """The predicted class of the first images under a view; larger images go through the model in smaller batches."""
+    """The predicted class of `limit` images (`drawn`) under a view; larger images go through the model in smaller batches."""
     classes = []
     with evaluating(model) as device:
-        for images, _ in first_images(data, limit, batch_size):
+        for images, _ in drawn_images(data, limit, batch_size):
             share = images[0, 0].numel() / math.prod(view.size)
             parts = images.split(max(1, int(batch_size * min(1.0, share))))
             classes += [model(view(part.to(device))).argmax(-1).cpu() for part in parts]
@@ -150,7 +151,8 @@ class Curve:
                 f"first height at which accuracy is {FALL} below that at {heights[0]}, linear between {heights}, "
                 f"{'' if value else 'never reached, '}{shown[0]}; no fine-tuning; {self.rule_text}"
             )
-            conditions = {"ci_low": low, "ci_high": high} | _without_size(self.conditions(shown[0]))
+            interval = {} if low is not None and low == high else {"ci_low": low, "ci_high": high}
+            conditions = interval | _without_size(self.conditions(shown[0]))
             rows.append(row("resolution", "size_at_5_points", value, "px", len(self.labels), protocol, **conditions))
         return rows
 
@@ -220,7 +222,7 @@ def bias_size(
     for view in shown:
         biases: dict[int, list[Tensor]] = {}
         with evaluating(model) as device:
-            for images, _ in first_images(data, limit, batch_size):
+            for images, _ in drawn_images(data, limit, batch_size):
                 for layer, maps in enumerate(mapped.maps(view(images.to(device))), start=1):
                     if "bias" in maps:
                         biases.setdefault(layer, []).append(_spread_and_mean(maps["bias"]).cpu())

@@ -6,21 +6,26 @@ import filecmp
 import os
 import platform
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from sape2 import viz
+from sape2.config.recipes.changed import changed_in_words
 from sape2.data import ImageData, ImageFiles, Splits
 from sape2.data.labels import first_of
-from sape2.evaluation import MEASURES
+from sape2.encodings.grid import Grid
 from sape2.evaluation.accuracy import confusion, predict
+from sape2.evaluation.measures import MEASURES, images_taken
 from sape2.models.trained import WEIGHTS, load_run_model
+from sape2.models.vit import ViT
 from sape2.training.files import safe_name
 from sape2.training.memory_errors import in_evaluation, told_in_one_line
-from sape2.training.run_folder import check_images, own_results, read_config, read_rows, update_results
+from sape2.training.run_folder import check_images, is_whole, own_results, read_config, read_rows, update_results
 
 Row = dict[str, Any]
 MEASURE_OTHERS = "measure these with sape2 evaluate RUN --data DIR --other-data NAME"
@@ -39,7 +44,8 @@ def measure(
     """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl.
 
     Weights that lie in two files (the last epoch was the best one) are measured once, and have rows under both names.
-    `limit` images (None: what each measure takes by default). `watch` is told the measure, how many rows it has given so
+    `limit` images (None: what each measure takes by default), drawn by class; rows carry it where there are more, and never
+    take the place of rows over more images. `watch` is told the measure, how many rows it has given so
     far, and whether it has finished. `other_data` names images that are not the run's own: their rows say so. Raises
     PermissionError before it measures if rows could not be written, ValueError for other images without a name, OutOfMemory.
     """
@@ -50,7 +56,6 @@ def measure(
             f"{folder} cannot be written to, and rows go into its results.jsonl; measure a copy of the folder"
         )
     data: ImageData | ImageFiles = getattr(splits, split)
-    images = len(data) if limit is None else min(limit, len(data))
     rows: list[Row] = []
     for which in weights:
         twin = next((name for name in weights[: weights.index(which)] if _same_file(folder, name, which)), None)
@@ -64,10 +69,11 @@ def measure(
         conditions |= {} if other_data is None else {"data": other_data, "other_data": other_data}
         for name in measures:
             watch(name, 0, False)
-            found = []
-            with told_in_one_line(partial(in_evaluation, name, model.config, images)):
+            found, taken = [], images_taken(name, limit, len(data))
+            reach = {"limit": taken if taken < len(data) else None}
+            with told_in_one_line(partial(in_evaluation, name, model.config, taken)):
                 for row in MEASURES[name](model, data, limit):
-                    found.append(row | conditions)
+                    found.append(row | conditions | reach)
                     watch(name, len(found), False)
             update_results(folder, found)  # at once, so that a later measure cannot lose it
             watch(name, len(found), True)
@@ -92,9 +98,9 @@ def _same_file(folder: Path, *weights: str) -> bool:
 
 
 def is_measured(folder: Path) -> bool:
-    """Whether results.jsonl holds what `train` ends with: the test set with both weights."""
-    rows = own_results(folder)
-    return set(WEIGHTS) <= {row.get("weights") for row in rows if row.get("split") == "test"}
+    """Whether results.jsonl holds what `train` ends with: the accuracy over the whole test set with both weights."""
+    rows = (row for row in own_results(folder) if (row.get("measure"), row.get("name")) == ("accuracy", "accuracy"))
+    return set(WEIGHTS) <= {row.get("weights") for row in rows if row.get("split") == "test" and is_whole(folder, row)}
 
 
 def describe(folder: Path) -> Row:
@@ -108,6 +114,7 @@ def describe(folder: Path) -> Row:
         "recipe": config.recipe,
         "epochs": config.train.epochs,
         "seed": config.seed,
+        "changed": changed_in_words(config),
         "precision": epochs[-1].get("precision") if epochs else None,
         "torch": torch.__version__,
         "hardware": hardware(),
@@ -118,36 +125,84 @@ def hardware() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"
 
 
-def draw(folder: Path, splits: Splits) -> list[Path]:
-    """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one."""
-    config, figures, model = read_config(folder), folder / "figures", load_run_model(folder)
-    written = [figures / "curves.png", figures / "confusion.png"]
-    viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, written[0], _about(describe(folder)))
-    logits = predict(model, splits.test, 500)
-    counts = confusion(logits, splits.test.labels)
-    viz.plot_confusion(counts, splits.test.classes, written[1])
-    image = splits.test[:1]
-    device = next(model.parameters()).device
-    layers = model.maps(next(image.batches(1))[0].to(device))
+def pictures(folder: Path, load: Callable[[], Splits]) -> dict[Path, Callable[[], Path]]:
+    """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one.
+
+    Each file with what draws it, apart from the others. `load` gives the images, and is asked once, by the first that needs
+    them.
+    """
+    config, figures = read_config(folder), folder / "figures"
+    about = _about(describe(folder))
+    model = cache(partial(load_run_model, folder))
+
+    @cache
+    def looked() -> tuple[Splits, Tensor]:
+        splits = load()
+        return splits, predict(model(), splits.test, 500)
+
+    def curves(path: Path) -> None:
+        viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, path, about)
+
+    def confused(path: Path) -> None:
+        splits, logits = looked()
+        counts = confusion(logits, splits.test.labels)
+        viz.plot_confusion(counts, splits.test.classes, path, f"{config.model.encoding}, {about}; test set, last weights")
+
+    def bias(path: Path) -> None:
+        splits, logits = looked()
+        title = f"{config.model.encoding}, {about}"
+        _draw_bias(model(), splits.test[:1], logits[:1], config.model.grid, path, title)
+
+    draws = {"curves": curves, "confusion": confused}
+    with torch.device("meta"):
+        made = ViT(config.model)
+    if any(getattr(module, "makes_bias", False) for module in made.modules()):
+        draws["bias"] = bias
+    return {figures / f"{name}.png": partial(_drawn, draw, figures / f"{name}.png") for name, draw in draws.items()}
+
+
+def _drawn(draw: Callable[[Path], None], path: Path) -> Path:
+    draw(path)
+    return path
+
+
+def _draw_bias(
+    model: ViT, image: ImageData | ImageFiles, logits: Float[Tensor, "1 classes"], grid: Grid, path: Path, title: str
+) -> None:
+    layers = model.maps(next(image.batches(1))[0].to(next(model.parameters()).device))
     biased = {f"layer {i + 1}": maps["bias"][0].detach().float().cpu() for i, maps in enumerate(layers) if "bias" in maps}
-    if biased:
-        height, width = config.model.grid
-        patch = (height // 2, width // 2)
-        written.append(figures / "bias.png")
-        true, answer = (image.classes[int(label)] for label in (image.labels[0], logits[0].argmax()))
-        about = f"first test image: class {true}, predicted {answer}"
-        viz.plot_bias(image.images[0], list(biased.values()), (height, width), patch, written[2], list(biased), about)
-    return written
+    true, answer = (image.classes[int(label)] for label in (image.labels[0], logits[0].argmax()))
+    about = f"{title}; first test image: class {true}, predicted {answer}"
+    patch = (grid[0] // 2, grid[1] // 2)
+    viz.plot_bias(image.images[0], list(biased.values()), grid, patch, path, list(biased), about)
 
 
 def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
-    """figures/: the curves of the rows just measured; names say which split, weights and images if not test, last, own."""
+    """figures/: the curves of the rows just measured; names say which split, weights and images if not test, last, own.
+
+    Those of fewer images than the measure takes by itself have the number in their names, and do not replace the others.
+    """
     usual = {"split": "test", "weights": "last", "other_data": None}
     ending = "".join(f"-{safe_name(rows[0][key])}" for key in usual if rows[0].get(key) != usual[key])
-    measures = dict.fromkeys(row["measure"] for row in rows)
-    about = f"{_about(rows[0])}; {rows[0]['split']} set, {rows[0]['weights']} weights"
-    return viz.plot_measures({rows[0]["encoding"]: rows}, measures, folder / "figures", ending, viz.Notes(about=about))
+    written = []
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        some = [row for row in rows if row["measure"] == measure]
+        limit = some[0]["limit"]
+        few = f"-{limit}_images" if limit is not None and limit < images_taken(measure, None, limit + 1) else ""
+        about = f"{_about(some[0])}; {conditions_in_words(some[0])}"
+        written += viz.plot_measures(
+            {some[0]["encoding"]: some}, [measure], folder / "figures", ending + few, viz.Notes(about=about)
+        )
+    return written
+
+
+def conditions_in_words(row: Row) -> str:
+    """Split, weights and images of a row, for a title."""
+    limit = row.get("limit")
+    some = "" if limit is None else f", {limit:,} images drawn by class"
+    return f"{row['split']} set, {row['weights']} weights{some}"
 
 
 def _about(row: Row) -> str:
-    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}"
+    changed = f", {row['changed']}" if row.get("changed") else ""
+    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}{changed}"

@@ -131,20 +131,23 @@ def export_run(
     size: Size | None = None,
     weights: str = "last",
     normalize: bool = False,
+    license: str | None = None,
 ) -> tuple[Path, list[Row]]:
     """The model of a run folder as a file (default RUN/export/NAME.onnx) or, for "hub", as a folder: (path, comparison).
 
-    `normalize` puts the mean and standard deviation of the training images into the graph. Raises as `export_model`.
+    `normalize` puts the mean and standard deviation of the training images into the graph. `license` is the model's, written
+    into the file; None writes none. Raises as `export_model`.
     """
     config, model = read_config(folder), load_run_model(folder, weights).cpu()
+    described = describe(config.model, folder, weights, license)
     name = folder.resolve().name
     path = out or folder / "export" / (f"{name}.{format}" if format != "hub" else f"{name}-hub")
     if normalize and format not in get_args(GraphFormat):
         raise ValueError(f"normalisation goes into a graph, and {format} has none; its config says what to do with images")
     if format == "hub":
         _refuse_size(format, size)
-        return path, _write_hub(model, path, folder, weights)
-    described = describe(config.model, folder, weights) | {"input": PIXELS if normalize else NORMALIZED}
+        return path, _write_hub(model, path, folder, weights, license)
+    described |= {"input": f"{described['normalization']['resize']}; {PIXELS if normalize else NORMALIZED}"}
     module = Normalized(model, config.data.mean, config.data.std).eval() if normalize else model
     return path, export_model(module, path, format, size=size, metadata=described, train_size=config.model.image_size)
 
@@ -308,11 +311,11 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: Description | Non
     )
 
 
-def _write_hub(model: nn.Module, folder: Path, run: Path, weights: str) -> list[Row]:
+def _write_hub(model: nn.Module, folder: Path, run: Path, weights: str, license: str | None) -> list[Row]:
     """Into a folder beside it first; config.json, without which nothing is loaded, is put in place last."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
-        save_pretrained(model, scratch, run, weights)
+        save_pretrained(model, scratch, run, weights, license)
         rows = compare(model, load_pretrained(type(model), scratch), _cases(model, model_of(model).image_size, None))
         _check_rows(folder, rows)
         folder.mkdir(exist_ok=True)

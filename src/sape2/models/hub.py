@@ -16,30 +16,48 @@ from torch import nn
 import sape2
 from sape2.config import HUB_IDS, ModelConfig, RunConfig, model_config
 from sape2.config.command import train_command
+from sape2.config.names import cell
+from sape2.config.recipes.changed import changed_in_words
+from sape2.data.decoding import in_words
 from sape2.training.checkpoint import load_weights, save_weights
 from sape2.training.files import write_text
-from sape2.training.run_folder import class_names, own_results, read_config
+from sape2.training.run_folder import class_names, own_results, read_config, read_seen
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
-LICENCE, PAPER = "apache-2.0", "arXiv:2505.09466"
+PAPER = "arXiv:2505.09466"
+LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # an identifier, as the hub and SPDX have them
 FORMAT = 1
 Description = dict[str, Any]
 Model = TypeVar("Model", bound=nn.Module)
+PUBLISHED = {  # (digest of the labels, of 16 files) of train and test, as `data.fingerprint` makes them of the hub's parquet
+    "cifar10": (("bc2ff81ebef0d2dd", "5692447a32dd2a92"), ("e16dfec55051bd9d", "aebdb231b6ff266b")),
+    "cifar100": (("ef0f898c2e92de00", "322ff9eb14e62002"), ("3aa55bf030a3db23", "4d01c9610860f048")),
+}
 SHOWN = ("accuracy", "top5_accuracy", "loss", "calibration_error")
 
 
 # --- what a model is -------------------------------------------------------------------------------------------------
 
 
-def describe(config: ModelConfig, run: str | Path | None = None, weights: str = "last") -> Description:
-    """All that is needed to build a model and to give it images; from a run folder also what it was trained on."""
+def describe(
+    config: ModelConfig, run: str | Path | None = None, weights: str = "last", license: str | None = None
+) -> Description:
+    """All that is needed to build a model and to give it images; from a run folder also what it was trained on.
+
+    `license` is that of the model, which only its owner can name: without one none is written.
+    """
+    if license is not None and not LICENCE.fullmatch(license):
+        raise ValueError(f"a license is an identifier such as apache-2.0, cc-by-4.0 or other; got {license!r}")
     description: Description = {"library_name": "sape2", "format": FORMAT, "sape2_version": sape2.__version__}
-    description |= {"licence": LICENCE, "paper": PAPER, "encoding": config.encoding, "model": asdict(config)}
+    description |= {} if license is None else {"license": license}
+    description |= {"paper": PAPER, "encoding": config.encoding, "model": asdict(config)}
     if run is None:
         return description
     trained = read_config(Path(run))
-    images = {"mean": list(trained.data.mean), "std": list(trained.data.std), "formula": "(pixel / 255 - mean) / std"}
+    images = {"resize": in_words(trained.data, config)}
+    images |= {"mean": list(trained.data.mean), "std": list(trained.data.std), "formula": "(pixel / 255 - mean) / std"}
     training = {"recipe": trained.recipe, "epochs": trained.train.epochs, "seed": trained.seed, "weights": weights}
+    training |= {"changed settings": words} if (words := changed_in_words(trained)) else {}
     classes = class_names(Path(run), config.num_classes)
     return description | {"data": trained.data.name, "normalization": images, "classes": classes, "training": training}
 
@@ -66,10 +84,17 @@ def read_description(text: str, where: str) -> Description:
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None = None, weights: str = "last") -> None:
+def save_pretrained(
+    model: nn.Module,
+    folder: str | Path,
+    run: str | Path | None = None,
+    weights: str = "last",
+    license: str | None = None,
+) -> None:
     """Writes config.json, model.safetensors and a model card; `run`, a run folder, fills the card with what was measured.
 
-    `weights` says which of the run the model has, "last" or "best"; the card shows what was measured with these.
+    `weights` says which of the run the model has, "last" or "best"; the card shows what was measured with these. `license`
+    is the model's, by its identifier (None: the card names none).
 
     Raises ValueError for a model with an encoding attached.
     """
@@ -78,7 +103,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, run: str | Path | None
     folder, config = Path(folder), model_of(model)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
-    description = describe(config, run, weights)
+    description = describe(config, run, weights, license)
     save_weights(folder / WEIGHTS, model)
     write_text(folder / CARD, model_card(description, None if run is None else Path(run)))
     write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
@@ -137,7 +162,7 @@ def model_card(description: Description, run: Path | None) -> str:
     config = RunConfig if run is None else read_config(run)
     rows = [] if run is None else _shown_rows(run, description["training"]["weights"])
     parts = [
-        _front_matter(description, rows),
+        _front_matter(description, rows, public_dataset(run)),
         f"# {description['model']['name']} with {description['encoding']}\n",
         _use(description),
         _table("Model", description["model"]),
@@ -145,7 +170,23 @@ def model_card(description: Description, run: Path | None) -> str:
     if isinstance(config, RunConfig):
         training = {"data": config.data.name} | description["training"] | {"command": command(config)}
         parts += [_table("Training", training), _results(rows), _classes(description)]
-    return "\n".join([*parts, _LICENCE_AND_CITATION])
+    return "\n".join([*parts, _licence(description), _CITATION])
+
+
+def public_dataset(run: Path | None) -> str | None:
+    """The hub id of the data set that a run saw: by what its images are, never by the name of their folder. None for others.
+
+    The files of the hub by their digests, torchvision's by the hashes that it checks, others by the id they were loaded by.
+    """
+    seen = {} if run is None else read_seen(run)
+    if isinstance(seen.get("hub_id"), str):
+        return seen["hub_id"]
+    name = None if run is None else read_config(run).data.name
+    if seen.get("layout") == "arrays":
+        return HUB_IDS.get(str(name))
+    splits = [seen.get(split) for split in ("train", "test")]
+    digests = tuple((split.get("labels"), split.get("bytes")) for split in splits if isinstance(split, dict))
+    return next((HUB_IDS[known] for known, there in PUBLISHED.items() if there == digests), None)
 
 
 def command(config: RunConfig) -> str | None:
@@ -162,21 +203,23 @@ def _shown_rows(run: Path, weights: str) -> list[dict[str, Any]]:
     return [row for row in own_results(run) if row.get("name") in SHOWN and row.get("weights") == weights]
 
 
-def _front_matter(description: Description, rows: list[dict[str, Any]]) -> str:
+def _front_matter(description: Description, rows: list[dict[str, Any]], public: str | None) -> str:
+    """What the hub shows: of images that are no public data set it says so, and a number over a part of them is no result."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    data = description.get("data")
+    data = str(description.get("data"))
+    kind, name = (public, data) if public else ("own-images", f"{data} (images that are not a data set of the hub)")
     results = [
-        EvalResult("image-classification", str(data), HUB_IDS.get(str(data), str(data)), row["name"], row["value"],
-                   dataset_split=row.get("split"))
+        EvalResult("image-classification", kind, name, row["name"], row["value"], dataset_split=row.get("split"))
         for row in rows
-    ]  # fmt: skip
+        if row.get("limit") is None
+    ]
     card = ModelCardData(
-        license=LICENCE,
+        license=description.get("license"),
         library_name="sape2",
         pipeline_tag="image-classification",
         tags=["vision-transformer", "position-encoding", "sape2", f"arxiv:{PAPER.removeprefix('arXiv:')}"],
-        datasets=[HUB_IDS[data]] if data in HUB_IDS else None,
+        datasets=[public] if public else None,
         model_name=f"{description['model']['name']}-{description['encoding']}" if results else None,
         eval_results=results or None,
     )
@@ -201,28 +244,52 @@ def _use(description: Description) -> str:
 
 
 def _table(title: str, values: dict[str, Any]) -> str:
-    rows = [f"| {key} | {value} |" for key, value in values.items() if value is not None]
+    rows = [f"| {key} | {cell(value)} |" for key, value in values.items() if value is not None]
     return "\n".join([f"## {title}\n", "| | |", "|---|---|", *rows, ""])
 
 
 def _results(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "## Results\n\nNot measured.\n"
-    columns = ("name", "value", "unit", "n", "split", "weights", "protocol", "precision", "hardware", "torch")
+    columns = (
+        "name",
+        "value",
+        "ci_low",
+        "ci_high",
+        "unit",
+        "n",
+        "split",
+        "weights",
+        "protocol",
+        "precision",
+        "hardware",
+        "torch",
+    )
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         texts = (f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(["## Results\n", "One run, one seed: there is no spread over seeds here.\n", *lines, ""])
+        lines.append("| " + " | ".join(map(cell, texts)) + " |")
+    note = (
+        "One run, one seed: there is no spread over seeds here. `ci_low` and `ci_high` are the ends of the 95 % interval over "
+        "images (Wilson's, for shares); `n` is the number of images.\n"
+    )
+    return "\n".join(["## Results\n", note, *lines, ""])
 
 
 def _classes(description: Description) -> str:
-    return f"Classes, in the order of the logits: {', '.join(description['classes'])}.\n" if description["classes"] else ""
+    classes = description["classes"]
+    return f"Classes, in the order of the logits: {', '.join(map(cell, classes))}.\n" if classes else ""
 
 
-_LICENCE_AND_CITATION = f"""## Licence and citation
+def _licence(description: Description) -> str:
+    license = description.get("license")
+    named = f"Licence of the model: {license}." if license else "The owner of the model has named no licence for it."
+    return f"## Licence\n\n{named}\n"
 
-Apache-2.0. Made with sape2 {sape2.__version__}, which is not by the authors of the paper.
+
+_CITATION = f"""## Citation
+
+Made with sape2 {sape2.__version__}, which is not by the authors of the paper.
 
 ```bibtex
 @article{{sape2_2025,
@@ -233,8 +300,7 @@ Apache-2.0. Made with sape2 {sape2.__version__}, which is not by the authors of 
 @software{{sape2_software,
   title   = {{sape2: position encodings for vision transformers}},
   author  = {{The sape2 developers}},
-  version = {{{sape2.__version__}}},
-  license = {{Apache-2.0}}
+  version = {{{sape2.__version__}}}
 }}
 ```
 """

@@ -11,7 +11,7 @@ from sape2.data.augment import derive_seed
 from sape2.data.pixels import RULE
 from sape2.models.vit import ViT
 from sape2.training.checkpoint import load_weights
-from sape2.training.memory_errors import in_building, told_in_one_line
+from sape2.training.memory_errors import OutOfMemory, available_bytes, in_building, told_in_one_line
 from sape2.training.run_folder import class_names, other_rule, read_config, read_seen
 from sape2.training.standing import check_finished
 
@@ -20,6 +20,8 @@ WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoc
 
 def build_model(config: RunConfig) -> ViT:
     """A new model whose weights outside its encodings depend on the seed and on nothing else."""
+    if config.model.least_bytes > available_bytes():
+        raise OutOfMemory(in_building(config.model))
     torch.manual_seed(derive_seed(config.seed, "weights"))
     with told_in_one_line(lambda: in_building(config.model)):
         return ViT(config.model)

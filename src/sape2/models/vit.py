@@ -164,9 +164,11 @@ class ViT(nn.Module):
         pooled = x[:, 0] if self.config.pool == "class" else x[:, self.num_prefix_tokens :].mean(1)
         return self.fc_norm(pooled)
 
-    def save_pretrained(self, folder: str | Path, run: str | Path | None = None, weights: str = "last") -> None:
+    def save_pretrained(
+        self, folder: str | Path, run: str | Path | None = None, weights: str = "last", license: str | None = None
+    ) -> None:
         """Writes config.json, model.safetensors and a model card, filled from a run folder and one of its weights if given."""
-        hub.save_pretrained(self, folder, run, weights)
+        hub.save_pretrained(self, folder, run, weights, license)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> ViT:

@@ -6,6 +6,7 @@ are measured are the same for all. What is measured are the weights of the last 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from torch import Tensor
 from sape2 import viz
 from sape2.config import ModelConfig, TrainConfig
 from sape2.data.augment import derive_seed
-from sape2.encodings import AttentionEncoding, TokenEncoding, parse_encoding
+from sape2.encodings import AttentionEncoding, TokenEncoding, canonical_name
 from sape2.evaluation.report import format_spread, summarize
 from sape2.evaluation.runs import hardware
 from sape2.models.vit import ViT
@@ -49,7 +50,7 @@ class Cell:
 
     def __post_init__(self) -> None:
         find_task(self.task)
-        parse_encoding(self.encoding)
+        object.__setattr__(self, "encoding", canonical_name(self.encoding))
         for name, value, least in (("steps", self.steps or 1, 1), ("layers", self.layers, 1), ("seed", self.seed, 0)):
             if value < least:
                 raise ValueError(f"--{name} must be at least {least}; got {value}")
@@ -220,9 +221,17 @@ def run_cells(cells: list[Cell], folder: Path, on_step: Callable[[], None] = lam
 
 
 def finished(rows: list[Row], cell: Cell) -> list[Row]:
-    """The rows of a cell; [] unless every split is there."""
-    found = [row for row in rows if row.items() >= cell.key.items()]
+    """The rows of a cell, trained in the precision of this machine; [] unless every split is there."""
+    now = mixed_precision("auto").replace("no", "fp32")  # seeds of one line are trained in one precision
+    found = [row for row in map(_under_one_name, rows) if row.items() >= cell.key.items() and row.get("precision", now) == now]
     return found if {row["split"] for row in found} >= set(measured_splits(find_task(cell.task))) else []
+
+
+def _under_one_name(row: Row) -> Row:
+    """A row with its encoding as it is written now; of an encoding that is not known any more as it is."""
+    with contextlib.suppress(ValueError, KeyError):
+        return row | {"encoding": canonical_name(row["encoding"])}
+    return row
 
 
 def measured_splits(task: Task) -> list[str]:
@@ -233,8 +242,13 @@ def table(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
     """A line for each encoding (and number of layers), mean +- standard deviation over seeds; chance stands in the heading."""
     headings = {name: f"{name} ({task.splits[name].chance:.3f})" for name in measured_splits(task)}
     lines: dict[tuple, Row] = {}
-    for row in summarize([row for row in rows if row["name"] == "accuracy"], ("encoding", "layers", "split")):
-        line = lines.setdefault((row["encoding"], row["layers"]), {"encoding": row["encoding"], "layers": row["layers"]})
+    precisions: dict[tuple, set[Any]] = {}
+    for row in rows:
+        precisions.setdefault((row["encoding"], row["layers"]), set()).add(row.get("precision"))
+    for row in summarize([row for row in rows if row["name"] == "accuracy"], ("encoding", "layers", "precision", "split")):
+        several = len(precisions[row["encoding"], row["layers"]]) > 1  # no seeds of one line
+        name = f"{row['encoding']}, {row['precision']}" if several else row["encoding"]
+        line = lines.setdefault((name, row["layers"]), {"encoding": name, "layers": row["layers"]})
         line["seeds"] = row["n"]
         line[headings[row["split"]]] = format_spread(row["mean"], row["std"], 3)
     return list(lines.values()), ["encoding", "layers", "seeds", *headings.values()]
@@ -261,5 +275,6 @@ def draw_results(rows: list[Row], task: Task, path: Path) -> Path:
         if row["name"] == "accuracy":
             label = row["encoding"] if len({r["layers"] for r in rows}) == 1 else f"{row['encoding']}, {row['layers']} layers"
             points.setdefault(label, {}).setdefault(row["split"], []).append(row["value"])
-    viz.plot_probe(points, chance, path)
+    told = sorted({row["steps"] for row in rows if "steps" in row})
+    viz.plot_probe(points, chance, path, f"a point for each seed; {', '.join(map(str, told))} updates" if told else "")
     return path

@@ -69,6 +69,24 @@ def holds_files(folder: Path) -> bool:
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 
+def check_writable(folder: Path, way_out: str = "choose another --out") -> None:
+    """Raises OSError in one line, before any work, if no file can be made in a folder that is there or is to be made.
+
+    By making one: who may write is also a matter of how a disk is mounted. Nothing is left behind.
+    """
+    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    if not there.is_dir():
+        raise NotADirectoryError(f"{there} is a file, not a folder; {way_out}")
+    probe = beside(there / "sape2")
+    try:
+        probe.touch(exist_ok=False)
+    except OSError as error:
+        raise OSError(f"{folder} cannot be written to: {error.strerror}; {way_out}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
 def sweep(folder: Path) -> None:
     """Removes what killed writers left half-written in the folder; for a process that holds it alone."""
     for path in folder.glob(".*"):

@@ -1,16 +1,21 @@
-"""Out of memory: one line that names what did not fit and the settings that make it smaller, in place of a traceback."""
+"""Memory that is there, and memory that is short: one line that names what did not fit and what makes it smaller."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from sape2.config import ModelConfig, RunConfig
 
 MESSAGES = re.compile(r"out of memory|can't allocate memory|not enough memory|unable to allocate", re.IGNORECASE)
+
+MEMORY_INFO = Path("/proc/meminfo")
+GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
 
 
 class OutOfMemory(ValueError):
@@ -94,3 +99,26 @@ def _of_attention(model: ModelConfig) -> list[str]:
             "an encoding without a map of all pairs (sape2:readout=direct; the lean path, attention in blocks, is automatic)"
         ]
     return ["a coarser grid (the lean path, attention in blocks, is automatic)"]
+
+
+# --- how much there is ------------------------------------------------------------------------------------------------
+
+
+def available_bytes(device: torch.device | str = "cpu") -> int:
+    """What can still be allocated: on CUDA what the driver says, else what the system, or the container's limit, leaves."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [_system_available()]
+    if GROUP_LIMIT.exists() and GROUP_USE.exists() and (limit := GROUP_LIMIT.read_text().strip()) != "max":
+        limits.append(max(0, int(limit) - int(GROUP_USE.read_text())))
+    return min(limits)
+
+
+def _system_available() -> int:
+    """With what the system would give back from its caches, where it says that; else the free pages."""
+    if MEMORY_INFO.exists():
+        for line in MEMORY_INFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+ALONE_OR_LONGER = "To train in one process, unset WORLD_SIZE; to wait longer, set SAPE2_JOIN_SECONDS"
+TOLD_AFTER_S = 5.0  # that the others have not come yet
 HEARD_WITHIN_S = 10.0  # how long a process that failed waits for the others to come and hear why
 WORKING, LEAVING, FAILED = 0, 1, 2
 
@@ -163,15 +167,50 @@ def joined() -> Iterator[Processes]:
 
 
 def connect() -> Processes:
-    """gloo between CPUs, and beside it what the accelerator has (NCCL on CUDA); address and numbers from the environment."""
+    """gloo between CPUs, and beside it what the accelerator has (NCCL on CUDA); address and numbers from the environment.
+
+    Raises ConnectionError if the others have not come within a minute (`SAPE2_JOIN_SECONDS`), and says after a few seconds
+    that it waits for them: a WORLD_SIZE that is left over from something else has no partners.
+    """
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     beside = "" if accelerator is None else f",{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of patches of one channel; harmless
+    seconds = join_seconds()
+    told = threading.Timer(TOLD_AFTER_S, _tell_that_it_waits, [seconds])
+    told.daemon = True
+    told.start()
     try:
-        dist.init_process_group(f"cpu:gloo{beside}")
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+        store.set_timeout(dist.default_pg_timeout)
+        dist.init_process_group(f"cpu:gloo{beside}", store=store, rank=rank, world_size=size)
         return Processes(dist.new_group(backend="gloo"))
     except RuntimeError as error:
         if not is_lost(error):
             raise
         reason = str(error).partition("\n")[0]
-        raise ConnectionError(f"the {launched()} processes of this run did not come together: {reason}") from error
+        raise ConnectionError(
+            f"the {launched()} processes of this run did not come together within {seconds:g} s: {reason} {ALONE_OR_LONGER}"
+        ) from error
+    finally:
+        told.cancel()
+
+
+def join_seconds() -> float:
+    """How long a process waits for the others at the start."""
+    text = os.environ.get("SAPE2_JOIN_SECONDS", "60")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < 1e6:
+        raise ValueError(f"SAPE2_JOIN_SECONDS must be a number above 0 and below a million; got {text!r}")
+    return seconds
+
+
+def _tell_that_it_waits(seconds: float) -> None:
+    print(
+        f"waiting for the other processes, {seconds:g} s at most: WORLD_SIZE says that {launched()} were started. "
+        f"{ALONE_OR_LONGER}",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -8,16 +8,21 @@ epoch), results.jsonl, figures/.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sape2
 from sape2.config import RunConfig
+from sape2.config.detection import DetectionConfig
+from sape2.encodings import canonical_name
 from sape2.training.checkpoint import keep_only, last_checkpoint
 from sape2.training.files import holds_files, write_text
 
 Row = dict[str, Any]
+Config = TypeVar("Config", RunConfig, DetectionConfig)
 FORMAT = 1  # of a run folder, written into its config.json; those that do not say have this one
 
 
@@ -52,14 +57,15 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def update_results(folder: Path, rows: list[Row]) -> None:
-    """Puts rows into results.jsonl in place of what the same measures gave on the same images, split and weights before.
+    """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before.
 
-    Raises FileNotFoundError if the folder is gone.
+    Rows over more images than these stay: a look at a few never replaces what was measured on all (`own_results` gives the
+    latter). Raises FileNotFoundError if the folder is gone.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} was removed while it was being measured; nothing is written there")
-    new = {_measured(row) for row in rows}
-    kept = [row for row in read_rows(folder / "results.jsonl") if _measured(row) not in new]
+    before, reach = read_rows(folder / "results.jsonl"), _reaches(rows)
+    kept = [row for part in _parts(before).values() if _reach(part) > reach.get(_measured(part[0]), -1) for row in part]
     write_rows(folder / "results.jsonl", [*kept, *rows])
 
 
@@ -67,9 +73,43 @@ def _measured(row: Row) -> tuple:
     return row.get("measure"), row.get("split"), row.get("weights"), row.get("other_data")
 
 
+def _parts(rows: list[Row]) -> dict[tuple, list[Row]]:
+    """The rows of each measurement: of one measure, split, set of weights, set of images and limit."""
+    parts: dict[tuple, list[Row]] = {}
+    for row in rows:
+        parts.setdefault((*_measured(row), row.get("limit"), "limit" in row), []).append(row)
+    return parts
+
+
+def _reach(rows: list[Row]) -> float:
+    """Over how many images a measurement went; infinite for all there are. Older rows say so by the n of their first number."""
+    first = rows[0]
+    if "limit" in first:
+        return math.inf if first["limit"] is None else first["limit"]
+    return first.get("n", 0)
+
+
+def _reaches(rows: list[Row]) -> dict[tuple, float]:
+    """The widest reach of each measurement."""
+    found: dict[tuple, float] = {}
+    for part in _parts(rows).values():
+        found[_measured(part[0])] = max(_reach(part), found.get(_measured(part[0]), -1))
+    return found
+
+
 def own_results(folder: Path) -> list[Row]:
-    """The rows of results.jsonl that were measured on the run's own images, not on --other-data."""
-    return [row for row in read_rows(folder / "results.jsonl") if row.get("other_data") is None]
+    """The rows of results.jsonl on the run's own images, not on --other-data; of each measurement those over most images."""
+    rows = [row for row in read_rows(folder / "results.jsonl") if row.get("other_data") is None]
+    reach = _reaches(rows)
+    return [row for part in _parts(rows).values() if _reach(part) == reach[_measured(part[0])] for row in part]
+
+
+def is_whole(folder: Path, row: Row) -> bool:
+    """Whether a row is over all images of its split, and not over a few by --limit."""
+    if "limit" in row:
+        return row["limit"] is None
+    known = read_seen(folder).get(row.get("split", ""))  # an older row says it by its n
+    return not isinstance(known, dict) or row.get("n") == known.get("images")
 
 
 def class_names(folder: Path, num_classes: int) -> list[str] | None:
@@ -87,11 +127,16 @@ def class_names(folder: Path, num_classes: int) -> list[str] | None:
 # --- run folder ------------------------------------------------------------------------------------------------------
 
 
+def canonical(config: Config) -> Config:
+    """The same run with its encoding under its one name, so that no spelling of it counts as another run."""
+    return replace(config, model=replace(config.model, encoding=canonical_name(config.model.encoding)))
+
+
 def check_run(folder: Path, config: RunConfig) -> None:
     """Raises ValueError if the folder holds another run, or something that is not a run. Changes nothing."""
     if not holds_files(folder) and (folder.is_dir() or not folder.exists()):
         return
-    existing = read_config(folder)
+    existing, config = read_config(folder), canonical(config)
     if existing.train.epochs != config.train.epochs and _but_for_epochs(existing) == _but_for_epochs(config):
         raise ValueError(
             f"{folder} holds this run in {existing.train.epochs} epochs; its learning rate falls over all of them, "
@@ -128,7 +173,7 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
     if last := last_checkpoint(folder):
         keep_only(last)
     if not (folder / "config.json").exists():
-        values = {"format": FORMAT, "sape2_version": sape2.__version__} | config.to_dict()
+        values = {"format": FORMAT, "sape2_version": sape2.__version__} | canonical(config).to_dict()
         write_text(folder / "config.json", json.dumps(values, indent=2) + "\n")
     if fingerprint is not None:
         keep_fingerprint(folder, fingerprint)
@@ -195,6 +240,17 @@ def other_rule(before: Row, now: int | None) -> int | None:
     return None if now is None or before.get("layout") == "arrays" or rule == now else rule
 
 
+def how_images_differ(first: Row, second: Row) -> str | None:
+    """In what two runs saw other images, by their data.json (`read_seen`); None if they did not, or it cannot be told."""
+    try:
+        found = _other_images(first, second)
+        rule = None if second.get("layout") == "arrays" else second.get("reading_rule", 1)
+        other = None if found else other_rule(first, rule)
+    except (ValueError, TypeError, AttributeError, KeyError):  # one of them is missing or damaged
+        return None
+    return found if other is None else f"the rule by which they were read ({other} there, {rule} here)"
+
+
 def _other_images(before: Row, now: Row) -> str | None:
     what = {"images": "the number", "labels": "the labels", "bytes": "the content", "pixels": "the content"}
     if before["layout"] == now["layout"]:
@@ -210,7 +266,10 @@ def _other_images(before: Row, now: Row) -> str | None:
 
 
 def read_config(folder: Path) -> RunConfig:
-    """Raises FileNotFoundError or ValueError if the folder is not a run folder."""
+    """The settings, with the encoding under its one name (`canonical`).
+
+    Raises FileNotFoundError or ValueError if the folder is not a run folder.
+    """
     path = folder / "config.json"
     if not folder.exists():
         raise FileNotFoundError(f"there is no run folder {folder}")
@@ -229,7 +288,7 @@ def read_config(folder: Path) -> RunConfig:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     try:
-        return RunConfig.from_dict(_without_format(values))
+        return canonical(RunConfig.from_dict(_without_format(values)))
     except ValueError as error:
         raise ValueError(
             f"{path} does not fit this version of sape2, {sape2.__version__}{_writer(values)}: {error}. "

@@ -6,10 +6,12 @@ Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from textwrap import fill
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from sape2.training.files import beside
 
@@ -17,6 +19,9 @@ MAP_COLOURS = "cividis"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8AB00")  # Okabe and Ito, darker yellow
 DASHES = ("-", "--", ":")
 MARKERS = "osD^vPX*"
+PLAIN_TEXT = {"text.usetex": False, "text.parse_math": False, "axes.formatter.use_mathtext": False}
+Given = ParamSpec("Given")
+Made = TypeVar("Made")
 
 
 def pyplot() -> Any:
@@ -29,6 +34,31 @@ def pyplot() -> Any:
     import matplotlib.pyplot as plt
 
     return plt
+
+
+def picture(draw: Callable[Given, Made]) -> Callable[Given, Made]:
+    """For a function that draws and saves a figure: names in it are text, whatever they hold and whatever the user's settings.
+
+    Without this "A$^$B" is a formula that cannot be read, "$a$" is shown as another name, and usetex gives all to LaTeX.
+    Characters that the font lacks are drawn as boxes, without a warning for each.
+    """
+
+    @wraps(draw)
+    def drawn(*given: Given.args, **named: Given.kwargs) -> Made:
+        pyplot()
+        import matplotlib as mpl
+
+        with mpl.rc_context(PLAIN_TEXT), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from")
+            return draw(*given, **named)
+
+    return drawn
+
+
+def as_text(name: str) -> str:
+    """A name as a figure can show it: one line, and with no "_" in front, by which a legend would leave it out."""
+    plain = " ".join(re.split(r"[\x00-\x1f\x7f-\x9f]+", name.encode("utf-8", "backslashreplace").decode("utf-8")))
+    return f" {plain}" if plain.startswith("_") else plain
 
 
 def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], **about: Any) -> None:
@@ -47,6 +77,7 @@ def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], **a
     figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=8, **about)
 
 
+LETTER = 0.07  # inches of the figure for a character beside a panel
 LINE = 0.17  # inches of the figure for a line of the legend
 
 
@@ -76,10 +107,15 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: keep - keep // 2]}…{text[-(keep // 2) :]}"
 
 
+def legend_names(names: Sequence[str]) -> dict[str, str]:
+    """Each name as it stands beside a panel, where there is room for some 48 characters."""
+    return dict(zip(names, shortened([as_text(name) for name in names], 48), strict=True))
+
+
 def put_title(figure: Any, about: str) -> None:
     """Above all panels, in as many lines as it takes."""
     if about:
-        figure.suptitle(fill(about, int(13 * figure.get_size_inches()[0])), fontsize=9)
+        figure.suptitle(fill(as_text(about), int(13 * figure.get_size_inches()[0])), fontsize=9)
 
 
 def whole_ticks(panel: Any) -> None:

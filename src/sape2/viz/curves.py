@@ -9,7 +9,20 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch import Tensor
 
-from sape2.viz.base import DASHES, LINES, MAP_COLOURS, MARKERS, legend_below, put_title, pyplot, save, whole_ticks
+from sape2.viz.base import (
+    DASHES,
+    LINES,
+    MAP_COLOURS,
+    MARKERS,
+    as_text,
+    legend_below,
+    picture,
+    put_title,
+    pyplot,
+    save,
+    shortened,
+    whole_ticks,
+)
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 
@@ -22,10 +35,13 @@ class Notes(NamedTuple):
 
 
 PLAIN = Notes()
+LONGEST_NAME = 32  # characters of a class beside its row
 
 
+@picture
 def plot_curves(runs: Runs, path: Path, about: str = "") -> None:
     """Loss and accuracy against the epoch, for the metrics.jsonl rows of each named run; `about` is the title."""
+    runs = {as_text(name): rows for name, rows in runs.items()}
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 3.6), layout="constrained")
     from matplotlib.lines import Line2D
 
@@ -52,9 +68,11 @@ def plot_curves(runs: Runs, path: Path, about: str = "") -> None:
     save(figure, path)
 
 
-def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None:
-    """Rows: the true class; columns: the model's answer; shades: the share of the row."""
+@picture
+def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path, about: str = "") -> None:
+    """Rows: the true class; columns: the model's answer; shades: the share of the row; `about` is the title."""
     plt = pyplot()
+    classes = tuple(shortened([as_text(name) for name in classes], LONGEST_NAME))
     share = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
     figure, panel = plt.subplots(figsize=(0.5 * len(classes) + 2, 0.5 * len(classes) + 1.5))
     image = panel.imshow(share.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1)
@@ -69,6 +87,7 @@ def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path) -> None
                 colour = "black" if share[row, column] > 0.6 else "white"
                 panel.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
     figure.colorbar(image, ax=panel, label="share of the true class (numbers: images)", fraction=0.046)
+    put_title(figure, about)
     save(figure, path)
 
 
@@ -90,12 +109,14 @@ class Panel(NamedTuple):
     where: dict[str, Any]
 
 
+@picture
 def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, notes: Notes = PLAIN) -> None:
     """The rows that each panel names, one line a run, with their intervals and the level of chance.
 
     Panels that no run has rows for are left out. A size "32x48" stands at its height, and of several proportions the most
     common one is shown. Raises NothingToDraw, a ValueError, if no panel is left.
     """
+    runs = {as_text(name): rows for name, rows in runs.items()}
     found = [(panel, {run: _curve(rows, panel) for run, rows in runs.items()}) for panel in panels]
     found = [(panel, curves) for panel, curves in found if any(curves.values())]
     if not found:

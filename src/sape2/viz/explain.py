@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sape2 import viz
 from sape2.config import ModelConfig, RunConfig
+from sape2.config.recipes.changed import changed_in_words
 from sape2.data import ImageData
 from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import Picture, Unlike, read_picture, unlike
@@ -277,9 +278,10 @@ def _headline(found: Explanation) -> str:
 
 def _about(found: Explanation) -> str:
     config = found.config
+    changed = f"; {words}" if (words := changed_in_words(config)) else ""
     return (
         f"{config.model.label} with {config.model.encoding}, trained on {config.data.name} for {config.train.epochs} epochs "
-        f"(seed {config.seed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. "
+        f"(seed {config.seed}{changed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. "
         f"The image: {found.picture.notes}."
     )
 

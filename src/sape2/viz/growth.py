@@ -5,21 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sape2.viz.base import DASHES, LINES, MARKERS, pyplot, save
+from sape2.viz.base import DASHES, LETTER, LINES, MARKERS, legend_names, picture, pyplot, save
 
 Points = list[tuple[int | float, int | float]]
 
 
+@picture
 def plot_growth(panels: dict[str, dict[str, Points]], path: Path, label: str) -> None:
     """Points (tokens, value) of every named line, one panel a title, both axes logarithmic; grey: growth with N and N^2."""
     plt = pyplot()
     number = max(1, len(panels))
-    figure, grid = plt.subplots(1, number, figsize=(4.6 * number + 2.2, 4.2), squeeze=False, layout="constrained")
+    names = legend_names(list(dict.fromkeys(name for lines in panels.values() for name in lines)))
+    width = 4.6 * number + 1.5 + LETTER * max(map(len, names.values()), default=0)
+    figure, grid = plt.subplots(1, number, figsize=(width, 4.2), squeeze=False, layout="constrained")
     for panel, (title, lines) in zip(grid[0], panels.items(), strict=False):
         for index, (name, points) in enumerate(lines.items()):
             style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
             marker = MARKERS[(index + index // len(LINES)) % len(MARKERS)]
-            panel.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=name, **style)
+            panel.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=names[name], **style)
         points = [point for line in lines.values() for point in line]
         if len({x for x, _ in points}) > 1:  # of one size nothing grows, and a line of no length would be in the legend
             _mark_slopes(panel, points)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sape2.viz.base import LINES, MAP_COLOURS, pyplot, save
+from sape2.viz.base import LINES, MAP_COLOURS, as_text, picture, pyplot, save
 
 
+@picture
 def plot_bias(
     image: UInt8[Tensor, "channels height width"],
     layers: list[Float[Tensor, "heads tokens tokens"]],
@@ -41,6 +43,7 @@ def plot_bias(
     for panel in axes:
         panel.set_xticks([])
         panel.set_yticks([])
+    about = fill(as_text(about), int(11 * figure.get_size_inches()[0]))
     title = "bias of the marked patch against all patches, mean over heads"
     figure.suptitle(f"{about}\n{title}" if about else title, fontsize=10)
     save(figure, path)

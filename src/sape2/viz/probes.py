@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sape2.viz.base import LINES, MARKERS, pyplot, save
+from sape2.viz.base import LETTER, LINES, MARKERS, legend_names, picture, put_title, pyplot, save
 
 Example = tuple[Tensor, dict[tuple[int, int], str], str]  # colours (H, W), texts in cells, caption
 BACKGROUND = "#EEEEEE"
 DARK = ("#0072B2", "#009E73", "#000000", "#D55E00")  # which take white text
 
 
+@picture
 def plot_examples(panels: dict[str, list[Example]], path: Path, title: str) -> None:
     """A row of scenes for every split. Colours carry their number as text, so that none has to be told by hue alone."""
     plt = pyplot()
@@ -49,17 +50,20 @@ def _draw_example(axis: Any, colours: Tensor, texts: dict[tuple[int, int], str],
     axis.set_xlabel(caption, fontsize=7)
 
 
-def plot_probe(points: dict[str, dict[str, list[float]]], chance: dict[str, float], path: Path) -> None:
+@picture
+def plot_probe(points: dict[str, dict[str, list[float]]], chance: dict[str, float], path: Path, about: str = "") -> None:
     """Accuracy by split: one point for each seed, a column of points for each encoding; dashed: chance."""
     plt = pyplot()
     splits = list(chance)
-    figure, axis = plt.subplots(figsize=(1.5 * len(splits) + 2.5, 4.2), layout="constrained")
+    names = legend_names(list(points))
+    width = 1.5 * len(splits) + 2 + LETTER * max(map(len, names.values()), default=0)
+    figure, axis = plt.subplots(figsize=(width, 4.2), layout="constrained")
     for index, (name, found) in enumerate(points.items()):
         offset = 0.8 * ((index + 0.5) / len(points) - 0.5)
         xs = [splits.index(split) + offset for split, values in found.items() for _ in values]
         ys = [value for values in found.values() for value in values]
         marker = MARKERS[(index + index // len(LINES)) % len(MARKERS)]
-        axis.plot(xs, ys, marker, color=LINES[index % len(LINES)], markersize=5, alpha=0.8, label=name)
+        axis.plot(xs, ys, marker, color=LINES[index % len(LINES)], markersize=5, alpha=0.8, label=names[name])
     for place, value in enumerate(chance.values()):
         label = "chance" if place == 0 else None
         axis.plot([place - 0.45, place + 0.45], [value, value], "--", color="#666666", linewidth=1, label=label)
@@ -68,4 +72,5 @@ def plot_probe(points: dict[str, dict[str, list[float]]], chance: dict[str, floa
     axis.set_ylabel("accuracy")
     axis.grid(axis="y", alpha=0.3)
     figure.legend(fontsize=8, loc="outside right upper")
+    put_title(figure, about)
     save(figure, path)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sape2.viz.base import LINES, MARKERS, pyplot, save
+from sape2.viz.base import LINES, MARKERS, legend_names, picture, put_title, pyplot, save
 
 BySeed = Mapping[str, Mapping[int, float]]  # encoding -> seed -> value
 
@@ -14,7 +14,8 @@ BySeed = Mapping[str, Mapping[int, float]]  # encoding -> seed -> value
 Interval = tuple[float, float | None, float | None]  # mean difference and its ends, None for no interval
 
 
-def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], baseline: str, path: Path) -> None:
+@picture
+def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], baseline: str, path: Path, about: str = "") -> None:
     """Left: accuracy of every seed, last epoch (filled) and best on validation (hollow). Right: differences to the baseline.
 
     One line an encoding, ordered as given; `best` may lack any of them. A seed has its marker in both panels; black: means,
@@ -32,15 +33,16 @@ def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], basel
         _mark_mean(left, list(values.values()), place - 0.13)
         if encoding in paired:
             _draw_difference(right, paired[encoding], values, last[baseline], markers, place)
-    left.set_yticks(range(len(last)), list(last))
+    left.set_yticks(range(len(last)), list(legend_names(list(last)).values()))
     left.set_ylim(len(last) - 0.5, -0.5)
     left.set_xlabel("test accuracy (fraction)")
-    right.set_xlabel(f"difference to {baseline}, same seed (fraction)")
+    right.set_xlabel(f"difference to {legend_names([baseline])[baseline]}, same seed (fraction)")
     right.axvline(0, color="0.4", linestyle="--", linewidth=1)
     for panel in (left, right):
         panel.grid(alpha=0.3)
         panel.locator_params(axis="x", nbins=5)
     figure.legend(handles=_legend(markers, bool(best)), loc="outside right upper", fontsize=8)
+    put_title(figure, about)
     save(figure, path)
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sape2.cli.options import add_json, recipe_name, resolve, split_encodings, whole_number
+from sape2.cli.options import add_json, one_name, recipe_name, resolve, split_encodings, whole_number
 from sape2.cli.output import say, show_outcome
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sape2.studies.compare.plan import Study
     from sape2.studies.compare.work import Stopped, forget_failures, work
+    from sape2.training.files import check_writable
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 compare")
@@ -48,10 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out or Path("runs") / f"compare-{recipe_name(config)}-{config.model.name}")
     seeds = whole_number("--seeds", arguments.seeds)
     study = Study(config, split_encodings(arguments.encodings), seeds, folder)
-    baseline = arguments.baseline or study.encodings[0]
+    baseline = one_name(arguments.baseline) if arguments.baseline else study.encodings[0]
     if baseline not in study.encodings:
         raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
     study.check()
+    check_writable(folder)
     launcher = _launcher(arguments)
     jobs = whole_number("--jobs", arguments.jobs) if arguments.jobs else None
     from sape2.data import load_data

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sape2.cli.options import add_json, split_encodings, whole_number
-from sape2.cli.output import Row, say
+from sape2.cli.output import Row, drawn, say
 
 if TYPE_CHECKING:
     from sape2.evaluation.cost.sweep import Cell, Sweep
@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         if cell is not None:
             tables[f"{cell}: for one image"] = count_table(found)
             tables[f"{cell}: measured"] = time_table(found)
-    _draw_cost(rows, folder)
+    files = drawn(*_figures(rows, folder))
     if arguments.json:
         print_json(rows)
         return 0
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     if growth:
         columns = ["name", "encoding", "level", "dtype", "batch", "grid", "value"]
         print_table(growth, columns, "growth: exponent of the number of tokens")
-    print(f"in {folder}: results.jsonl, cost_time.png, cost_memory.png")
+    print(f"in {folder}: {', '.join(['results.jsonl', *(path.name for path in files)])}")
     return 0
 
 
@@ -102,7 +102,10 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is damaged, or of another version; choose another --out") from error
     if before != settings:
-        raise ValueError(f"{folder} holds another sweep, which differs in {difference(before, settings)}; choose another --out")
+        raise ValueError(
+            f"{folder} holds another sweep, which differs in {difference(before, settings)}; choose another --out for this "
+            f"one, give the same options to measure again, or remove {folder}"
+        )
 
 
 def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list[Row]]]:
@@ -126,13 +129,15 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list
             yield cell, rows
 
 
-def _draw_cost(rows: list[Row], folder: Path) -> None:
+def _figures(rows: list[Row], folder: Path) -> list[Callable[[], Path]]:
     from sape2.evaluation.cost.rows import lines_of_growth
+    from sape2.viz import plot_growth
 
-    try:
-        from sape2.viz import plot_growth
+    def draw(name: str, quantity: str, label: str) -> Path:
+        plot_growth(lines_of_growth(rows, quantity), folder / name, label)
+        return folder / name
 
-        plot_growth(lines_of_growth(rows, "ms"), folder / "cost_time.png", "time (ms)")
-        plot_growth(lines_of_growth(rows, "memory"), folder / "cost_memory.png", "peak extra memory (MiB)")
-    except ImportError as error:
-        say(f"no figures: {error}")
+    return [
+        lambda: draw("cost_time.png", "ms", "time (ms)"),
+        lambda: draw("cost_memory.png", "memory", "peak extra memory (MiB)"),
+    ]

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sape2.cli.options import add_json, default_name
+from sape2.cli.options import add_json, default_name, one_name
 from sape2.cli.output import say
 from sape2.config import override, resized
 
@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     refuse_launcher("sape2 detect")
     from sape2.config.recipes import get_detection_recipe
+    from sape2.config.recipes.changed import changed_in_words
 
     config = get_detection_recipe(arguments.recipe)
     model, detector, images = config.model, config.detector, config.images
@@ -44,21 +45,27 @@ def run(arguments: argparse.Namespace) -> int:
         images = replace(images, source=arguments.data)
     seed = config.seed if arguments.seed is None else arguments.seed
     config = override(replace(config, model=model, detector=detector, images=images, seed=seed), arguments.set, SEE)
+    config = replace(config, model=replace(config.model, encoding=one_name(config.model.encoding)))
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.detection import run_detection
     from sape2.evaluation.report import print_json, print_table
+    from sape2.training.files import check_writable
     from sape2.training.interruption import TrainingStopped
 
+    check_writable(folder)
     try:
         rows = run_detection(config, folder)
     except TrainingStopped as stopped:
         say(f"sape2: {stopped}")
         return 128 + stopped.signal_number
+    changed = f", {words}" if (words := changed_in_words(config)) else ""
     if arguments.json:
         print_json(rows)
     else:
         print_table(
-            rows, ["name", "value", "unit", "n", "objects", "protocol"], f"{config.images.name}, {config.model.encoding}"
+            rows,
+            ["name", "value", "unit", "n", "objects", "protocol"],
+            f"{config.images.name}, {config.model.encoding}{changed}",
         )
         print(f"in {folder}: results.jsonl, metrics.jsonl")
     return 0

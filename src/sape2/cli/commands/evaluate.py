@@ -6,6 +6,7 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
     parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were; or a hub id")
     parser.add_argument("--other-data", metavar="NAME", help="--data holds other images on purpose; NAME marks their rows")
-    parser.add_argument("--limit", metavar="N", help="the first N images (default: what each measure takes)")
+    parser.add_argument(
+        "--limit", metavar="N", help="N images, drawn by class with a fixed seed (default: what each measure takes)"
+    )
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set")
     parser.add_argument("--all", action="store_true", help="print every row, not only the headline numbers")
@@ -29,6 +32,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from sape2.training.files import check_writable
     from sape2.training.run_folder import read_config
     from sape2.training.standing import check_finished
 
@@ -37,13 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
     measures = chosen_measures(arguments.measures)
     limit = None if arguments.limit is None else whole_number("--limit", arguments.limit)
     check_finished(folder)
+    check_writable(folder, "rows go into its results.jsonl; measure a copy of the folder")
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     other: str | None = arguments.other_data
     if other is not None:
         config = _for_others(config, arguments.data, other)
     from sape2.data import load_data
-    from sape2.evaluation.runs import draw, draw_measures, measure, notes_of_others
+    from sape2.evaluation.runs import draw_measures, measure, notes_of_others, pictures
     from sape2.models.trained import names_of_classes, note_of_rule
 
     if note := note_of_rule(folder):
@@ -55,9 +60,29 @@ def run(arguments: argparse.Namespace) -> int:
             say(note)
     with _watching() as watch:
         rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch, other)
+    _tell_of_few(rows, folder)
     whole = "accuracy" in measures and limit is None and other is None  # confusion is of all images, and the run's own
-    files = drawn(lambda: [*draw_measures(folder, rows), *(draw(folder, splits) if whole else ())])
+    by_measure = [[row for row in rows if row["measure"] == name] for name in dict.fromkeys(row["measure"] for row in rows)]
+    files = drawn(
+        *(partial(draw_measures, folder, some) for some in by_measure),
+        *(pictures(folder, lambda: splits).values() if whole else ()),
+    )
     return show_results(rows, folder, arguments.json, files, arguments.all)
+
+
+def _tell_of_few(rows: list[dict[str, Any]], folder: Path) -> None:
+    """Which of the measures just made are not what the run shows, since it has them over more images."""
+    from sape2.training.run_folder import own_results
+
+    shown = {(row["measure"], row["split"], row["weights"], row.get("limit")) for row in own_results(folder)}
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        row = next(row for row in rows if row["measure"] == measure)
+        key = (measure, row["split"], row["weights"], row["limit"])
+        if row.get("other_data") is None and key not in shown:
+            say(
+                f"{measure} of {row['limit']:,} images: what was measured on more images stays in results.jsonl, in sape2 "
+                "report and on the model card"
+            )
 
 
 def _for_others(config: RunConfig, folder: str | None, name: str) -> RunConfig:

@@ -31,10 +31,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     patches = tuple(_patch(text) for text in arguments.patch)
+    from sape2.training.files import check_writable
     from sape2.viz.explain import Choice, explain
 
     choice = Choice(arguments.layer, arguments.head, patches)
     out = None if arguments.out is None else Path(arguments.out)
+    if out is not None:
+        check_writable(out.parent)
     written, rows = explain(Path(arguments.folder), Path(arguments.image), out, choice, arguments.weights)
     from sape2.evaluation.report import print_json, print_table
     from sape2.models.trained import note_of_rule

@@ -21,6 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="HxW", help="a graph for this image size alone, positions as constants (default any)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
     parser.add_argument("--normalize", action="store_true", help="mean and std go into the graph: it takes pixels / 255")
+    parser.add_argument("--license", metavar="ID", help="of the model, e.g. cc-by-4.0 (default: none is written)")
     add_json(parser)
 
 
@@ -34,10 +35,12 @@ def run(arguments: argparse.Namespace) -> int:
     if size is not None:
         check_image_size(size, config.model.patch_size)
     from sape2.models.export import ParityError, export_run, needed
+    from sape2.training.files import check_writable
 
     needed(arguments.format)
     out = None if arguments.out is None else Path(arguments.out)
-    options = {"size": size, "weights": arguments.weights, "normalize": arguments.normalize}
+    check_writable(folder / "export" if out is None else out.parent)
+    options = {"size": size, "weights": arguments.weights, "normalize": arguments.normalize, "license": arguments.license}
     try:
         path, rows = export_run(folder, arguments.format, out, **options)
     except ParityError as error:

@@ -30,9 +30,12 @@ def run(arguments: argparse.Namespace) -> int:
     out = None if arguments.out is None else _checked(Path(arguments.out))
     from sape2.evaluation.predictions import find_images, predict_files
     from sape2.models.trained import note_of_rule
+    from sape2.training.files import check_writable
     from sape2.training.standing import check_finished
 
     check_finished(folder)
+    if out is not None:
+        check_writable(out.parent)
     files = find_images(arguments.paths)
     if note := note_of_rule(folder):
         say(note)

@@ -35,15 +35,17 @@ def run(arguments: argparse.Namespace) -> int:
         return _draw_examples(arguments.task, Path(arguments.examples))
     from sape2.evaluation.report import print_json, print_table
     from sape2.studies.probing import draw_results, table
+    from sape2.training.files import check_writable
 
     cells, folder = _probe_cells(arguments), Path(arguments.out or Path("runs") / f"probe-{arguments.task}")
+    check_writable(folder)
     rows = _run_probes(cells, folder)
-    figures = drawn(lambda: [draw_results(rows, task, folder / "figures" / "probe.png")])
+    figures = drawn(lambda: draw_results(rows, task, folder / "figures" / "probe.png"))
     if arguments.json:
         print_json(rows)
         return 0
     lines, (encoding, layers, seeds, *splits) = table(rows, task)
-    title = f"{arguments.task}: accuracy by split (chance), mean ± standard deviation over seeds"
+    title = f"{arguments.task}, {cells[0].steps} updates: accuracy by split (chance), mean ± standard deviation over seeds"
     for start in range(0, len(splits), 4):  # what a terminal is wide enough for
         print_table(lines, [encoding, layers, seeds, *splits[start : start + 4]], title)
     print(f"in {folder}: {', '.join(['results.jsonl', *(f'figures/{path.name}' for path in figures)])}")

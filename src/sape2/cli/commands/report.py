@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from sape2.cli.options import add_json, chosen_measures
+from sape2.cli.options import add_json, chosen_measures, one_name
 from sape2.cli.output import drawn, say, show_outcome
 
 HELP = "many runs in one table and one set of figures"
@@ -27,6 +27,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from sape2.training.files import check_writable
+
+    check_writable(Path(arguments.out))
     if any(name.endswith(".jsonl") for name in arguments.folders):
         return _report_raw(arguments)
     if arguments.baseline is not None:
@@ -63,5 +66,6 @@ def _report_raw(arguments: argparse.Namespace) -> int:
     rows = each_once(row for name in arguments.folders for row in read_raw(Path(name)))
     if not rows:
         raise ValueError(f"there are no rows in {', '.join(arguments.folders)}")
-    show_outcome(rows, arguments.baseline, Path(arguments.out), arguments.json)
+    baseline = None if arguments.baseline is None else one_name(arguments.baseline)
+    show_outcome(rows, baseline, Path(arguments.out), arguments.json)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from sape2.models.vit import ViT
     from sape2.training.processes import Processes
 
+TEST_PASSES = 3  # over the test images at the end: the last weights, the best ones, and the confusion in the figures
 HELP = "train a model by a recipe, or resume a stopped run"
 
 
@@ -36,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    began = time.perf_counter()
     config = resolve(arguments)
     from sape2.training.processes import joined, refuse_launcher
 
@@ -43,34 +46,40 @@ def run(arguments: argparse.Namespace) -> int:
         refuse_launcher("sape2 train --dry-run")
     with joined() as processes:
         if processes.is_main:
-            return _train(config, arguments, processes)
+            return _train(config, arguments, processes, began)
         from sape2.studies.run import help_to_train
 
         return help_to_train(config, processes)
 
 
-def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes) -> int:
+def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes, began: float) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.training.checkpoint import standing
+    from sape2.training.files import check_writable
     from sape2.training.lock import hold
     from sape2.training.run_folder import check_images, check_run, is_finished, own_results
 
     if not arguments.dry_run:
         check_run(folder, config)
+        if not is_finished(folder):
+            check_writable(folder)
     from sape2.data import fingerprint, load_data, open_sources
-    from sape2.evaluation.runs import draw, is_measured
+    from sape2.evaluation.runs import is_measured, pictures
     from sape2.models.trained import build_model
 
+    load = cache(lambda: load_data(config.data, config.model))
     if not arguments.dry_run and is_finished(folder) and is_measured(folder):
         if arguments.data is not None:
             check_images(folder, fingerprint(open_sources(config.data, config.model)))
         say(f"{folder} is finished; choose another --out or --seed for a new run")
+        missing = [draw for path, draw in pictures(folder, load).items() if not path.exists()]
+        drawn(*missing)
         figures = sorted((folder / "figures").glob("*.png"))
         return show_results(own_results(folder), folder, arguments.json, figures)
     model = build_model(config)
-    splits = load_data(config.data, config.model)
+    splits = load()
     if arguments.dry_run:
-        return _dry_run(model, splits, config, arguments.json)
+        return _dry_run(model, splits, config, arguments.json, time.perf_counter() - began)
     from sape2.studies.run import run_to_end
     from sape2.training.loop import TrainingStopped
 
@@ -80,10 +89,12 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
         except TrainingStopped as stopped:
             say(f"sape2: {stopped}")
             return 128 + stopped.signal_number
-    return show_results(rows, folder, arguments.json, drawn(lambda: draw(folder, splits)))
+    return show_results(rows, folder, arguments.json, drawn(*pictures(folder, load).values()))
 
 
-def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> int:
+def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup_s: float) -> int:
+    """`setup_s` is what it took to get here: libraries, images, model."""
+    from sape2.config.recipes.changed import changed_in_words
     from sape2.data.augment import TrainStream
     from sape2.evaluation.accuracy import quick_accuracy
     from sape2.evaluation.cost.measure import count_macs, count_parameters
@@ -100,7 +111,9 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> in
         step_s = median_seconds(lambda: trainer._step(images.to(device), labels.to(device)))
         start = time.perf_counter()
         quick_accuracy(trainer.model, splits.validation)
-        evaluation_s = time.perf_counter() - start
+        validation_s = time.perf_counter() - start
+    test_s = TEST_PASSES * validation_s * len(splits.test) / len(splits.validation)
+    evaluation_s = config.train.epochs * validation_s + test_s
     summary: Row = {
         "parameters": count_parameters(model),
         "macs_per_image": macs,
@@ -113,7 +126,9 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> in
         "device": str(device),
         "seconds_per_step": step_s,
         "images_per_s": config.train.batch_size / step_s,
-        "expected_minutes": (stream.total_steps * step_s + config.train.epochs * evaluation_s) / 60,
+        "expected_training_minutes": stream.total_steps * step_s / 60,
+        "expected_evaluation_minutes": evaluation_s / 60,  # of the validation set after every epoch, and of the test set
+        "expected_minutes": (setup_s + stream.total_steps * step_s + evaluation_s) / 60,  # all, from the command on
     }
     from sape2.evaluation.report import print_json, print_table
 
@@ -121,5 +136,6 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool) -> in
         print_json([{"config": config.to_dict()} | summary])
     else:
         print(config.to_json())
-        print_table(({"what": name, "value": value} for name, value in summary.items()), ["what", "value"], "dry run")
+        title = "dry run" + (f": {words}" if (words := changed_in_words(config)) else "")
+        print_table(({"what": name, "value": value} for name, value in summary.items()), ["what", "value"], title)
     return 0

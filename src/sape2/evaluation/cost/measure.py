@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, Row, first_images, row
+from sape2.evaluation.base import LabelledImages, Row, drawn_images, row
 from sape2.evaluation.cost.memory import peak_bytes
 from sape2.evaluation.cost.operations import Operations, count_operations, on_meta
 from sape2.evaluation.cost.timing import alternate, spread
 
 MIB = 2**20
+LIMIT = 64  # images of the batch that is timed
 
 
 def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> list[Row]:
@@ -24,7 +25,7 @@ def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> li
     Speed and memory are those of one batch in eval mode, 64 images or `limit`; the speed is the median of seven passes.
     """
     device = next(model.parameters()).device
-    images, _ = next(first_images(data, limit or 64, 64))
+    images, _ = next(drawn_images(data, limit or LIMIT, LIMIT))
     images = images.to(device)
     was_training = model.training
     model.eval()

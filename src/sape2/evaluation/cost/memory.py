@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-MEMORY_INFO = Path("/proc/meminfo")
-GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-
 
 # --- measured --------------------------------------------------------------------------------------------------------
 
@@ -150,23 +145,3 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 # --- available -------------------------------------------------------------------------------------------------------
-
-
-def available_bytes(device: torch.device | str = "cpu") -> int:
-    """What can still be allocated: on CUDA what the driver says, else what the system, or the container's limit, leaves."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [_system_available()]
-    if GROUP_LIMIT.exists() and GROUP_USE.exists() and (limit := GROUP_LIMIT.read_text().strip()) != "max":
-        limits.append(max(0, int(limit) - int(GROUP_USE.read_text())))
-    return min(limits)
-
-
-def _system_available() -> int:
-    """With what the system would give back from its caches, where it says that; else the free pages."""
-    if MEMORY_INFO.exists():
-        for line in MEMORY_INFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

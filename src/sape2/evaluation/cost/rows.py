@@ -55,7 +55,7 @@ def timed_rows(phase: str, name: str, results: dict[str, Row], batch: int) -> li
 
 
 def _spread(values: list[float]) -> Row:
-    low, high = spread(values) if values else (None, None)
+    low, high = spread(values) if len(values) > 1 else (None, None)  # one time has no spread
     return {"p10": low, "p90": high}
 
 
@@ -109,7 +109,7 @@ def time_table(rows: list[Row]) -> list[Row]:
             line[f"{heading[0]}, ms"] = value
         elif row["name"] == f"{long}_ms":
             line[f"{heading[1]}, ms"] = value
-            line["p10 to p90"] = None if value is None else f"{row['p10']:.1f} to {row['p90']:.1f}"
+            line["p10 to p90"] = None if row["p10"] is None else f"{row['p10']:.1f} to {row['p90']:.1f}"
         elif row["name"] == f"{long}_images_per_s":
             line["images/s"] = value
         elif row["name"] == f"{long}_memory":

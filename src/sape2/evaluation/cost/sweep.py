@@ -17,14 +17,14 @@ import torch
 
 from sape2.config import model_config
 from sape2.config.names import unknown
-from sape2.encodings import create_encodings, parse_encoding
+from sape2.encodings import canonical_name, create_encodings, parse_encoding
 from sape2.encodings.grid import Grid, check_grid, num_tokens
-from sape2.evaluation.cost.memory import available_bytes, peak_bytes
+from sape2.evaluation.cost.memory import peak_bytes
 from sape2.evaluation.cost.rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
 from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, AttentionSubject, Cell, ModelSubject, Subject
 from sape2.evaluation.cost.timing import alternate
 from sape2.training.files import write_text
-from sape2.training.memory_errors import is_out_of_memory
+from sape2.training.memory_errors import available_bytes, is_out_of_memory
 
 WARMUP = 2
 SAFE_SHARE = 0.9  # of the available memory, which a prediction must not exceed
@@ -48,6 +48,7 @@ class Sweep:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "encodings", tuple(dict.fromkeys(map(canonical_name, self.encodings))))
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise unknown("dtype", dtype, DTYPES)

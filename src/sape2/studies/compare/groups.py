@@ -1,13 +1,18 @@
-"""Runs that differ in the seed only, as one: what tells a group from the others, and the means over its seeds."""
+"""Runs that differ in the seed only, as one: what tells a group from the others, and the means over its seeds.
+
+Not the settings alone decide: runs on other images (data.json), or trained in another precision, are no seeds of one line.
+"""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from sape2.config.recipes.changed import changed_settings, value_in_words
 from sape2.studies.compare.headlines import Column, Row, Run, telling_layer
+from sape2.training.run_folder import how_images_differ
 
 
 @dataclass(frozen=True)
@@ -20,10 +25,15 @@ class Group:
     label: str
     name: str
     runs: list[Run]
+    left_out: tuple[str, ...] = ()  # what of its runs does not stand beside the others, in words
 
     @property
     def seeds(self) -> str:
         return ", ".join(str(run.config.seed) for run in self.runs)
+
+    def images(self, measure: str | None) -> int | None:
+        """Over how many images each number of a measure is; None for what is no number of images, or not measured."""
+        return None if measure in (None, "cost") else max(run.images(measure) for run in self.runs) or None
 
     def numbers(self, column: Column) -> list[float]:
         """The values of the runs that have one."""
@@ -34,29 +44,70 @@ class Group:
 
 def group_runs(runs: list[Run]) -> list[Group]:
     """Raises ValueError for two runs of the same settings and seed, which would count as two seeds."""
-    groups: dict[str, list[Run]] = {}
+    groups: list[list[Run]] = []
+    settings = dict(zip(map(id, runs), _all_settings(runs), strict=True))
     for run in runs:
-        same = groups.setdefault(repr(sorted(_settings(run).items())), [])
+        same = next((group for group in groups if settings[id(group[0])] == settings[id(run)]), [])
+        if not same:
+            groups.append(same)
         for other in same:
             if other.config.seed == run.config.seed:
                 raise ValueError(f"{other.folder} and {run.folder} are the same run (same settings and seed); give one of them")
         same.append(run)
-    first = [members[0] for members in groups.values()]
+    first = [members[0] for members in groups]
+    told = [settings[id(run)] for run in first]
     several = len(first) == 1 or len({run.config.model.encoding for run in first}) > 1
     return [
-        Group(label, name, sorted(members, key=lambda run: run.config.seed))
-        for label, name, members in zip(_labels(first), _labels(first, several), groups.values(), strict=True)
+        Group(label, name, *_over_as_many(sorted(members, key=lambda run: run.config.seed)))
+        for label, name, members in zip(_labels(first, told), _labels(first, told, several), groups, strict=True)
     ]
+
+
+def _over_as_many(runs: list[Run]) -> tuple[list[Run], tuple[str, ...]]:
+    """Of each measure only the runs that were measured on most images: a mean over seeds is of like numbers."""
+    left_out: list[str] = []
+    for measure in sorted({measure for run in runs for measure in run.measures()}):
+        most = max(run.images(measure) for run in runs)
+        for place, run in enumerate(runs):
+            if 0 < run.images(measure) < most:
+                left_out.append(
+                    f"{measure} of {run.folder} is over {run.images(measure):,} images and that of other seeds over {most:,}: "
+                    f"it is left out; sape2 evaluate {run.folder} --measures {measure} measures it on all"
+                )
+                runs[place] = replace(run, rows=[row for row in run.rows if row["measure"] != measure])
+    return runs, tuple(left_out)
 
 
 TOLD_ONCE = ("model.encoding", "model.name", "data.name", "train.epochs")
 
 
 def shared_in_words(groups: list[Group]) -> str:
-    """Encoding, model, data and epochs as far as all groups have the same, for a title; one group is named by its encoding."""
+    """Encoding, model, data, epochs and changed settings as far as all groups have the same, for a title.
+
+    One group is named by its encoding.
+    """
     settings = [_settings(group.runs[0]) for group in groups]
     alike = [key for key in TOLD_ONCE if len({repr(values[key]) for values in settings}) == 1]
-    return ", ".join(_tell(key, settings[0][key]) for key in alike if key != "model.encoding" or len(groups) > 1)
+    words = [_tell(key, settings[0][key]) for key in alike if key != "model.encoding" or len(groups) > 1]
+    changed = [changed_settings(group.runs[0].config) for group in groups]
+    words += [
+        f"{key}={value_in_words(value)}"
+        for key, value in changed[0].items()
+        if key not in TOLD_ONCE and all(other.get(key) == value for other in changed)
+    ]
+    return ", ".join(words)
+
+
+def _all_settings(runs: list[Run]) -> list[dict[str, Any]]:
+    """Of each run its settings, the precision it was trained in, and whose images it saw: the first run that saw the same."""
+    known: list[Run] = []
+    found = []
+    for run in runs:
+        same = next((other for other in known if how_images_differ(other.seen, run.seen) is None), None)
+        if same is None:
+            known.append(run)
+        found.append(_settings(run) | {"precision": run.precision, "images": f"images of {(same or run).folder}"})
+    return found
 
 
 def _settings(run: Run) -> dict[str, Any]:
@@ -70,14 +121,16 @@ def _settings(run: Run) -> dict[str, Any]:
 
 FOLLOWS = {  # what goes without saying once the first is said
     "model.name": ("model.dim", "model.depth", "model.num_heads", "model.mlp_ratio"),
-    "data.name": ("data.", "model.image_size", "model.in_channels", "model.num_classes", "model.patch_size"),
+    "data.name": ("data.", "model.image_size", "model.in_channels", "model.num_classes", "model.patch_size", "images"),
+    "model.image_size": ("images",),  # arrays are looked at as the model takes them
+    "model.in_channels": ("images",),
     "train.epochs": ("train.warmup_epochs",),
+    "train.precision": ("precision",),
 }
 
 
-def _labels(runs: list[Run], with_encoding: bool = True) -> list[str]:
+def _labels(runs: list[Run], settings: list[dict[str, Any]], with_encoding: bool = True) -> list[str]:
     """The encoding, and the other settings in which the runs differ; the folder too where that is not enough."""
-    settings = [_settings(run) for run in runs]
     keys = dict.fromkeys(key for values in settings for key in values)
     differ = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1 and key != "model.encoding"]
     implied = {
@@ -94,13 +147,14 @@ def _labels(runs: list[Run], with_encoding: bool = True) -> list[str]:
 
 
 def _tell(key: str, value: Any) -> str:
-    if key in ("model.encoding", "model.name", "data.name", "recipe"):
+    if key in ("model.encoding", "model.name", "data.name", "recipe", "images"):
         return str(value)
     return f"{value} epoch{'s' * (value != 1)}" if key == "train.epochs" else f"{key.split('.')[-1]}={value}"
 
 
 VALUES = ("value", "ci_low", "ci_high", "chance")
-CHANGING = {*VALUES, "n", "seed", "protocol", "torch", "hardware", "precision", "message", "p10", "p90"}
+CHANGING = {*VALUES, "n", "seed", "protocol", "torch", "hardware", "precision", "message", "p10", "p90", "limit", "changed",
+            "encoding"}  # fmt: skip
 
 
 def mean_rows(runs: list[list[Row]]) -> Iterator[Row]:
@@ -110,7 +164,7 @@ def mean_rows(runs: list[list[Row]]) -> Iterator[Row]:
         groups.setdefault(repr(sorted((k, v) for k, v in row.items() if k not in CHANGING)), []).append(row)
     for rows in groups.values():
         mean, std = mean_and_std([row["value"] for row in rows])
-        interval = {} if std is None else {"ci_low": mean - std, "ci_high": mean + std}
+        interval = {"ci_low": mean - std, "ci_high": mean + std} if std else {}
         chance = [row["chance"] for row in rows if row.get("chance") is not None]
         conditions = {key: value for key, value in rows[0].items() if key not in CHANGING}
         yield conditions | {"value": mean} | interval | ({"chance": statistics.mean(chance)} if chance else {})

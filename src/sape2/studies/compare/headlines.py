@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
-from sape2.training.run_folder import is_finished, own_results, read_config, read_rows
+from sape2.training.run_folder import is_finished, own_results, read_config, read_rows, read_seen
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: its config, the rows measured on one split with one set of weights, the lines of its epochs."""
+    """A finished run: its config, the rows measured on one split with one set of weights, the lines of its epochs.
+
+    `seen` is its data.json, which images it saw; {} where that is not known.
+    """
 
     folder: Path
     config: RunConfig
     rows: list[Row]
     epochs: list[Row]
+    seen: Row = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str | None:
+        """Of its training, as the machine had it; None where that is not known."""
+        return self.epochs[-1].get("precision") if self.epochs else None
+
+    def images(self, measure: str) -> int:
+        """Over how many images a measure went: the n of its first number; 0 where it was not measured."""
+        return next((row.get("n") or 0 for row in self.rows if row["measure"] == measure), 0)
 
     def value(self, name: str, measure: str, **where: Any) -> float | None:
         """Of the first row with this name and these conditions; None where there is none."""
@@ -46,7 +59,7 @@ def read_runs(folders: Iterable[Path], split: str = "test", weights: str = "last
             continue
         rows = own_results(folder)
         chosen = [row for row in rows if (row.get("split"), row.get("weights")) == (split, weights)]
-        runs.append(Run(folder, config, chosen, read_rows(folder / "metrics.jsonl")))
+        runs.append(Run(folder, config, chosen, read_rows(folder / "metrics.jsonl"), read_seen(folder)))
     return runs, unfinished
 
 

@@ -23,6 +23,10 @@ PROTOCOL = (
     "freedom; p_holm: Holm's adjustment over the encodings compared. All this is about training again with another seed on "
     "the same images; that the test set is a sample is not in it."
 )
+EXPLAINED = (
+    "± is the standard deviation over seeds, not an interval; the 95 % interval is that of the mean difference over the pairs "
+    "of one seed, by Student's t. Values or differences that are all alike have none."
+)
 COSTS = {  # name -> (unit, meaning)
     "parameters": ("parameters", "all"),
     "macs_per_image": ("MACs", "of one image's forward pass in matrix products and convolutions, attention included"),
@@ -110,7 +114,27 @@ class Outcome:
 
     def _conditions(self) -> Row:
         first = self.finished[0]
-        return {key: first[key] for key in ("recipe", "model", "data", "epochs")}
+        return {key: first.get(key) for key in ("recipe", "model", "data", "epochs", "changed")}
+
+    @property
+    def title(self) -> str:
+        """Data, model, epochs and changed settings, which all runs share."""
+        if not self.finished:
+            return ""
+        about = self._conditions()
+        changed = f", {about['changed']}" if about["changed"] else ""
+        return f"{about['data']}, {about['model']}, {about['epochs']} epoch{'s' * (about['epochs'] != 1)}{changed}"
+
+    def notes(self) -> list[str]:
+        """What a reader must know of the numbers beside their table."""
+        notes = [EXPLAINED] if len(self.finished) > len(self.encodings) else []
+        seeds: dict[str, set[int]] = {}
+        for row in self.finished:
+            seeds.setdefault(str(row.get("precision")), set()).add(row["seed"])
+        if len(seeds) > 1:
+            told = "; ".join(f"{name}: seeds {', '.join(map(str, sorted(some)))}" for name, some in seeds.items())
+            notes.append(f"Runs were trained in different precision ({told}), so ± holds more than the seed.")
+        return notes
 
 
 def outcome(rows: list[Row], baseline: str | None = None) -> Outcome:
@@ -153,7 +177,7 @@ def cost_table(found: Outcome) -> list[Row]:
             line = lines.setdefault(row["encoding"], {"encoding": row["encoding"]})
             whole = row["unit"] in ("parameters", "MACs")
             line[COST_HEADINGS[row["name"]]] = (
-                format_value(round(row["mean"])) if whole else format_spread(row["mean"], row["std"], 1)
+                format_value(round(row["mean"])) if whole else format_spread(row["mean"], row["std"] or None, 1)
             )
     return list(lines.values())
 
@@ -187,7 +211,7 @@ def draw_outcome(found: Outcome, folder: Path) -> list[Path]:
     last = dict(sorted(values.items(), key=lambda item: -sum(item[1].values()) / len(item[1])))
     best = {e: found.by_seed(e, "accuracy", "best") for e in last}
     paired = {e: (pair.difference, pair.ci_low, pair.ci_high) for e, pair in found.paired("accuracy", "last").items()}
-    viz.plot_seeds(last, best if best != last else {}, paired, found.baseline, folder / "comparison.png")
+    viz.plot_seeds(last, best if best != last else {}, paired, found.baseline, folder / "comparison.png", found.title)
     return [folder / "comparison.png"]
 
 
@@ -200,13 +224,13 @@ def page(found: Outcome) -> str:
     machines = sorted({f"{row['hardware']}, torch {row['torch']}, {row['precision']}" for row in found.finished})
     parts = [
         f"# {about['recipe']}: {len(found.encodings)} encodings, {len(found.finished)} runs\n",
-        f"{about['data']}, {about['model']}, {about['epochs']} epochs, seeds {', '.join(map(str, seeds))}; "
-        f"{'; '.join(machines)}.\n",
+        f"{found.title}, seeds {', '.join(map(str, seeds))}; {'; '.join(machines)}.\n",
         *(
             f"## Test accuracy, {title}\n\n{markdown_table(accuracy_table(found, weights), accuracy_columns(found))}"
             for weights, title in WEIGHTS.items()
         ),
         f"{PROTOCOL}\n\nWhat one seed cannot tell is empty.\n",
+        "".join(f"- {note}\n" for note in found.notes()),
         f"## Cost\n\n{markdown_table(cost_table(found), ['encoding', *COST_HEADINGS.values()])}",
         "".join(f"- {COST_HEADINGS[name]}: {meaning}\n" for name, (_, meaning) in COSTS.items()),
     ]

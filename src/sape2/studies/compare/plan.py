@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
+from sape2.encodings import canonical_name
 from sape2.studies.compare.rawrows import Row, failure, finished_rows, gather, is_done, shared_settings
 from sape2.training.files import digest_of, holds_files, safe_name, write_text
 from sape2.training.run_folder import check_run, how_it_differs
@@ -44,11 +45,14 @@ class Study:
     folder: Path
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "encodings", tuple(map(canonical_name, self.encodings)))
         if self.seeds < 1:
             raise ValueError(f"--seeds must be at least 1; got {self.seeds}")
         names = [cell.folder.name for cell in self.cells()]
         if len(set(names)) < len(names):
-            raise ValueError(f"two of these encodings would share a folder: {', '.join(self.encodings)}; give one of them")
+            raise ValueError(
+                f"two of these encodings are one, or would share a folder: {', '.join(self.encodings)}; give one of them"
+            )
 
     def cells(self) -> list[Cell]:
         """Seed by seed, so that a study that is stopped has about as many seeds of every encoding."""

@@ -14,12 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from sape2.config import ModelConfig, RunConfig
+from sape2.config.recipes.changed import changed_in_words
 from sape2.evaluation.cost.measure import count_model_operations, count_parameters
 from sape2.evaluation.runs import describe, is_measured
 from sape2.models.vit import ViT
 from sape2.studies.compare.headlines import Run, step_ms
 from sape2.training.files import digest_of, write_text
-from sape2.training.run_folder import Row, difference, is_finished, own_results, read_config, read_rows, write_rows
+from sape2.training.run_folder import (
+    Row,
+    canonical,
+    difference,
+    how_images_differ,
+    is_finished,
+    own_results,
+    read_config,
+    read_rows,
+    read_seen,
+    write_rows,
+)
 
 FAILED = ".failed.json"  # in the folder of a run that cannot go on
 CURVE = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "images_per_s", "seconds")
@@ -46,19 +58,27 @@ def raw_row(folder: Path) -> Row:
     memory = [row["step_memory_mib"] for row in epochs if row.get("step_memory_mib") is not None]
     row = _head(config) | {key: value for key, value in conditions.items() if key not in ("encoding", "seed")}
     row |= _size(config.model) | {
+        "images": seen_of(folder),
         "device": epochs[-1].get("device"),
         "step_ms": step_ms(Run(folder, config, test, epochs)),
         "step_memory_mib": max(memory, default=None),
         "training_s": sum(row["seconds"] for row in epochs),
-        "rows": [{key: value for key, value in row.items() if key not in conditions} for row in test],
+        "rows": [{key: value for key, value in row.items() if key not in (*conditions, "limit")} for row in test],
         "curve": {key: [row.get(key) for row in epochs] for key in CURVE},
     }
     return row
 
 
+def seen_of(folder: Path) -> Row:
+    """Which images a run saw, as far as other runs are compared by it; {} where that is not known."""
+    return {key: value for key, value in read_seen(folder).items() if key != "classes"}
+
+
 def _head(config: RunConfig) -> Row:
+    config = canonical(config)
     settings = json.loads(json.dumps(config.identity()))  # as it will be read again
-    return {"encoding": config.model.encoding, "seed": config.seed, "digest": digest_of(settings), "settings": settings}
+    return {"encoding": config.model.encoding, "seed": config.seed, "digest": digest_of(settings), "settings": settings,
+            "changed": changed_in_words(config)}  # fmt: skip
 
 
 @cache
@@ -95,14 +115,15 @@ def read_raw(path: Path) -> list[Row]:
 
 
 def _checked(row: Row, where: str) -> Row:
-    """The row, with the settings that an older version did not know of at their defaults."""
+    """The row, with the settings that an older version did not know of at their defaults, its encoding under its one name."""
     if not {"encoding", "seed", "digest", "settings"} <= row.keys() or not ("failed" in row or {"rows", "curve"} <= row.keys()):
         raise ValueError(f"{where} is not a raw row of sape2 compare")
     try:
         head = _read_head(json.dumps(row["settings"], sort_keys=True))
     except ValueError as error:
         raise ValueError(f"{where} does not fit this version of sape2: {error}") from error
-    if (row["encoding"], row["seed"], row["digest"]) != (head["encoding"], head["seed"], digest_of(row["settings"])):
+    told = row["settings"]["model"]["encoding"], row["settings"].get("seed", 0), digest_of(row["settings"])
+    if (row["encoding"], row["seed"], row["digest"]) != told:
         raise ValueError(f"{where} was changed: its encoding, seed and digest are not those of its settings")
     return row | head
 
@@ -124,13 +145,20 @@ def each_once(rows: Iterable[Row]) -> list[Row]:
 
 
 def check_one_study(rows: list[Row]) -> None:
-    """Raises ValueError naming a difference if the runs differ in more than encoding and seed."""
+    """Raises ValueError naming a difference if the runs differ in more than encoding and seed, or saw other images."""
     for row in rows[1:]:
         first, other = (shared_settings(r["settings"]) for r in (rows[0], row))
         if first != other:
             raise ValueError(
                 "these runs cannot stand in one comparison: they differ in more than encoding and seed, "
                 f"{difference(first, other)}; give the rows of one study"
+            )
+    known = [row for row in rows if row.get("images")]  # older rows, and those of failed runs, do not tell
+    for row in known[1:]:
+        if found := how_images_differ(known[0]["images"], row["images"]):
+            raise ValueError(
+                f"these runs cannot stand in one comparison: {row['encoding']} seed {row['seed']} saw other images than "
+                f"{known[0]['encoding']} seed {known[0]['seed']}: {found}; give the rows of one study"
             )
 
 

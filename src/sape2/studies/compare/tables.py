@@ -14,6 +14,7 @@ from sape2.evaluation.report import csv_table, format_spread, markdown_table
 from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows, shared_in_words
 from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, Row, Run
 from sape2.training.files import write_text
+from sape2.training.run_folder import how_images_differ
 
 WEIGHTS = {"last": "weights of the last epoch", "best": "weights of the best epoch on the validation set"}
 
@@ -51,7 +52,9 @@ class Comparison:
                 values = group.numbers(column)
                 mean, std = mean_and_std(values) if values else (None, None)
                 about = {"label": group.label, "seeds": group.seeds, "split": self.split, "weights": self.weights}
+                about |= {"conditions": self.title}
                 number = {"name": column.heading, "mean": mean, "std": std, "n": len(values), "unit": column.unit}
+                number |= {"images": group.images(column.measure)}
                 yield about | number | {"measure": column.measure, "runs": [str(run.folder) for run in group.runs]}
 
     def table(self) -> list[Row]:
@@ -75,6 +78,8 @@ class Comparison:
             notes.append(
                 "± is the standard deviation over seeds, not an interval; (n) where fewer runs than seeds were measured."
             )
+        notes += [note for group in self.groups for note in group.left_out]
+        notes += self._of_images()
         for measure in self.measures:
             numbers = self._images(measure)
             if len(numbers) > 1 and measure != "cost":
@@ -89,6 +94,23 @@ class Comparison:
                 "different numbers of processes."
             )
         return notes
+
+    def _of_images(self) -> Iterator[str]:
+        """Which numbers are not over all images, and that what stands in several lines is not of the same images."""
+        for measure in self.measures:
+            limits: set[int] = {row.get("limit") or 0 for run in self._runs() for row in run.rows if row["measure"] == measure}
+            if any(limits) and measure != "cost":
+                told = " or ".join(f"{limit:,}" for limit in sorted(limits - {0}))
+                yield f"{measure} is over {told} images drawn by class."
+        first = self._runs()[0]
+        for run in self._runs()[1:]:
+            found = how_images_differ(first.seen, run.seen) if first.config.data.name == run.config.data.name else None
+            if found and first.config.model.image_size == run.config.model.image_size:
+                yield f"{run.folder} saw other images than {first.folder}: {found}. They do not share a line."
+                return
+        lacking = [str(run.folder) for run in self._runs() if not run.seen]
+        if lacking and self.has_seeds:
+            yield f"Whether these saw the same images is not known, for want of a data.json: {', '.join(lacking)}."
 
     def _images(self, measure: str) -> list[int]:
         """The different n of the first number of the measure that all runs have which have any."""
@@ -165,6 +187,7 @@ def _wide(comparison: Comparison) -> list[Row]:
     lines: dict[str, Row] = {}
     for row in comparison.rows():
         line = lines.setdefault(row["label"], {"encoding": row["label"], "seeds": row["seeds"]})
+        line["conditions"] = row["conditions"]
         line |= {row["name"]: row["mean"], f"{row['name']} std": row["std"], f"{row['name']} n": row["n"]}
     return list(lines.values())
 

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sape2.config.recipes.changed import changed_in_words
 from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import read_picture, unlike
 from sape2.viz.drawing import escape
@@ -225,7 +226,7 @@ def _top(microscope: Microscope) -> str:
     config = microscope.subject.config
     about = (
         f"{microscope.subject.name}: {config.model.label} with {config.model.encoding}, trained on {config.data.name}, "
-        f"{config.train.epochs} epochs, seed {config.seed}."
+        f"{config.train.epochs} epochs, seed {config.seed}{f'; {words}' if (words := changed_in_words(config)) else ''}."
     )
     return f"<div class='sape2-top'><h1>Position encodings under the microscope</h1><p>{escape(about)}</p><p>{HELP}</p></div>"
 

@@ -1,0 +1,30 @@
+"""What is printed, on terminals and in files that do not know every character: never an error, and readable if it can be."""
+
+from __future__ import annotations
+
+import codecs
+import sys
+
+NAME = "sape2_plain"
+PLAIN = {
+    "±": "+-", "…": "...", "·": ".", "²": "^2", "√": "sqrt", "≤": "<=", "≥": ">=", "→": "->", "“": '"', "”": '"', "•": "*",
+    "\N{EN DASH}": "-", "\N{EM DASH}": "-", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x",
+    "\N{RIGHT SINGLE QUOTATION MARK}": "'", "\N{NO-BREAK SPACE}": " ", "━": "-", "─": "-",
+}  # fmt: skip
+
+
+def plainly(error: UnicodeError) -> tuple[str, int]:
+    """For characters that an encoding lacks: what stands for them here, else their code as "\\u732b"."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lost = error.object[error.start : error.end]
+    text = "".join(PLAIN.get(letter) or letter.encode("ascii", "backslashreplace").decode("ascii") for letter in lost)
+    return text, error.end
+
+
+def print_anything() -> None:
+    """Standard output and error of this process take any text from now on, in whatever encoding they have."""
+    codecs.register_error(NAME, plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if (reconfigure := getattr(stream, "reconfigure", None)) is not None:  # a notebook's stream has none, and takes all
+            reconfigure(errors=NAME)
