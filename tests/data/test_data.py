@@ -13,7 +13,8 @@ from PIL import Image
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData, decode, limit_by_class, load_data, normalize, split_by_class
-from sape2.data.augment import BatchMixer, TrainStream, augment_images, epoch_order, random_crop, share_of
+from sape2.data.augment import TrainStream, augment_images, epoch_order, share_of
+from sape2.data.mixing import BatchMixer
 
 CLASSES = ["cat", "dog", "eel"]
 MODEL = ModelConfig(image_size=(4, 6), patch_size=2, num_classes=3)
@@ -529,7 +530,7 @@ def shifted(image, down, right):
 
 def test_random_crop_shifts_every_image_by_a_shift_of_its_own():
     images, padding = synthetic(120, shape=(2, 4, 5)).images, 1
-    cropped = random_crop(images, padding, torch.Generator().manual_seed(0))
+    cropped = augment_images(images, AugmentConfig(crop_padding=padding), seed=0)
     moves = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     found = [[move for move in moves if torch.equal(shifted(a, *move), b)] for a, b in zip(images, cropped, strict=True)]
     assert all(len(fits) == 1 for fits in found)  # each is one of the nine shifts, and one only

@@ -18,7 +18,8 @@ from torch import nn
 import sape2.data.augment
 from sape2.cli import main
 from sape2.config import AugmentConfig
-from sape2.data.augment import BatchMixer, share_of
+from sape2.data.augment import share_of
+from sape2.data.mixing import BatchMixer
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
 from sape2.studies.run import NOWHERE, shared_accuracy

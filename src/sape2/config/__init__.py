@@ -225,7 +225,8 @@ class TrainConfig:
 
     `precision` auto is bf16 where the machine has it, else fp32. `batch_size` is the number of images in one update,
     over all processes and accumulation steps. `checkpoint_every` is in updates; 0 is at the end of every epoch only.
-    `parallel` says what several processes do with the weights: each has all of them (ddp), or a part (fsdp).
+    `parallel` says what several processes do with the weights: each has all of them (ddp), or a part (fsdp). `compile` is
+    `torch.compile` for the training steps, which changes nothing but rounding.
 
     `shuffle_window` keeps the reading of large files local: blocks of a sixteenth of it in random order, then images
     shuffled within windows of that many; 0 shuffles the whole epoch.
@@ -252,6 +253,7 @@ class TrainConfig:
     workers: Number = 1
     shuffle_window: Number = 0
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -343,7 +345,7 @@ class RunConfig:
         for name in ADDED:  # likewise
             if getattr(self.train, name) == getattr(TrainConfig, name):
                 del values["train"][name]
-        for name in ("workers", "checkpoint_every", "parallel"):
+        for name in ("workers", "checkpoint_every", "parallel", "compile"):
             del values["train"][name]
         return values
 

@@ -1,7 +1,8 @@
 """Training batches: which images, in which order, and what is done to them.
 
 Batch number `step` of a run follows from (seed, step), not from what ran before. So a run that is resumed anywhere, or
-shared by several processes, sees the same images.
+shared by several processes, sees the same images. What is drawn is drawn on the CPU (`Plan`), and is then done to the images
+where they are: in data workers, or on a device that keeps them.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sape2.config import AugmentConfig, TrainConfig
 from sape2.data import ImageData, ImageFiles
+from sape2.data.policies import Round, do_rounds, draw_rounds, sent
 
 PREFETCH_BYTES = 2**28  # of prepared batches of one worker, but never fewer than two batches
 
@@ -54,11 +56,79 @@ def share_of(size: int, rank: int, world: int) -> Int[Tensor, " places"]:
     return inwards.view(world, -1)[rank].sort().values
 
 
+class Draws(NamedTuple):
+    """What is drawn for the images of a batch, besides their boxes; `augment` does it to them."""
+
+    padding: int
+    corner: Int[Tensor, "2 batch"] | None  # top and left of a crop, in the padded image
+    flipped: Tensor | None  # (B,) whether mirrored
+    rounds: list[Round]
+
+
+class Plan(NamedTuple):
+    """A batch before any pixel is touched: which images, a seed for the box of each, what is drawn for them."""
+
+    batch: Int[Tensor, " batch"]
+    seeds: list[int]
+    draws: Draws
+
+    def sent(self, device: torch.device) -> Plan:
+        """With its tensors on a device, which is not waited for."""
+        padding, corner, flipped, rounds = self.draws
+        there = [None if tensor is None else sent(tensor, device) for tensor in (corner, flipped)]
+        rounds = [Round(sent(order, device), sizes, operations) for order, sizes, operations in rounds]
+        return Plan(sent(self.batch, device), self.seeds, Draws(padding, *there, rounds))
+
+
+class Plans(Dataset):
+    """The plan of every step of a run on `images` images of `shape`: what data workers make for images that a device keeps.
+
+    Of several processes, number `rank` of `world` gets the images at its `places` of the batch.
+    Raises ValueError if the training set is smaller than one batch, or the processes cannot share one evenly.
+    """
+
+    def __init__(
+        self, images: int, shape: tuple[int, ...], augment: AugmentConfig, train: TrainConfig, seed: int, rank: int, world: int
+    ) -> None:
+        if images < train.batch_size:
+            raise ValueError(f"a batch of {train.batch_size} needs that many training images; there are {images}")
+        if train.batch_size % (world * train.accumulation):
+            raise ValueError(
+                f"train.batch_size must be divisible by processes x accumulation; got {train.batch_size}, {world} and "
+                f"{train.accumulation}. It counts the images of one update, over all of them"
+            )
+        if augment.mixes and train.batch_size // world % 2:
+            raise ValueError(
+                f"mixup and cutmix need an even number of images in every process; got {train.batch_size} / {world}"
+            )
+        self.images, self.shape, self.augment, self.train, self.seed = images, shape, augment, train, seed
+        self.places = share_of(train.batch_size, rank, world)
+        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.images // self.train.batch_size
+
+    def __len__(self) -> int:
+        return self.train.epochs * self.steps_per_epoch
+
+    def __getitem__(self, step: int) -> Plan:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            window = self.train.shuffle_window
+            self._epoch, self._order = epoch, epoch_order(self.images, self.seed, epoch, self.augment.repeats, window)
+        size = self.train.batch_size
+        batch = self._order[place * size : (place + 1) * size][self.places]
+        boxes = [] if self.augment.crop_area is None else self.places.tolist()
+        seeds = [derive_seed(self.seed, "box", step, image) for image in boxes]
+        draws = draw(self.augment, derive_seed(self.seed, "images", step), self.places, size, self.shape)
+        return Plan(batch, seeds, draws)
+
+
 class TrainStream(Dataset):
     """Batch number `step` of a run: (uint8 images, labels). The last, incomplete batch of an epoch is dropped.
 
-    Of several processes, number `rank` of `world` gets the images at its `places` of the batch, and reads no other.
-    Raises ValueError if the training set is smaller than one batch, or the processes cannot share one evenly.
+    Of several processes each gets its own images of a batch, and reads no other. Raises what `Plans` raises.
     """
 
     def __init__(
@@ -70,39 +140,40 @@ class TrainStream(Dataset):
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if len(data) < train.batch_size:
-            raise ValueError(f"a batch of {train.batch_size} needs that many training images; there are {len(data)}")
-        if train.batch_size % (world * train.accumulation):
-            raise ValueError(
-                f"train.batch_size must be divisible by processes x accumulation; got {train.batch_size}, {world} and "
-                f"{train.accumulation}. It counts the images of one update, over all of them"
-            )
-        if augment.mixes and train.batch_size // world % 2:
-            raise ValueError(
-                f"mixup and cutmix need an even number of images in every process; got {train.batch_size} / {world}"
-            )
-        self.data, self.augment, self.train, self.seed, self.world = data, augment, train, seed, world
-        self.places = share_of(train.batch_size, rank, world)
-        self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
+        self.data, self.augment, self.train, self.world = data, augment, train, world
+        self.plans = Plans(len(data), data.shape, augment, train, seed, rank, world)
+
+    @property
+    def places(self) -> Int[Tensor, " places"]:
+        return self.plans.places
 
     @property
     def steps_per_epoch(self) -> int:
-        return len(self.data) // self.train.batch_size
+        return self.plans.steps_per_epoch
 
     @property
     def total_steps(self) -> int:
-        return self.train.epochs * self.steps_per_epoch
+        return len(self.plans)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are, and where they are augmented."""
+        return self.data.images.device if isinstance(self.data, ImageData) else torch.device("cpu")
+
+    def where_augmented(self) -> str:
+        """For people."""
+        if self.device.type != "cpu":
+            return f"{self.device}, which keeps the images"
+        workers = self.train.workers
+        return f"cpu, in {workers} data worker{'s' * (workers > 1)}" if workers else "cpu, in the training process"
 
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
-        epoch, place = divmod(index, self.steps_per_epoch)
-        if epoch != self._epoch:
-            window = self.train.shuffle_window
-            self._epoch, self._order = epoch, epoch_order(len(self.data), self.seed, epoch, self.augment.repeats, window)
-        size = self.train.batch_size
-        batch = self._order[place * size : (place + 1) * size][self.places]
-        seeds = [derive_seed(self.seed, "box", index, image) for image in self.places.tolist()]
-        images, labels = self.data.take(batch, self.augment.crop_area, seeds)
-        return augment_images(images, self.augment, derive_seed(self.seed, "images", index), self.places, size), labels
+        plan = self.plans[index].sent(self.device)
+        return self.carry_out(plan)
+
+    def carry_out(self, plan: Plan) -> tuple[UInt8[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
+        images, labels = self.data.take(plan.batch, self.augment.crop_area, plan.seeds)
+        return augment(images, plan.draws), labels
 
     def __len__(self) -> int:
         return self.total_steps
@@ -110,12 +181,25 @@ class TrainStream(Dataset):
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All batches from step `start` to the end of the run, prepared ahead by worker processes.
 
-        What a worker could not read is counted here, so that the limit holds for all workers together.
+        Workers prepare the plans alone where a device keeps the images. What a worker could not read is counted here, so
+        that the limit holds for all workers together.
         """
+        if self.device.type != "cpu":
+            for plan in self._loader(self.plans, start):
+                yield self.carry_out(plan.sent(self.device))
+            return
+        for batch, unreadable, error in self._loader(_Prepared(self), start):
+            if isinstance(self.data, ImageFiles):
+                self.data.unreadable.update(unreadable)
+            if error is not None:
+                raise error
+            yield batch
+
+    def _loader(self, dataset: Dataset, start: int) -> DataLoader:
         workers = self.train.workers
         ahead = PREFETCH_BYTES // (self.data.image_bytes * self.train.batch_size // self.world)
-        loader = DataLoader(
-            _Prepared(self),
+        return DataLoader(
+            dataset,
             batch_size=None,
             sampler=range(start, self.total_steps),
             num_workers=workers,
@@ -123,12 +207,6 @@ class TrainStream(Dataset):
             prefetch_factor=min(8, max(2, ahead)) if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch, unreadable, error in loader:
-            if isinstance(self.data, ImageFiles):
-                self.data.unreadable.update(unreadable)
-            if error is not None:
-                raise error
-            yield batch
 
 
 class _Prepared(Dataset):
@@ -162,110 +240,47 @@ def augment_images(
     places: Int[Tensor, " batch"] | None = None,
     size: int | None = None,
 ) -> UInt8[Tensor, "batch channels height width"]:
+    """Images at some `places`, ascending, of a batch of `size` (by default all of it), with what is drawn for them."""
+    if places is None or size is None:
+        places, size = torch.arange(len(images)), len(images)
+    return augment(images, draw(config, seed, places, size, tuple(images.shape[1:])))
+
+
+def draw(config: AugmentConfig, seed: int, places: Int[Tensor, " batch"], size: int, shape: tuple[int, ...]) -> Draws:
     """Crop and flip drawn for every image; the policy (torchvision v2) drawn for every group of `policy_group` images.
 
-    The images may be those at some `places`, ascending, of a batch of `size`; draws are for the whole batch.
+    Draws are for the whole batch of `size`; those for the images at `places` are kept.
 
-    The policies of torchvision change a whole batch alike. Drawing once per image would cost more than the training
-    step of a small model, so neighbours of a shuffled batch share a draw; policy_group=1 is the usual form.
+    Drawing a policy costs 40 microseconds, as much as half the training step of an image in a small model. So neighbours of
+    a shuffled batch share a draw; policy_group=1 is the usual form.
     """
-    places, size = _whole(images) if places is None or size is None else (places, size)
     generator = torch.Generator().manual_seed(seed)
+    corner, flipped, rounds = None, None, []
     if config.crop_padding:
-        images = random_crop(images, config.crop_padding, generator, places, size)
+        corner = torch.randint(2 * config.crop_padding + 1, (2, size), generator=generator)[:, places]
     if config.flip:
         flipped = torch.rand(size, generator=generator)[places] < 0.5
-        images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
     if config.policy != "none":
-        images = _apply_policy(images, config, derive_seed(seed, "policy"), places, size)
-    return images
+        groups = -(-size // config.policy_group)
+        rounds = draw_rounds(config, derive_seed(seed, "policy"), places // config.policy_group, groups, shape)
+    return Draws(config.crop_padding, corner, flipped, rounds)
 
 
-def _whole(images: Tensor) -> tuple[Tensor, int]:
-    return torch.arange(len(images)), len(images)
-
-
-def random_crop(
-    images: UInt8[Tensor, "batch channels height width"],
-    padding: int,
-    generator: torch.Generator,
-    places: Int[Tensor, " batch"] | None = None,
-    size: int | None = None,
+def augment(
+    images: UInt8[Tensor, "batch channels height width"], draws: Draws
 ) -> UInt8[Tensor, "batch channels height width"]:
-    """Every image shifted by -padding..padding pixels in y and x, zeros drawn in; drawn as in `augment_images`."""
-    places, size = _whole(images) if places is None or size is None else (places, size)
+    """The same on every device; waits for none."""
+    if draws.corner is not None:
+        images = crop(images, draws.padding, draws.corner)
+    if draws.flipped is not None:
+        images = torch.where(draws.flipped[:, None, None, None], images.flip(-1), images)
+    return do_rounds(images, draws.rounds) if draws.rounds else images
+
+
+def crop(
+    images: UInt8[Tensor, "batch channels height width"], padding: int, corner: Int[Tensor, "2 batch"]
+) -> UInt8[Tensor, "batch channels height width"]:
+    """Of every image, with `padding` zeros on each side, what begins at its corner and has the size of the image."""
     height, width = images.shape[-2:]
-    padded = F.pad(images, (padding, padding, padding, padding))
-    top, left = torch.randint(2 * padding + 1, (2, size), generator=generator)[:, places]
-    rows = top[:, None] + torch.arange(height)  # (B, height)
-    columns = left[:, None] + torch.arange(width)  # (B, width)
-    index = torch.arange(len(images))[:, None, None]
-    cropped = padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]]  # (B, height, width, C)
-    return cropped.permute(0, 3, 1, 2).contiguous()
-
-
-def _apply_policy(images: Tensor, config: AugmentConfig, seed: int, places: Tensor, size: int) -> Tensor:
-    """Every group of the whole batch draws, also one of which no image is here: a black image stands in for it."""
-    from torchvision.transforms import v2
-
-    if config.policy == "randaugment":
-        policy = v2.RandAugment(num_ops=2, magnitude=config.policy_magnitude)
-    else:
-        policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        groups = places // config.policy_group
-        sizes = groups.bincount(minlength=-(-size // config.policy_group)).tolist()
-        stand_in = images.new_zeros(1, *images.shape[1:])
-        done = [policy(group if len(group) else stand_in) for group in images.split(sizes)]
-        return torch.cat([group for group, size in zip(done, sizes, strict=True) if size])
-
-
-class BatchMixer:
-    """What is done to a normalised batch on its device: random erasing, mixup, cutmix (timm), and soft targets.
-
-    Draws from the global generators of torch, numpy and random; the training loop seeds them before every step. Given the
-    share of a process (see `share_of`) and the size of the whole batch, it draws for the whole batch.
-    """
-
-    def __init__(self, config: AugmentConfig, label_smoothing: float, num_classes: int) -> None:
-        from timm.data import Mixup
-        from timm.data.random_erasing import RandomErasing
-
-        self.erase = RandomErasing(config.erase, mode="pixel", max_area=0.4, device="cpu") if config.erase else None
-        self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        self.mix = (
-            Mixup(
-                config.mixup,
-                config.cutmix,
-                prob=config.mix_probability,
-                label_smoothing=label_smoothing,
-                num_classes=num_classes,
-            )
-            if config.mixes
-            else None
-        )
-
-    def __call__(
-        self,
-        images: Float[Tensor, "batch channels height width"],
-        labels: Int[Tensor, " batch"],
-        places: Int[Tensor, " batch"] | None = None,
-        size: int | None = None,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
-        if self.erase is not None:
-            places_, size_ = _whole(images) if places is None or size is None else (places, size)
-            erase_in_order(self.erase, images, places_, size_)
-        if self.mix is not None:
-            return self.mix(images, labels)
-        targets = torch.full((len(labels), self.num_classes), self.label_smoothing / self.num_classes, device=labels.device)
-        return images, targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + self.label_smoothing / self.num_classes)
-
-
-def erase_in_order(erase: Any, images: Tensor, places: Tensor, size: int) -> None:
-    """In place, one image after the other; what is drawn for an image of another process goes onto a stand-in."""
-    erase.device = images.device
-    here = dict(zip(places.tolist(), images, strict=True))
-    stand_in = torch.empty_like(images[0])
-    for place in range(size):
-        erase(here.get(place, stand_in))
+    windows = F.pad(images, (padding, padding, padding, padding)).unfold(2, height, 1).unfold(3, width, 1)  # a view
+    return windows[torch.arange(len(images), device=images.device), :, corner[0], corner[1]]

@@ -8,6 +8,7 @@ there such an image is left out and named.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -61,9 +62,17 @@ class ImageFiles:
         return self.source.name(int(self.rows[place]))
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        return (self.model.in_channels, *self.model.image_size)
+
+    @property
     def image_bytes(self) -> int:
-        height, width = self.model.image_size
-        return self.model.in_channels * height * width
+        return math.prod(self.shape)
+
+    def kept_on(self, device: torch.device) -> ImageFiles:
+        """These: they do not leave their files."""
+        return self
 
     @property
     def images(self) -> Tensor:

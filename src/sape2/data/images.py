@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
@@ -34,8 +36,19 @@ class ImageData:
         return f"image {place}"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """(channels, height, width)."""
+        return tuple(self.images.shape[1:])
+
+    @property
     def image_bytes(self) -> int:
-        return self.images[:1].numel()
+        return math.prod(self.shape)
+
+    def kept_on(self, device: torch.device) -> ImageData:
+        """The same on a CUDA device if they take at most a quarter of its free memory; else these."""
+        if device.type != "cuda" or self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
+            return self
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
 
     def take(self, index: Tensor, crop_area: float | None = None, seeds: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """The images and labels at `index`. Raises ValueError for a crop, which needs the files."""
@@ -56,8 +69,14 @@ def normalize(
     images: UInt8[Tensor, "batch channels height width"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "batch channels height width"]:
     """(x / 255 - mean) / std per channel, in float32."""
-    mean_, std_ = (torch.tensor(values, device=images.device)[:, None, None] for values in (mean, std))
+    mean_, std_ = (_of_channels(tuple(values), images.device) for values in (mean, std))
     return (images / 255 - mean_) / std_
+
+
+@cache
+def _of_channels(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "channels 1 1"]:
+    """Kept, since a device is waited for when it is sent something."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ A step is decided by (config, seed, step) and the weights before it, so a run th
 same weights as one that never stopped. Several processes share each batch; only the main one touches the run folder.
 
 Its parts: `optimisation` (device, precision, optimiser, schedule), `weights` (model and average, whole or divided),
-`record` (what is written), `interruption` (signals and the bar), `data.augment` (what a step sees).
+`record` (what is written), `interruption` (signals and the bar), `data.augment` and `data.mixing` (what a step sees).
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from torch import Tensor, nn
 
 from sape2.config import RunConfig
 from sape2.data import ImageData, ImageFiles, normalize
-from sape2.data.augment import BatchMixer, TrainStream, derive_seed
+from sape2.data.augment import TrainStream, derive_seed
+from sape2.data.mixing import BatchMixer
 from sape2.encodings import AttentionEncoding
 from sape2.training.checkpoint import Progress, last_checkpoint
 from sape2.training.interruption import TrainingStopped, catch_signals, progress_bar
-from sape2.training.optimisation import make_accelerator, make_optimizer, make_schedule, set_seeds
+from sape2.training.optimisation import compiled, make_accelerator, make_optimizer, make_schedule, set_seeds
 from sape2.training.processes import ALONE, Processes
 from sape2.training.record import Record
 from sape2.training.run_folder import check_data, difference
@@ -84,6 +85,7 @@ class Trainer:
         for module in model.modules():
             if isinstance(module, AttentionEncoding):
                 module.check_trainable()
+        images = images.kept_on(self.accelerator.device)
         self.stream = TrainStream(images, config.augment, config.train, config.seed, processes.rank, processes.size)
         self.mixer = BatchMixer(config.augment, config.train.label_smoothing, config.model.num_classes)
         self.model = model.to(self.accelerator.device)
@@ -91,6 +93,7 @@ class Trainer:
         self.progress, optimizer_state = self.weights.take_up(folder)
         divided = config.train.parallel == "fsdp"
         self.wrapped = self.weights.divide(self.accelerator) if divided else self.accelerator.prepare(self.model)
+        self.called = compiled(self.wrapped) if config.train.compile else self.wrapped
         self.optimizer = make_optimizer(self.model, config.train)
         self.stepper = self.accelerator.prepare(self.optimizer)
         self.schedule = make_schedule(self.optimizer, config.train, self.stream.steps_per_epoch)
@@ -142,7 +145,10 @@ class Trainer:
         return bool(done == 0 or stop or (every and self.progress.step % every == 0))
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
-        """One update from one batch of this process, in `accumulation` equal parts."""
+        """One update from one batch of this process, in `accumulation` equal parts. Waits for no device.
+
+        Shapes are the same in every step.
+        """
         step, train, stream = self.progress.step, self.config.train, self.stream
         set_seeds(derive_seed(self.config.seed, "step", step, 0) % 2**32, images.device)  # the same in all, to mix one batch
         self.schedule.step_update(step)
@@ -157,7 +163,7 @@ class Trainer:
         for index, (part, target) in enumerate(parts):
             last = index == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                logits = self.wrapped(part).float()
+                logits = self.called(part).float()
                 loss = F.cross_entropy(logits, target) / len(parts)
                 self.accelerator.backward(loss)
             total += loss.detach()
@@ -167,7 +173,7 @@ class Trainer:
         self.stepper.step()
         self.stepper.zero_grad()
         self.weights.follow(step)
-        self.pending.append((step, torch.stack([total, correct, correct.new_tensor(len(images))])))
+        self.pending.append((step, torch.stack([total, correct, correct.new_full((), len(images))])))
 
     # --- what the steps gave ------------------------------------------------------------------------------------------
 
@@ -262,7 +268,7 @@ class Trainer:
 def check_same_run(config: RunConfig, fingerprint: dict[str, Any] | None, processes: Processes) -> None:
     """Raises ValueError in every process unless all were started with one config, on the same images."""
     mine = config.identity() | {"images": fingerprint}
-    mine |= {name: getattr(config.train, name) for name in ("checkpoint_every", "parallel")}
+    mine |= {name: getattr(config.train, name) for name in ("checkpoint_every", "parallel", "compile")}
     for rank, theirs in enumerate(processes.gather(mine)):
         if theirs != mine:
             raise ValueError(

@@ -1,0 +1,101 @@
+"""What is done to a normalised batch on its device: random erasing, mixup, cutmix, soft targets; timm draws, on the CPU.
+
+The draws follow from the global generators of torch, numpy and random, which the training loop seeds before every step. So
+a batch is the same on every device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from sape2.config import AugmentConfig
+from sape2.data.policies import sent
+
+
+class BatchMixer:
+    """Random erasing, mixup and cutmix of a batch, and its soft targets.
+
+    Given the share of a process (see `share_of`) and the size of the whole batch, it draws for the whole batch.
+    """
+
+    def __init__(self, config: AugmentConfig, label_smoothing: float, num_classes: int) -> None:
+        from timm.data import Mixup
+        from timm.data.random_erasing import RandomErasing
+
+        self.erase = RandomErasing(config.erase, mode="pixel", max_area=0.4, device="cpu") if config.erase else None
+        self.num_classes, self.label_smoothing = num_classes, label_smoothing
+        self.mix = (
+            Mixup(
+                config.mixup,
+                config.cutmix,
+                prob=config.mix_probability,
+                label_smoothing=label_smoothing,
+                num_classes=num_classes,
+            )
+            if config.mixes
+            else None
+        )
+
+    def __call__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        labels: Int[Tensor, " batch"],
+        places: Int[Tensor, " batch"] | None = None,
+        size: int | None = None,
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
+        """Changes `images` in place."""
+        if self.erase is not None:
+            if places is None or size is None:
+                places, size = torch.arange(len(images)), len(images)
+            erase_areas(self.erase, images, places, size)
+        if self.mix is not None:
+            return self.mix(images, labels)
+        targets = torch.full((len(labels), self.num_classes), self.label_smoothing / self.num_classes, device=labels.device)
+        return images, targets.scatter_(1, labels[:, None], 1 - self.label_smoothing + self.label_smoothing / self.num_classes)
+
+
+def erase_areas(erase: Callable[[Any], Any], images: Tensor, places: Int[Tensor, " batch"], size: int) -> None:
+    """In place, all areas at once. For an image of another process it is drawn as well, and nothing is done."""
+    number_at = {place: number for number, place in enumerate(places.tolist())}
+    areas, noise = [], []
+    for place in range(size):
+        blank = _Blank(images)
+        erase(blank)
+        if place in number_at:
+            areas += [[number_at[place], *area] for area in blank.areas]
+            noise += blank.noise
+    if areas:
+        index = sent(_pixels_of(torch.tensor(areas)), images.device)
+        values = sent(torch.cat([pixels.flatten(1) for pixels in noise], 1), images.device)  # (C, pixels)
+        images.permute(0, 2, 3, 1)[index[0], index[1], index[2]] = values.T
+
+
+class _Blank:
+    """What timm's RandomErasing takes for an image: notes what it would write, and where."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.shape, self.dtype = images.shape[1:], images.dtype
+        self.areas: list[tuple[int, int, int, int]] = []  # top, left, height, width
+        self.noise: list[Tensor] = []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, where: tuple[slice, slice, slice], pixels: Tensor) -> None:
+        _, rows, columns = where
+        self.areas.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
+        self.noise.append(pixels)
+
+
+def _pixels_of(areas: Int[Tensor, "areas 5"]) -> Int[Tensor, "3 pixels"]:
+    """Image, row and column of every pixel of (image, top, left, height, width), row by row."""
+    image, top, left, height, width = areas.T
+    count = height * width
+    area = torch.arange(len(areas)).repeat_interleave(count)
+    place = torch.arange(len(area)) - (count.cumsum(0) - count)[area]
+    return torch.stack([image[area], top[area] + place // width[area], left[area] + place % width[area]])
