@@ -419,7 +419,7 @@ CHANGES = {
 }  # fmt: skip
 NO_CHANGE_OF_THE_RESULT = {
     "data.source": "elsewhere", "data.layout": "folder", "data.in_memory": False, "data.max_bad_samples": 3,
-    "train.workers": 3, "train.checkpoint_every": 7, "train.parallel": "fsdp",
+    "train.workers": 3, "train.checkpoint_every": 7, "train.parallel": "fsdp", "train.compile": True,
 }  # fmt: skip
 MUON = "train.optimizer=muon"
 WITH_OTHERS = {

@@ -158,7 +158,7 @@ class Noting(Told):
 def test_processes_with_other_settings_or_images_are_refused_by_name():
     check_same_run(tiny(), {"train": {"images": 5}}, ALONE)
     other = tiny("train.lr=0.5")
-    theirs = other.identity() | {"images": None, "checkpoint_every": 0, "parallel": "ddp"}
+    theirs = other.identity() | {"images": None, "checkpoint_every": 0, "parallel": "ddp", "compile": False}
     with pytest.raises(ValueError, match=r"process 1 was started with .* train.lr \(0.5 there, 0.001 here\)"):
         check_same_run(tiny(), None, Told(0, [None, theirs]))
 

@@ -124,6 +124,7 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
         "steps": stream.total_steps,
         "precision": mixed_precision(config.train.precision).replace("no", "fp32"),
         "device": str(device),
+        "augmentation": trainer.stream.where_augmented(),
         "seconds_per_step": step_s,
         "images_per_s": config.train.batch_size / step_s,
         "expected_training_minutes": stream.total_steps * step_s / 60,
