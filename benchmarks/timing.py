@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
+import shutil
 import statistics
 import subprocess
 from collections.abc import Callable
@@ -32,14 +33,21 @@ def summary(milliseconds: list[float]) -> Row:
 
 
 def conditions() -> Row:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": f"{processor()}, {platform.machine()}, CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit(),
     }
+
+
+def commit() -> str | None:
+    """None where there is no git, or the files are no checkout."""
+    if shutil.which("git") is None:
+        return None
+    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
 
 
 def processor() -> str:

@@ -68,7 +68,9 @@ def test_every_operation_of_a_policy_does_the_same_to_many_images_as_to_one(poli
         bins = magnitudes(31, 9, 7)
         for magnitude in [0.0] if bins is None else [float(bins[27]), *[-float(bins[27])] * signed]:
             one, all_ = (
-                torch.cat([made._apply_image_or_video_transform(part, name, magnitude, **settings) for part in images.split(size)])
+                torch.cat(
+                    [made._apply_image_or_video_transform(part, name, magnitude, **settings) for part in images.split(size)]
+                )
                 for size in (1, 20)
             )
             assert torch.equal(one, all_), name
@@ -77,7 +79,9 @@ def test_every_operation_of_a_policy_does_the_same_to_many_images_as_to_one(poli
 def test_an_operation_on_the_wrong_images_would_be_seen(monkeypatch):
     images = synthetic(24, shape=(3, 8, 8)).images
     right = module.do_rounds
-    monkeypatch.setattr(module, "do_rounds", lambda images, rounds: right(images, [r._replace(order=r.order.roll(1)) for r in rounds]))
+    monkeypatch.setattr(
+        module, "do_rounds", lambda images, rounds: right(images, [r._replace(order=r.order.roll(1)) for r in rounds])
+    )
     assert not torch.equal(augment_images(images, HEAVY, 0), plain_augmentation.augment_images(images, HEAVY, 0))
 
 

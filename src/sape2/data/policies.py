@@ -29,7 +29,9 @@ class Round(NamedTuple):
     operations: list[tuple[str, float]]  # torchvision's name, signed magnitude
 
 
-def draw_rounds(config: AugmentConfig, seed: int, groups: Int[Tensor, " batch"], size: int, shape: tuple[int, ...]) -> list[Round]:
+def draw_rounds(
+    config: AugmentConfig, seed: int, groups: Int[Tensor, " batch"], size: int, shape: tuple[int, ...]
+) -> list[Round]:
     """What the policy does to images of `shape`, of which `groups` says the group, in a batch of `size` groups.
 
     Every group of the whole batch draws, also one of which no image is here. The global generators stay as they were.
@@ -78,7 +80,9 @@ def do_rounds(
     with nullcontext() if images.device.type == "cpu" else WithoutWaiting():
         for order, sizes, operations in rounds:
             parts = zip(images[order].split(sizes), operations, strict=True)
-            done = [part if name == NOTHING[0] else operate(part, name, magnitude) for part, (name, magnitude) in parts if len(part)]
+            done = [
+                part if name == NOTHING[0] else operate(part, name, magnitude) for part, (name, magnitude) in parts if len(part)
+            ]
             images = torch.empty_like(images).index_copy_(0, order, torch.cat(done))
     return images
 
