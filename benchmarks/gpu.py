@@ -86,17 +86,14 @@ def _version(name: str) -> str | None:
 
 def run_part(part: str, cases: Iterable[Case], path: Path, about: Row, seconds: float, again: bool) -> bool:
     """Runs what is not done yet and writes its rows one by one; False if the device is lost."""
-    rows, began, left, number = read_rows(path), time.perf_counter(), 0, 0
+    rows, began = read_rows(path), time.perf_counter()
     if again:
         rows = [row for row in rows if row["part"] != part or not {"error", "note"} & row.keys()]
     done = {row["case"] for row in rows if row["part"] == part and all(row.get(name) == about[name] for name in SAME)}
-    new = []
-    for number, case in enumerate(cases, 1):
-        if case.name in done:
-            continue
-        if time.perf_counter() - began > seconds:
-            left += 1
-            continue
+    new, all_cases = [], list(cases)
+    waiting = [case for case in all_cases if case.name not in done]
+    while waiting and time.perf_counter() - began <= seconds:
+        case = waiting.pop(0)
         print(f"{part}: {case.name}", file=sys.stderr, flush=True)
         found = [{"part": part, "case": case.name} | row | about for row in attempt(case)]
         new += found
@@ -106,7 +103,8 @@ def run_part(part: str, cases: Iterable[Case], path: Path, about: Row, seconds: 
             return False
     shown = [{key: value for key, value in row.items() if key not in about} for row in new]
     columns = list(dict.fromkeys(key for row in shown for key in row if key != "part"))
-    print(f"\n{part}: {len(new)} new rows of {number} cases in {path}{f'; {left} cases left: again' if left else ''}\n")
+    left = f"; {len(waiting)} cases left, give the command again" if waiting else ""
+    print(f"\n{part}: {len(new)} new rows of {len(all_cases)} cases in {path}{left}\n")
     if new:
         print(markdown_table(shown, columns), flush=True)
     for row in new:

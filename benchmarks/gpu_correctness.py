@@ -1,4 +1,4 @@
-"""On the device against float64 on the CPU: every encoding, the fused kernel, augmentation, and that a step waits for nothing."""
+"""On the device against float64 on the CPU: encodings, the fused kernel, augmentation; and whether a step waits for it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from sape2.models.vit import ViT, create_model
 from sape2.training.loop import Trainer
 
 ENCODINGS = [
-    "ape+sape2", "ape+sape2:readout=direct", "ape+sape2:readout=squared_distance", "sape2:preset=equations", "sape2:axes=raster",
-    "sape2:sign=learned,gate_scale=learned", "rope+sape2",
+    "ape+sape2", "ape+sape2:readout=direct", "ape+sape2:readout=squared_distance", "sape2:preset=equations",
+    "sape2:axes=raster", "sape2:sign=learned,gate_scale=learned", "rope+sape2",
 ]  # fmt: skip
 RECIPES = ["cifar10", "cifar10_paper", "cifar10_budget"]
 # Of the largest value: what an output, and what a gradient, may be off to count as right. A fault is far above.

@@ -1,4 +1,4 @@
-"""Augmentation in its plain form: group by group and image by image. What `sape2.data.augment` must give, and is timed against."""
+"""Augmentation in its plain form, group by group and image by image: what `sape2.data` must give, and is timed against."""
 
 from __future__ import annotations
 

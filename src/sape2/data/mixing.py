@@ -16,6 +16,8 @@ from torch import Tensor
 from sape2.config import AugmentConfig
 from sape2.data.policies import sent
 
+Area = tuple[int, slice, slice, Tensor]  # image, rows, columns, the pixels for them (C, height, width)
+
 
 class BatchMixer:
     """Random erasing, mixup and cutmix of a batch, and its soft targets.
@@ -60,19 +62,16 @@ class BatchMixer:
 
 
 def erase_areas(erase: Callable[[Any], Any], images: Tensor, places: Int[Tensor, " batch"], size: int) -> None:
-    """In place, all areas at once. For an image of another process it is drawn as well, and nothing is done."""
+    """In place. For an image of another process it is drawn as well, and nothing is done."""
     number_at = {place: number for number, place in enumerate(places.tolist())}
-    areas, noise = [], []
+    areas = []
     for place in range(size):
         blank = _Blank(images)
         erase(blank)
         if place in number_at:
-            areas += [[number_at[place], *area] for area in blank.areas]
-            noise += blank.noise
+            areas += [(number_at[place], *area) for area in blank.areas]
     if areas:
-        index = sent(_pixels_of(torch.tensor(areas)), images.device)
-        values = sent(torch.cat([pixels.flatten(1) for pixels in noise], 1), images.device)  # (C, pixels)
-        images.permute(0, 2, 3, 1)[index[0], index[1], index[2]] = values.T
+        (write_one_by_one if images.device.type == "cpu" else write_at_once)(images, areas)
 
 
 class _Blank:
@@ -80,22 +79,32 @@ class _Blank:
 
     def __init__(self, images: Tensor) -> None:
         self.shape, self.dtype = images.shape[1:], images.dtype
-        self.areas: list[tuple[int, int, int, int]] = []  # top, left, height, width
-        self.noise: list[Tensor] = []
+        self.areas: list[tuple[slice, slice, Tensor]] = []
 
     def size(self) -> torch.Size:
         return self.shape
 
     def __setitem__(self, where: tuple[slice, slice, slice], pixels: Tensor) -> None:
-        _, rows, columns = where
-        self.areas.append((rows.start, columns.start, rows.stop - rows.start, columns.stop - columns.start))
-        self.noise.append(pixels)
+        self.areas.append((*where[1:], pixels))
 
 
-def _pixels_of(areas: Int[Tensor, "areas 5"]) -> Int[Tensor, "3 pixels"]:
+def write_one_by_one(images: Tensor, areas: list[Area]) -> None:
+    for image, rows, columns, pixels in areas:
+        images[image, :, rows, columns] = pixels
+
+
+def write_at_once(images: Tensor, areas: list[Area]) -> None:
+    """The same in one call on the device of the images, which costs less there than one for each area."""
+    boxes = [(image, rows.start, columns.start, *pixels.shape[1:]) for image, rows, columns, pixels in areas]
+    index = sent(_pixels_of(torch.tensor(boxes)), images.device)
+    values = sent(torch.cat([pixels.flatten(1) for *_, pixels in areas], 1), images.device)  # (C, pixels)
+    images.permute(0, 2, 3, 1)[index[0], index[1], index[2]] = values.T
+
+
+def _pixels_of(boxes: Int[Tensor, "areas 5"]) -> Int[Tensor, "3 pixels"]:
     """Image, row and column of every pixel of (image, top, left, height, width), row by row."""
-    image, top, left, height, width = areas.T
+    image, top, left, height, width = boxes.T
     count = height * width
-    area = torch.arange(len(areas)).repeat_interleave(count)
+    area = torch.arange(len(boxes)).repeat_interleave(count)
     place = torch.arange(len(area)) - (count.cumsum(0) - count)[area]
     return torch.stack([image[area], top[area] + place // width[area], left[area] + place % width[area]])
