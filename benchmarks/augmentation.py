@@ -24,6 +24,7 @@ from sape2.data import normalize
 from sape2.data.augment import augment_images
 from sape2.data.mixing import BatchMixer
 from sape2.evaluation.report import markdown_table
+from sape2.training.optimisation import set_seeds
 
 LARGEST = 2**25  # bytes of a batch: of images of 224x224 fewer are taken
 
@@ -58,9 +59,14 @@ def parts(config: RunConfig, pixels: torch.Tensor) -> dict[str, dict[str, Callab
         plain = BatchMixer(replace(augment, erase=0.0), config.train.label_smoothing, config.model.num_classes)
 
         def plain_mix() -> object:
+            set_seeds(0, batch.device)
             return plain(plain_augmentation.erase(batch, augment.erase) if augment.erase else batch, labels)
 
-        found["mix"] = {"plain": plain_mix, "ours": lambda: ours(batch, labels)}
+        def our_mix() -> object:
+            set_seeds(0, batch.device)
+            return ours(batch, labels)
+
+        found["mix"] = {"plain": plain_mix, "ours": our_mix}
     return found
 
 

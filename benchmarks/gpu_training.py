@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,7 @@ from sape2.evaluation.cost.timing import synchronize
 from sape2.models.trained import build_model
 from sape2.models.vit import create_model
 from sape2.studies.run import run_to_end
+from sape2.training import record
 from sape2.training.checkpoint import standing
 from sape2.training.lock import hold
 from sape2.training.loop import Trainer
@@ -196,7 +198,8 @@ def table_rows(encoding: str, options: argparse.Namespace) -> list[Row]:
         config = override(config, [f"data.source={options.data}"])
         splits = load_data(config.data, config.model)
     folder = options.runs / encoding.replace(":", "-").replace("=", "-")
-    with hold(folder, standing(folder)) as lock:
+    no_board = patch.object(record, "open_board", MagicMock())  # so that tensorboard need not be there
+    with hold(folder, standing(folder)) as lock, no_board:
         rows = run_to_end(build_model(config), splits, config, lock, quiet=True)
     accuracy = next(row for row in rows if row["name"] == "accuracy" and row["weights"] == "last")
     epochs = read_rows(folder / "metrics.jsonl")

@@ -63,29 +63,27 @@ class BatchMixer:
 
 def erase_areas(erase: Callable[[Any], Any], images: Tensor, places: Int[Tensor, " batch"], size: int) -> None:
     """In place. For an image of another process it is drawn as well, and nothing is done."""
-    number_at = {place: number for number, place in enumerate(places.tolist())}
-    areas = []
-    for place in range(size):
-        blank = _Blank(images)
+    blank = _Blank(images)
+    for blank.place in range(size):
         erase(blank)
-        if place in number_at:
-            areas += [(number_at[place], *area) for area in blank.areas]
+    number_at = {place: number for number, place in enumerate(places.tolist())}
+    areas = [(number_at[place], *area) for place, *area in blank.areas if place in number_at]
     if areas:
         (write_one_by_one if images.device.type == "cpu" else write_at_once)(images, areas)
 
 
 class _Blank:
-    """What timm's RandomErasing takes for an image: notes what it would write, and where."""
+    """What timm's RandomErasing takes for the image at `place`: notes what it would write, and where."""
 
     def __init__(self, images: Tensor) -> None:
-        self.shape, self.dtype = images.shape[1:], images.dtype
-        self.areas: list[tuple[slice, slice, Tensor]] = []
+        self.place, self.shape, self.dtype = 0, images.shape[1:], images.dtype
+        self.areas: list[Area] = []
 
     def size(self) -> torch.Size:
         return self.shape
 
     def __setitem__(self, where: tuple[slice, slice, slice], pixels: Tensor) -> None:
-        self.areas.append((*where[1:], pixels))
+        self.areas.append((self.place, where[1], where[2], pixels))
 
 
 def write_one_by_one(images: Tensor, areas: list[Area]) -> None:

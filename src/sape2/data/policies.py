@@ -76,14 +76,12 @@ def do_rounds(
     images: UInt8[Tensor, "batch channels height width"], rounds: list[Round]
 ) -> UInt8[Tensor, "batch channels height width"]:
     """The images after all rounds. Waits for no device."""
-    operate = _operate()
+    operate, images = _operate(), images.clone()
     with nullcontext() if images.device.type == "cpu" else WithoutWaiting():
         for order, sizes, operations in rounds:
-            parts = zip(images[order].split(sizes), operations, strict=True)
-            done = [
-                part if name == NOTHING[0] else operate(part, name, magnitude) for part, (name, magnitude) in parts if len(part)
-            ]
-            images = torch.empty_like(images).index_copy_(0, order, torch.cat(done))
+            for part, (name, magnitude) in zip(order.split(sizes), operations, strict=True):
+                if len(part) and name != NOTHING[0]:
+                    images.index_copy_(0, part, operate(images[part], name, magnitude))
     return images
 
 
