@@ -78,7 +78,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     """
     from timm.optim import create_optimizer_v2
 
-    options: dict[str, Any] = in_one_kernel(model, config)
+    on_gpu = next(model.parameters()).is_cuda
+    options: dict[str, Any] = {"fused": True} if on_gpu and config.optimizer == "adamw" else {}  # others choose foreach there
     if config.uses_muon:
         momentum = MUON_MOMENTUM if config.muon_momentum is None else config.muon_momentum
         options |= {"momentum": momentum, "adjust_lr_fn": "match_rms_adamw" if config.uses_adamuon else "original"}
@@ -90,12 +91,6 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         betas=config.betas,
         **options,
     )
-
-
-def in_one_kernel(model: nn.Module, config: TrainConfig) -> dict[str, bool]:
-    """On a GPU all weights are updated at once where the optimiser can do that; elsewhere as PyTorch and timm choose."""
-    ways = {"adamw": {"fused": True}, "nadamw": {"foreach": True}}
-    return ways.get(config.optimizer, {}) if next(model.parameters()).is_cuda else {}
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
