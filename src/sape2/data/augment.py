@@ -115,16 +115,16 @@ class Plans(Dataset):
     def __len__(self) -> int:
         return self.train.epochs * self.steps_per_epoch
 
-    def __getitem__(self, step: int) -> Plan:
-        epoch, place = divmod(step, self.steps_per_epoch)
+    def __getitem__(self, index: int) -> Plan:
+        epoch, place = divmod(index, self.steps_per_epoch)
         if epoch != self._epoch:
             window = self.train.shuffle_window
             self._epoch, self._order = epoch, epoch_order(self.images, self.seed, epoch, self.augment.repeats, window)
         size = self.train.batch_size
         batch = self._order[place * size : (place + 1) * size][self.places]
         boxes = [] if self.augment.crop_area is None else self.places.tolist()
-        seeds = [derive_seed(self.seed, "box", step, image) for image in boxes]
-        draws = draw(self.augment, derive_seed(self.seed, "images", step), self.places, size, self.shape)
+        seeds = [derive_seed(self.seed, "box", index, image) for image in boxes]
+        draws = draw(self.augment, derive_seed(self.seed, "images", index), self.places, size, self.shape)
         return Plan(batch, seeds, draws)
 
 

@@ -64,10 +64,11 @@ class BatchMixer:
 def erase_areas(erase: Callable[[Any], Any], images: Tensor, places: Int[Tensor, " batch"], size: int) -> None:
     """In place. For an image of another process it is drawn as well, and nothing is done."""
     blank = _Blank(images)
-    for blank.place in range(size):
+    for place in range(size):
+        blank.place = place
         erase(blank)
     number_at = {place: number for number, place in enumerate(places.tolist())}
-    areas = [(number_at[place], *area) for place, *area in blank.areas if place in number_at]
+    areas: list[Area] = [(number_at[area[0]], *area[1:]) for area in blank.areas if area[0] in number_at]
     if areas:
         (write_one_by_one if images.device.type == "cpu" else write_at_once)(images, areas)
 

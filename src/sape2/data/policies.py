@@ -86,7 +86,7 @@ def do_rounds(
 
 
 @cache
-def _operate() -> Callable[[Tensor, str, float], Tensor]:
+def _operate() -> Callable[[Tensor, str, float], Any]:
     """torchvision's operations by name: those of both policies."""
     from torchvision.transforms import v2
 
