@@ -11,9 +11,20 @@ from PIL import Image
 
 from sape2 import viz
 from sape2.viz.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
-from sape2.viz.figures import even_columns
-from sape2.viz.panels import heads_panel, line_panel, map_panel, number
-from sape2.viz.plots import by_distance, table_panel
+from sape2.viz.figures import even_columns, overlay_figure
+from sape2.viz.panels import (
+    HEAD,
+    OVERLAID,
+    Over,
+    ends_of,
+    heads_panel,
+    image_panel,
+    limits_of,
+    line_panel,
+    map_panel,
+    number,
+)
+from sape2.viz.plots import bars_panel, by_distance, table_panel
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -122,15 +133,66 @@ def test_the_table_is_read_where_the_positions_are():
 def test_all_pairs_and_each_patch_are_where_they_belong():
     """The map of a patch is its row of the pairs, on the grid; both on one scale."""
     pairs = torch.arange(144.0).view(12, 12)
-    image = torch.randint(0, 256, (3, 6, 8), dtype=torch.uint8)
-    picture, matrix, layer = viz.pairs_figure(image, {"layer 1": pairs}, (3, 4), {"centre": (1, 2)})
+    matrix, layer = viz.pairs_figure({"layer 1": pairs}, (3, 4), {"the centre": (1, 2)})
     shown = [shape.pixels for shape in matrix.shapes if isinstance(shape, Raster)]
     assert shown[0].shape == (12, 12, 3)
     np.testing.assert_array_equal(shown[0], colour(pairs.numpy() / 143))
     cells = {shape.patch: shape.fill for shape in layer.shapes if isinstance(shape, Rect) and shape.patch}
     expected = colour(pairs[6].view(3, 4).numpy() / 143)
     assert cells == {f"{y},{x}": "#{:02x}{:02x}{:02x}".format(*expected[y, x].tolist()) for y in range(3) for x in range(4)}
-    assert "a: the centre" in picture.label
+
+
+@pytest.mark.parametrize("opacity", [0.0, 0.25, 1.0])
+def test_a_map_over_an_image_is_mixed_with_it_in_both_forms(opacity):
+    image = np.full((3, 4, 6), 200, np.uint8)
+    values = np.array([[0.0, 0.5, 1.0], [0.25, 0.75, 0.5]])
+    over = Over(values, "logits", opacity=opacity)
+    plain, panel = overlay_figure(image, (2, 3), [], {"Bias": over})
+    assert plain.label == "Image 4x6 px, 2x3 patches"
+    cells = [rect for rect in tree(panel).iter(f"{SVG}rect") if rect.get("data-patch")]
+    assert {rect.get("fill-opacity") for rect in cells} == {f"{opacity:g}"}
+    assert titles(panel)[1] == "row 0, column 1: 0.5 logits"
+    found = pixels(panel, 1)
+    for (y, x), value in np.ndenumerate(values):
+        middle = int(HEAD + (y + 0.5) * OVERLAID / 3), int((x + 0.5) * OVERLAID / 3)
+        expected = (1 - opacity) * 200 + opacity * colour(value).astype(float)
+        np.testing.assert_allclose(found[middle], expected, atol=1.5)
+
+
+def test_a_tall_image_leaves_room_for_its_scale():
+    tall = image_panel(np.zeros((1, 90, 10), np.uint8), (9, 1), [], "Image", over=Over(np.ones((9, 1)), "logits"))
+    assert tall.height < 2 * tall.width
+    assert [shape.text for shape in tall.shapes if isinstance(shape, Text)][-2:] == ["1.000 everywhere", ""]
+
+
+@pytest.mark.parametrize(
+    ("limits", "texts"),
+    [
+        ((0.0047, 0.0054), ("0.0047", "0.0054")),
+        ((0.00449, 0.00551), ("0.0045", "0.0055")),
+        ((0.0, 1.0), ("0.000", "1.000")),
+        ((1e-9, 0.286), ("0.000", "0.286")),
+        ((1.2e-5, 1.3e-5), ("1.2e-05", "1.3e-05")),
+        ((2.0, 2.0 + 1e-9), ("2.000", "")),
+    ],
+)
+def test_the_ends_of_a_scale_can_be_told_apart(limits, texts):
+    assert ends_of(limits) == texts
+
+
+def test_rounding_is_not_stretched_over_all_colours():
+    values = 1 / 196 + 1e-9 * np.arange(4.0)
+    low, high = limits_of([values])
+    assert (values.max() - low) / (high - low) < 0.1
+
+
+def test_long_names_of_classes_are_shortened_but_pointed_at_whole():
+    names = ["the longest of all the names of classes", "the longest of all the other names of classes"]
+    panel = bars_panel(names, [0.6, 0.4], "Prediction")
+    shown = [shape.text for shape in panel.shapes if isinstance(shape, Text)][1::2]
+    assert len(set(shown)) == 2
+    assert max(map(len, shown)) <= 24
+    assert titles(panel)[::2] == [f"{names[0]}: 0.600000", f"{names[1]}: 0.400000"]
 
 
 def test_the_bias_against_distance_is_mean_and_spread_of_the_pairs():
@@ -158,7 +220,7 @@ def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
     column = {"gates": torch.rand(2, 3), "positions": torch.zeros(2, 3)}
     sequence = {"gates": torch.rand(2, 12), "positions": torch.rand(2, 12)}
     figures = {
-        "pairs": viz.pairs_figure(image, {n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}),
+        "pairs": viz.pairs_figure({n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}),
         "distance": viz.distance_figure(layers, (3, 4)),
         "counts": viz.counts_figure(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2)),
     }

@@ -95,9 +95,11 @@ def test_the_page_is_one_file_that_needs_nothing_else(run, photo, tmp_path):
     page = Page(text)
     assert outside(text) == []
     assert page.open == []
-    assert page.tags.count("figure") == 3  # pairs, gates and positions, distance
+    assert page.tags.count("figure") == 4  # overlays, pairs, gates and positions, distance
     labels = [value for tag, name, value in page.attributes if (tag, name) == ("svg", "aria-label")]
-    assert len(labels) == page.tags.count("svg") == 7  # image and two layers, two axes, two layers
+    assert (
+        len(labels) == page.tags.count("svg") == 10
+    )  # image, bias, attention and prediction; two layers, two axes, two layers
     assert all(labels)
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".html"] == ["page.html"]
 
@@ -135,7 +137,7 @@ def test_an_image_unlike_the_training_images_is_called_so(run, photo, tmp_path, 
     assert status_of("explain", run, photo, "--out", tmp_path / "page.html") == 0
     assert f"note: unlike the training images: {why}" in capfd.readouterr().out
     text = (tmp_path / "page.html").read_text()
-    assert text.index("<h1>") < text.index("This image is unlike the training images:") < text.index("<h2>Prediction")
+    assert text.index("<h1>") < text.index("This image is unlike the training images:") < text.index("<svg")
     assert why in text
     assert status_of("explain", run, photo, "--json") == 0
     rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
@@ -177,12 +179,12 @@ def test_classes_are_named_as_the_results_name_them(run, photo, tmp_path, capfd)
 @pytest.mark.parametrize(
     ("encoding", "figures", "title"),
     [
-        ("none", 2, "Attention"),
-        ("ape", 2, "Attention"),
-        ("rope", 2, "Attention"),
-        ("rpe", 2, "Bias"),
-        ("cope", 3, "Bias"),
-        ("rope+sape2:axes=x,count=both", 3, "Bias"),
+        ("none", 3, "Attention"),
+        ("ape", 3, "Attention"),
+        ("rope", 3, "Attention"),
+        ("rpe", 3, "Bias"),
+        ("cope", 4, "Bias"),
+        ("rope+sape2:axes=x,count=both", 4, "Bias"),
     ],
 )
 def test_an_encoding_without_bias_gets_attention_maps(photo, tmp_path, encoding, figures, title):
@@ -192,14 +194,42 @@ def test_an_encoding_without_bias_gets_attention_maps(photo, tmp_path, encoding,
     assert text.count("<figure") == figures
     assert f"<h2>{title} between patches</h2>" in text
     assert ("there is nothing to check" in text) == (title == "Attention")
+    assert all(low != high for low, high in scales(text))
+
+
+def scales(text):
+    """What stands at both ends of each scale: texts at the same height below a strip of colours."""
+    drawn = re.findall(r"<image [^>]*height='6.00'[^>]*/><text [^>]*>([^<]*)</text><text [^>]*>([^<]*)</text>", text)
+    assert drawn
+    return drawn
+
+
+def test_the_scales_of_a_page_are_found():
+    strip, low, high = "<image x='0' height='6.00' href='x'/>", "<text x='0'>0.005</text>", "<text x='9'>0.006</text>"
+    assert scales(strip + low + high) == [("0.005", "0.006")]
+
+
+def test_the_page_opens_with_bias_and_attention_of_the_first_patch_over_the_image(run, photo, tmp_path):
+    assert status_of("explain", run, photo, "--out", tmp_path / "page.html", "--patch", "1,2", "--layer", 2) == 0
+    opening = re.search(r"<figure>.*?</figure>", (tmp_path / "page.html").read_text(), re.DOTALL)[0]
+    pixels = read_picture(photo, get_recipe("digits").model).pixels
+    data = get_recipe("digits").data
+    with torch.no_grad():
+        maps = load_run_model(run).maps(((pixels / 255 - data.mean[0]) / data.std[0])[None])[1]
+    for name, unit in (("bias", "logits"), ("attention", "attention weight")):
+        shown = [float(value) for value in re.findall(rf"row \d, column \d: (\S+) {unit}<", opening)]
+        assert shown == pytest.approx(maps[name][0].mean(0)[1 * 4 + 2].tolist(), rel=1e-4)
+    assert opening.count("fill-opacity") == 2 * 16
+    assert opening.count("Prediction") >= 1
 
 
 def test_layer_head_and_patches_can_be_chosen(run, photo, tmp_path):
     page = tmp_path / "page.html"
     assert status_of("explain", run, photo, "--out", page, "--layer", 2, "--head", 1, "--patch", "1,2", "--patch", "3,0") == 0
     text = page.read_text()
-    assert "from the patch 1,2, the patch 3,0 to all others" in text
-    assert "of the patch 1,2 (row 1, column 2) in layer 2, by head" in text
+    assert "a: row 1, column 2; b: row 3, column 0" in text
+    assert "of patch a (row 1, column 2) in layer 2, by head" in text
+    assert "Layer 2, head 1, patch a (row 1, column 2)." in text
 
 
 def test_a_layer_without_bias_is_shown_by_its_attention(photo, tmp_path):
@@ -221,9 +251,9 @@ def test_the_picture_says_which_image_and_model_and_what_was_predicted(run, phot
     monkeypatch.setattr("sape2.viz.drawing.Drawing.save", lambda drawing, path: saved.append(drawing))
     assert status_of("explain", run, photo, "--out", tmp_path / "picture.png") == 0
     texts = [shape.text for shape in saved[0].shapes if isinstance(shape, Text)]
-    assert re.fullmatch(r"photo\.png: \d, \d+\.\d%", texts[0])
+    assert re.fullmatch(r"photo\.png: predicted \d, \d+\.\d%", texts[0])
     assert texts[1].startswith("vit_nano* with ape+sape2, trained on digits for 60 epochs (seed 0; model.depth=2)")
-    assert "The model's answer" in texts
+    assert {"Prediction", "Bias from patch a", "Attention from patch a"} <= set(texts)
 
 
 # --- the page in a browser -------------------------------------------------------------------------------------------
@@ -253,7 +283,7 @@ def test_panels_fill_their_rows(browser, deep_page, width):
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     filled = page.evaluate(FILLED)
     page.close()
-    assert len(filled) == 3
+    assert len(filled) == 4
     assert min(filled) >= 0.85, filled
 
 

@@ -113,9 +113,9 @@ def test_attention_without_the_bias_is_softmax_of_content_alone(scope):
 @pytest.mark.parametrize(
     ("encoding", "shown"),
     [
-        ("none", {"answer", "maps", "pair"}),
-        ("ape", {"answer", "maps", "pair"}),
-        ("rope", {"answer", "maps", "pair"}),
+        ("none", {"answer", "pair"}),
+        ("ape", {"answer", "pair"}),
+        ("rope", {"answer", "pair"}),
         ("rpe", {"answer", "maps", "pair"}),
         ("cope", {"answer", "lines", "tables", "maps", "pair"}),
         ("sape2:axes=raster", {"answer", "lines", "tables", "maps", "pair"}),
@@ -201,7 +201,7 @@ def test_what_left_the_image_is_not_counted():
 
 
 def test_an_address_holds_the_whole_state(scope):
-    state = State("test:2", 2, 0, (1, 3), (0, 2), (16, 8), (-3, 4), "reflect", "layer:1")
+    state = State("test:2", 2, 0, (1, 3), (0, 2), (16, 8), (-3, 4), "reflect", "layer:1", 35)
     assert parse_state(state.query(), scope.start) == state
     assert parse_state("", scope.start) == scope.start
     assert parse_state("other=none&head=2", state) == replace(state, other=None, head=2)
@@ -219,6 +219,8 @@ def test_an_address_holds_the_whole_state(scope):
         ("patch=4,0", "patch is row,column from 0,0 to 3,3; got 4,0"),
         ("other=0,-1", "other is row,column"),
         ("patch=1", "patch needs two whole numbers such as 3,5; got '1'"),
+        ("opacity=101", "opacity must be from 0 to 100; got 101"),
+        ("opacity=0.5", "opacity needs a whole number; got '0.5'"),
         ("size=9x8", "does not divide into patches"),
         ("size=800x800", f"makes 160000 patches; at most {LARGEST_GRID}"),
         ("shift=0,9", "shift must be from -8 to 8; got 9"),
@@ -250,7 +252,9 @@ def test_an_answer_holds_the_view_the_whole_address_and_words(scope):
     (column,) = scope.view(parse_state(answer["query"], scope.start)).columns
     assert f"row 0, column 3: {column.bias[0, 3]:.5g} logits" in html
     assert f"row 1, column 0: gate {column.axes['x'].gates[0]:.5g}" in html
-    assert html.count("data-patch='1,2'") >= 5  # image, line, four maps
+    assert html.count("data-patch='1,2'") >= 7  # the image, two maps over it, line, three maps
+    assert f"row 0, column 3: {column.bias[0, 3]:.5g} logits" in answer["html"]  # over the image, in the first view
+    assert f"row 0, column 3: {column.attention[0, 3]:.5g} attention weight" in answer["html"]
     assert "i at row 1, column 2, n at row 3, column 3" in answer["status"]
     assert "http" not in html
 

@@ -31,7 +31,10 @@ Point = tuple[Length, Length]
 
 @dataclass(frozen=True)
 class Rect:
-    """`title` is shown where one points at it; `patch`, "row,column", is what a click on it chooses."""
+    """`title` is shown where one points at it; `patch`, "row,column", is what a click on it chooses.
+
+    `opacity` is that of the fill; a page may override it for all rectangles that are not opaque.
+    """
 
     x: Length
     y: Length
@@ -42,19 +45,22 @@ class Rect:
     line: Length = 1.0
     title: str = ""
     patch: str = ""
+    opacity: Length | None = None
 
     def svg(self) -> str:
         stroke = "" if self.stroke == "none" else f" stroke='{self.stroke}' stroke-width='{self.line:g}'"
         patch = f" data-patch='{self.patch}'" if self.patch else ""
         box = f"x='{self.x:.2f}' y='{self.y:.2f}' width='{self.width:.2f}' height='{self.height:.2f}'"
         fill = self.fill if self.fill != "none" or not (self.title or self.patch) else "transparent"  # none is not pointed at
-        return f"<rect {box} fill='{fill}'{stroke}{patch}>{_title(self.title)}</rect>"
+        opacity = "" if self.opacity is None else f" fill-opacity='{self.opacity:g}'"
+        return f"<rect {box} fill='{fill}'{opacity}{stroke}{patch}>{_title(self.title)}</rect>"
 
     def paint(self, canvas: Canvas) -> None:
         left, top = canvas.at(self.x, self.y)
         right, bottom = canvas.at(self.x + self.width, self.y + self.height)
         if self.fill != "none" and right > left and bottom > top:
-            canvas.draw.rectangle((left, top, right - 1, bottom - 1), fill=self.fill)
+            alpha = "" if self.opacity is None else f"{round(255 * self.opacity):02x}"
+            canvas.draw.rectangle((left, top, right - 1, bottom - 1), fill=self.fill + alpha)
         if self.stroke != "none":
             corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
             canvas.draw.line(corners, fill=self.stroke, width=canvas.thickness(self.line), joint="curve")
@@ -204,7 +210,7 @@ class Canvas:
     def __init__(self, width: Length, height: Length, scale: int) -> None:
         self.scale = scale
         self.image = Image.new("RGB", (round(width * scale), round(height * scale)), "white")
-        self.draw = ImageDraw.Draw(self.image)
+        self.draw = ImageDraw.Draw(self.image, "RGBA")  # so that what is not opaque is mixed with what lies below
 
     def at(self, x: Length, y: Length) -> tuple[int, int]:
         return round(x * self.scale), round(y * self.scale)

@@ -32,7 +32,8 @@ from sape2.training.files import write_text
 from sape2.training.run_folder import read_config
 from sape2.training.standing import check_finished
 from sape2.viz.drawing import Drawing
-from sape2.viz.figures import even_columns
+from sape2.viz.figures import LETTERS, even_columns, named_marks, overlay_figure
+from sape2.viz.panels import Over
 from sape2.viz.plots import bars_panel
 
 Row = dict[str, Any]
@@ -63,8 +64,8 @@ class Choice:
     def named_patches(self, grid: Grid) -> dict[str, Patch]:
         """By default the patch in the middle, where photographs have their object, and the first, where they have none."""
         if not self.patches:
-            return {"centre patch": (grid[0] // 2, grid[1] // 2), "corner patch": (0, 0)}
-        return {f"patch {y},{x}": (y, x) for y, x in self.patches}
+            return {"the centre": (grid[0] // 2, grid[1] // 2), "the corner": (0, 0)}
+        return {f"row {y}, column {x}": (y, x) for y, x in self.patches}
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,17 @@ class Explanation:
         return [layer for layer in self.layers if layer.number == self.choice.layer] or layers
 
     @property
+    def heads(self) -> str:
+        return "mean of heads" if self.choice.head is None else f"head {self.choice.head}"
+
+    @property
     def quantity(self) -> str:
         """Bias where the layers shown have one, else attention."""
-        heads = "mean of heads" if self.choice.head is None else f"head {self.choice.head}"
-        return f"bias (logits, {heads})" if self.has_bias else f"attention ({heads})"
+        return f"bias (logits, {self.heads})" if self.has_bias else f"attention weight ({self.heads})"
+
+    @property
+    def patches(self) -> dict[str, Patch]:
+        return self.choice.named_patches(self.config.model.grid)
 
     @property
     def has_bias(self) -> bool:
@@ -101,6 +109,14 @@ class Explanation:
         found = {f"layer {layer.number}": layer.bias if self.has_bias else layer.attention for layer in self.shown}
         head = slice(None) if self.choice.head is None else slice(self.choice.head - 1, self.choice.head)
         return {name: values[0, head].cpu() for name, values in found.items() if values is not None}
+
+    def opening(self) -> Layer:
+        """The layer that the page opens with: the one whose gates it shows, else the last of those shown."""
+        return self.counting_layer() or self.shown[-1]
+
+    def of_heads(self, values: Tensor) -> Tensor:
+        """(batch, heads, ...) -> the chosen head of the one image, or the mean of all."""
+        return values[0].mean(0).cpu() if self.choice.head is None else values[0, self.choice.head - 1].cpu()
 
     def counting_layer(self) -> Layer | None:
         """Of the layers shown that count positions, the one whose bias makes up most of its logits."""
@@ -131,9 +147,8 @@ def explain(
     found = look(load_run_model(folder, weights), config, picture, image_path, choice, names_of_classes(folder))
     found = replace(found, unlike=unlike(picture, config.data, sizes_trained_on(folder)))
     if out.suffix.lower() == ".png":
-        image, *maps = _pairs(found)
         shown = f"{_about(found)} {UNLIKE} {_how_unlike(found)}" if found.unlike else _about(found)
-        viz.as_one(_headline(found), shown, [image, _answer(found)], maps).save(out)
+        viz.as_one(_headline(found), f"{shown} {_opening_words(found)}", _opening(found), _pairs(found)).save(out)
     else:
         write_text(out, page(found))
     about = {"image": str(image_path), "encoding": config.model.encoding, "model": config.model.label, "weights": weights}
@@ -188,26 +203,47 @@ def _attention_rows(layers: list[Layer], grid: Grid) -> Iterator[Row]:
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+def _opening(found: Explanation) -> list[Drawing]:
+    """The image, bias and attention of the first patch over it, and the prediction."""
+    grid, layer = found.config.model.grid, found.opening()
+    marks, _ = named_marks(found.patches)
+    (y, x), letter = marks[0].patch, LETTERS[0]
+    maps = {
+        f"{name} from patch {letter}": Over(found.of_heads(values)[y * grid[1] + x].reshape(grid).numpy(), unit)
+        for name, values, unit in (("Bias", layer.bias, "logits"), ("Attention", layer.attention, "attention weight"))
+        if values is not None
+    }
+    names, values = zip(*((str(row["class"]), row["value"]) for row in found.probabilities), strict=True)
+    overlaid = overlay_figure(found.picture.pixels.numpy(), grid, marks[:1], maps)
+    return [*overlaid, bars_panel(names, values, "Prediction", "class probability")]
+
+
+def _opening_words(found: Explanation) -> str:
+    layer, letter, patch = found.opening(), LETTERS[0], next(iter(found.patches))
+    shown = f"Layer {layer.number}, {found.heads}, patch {letter} ({patch})."
+    attention = f"how much patch {letter} attends to each patch"
+    if layer.bias is None:
+        return f"{shown} The attention is {attention}."
+    return (
+        f"{shown} The bias is what the encoding {found.config.model.encoding} adds to the attention logits of patch {letter}; "
+        f"the attention, {attention}, is the softmax of content and bias."
+    )
+
+
 def _pairs(found: Explanation) -> list[Drawing]:
     means = {name: values.mean(0) for name, values in found.maps().items()}
-    grid = found.config.model.grid
-    return viz.pairs_figure(found.picture.pixels, means, grid, found.choice.named_patches(grid), found.quantity)
-
-
-def _answer(found: Explanation) -> Drawing:
-    names, values = zip(*((str(row["class"]), row["value"]) for row in found.probabilities), strict=True)
-    return bars_panel(names, values, "The model's answer", "probability of a class")
+    return viz.pairs_figure(means, found.config.model.grid, found.patches, found.quantity)
 
 
 def _distance(found: Explanation) -> list[Drawing]:
-    quantity = found.quantity.replace("mean of heads", "all heads")
+    quantity = found.quantity.replace("mean of heads", "all heads")  # the band is over heads, too
     return viz.distance_figure(found.maps(), found.config.model.grid, quantity)
 
 
 def _counts(found: Explanation, layer: Layer) -> list[Drawing]:
     """Gates and positions of the first patch."""
     grid = found.config.model.grid
-    y, x = next(iter(found.choice.named_patches(grid).values()))
+    y, x = next(iter(found.patches.values()))
     heads = slice(None) if found.choice.head is None else slice(found.choice.head - 1, found.choice.head)
     axes = {key.removeprefix("positions").removeprefix("_") for key in layer.maps if key.startswith("positions")}
     maps = {
@@ -231,9 +267,6 @@ h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left }
-.first { display: flex; flex-wrap: wrap; gap: 0 2.5rem; align-items: flex-start }
-.first > * { flex: 1 1 21rem; min-width: 0; max-width: 40rem }
-.first table { width: 100% }
 figure { container-type: inline-size }
 .panels { display: grid; gap: 1rem; align-items: start }
 svg { display: block; width: 100%; height: auto; max-width: 32rem }
@@ -248,19 +281,15 @@ figcaption, .about { color: #555; font-size: .9rem }
 
 def page(found: Explanation) -> str:
     """The whole page as one text."""
-    image, *maps = _pairs(found)
     sections = [
         f"<h1>{_text(_headline(found))}</h1>",
         f"<p class=about>{_text(_about(found))}</p>",
         *_unlike(found),
-        f"<div class=first><div>{image.svg()}</div><div>",
-        "<h2>Prediction</h2>",
-        _table(["class", "probability"], [[row["class"], row["value"]] for row in found.probabilities]),
-        "<h2>Health of the encoding on this image</h2>",
+        _figure(_opening(found), _opening_words(found)),
+        "<h2>Checks of the encoding on this image</h2>",
         _health(found),
-        "</div></div>",
-        *_figures(found, maps),
-        "<h2>Numbers of this image, by layer</h2>",
+        *_figures(found),
+        "<h2>Numbers by layer</h2>",
         _layer_table(found),
     ]
     head = f"{META}<title>{_text(found.image_path.name)}</title>"
@@ -273,7 +302,7 @@ def page(found: Explanation) -> str:
 
 def _headline(found: Explanation) -> str:
     best = found.probabilities[0]
-    return f"{found.image_path.name}: {best['class']}, {best['value']:.1%}"
+    return f"{found.image_path.name}: predicted {best['class']}, {best['value']:.1%}"
 
 
 def _about(found: Explanation) -> str:
@@ -299,31 +328,35 @@ def _how_unlike(found: Explanation) -> str:
     return "; ".join(each.sentence for each in found.unlike) + "."
 
 
-def _figures(found: Explanation, maps: list[Drawing]) -> Iterator[str]:
+def _figures(found: Explanation) -> Iterator[str]:
     what = "bias" if found.has_bias else "attention"
-    patches = ", ".join(f"the {name}" for name in found.choice.named_patches(found.config.model.grid))
     yield f"<h2>{what.capitalize()} between patches</h2>"
     if found.has_bias:
-        about = "The bias is added to the logits: against what content alone would give, attention moves from dark to bright."
+        about = "A high bias raises the attention from the query patch to the key patch, a low one lowers it."
     else:
-        about = f"The encoding {found.config.model.encoding} adds no bias in these layers, so this is the attention itself."
+        about = f"The encoding {found.config.model.encoding} adds no bias in these layers, so the attention is shown."
+    named = named_marks(found.patches)[1]
     yield _figure(
-        maps,
-        f"{what.capitalize()} between all patches, and from {patches} to all others, by layer, on one scale a layer. {about}",
+        _pairs(found),
+        f"{what.capitalize()} by layer, each layer on a scale of its own. Above: all pairs, queries down, keys across. Below: "
+        f"from one query patch to all keys ({named}). {about}",
     )
     layer = found.counting_layer()
     if layer is not None:
         share = found.number("bias_variance_share", layer.number)
-        name, (y, x) = next(iter(found.choice.named_patches(found.config.model.grid).items()))
-        why = f", whose bias makes up most of its logits ({share:.0%} of their variance)" if share is not None else ""
-        about = f"Gates and positions of the {name} (row {y}, column {x}) in layer {layer.number}, by head and axis"
-        about += ("" if found.choice.layer else why) + ". A gate says how much a patch counts; a position is a sum of gates "
-        about += "along the line, counted as the encoding does."
+        y, x = next(iter(found.patches.values()))
+        why = f", the layer in which the bias has the largest share of the variance of the logits ({share:.0%})"
+        about = f"Gates and positions of patch a (row {y}, column {x}) in layer {layer.number}"
+        about += (why if share is not None and not found.choice.layer else "") + ", by head. "
+        about += "A gate, from 0 to 1, is how much patch a counts the patch in this place; a position is a sum of gates along "
+        about += "the line, in the direction in which the encoding counts."
         yield "<h2>Gates and positions</h2>"
         yield _figure(_counts(found, layer), about)
     yield f"<h2>{what.capitalize()} against distance</h2>"
-    about = "mean of all pairs, band: one standard deviation. A flat line: it does not depend on how far apart two patches are."
-    yield _figure(_distance(found), f"{what.capitalize()} against the distance of two patches, by layer; {about}")
+    about = (
+        "Line: mean over all pairs at that distance; band: one standard deviation. A flat line means no dependence on distance."
+    )
+    yield _figure(_distance(found), f"{what.capitalize()} against the distance between two patches, by layer. {about}")
 
 
 def _figure(panels: list[Drawing], caption: str) -> str:
@@ -360,9 +393,9 @@ def _layer_table(found: Explanation) -> str:
 def _health(found: Explanation) -> str:
     messages = [row["message"] for row in found.rows if "message" in row]
     if not any(row["name"] == "bias_mean" for row in found.rows):
-        return "<p>The layers add no bias and count no positions: there is nothing to check here.</p>"
+        return "<p>The encoding has no bias, gates or positions, so there is nothing to check.</p>"
     if not messages:
-        return "<p>Gates, positions and bias are within all limits on this image (docs/evaluation/health.md has them).</p>"
+        return "<p>No warnings: gates, positions and bias are within the limits of docs/evaluation/health.md.</p>"
     return "<ul>" + "".join(f"<li>{_text(message)}</li>" for message in messages) + "</ul>"
 
 

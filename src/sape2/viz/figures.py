@@ -15,6 +15,7 @@ from sape2.viz.panels import (
     NARROW,
     SECOND,
     Mark,
+    Over,
     heads_panel,
     image_panel,
     limits_of,
@@ -31,26 +32,36 @@ COLOURS = (FIRST, SECOND)
 WIDER = 210.0  # of a map where there are few
 
 
+def named_marks(patches: dict[str, Patch]) -> tuple[list[Mark], str]:
+    """A mark with a letter for each patch, and which letter is which."""
+    marks = [Mark(patch, LETTERS[at % len(LETTERS)], COLOURS[at % len(COLOURS)]) for at, patch in enumerate(patches.values())]
+    return marks, "; ".join(f"{mark.letter}: {name}" for mark, name in zip(marks, patches, strict=True))
+
+
+def overlay_figure(pixels: np.ndarray, grid: Grid, marks: Sequence[Mark], maps: dict[str, Over]) -> list[Drawing]:
+    """Figure 4 of the paper: the image with its marked patches, and what the first of them sees drawn over it, map by map."""
+    height, width = pixels.shape[-2:]
+    shown = [image_panel(pixels, grid, marks, "Image", f"{height}x{width} px, {grid[0]}x{grid[1]} patches")]
+    return shown + [image_panel(pixels, grid, marks, title, over.unit, over=over) for title, over in maps.items()]
+
+
 def pairs_figure(
-    image: UInt8[Tensor, "channels height width"],
     layers: dict[str, Float[Tensor, "tokens tokens"]],
     grid: Grid,
     patches: dict[str, Patch],
     quantity: str = "bias (logits)",
 ) -> list[Drawing]:
-    """Figure 4 of the paper: what the layers give between all patches, and from each named patch (row, column) to all others.
+    """The bias or the attention of the layers between all patches, and from each named patch (row, column) to all others.
 
-    The image, then a drawing for each layer, or for each map of a single layer; one colour scale for all maps of a layer.
+    A drawing for each layer, or for each map of a single layer; one colour scale for all maps of a layer.
     """
-    marks = [Mark(patch, LETTERS[at % len(LETTERS)], COLOURS[at % len(COLOURS)]) for at, patch in enumerate(patches.values())]
-    note = "; ".join(f"{mark.letter}: the {name}" for mark, name in zip(marks, patches, strict=True))
-    found = [image_panel(image.numpy(), grid, marks, "Image", note)]
+    marks, found = named_marks(patches)[0], []
     width = NARROW if len(layers) > 4 else WIDER
     for name, pairs in layers.items():
         values = pairs.double().numpy()
         limits = limits_of([values])
         maps = [
-            map_panel(values[y * grid[1] + x].reshape(grid), f"from {mark.letter}", quantity, [mark], limits, width=width)
+            map_panel(values[y * grid[1] + x].reshape(grid), f"from patch {mark.letter}", quantity, [mark], limits, width=width)
             for mark, (y, x) in zip(marks, patches.values(), strict=True)
         ]
         parts = [matrix_panel(values, f"{name}: all pairs", quantity, limits, width), *maps]
@@ -102,12 +113,13 @@ def even_columns(number: int, most: int) -> int:
     return -(-number // -(-number // most))
 
 
-def as_one(title: str, about: str, beside: Sequence[Drawing], drawings: Sequence[Drawing]) -> Drawing:
-    """For a file: a heading, some drawings below each other, and right of them the others in even rows of at most six."""
+def as_one(title: str, about: str, first: Sequence[Drawing], drawings: Sequence[Drawing]) -> Drawing:
+    """For a file: a heading, the first drawings beside each other, and below them the others in even rows of at most six."""
     columns = even_columns(len(drawings), 6)
-    body = flow([stack(beside), flow(drawings, columns * (max(d.width for d in drawings) + 16))], 1e9, 24)
-    head = [written([title], body.width, 18, True), written(wrapped(about, int(body.width / 7)), body.width, 12)]
-    return framed(stack([*head, body], 12, title))
+    top, below = flow(first, 1e9), flow(drawings, columns * (max(d.width for d in drawings) + 16))
+    width = max(top.width, below.width)
+    head = [written([title], width, 18, True), written(wrapped(about, int(width / 7)), width, 12)]
+    return framed(stack([*head, top, below], 16, title))
 
 
 def written(lines: Sequence[str], width: Length, size: Length, bold: bool = False) -> Drawing:

@@ -33,6 +33,9 @@ Patch = tuple[int, int]
 Limits = tuple[Length, Length]
 
 WIDE, NARROW = 340.0, 164.0  # one panel, or two, on a screen of 390 px
+OVERLAID = 200.0  # of an image, with or without a map over it
+PATCH_EDGE = "#80808059"
+ROUNDING = 1e-5  # of a number: what is less apart is the same
 HEAD = 34.0  # of the title and the line below it
 FIRST, SECOND = "#b84e00", "#0060a0"  # vermilion and blue, dark enough to be text on white (5:1)
 LINE_NAMES = {"x": "row", "y": "column"}
@@ -54,6 +57,19 @@ def number(value: Length, digits: int = 3) -> str:
     return f"{value:.{max(0, digits - max(0, len(str(int(abs(value)))) - 1))}f}"
 
 
+def ends_of(limits: Limits) -> tuple[str, str]:
+    """Both ends of a scale, with enough digits to read their difference; the second is empty where that is rounding."""
+    apart = limits[1] - limits[0]
+    if apart <= 1.01 * ROUNDING * abs(limits[1]):
+        return number(limits[0]), ""
+    limits = tuple(0.0 if abs(value) < 1e-3 * apart else value for value in limits)
+    for digits in range(3, 12):
+        low, high = number(limits[0], digits), number(limits[1], digits)
+        if abs(float(high) - float(low) - apart) <= 0.1 * apart:
+            break
+    return low, high
+
+
 def place(patch: Patch) -> str:
     return f"row {patch[0]}, column {patch[1]}"
 
@@ -61,20 +77,54 @@ def place(patch: Patch) -> str:
 # --- the image -------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Over:
+    """Values of the patches, (H, W), to be drawn over an image; opacity from 0, the image alone, to 1, the values alone."""
+
+    values: np.ndarray
+    unit: str
+    limits: Limits | None = None
+    opacity: Length = 0.6
+
+
 def image_panel(
-    pixels: np.ndarray, grid: Grid, marks: Sequence[Mark], title: str, note: str = "", wide: Length = WIDE
+    pixels: np.ndarray,
+    grid: Grid,
+    marks: Sequence[Mark],
+    title: str,
+    note: str = "",
+    width: Length = OVERLAID,
+    over: Over | None = None,
 ) -> Drawing:
-    """The image, (channels, height, width) uint8, with its patches; a click on one chooses it."""
-    height, width = pixels.shape[-2:]
-    side = (wide / width) * height
-    shown = Raster(0, HEAD, wide, side, in_colour(pixels))
-    cell_h, cell_w = side / grid[0], wide / grid[1]
-    cells = [
-        Rect(x * cell_w, HEAD + y * cell_h, cell_w, cell_h, "none", "#80808059", 0.5, place((y, x)), f"{y},{x}")
-        for y, x in np.ndindex(*grid)
-    ]
+    """The image, (channels, height, width) uint8, with its patches; a click on one chooses it.
+
+    With `over` its values lie over the image in colour, as in figure 4 of the paper, with their scale below.
+    """
+    tall, broad = pixels.shape[-2:]
+    zoom = min(width / broad, 1.25 * width / tall)
+    cell_h, cell_w = zoom * tall / grid[0], zoom * broad / grid[1]
+    shown = Raster(0, HEAD, zoom * broad, zoom * tall, in_colour(pixels))
+    fills = None if over is None else _fills(over)
+    cells = []
+    for y, x in np.ndindex(*grid):
+        box = (x * cell_w, HEAD + y * cell_h, cell_w, cell_h)
+        if over is None or fills is None:
+            cells.append(Rect(*box, "none", PATCH_EDGE, 0.5, place((y, x)), f"{y},{x}"))
+        else:
+            says = f"{place((y, x))}: {over.values[y, x]:.5g} {over.unit}"
+            cells.append(Rect(*box, code(fills[y, x]), PATCH_EDGE, 0.5, says, f"{y},{x}", over.opacity))
     frames = [shape for mark in marks for shape in _frame(mark, 0, HEAD, cell_w, cell_h)]
-    return Drawing(wide, HEAD + side, (*heading(title, note), shown, *cells, *frames), f"{title} {note}")
+    shapes = (*heading(title, note), shown, *cells, *frames)
+    bottom = HEAD + zoom * tall
+    if over is None:
+        return Drawing(width, bottom, shapes, f"{title} {note}")
+    scale = _scale(over.limits or limits_of([over.values]), SEQUENTIAL, bottom + 6, zoom * broad)
+    return Drawing(width, bottom + 28, (*shapes, *scale), f"{title} ({note}), over the image")
+
+
+def _fills(over: Over) -> np.ndarray:
+    low, high = over.limits or limits_of([over.values])
+    return colour((over.values - low) / (high - low))
 
 
 def in_colour(pixels: np.ndarray) -> np.ndarray:
@@ -102,11 +152,11 @@ def heading(title: str, note: str) -> tuple[Shape, ...]:
 
 
 def limits_of(values: Sequence[np.ndarray] | np.ndarray, signed: bool = False) -> Limits:
-    """From the smallest to the largest value; around 0 for differences."""
+    """From the smallest to the largest value; around 0 for differences. Rounding alone is not stretched over all colours."""
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     if signed:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))
-    return low, max(high, low + 1e-9)
+    return low, max(high, low + 1e-9, low + ROUNDING * abs(high))
 
 
 def map_panel(
@@ -140,8 +190,9 @@ def _cell(patch: Patch, size: Length, fill: str, says: str) -> Rect:
 
 def _scale(limits: Limits, colours: Sequence[str], y: Length, width: Length, x: Length = 0.0) -> Iterator[Shape]:
     yield Raster(x, y, width, 6, colour(np.linspace(0, 1, 64)[None], colours))
-    yield Text(x, y + 18, number(limits[0]), 10.5, FAINT)
-    yield Text(x + width, y + 18, number(limits[1]), 10.5, FAINT, "end")
+    low, high = ends_of(limits)
+    yield Text(x, y + 18, low if high else f"{low} everywhere", 10.5, FAINT)
+    yield Text(x + width, y + 18, high, 10.5, FAINT, "end")
 
 
 def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits | None = None, width: Length = NARROW) -> Drawing:

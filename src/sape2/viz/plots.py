@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sape2.viz.base import shortened
 from sape2.viz.drawing import FAINT, INK, Dot, Drawing, Length, Line, Rect, Shape, Text
-from sape2.viz.panels import FIRST, HEAD, LINE_NAMES, SECOND, WIDE, Grid, Limits, heading, limits_of, number
+from sape2.viz.panels import FIRST, HEAD, LINE_NAMES, OVERLAID, SECOND, WIDE, Grid, Limits, ends_of, heading, limits_of
 
 
 class Plot(NamedTuple):
@@ -32,13 +33,14 @@ class Plot(NamedTuple):
     def axes(self, across: str, ticks: Sequence[Length]) -> Iterator[Shape]:
         """A frame of ticks: the ends of the vertical scale, zero, and `ticks` below."""
         bottom = self.top + self.height
+        texts = dict(zip(self.up, ends_of(self.up), strict=True))
         yield Line(((self.left, self.top), (self.left, bottom), (self.left + self.width, bottom)), "#808080")
         for value in sorted({*self.up, *([0.0] if self.up[0] < 0 < self.up[1] else [])}):
             y = self.at(self.across[0], value)[1]
             if value == 0 and min(abs(y - self.top), abs(y - bottom)) < 12:
                 continue
             yield Line(((self.left - 3, y), (self.left, y)), "#808080")
-            yield Text(self.left - 5, y + 4, number(value), 10.5, FAINT, "end")
+            yield Text(self.left - 5, y + 4, texts.get(value, "0"), 10.5, FAINT, "end")
         for value in ticks:
             x = self.at(value, self.up[0])[0]
             yield Line(((x, bottom), (x, bottom + 3)), "#808080")
@@ -105,16 +107,15 @@ def pair_panel(first: np.ndarray, second: np.ndarray, axis: str, title: str, not
 
 
 def bars_panel(names: Sequence[str], values: Sequence[Length], title: str, note: str = "") -> Drawing:
-    """Shares from 0 to 1, the name before and the number behind each bar."""
-    left, tall, longest = 96.0, 24.0, WIDE - 96 - 58
+    """Shares from 0 to 1, each a bar below its name and its number."""
+    width, tall = OVERLAID, 34.0
     shapes: list[Shape] = list(heading(title, note))
-    for line, (name, value) in enumerate(zip(names, values, strict=True)):
+    for line, (name, short, value) in enumerate(zip(names, shortened(names, 24), values, strict=True)):
         top = HEAD + line * tall
-        name = name if len(name) <= 14 else f"{name[:13]}."
-        shapes.append(Text(left - 6, top + 15, name, 11.5, INK, "end"))
-        shapes.append(Rect(left, top + 3, max(value * longest, 0.5), tall - 8, FAINT, title=f"{name}: {value:.6f}"))
-        shapes.append(Text(left + value * longest + 5, top + 15, f"{value:.1%}", 11.5))
-    return Drawing(WIDE, HEAD + len(names) * tall, tuple(shapes), f"{title}: {names[0]} {values[0]:.1%}")
+        shapes += [Text(0, top + 15, short, 12), Text(width, top + 15, f"{value:.1%}", 12, INK, "end")]
+        shapes.append(Rect(0, top + 20, width, 7, "#e4e4e4", title=f"{name}: {value:.6f}"))
+        shapes.append(Rect(0, top + 20, max(value * width, 0.5), 7, SECOND, title=f"{name}: {value:.6f}"))
+    return Drawing(width, HEAD + len(names) * tall, tuple(shapes), f"{title}: {names[0]} {values[0]:.1%}")
 
 
 def distance_panel(maps: np.ndarray, grid: Grid, title: str, unit: str, limits: Limits | None = None) -> Drawing:

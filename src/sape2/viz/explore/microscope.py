@@ -93,6 +93,7 @@ class Microscope:
             _check_within("shift", shift, -length, length)
         if state.border not in get_args(Border):
             raise ValueError(f"border must be one of {', '.join(get_args(Border))}; got {state.border!r}")
+        _check_within("opacity", state.opacity, 0, 100)
         self._check_beside(state.beside)
 
     def _check_beside(self, beside: str) -> None:

@@ -1,6 +1,6 @@
 // The page's own part: the state in the address, clicks and keys on panels, one request for what is to be shown.
 window.sape2 = (() => {
-  const names = ["image", "layer", "head", "patch", "other", "size", "shift", "border", "beside"];
+  const names = ["image", "layer", "head", "patch", "other", "size", "shift", "border", "beside", "opacity"];
   let state = new URLSearchParams();
   let wanted = null; // the query to ask for next; those in between are passed over
   let asking = false;
@@ -25,6 +25,7 @@ window.sape2 = (() => {
     say("");
     state = new URLSearchParams(answer.query);
     view.innerHTML = answer.html;
+    view.style.setProperty("--opacity", Number(new URLSearchParams(answer.query).get("opacity")) / 100);
     find("sape2-rest").innerHTML = answer.rest;
     view.dataset.query = answer.query;
     find("sape2-status").textContent = answer.status;
@@ -58,6 +59,7 @@ window.sape2 = (() => {
     const next = new URLSearchParams(state);
     Object.entries(changes).forEach(([name, value]) => next.set(name, value));
     if ("size" in changes) ["patch", "other"].forEach((name) => next.set(name, rescaled(name, changes.size)));
+    if ("opacity" in changes) find("sape2-view").style.setProperty("--opacity", changes.opacity / 100);
     state = next; // so that a second change before the answer keeps the first
     return show(decodeURIComponent(next.toString()));
   }
@@ -80,8 +82,8 @@ window.sape2 = (() => {
     const [dy, dx] = pair("shift");
     const image = state.get("image") || "";
     const sample = image.startsWith("test:") ? Number(image.slice(5)) : 0;
-    return [sample, Number(state.get("layer")), Number(state.get("head")), state.get("size"), dx, dy,
-      state.get("border"), state.get("beside")];
+    return [sample, Number(state.get("layer")), Number(state.get("head")), Number(state.get("opacity")),
+      state.get("size"), dx, dy, state.get("border"), state.get("beside")];
   }
 
   async function start() {
@@ -167,5 +169,5 @@ window.sape2 = (() => {
     window.addEventListener("pointerup", () => { justDragged = Boolean(released()); });
   }
 
-  return { set, controls, start, uploaded, state: () => state.toString() };
+  return { set, pair, controls, start, uploaded, state: () => state.toString() };
 })();

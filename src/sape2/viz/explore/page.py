@@ -28,8 +28,8 @@ from sape2.viz.explore.views import to_drawing, to_html, to_json
 LARGEST_UPLOAD = "64mb"
 USUAL_PORTS = range(7860, 7960)
 HELP = (
-    "Click a patch to look from it (i), with Shift for a second one (n). In the view arrow keys move i, with Shift n; Escape "
-    "removes n. Drag the image with the mouse, with Alt by whole patches."
+    "Click a patch to make it the query patch i; Shift and click for a second patch n. Arrow keys move i, with Shift n; Escape "
+    "removes n. Drag the image to shift it, with Alt by whole patches."
 )
 
 
@@ -103,7 +103,7 @@ def status(view: View) -> str:
     column = view.columns[0]
     (name, probability), (y, x) = column.prediction[0], column.patch
     other = "" if column.other is None else f", n at row {column.other[0]}, column {column.other[1]}"
-    return f"{column.name}. i at row {y}, column {x}{other}. Answer: {name}, {probability:.1%}."
+    return f"{column.name}. i at row {y}, column {x}{other}. Prediction: {name}, {probability:.1%}."
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ def _text(name: str) -> str:
 
 
 def build_blocks(gradio: Any, microscope: Microscope, take: Callable[[str | None], str]) -> Any:
-    """Controls on the left, the view on the right; on a phone the image, the controls, and the rest of the view."""
+    """Controls on the left, the view on the right; on a phone the maps over the image, the controls, the rest of the view."""
     state, config = microscope.start, microscope.subject.config.model
     with gradio.Blocks(title="sape2 explore", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gradio.HTML(_top(microscope))
@@ -188,9 +188,10 @@ SET = {  # what each control changes; both shifts stand in one pair
     "image": "(v) => { sape2.set({image: `test:${v}`}) }",
     "layer": "(v) => { sape2.set({layer: v}) }",
     "head": "(v) => { sape2.set({head: v}) }",
+    "opacity": "(v) => { sape2.set({opacity: v}) }",
     "size": "(v) => { sape2.set({size: v}) }",
-    "right": "(v) => { sape2.set({shift: `${sape2.controls()[5]},${v}`}) }",
-    "down": "(v) => { sape2.set({shift: `${v},${sape2.controls()[4]}`}) }",
+    "right": "(v) => { sape2.set({shift: `${sape2.pair('shift')[0]},${v}`}) }",
+    "down": "(v) => { sape2.set({shift: `${v},${sape2.pair('shift')[1]}`}) }",
     "border": "(v) => { sape2.set({border: v}) }",
     "beside": "(v) => { sape2.set({beside: v}) }",
 }
@@ -203,14 +204,15 @@ def _controls(gradio: Any, microscope: Microscope, state: State) -> dict[str, An
     (height, width), last = config.image_size, len(microscope.samples) - 1
     sizes = [f"{size[0]}x{size[1]}" for size in microscope.sizes]
     return {
-        "image": gradio.Slider(0, last, 0, step=1, label="Image of the test set", elem_id="sape2-image"),
+        "image": gradio.Slider(0, last, 0, step=1, label="Test image", elem_id="sape2-image"),
         "layer": gradio.Slider(1, config.depth, state.layer, step=1, label="Layer", elem_id="sape2-layer"),
         "head": gradio.Radio(heads, value=state.head, label="Head", elem_id="sape2-head"),
+        "opacity": gradio.Slider(0, 100, state.opacity, step=5, label="Map opacity (%)", elem_id="sape2-opacity"),
         "size": gradio.Dropdown(sizes, value=f"{height}x{width}", label="Size (height x width, px)", elem_id="sape2-size"),
-        "right": gradio.Slider(-width, width, 0, step=1, label="Shift to the right (px)", elem_id="sape2-right"),
+        "right": gradio.Slider(-width, width, 0, step=1, label="Shift right (px)", elem_id="sape2-right"),
         "down": gradio.Slider(-height, height, 0, step=1, label="Shift down (px)", elem_id="sape2-down"),
-        "border": gradio.Radio(["circular", "reflect"], value="circular", label="What comes in at the border"),
-        "beside": gradio.Dropdown(_beside(microscope), value=state.beside, label="Beside it", elem_id="sape2-beside"),
+        "border": gradio.Radio(["circular", "reflect"], value="circular", label="Border of a shifted image"),
+        "beside": gradio.Dropdown(_beside(microscope), value=state.beside, label="Compare with", elem_id="sape2-beside"),
     }
 
 

@@ -17,7 +17,7 @@ class State:
     """Everything that decides what is shown; it stands in the address of the page.
 
     `image` is test:NUMBER or upload:KEY; `size` HxW in pixels; `shift` (dy, dx) in pixels, positive down and to the right;
-    `beside` is what stands in a second column: nothing, head:N, layer:N, before (the image not moved) or run (the other run).
+    `opacity` is that of the maps over the image, in percent; `beside` is what stands in a second column: nothing, head:N, layer:N, before (the image not moved) or run (the other run).
     """
 
     image: str = "test:0"
@@ -29,6 +29,7 @@ class State:
     shift: tuple[int, int] = (0, 0)
     border: Border = "circular"
     beside: str = "nothing"
+    opacity: int = 60
 
     def query(self) -> str:
         """As it stands in the address."""
@@ -42,6 +43,7 @@ class State:
             "shift": "{},{}".format(*self.shift),
             "border": self.border,
             "beside": self.beside,
+            "opacity": str(self.opacity),
         }
         return urlencode(texts, safe=":,")
 
@@ -61,7 +63,7 @@ def parse_state(query: str, default: State) -> State:
 
 
 def _parse(name: str, text: str) -> Any:
-    if name in ("layer", "head"):
+    if name in ("layer", "head", "opacity"):
         return whole_number(name, text)
     if name == "other" and text == "none":
         return None

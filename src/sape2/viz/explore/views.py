@@ -11,12 +11,14 @@ import numpy as np
 
 from sape2.viz.drawing import Drawing, escape, flow, framed, stack
 from sape2.viz.explore.columns import Column, View
-from sape2.viz.figures import wrapped, written
+from sape2.viz.figures import overlay_figure, wrapped, written
 from sape2.viz.panels import (
     FIRST,
+    OVERLAID,
     SECOND,
+    Limits,
     Mark,
-    image_panel,
+    Over,
     limits_of,
     line_panel,
     map_panel,
@@ -25,7 +27,7 @@ from sape2.viz.panels import (
 )
 from sape2.viz.plots import bars_panel, pair_panel, table_panel
 
-BIAS, WEIGHT = "logits", "share of attention"
+BIAS, WEIGHT = "logits", "attention weight"
 AXIS_TITLES = {"x": "Along the row", "y": "Along the column"}
 TABLE_TITLES = {"x": "Table of the rows", "y": "Table of the columns", "raster": "Table", "": "Table"}
 
@@ -46,16 +48,19 @@ def sections(view: View) -> list[Section]:
     columns = view.columns
     limits = _shared_limits(columns)
     found = [
-        Section("answer", "Image and answer", _words(view), [[_image(c), _answer(c)] for c in columns]),
-        Section("lines", "1  Gates, positions, position vector", _line_words(columns), [list(_lines(c)) for c in columns]),
-        Section("tables", "2  The table, read between its rows",
-                "Each whole position has a value for patch i, the product of its query (or key) with a row of the table. "
-                "Positions are fractions, so values are read between two rows; in the order of the line they are the vector.",
+        Section("answer", "Bias, attention and prediction", _words(view),
+                [[*_overlaid(c, limits, view.state.opacity / 100), _prediction(c)] for c in columns]),
+        Section("lines", "Gates, positions and position vectors", _line_words(columns), [list(_lines(c)) for c in columns]),
+        Section("tables", "Position table, interpolated",
+                "Grey: the product of the query (or key) of patch i with each row of the position table. Orange: its value at "
+                "the positions of the line of i, which lie between whole rows; in the order of the line they are its position "
+                "vector.",
                 [list(_tables(c)) for c in columns]),
-        Section("maps", "3  From patch i to all patches",
-                "The bias is added to the logits: where it is high, attention rises against what content alone would give.",
+        Section("maps", "Attention with and without the bias",
+                "Without the bias: the softmax of the content logits alone. A high bias raises the attention, a low one lowers "
+                "it.",
                 [list(_maps(c, limits)) for c in columns]),
-        Section("pair", "4  Two patches: why is their distance what it is", _pair_words(columns),
+        Section("pair", "Distance between patches i and n", _pair_words(columns),
                 [list(_pairs(c)) for c in columns]),
     ]  # fmt: skip
     shown = [section for section in found if any(section.panels) or (section.key == "pair" and columns[0].other)]
@@ -72,15 +77,17 @@ def _marks(column: Column) -> list[Mark]:
     return [Mark(column.patch, "i", FIRST), *other]
 
 
-def _image(column: Column) -> Drawing:
-    height, width = column.pixels.shape[-2:]
-    return image_panel(column.pixels, column.grid, _marks(column), "Image",
-                       f"{height} x {width} pixels in {column.grid[0]} x {column.grid[1]} patches")  # fmt: skip
+def _overlaid(column: Column, limits: dict[str, Limits], opacity: float) -> list[Drawing]:
+    """The image, and over it the bias and the attention from patch i."""
+    maps = {"Attention from i": Over(column.attention, WEIGHT, limits["attention"], opacity)}
+    if column.bias is not None:
+        maps = {"Bias from i": Over(column.bias, BIAS, limits["bias"], opacity)} | maps
+    return overlay_figure(column.pixels, column.grid, _marks(column), maps)
 
 
-def _answer(column: Column) -> Drawing:
+def _prediction(column: Column) -> Drawing:
     names, values = zip(*column.prediction, strict=True)
-    return bars_panel(names, values, "The model's answer", "probability of a class")
+    return bars_panel(names, values, "Prediction", "class probability")
 
 
 def _lines(column: Column) -> Iterator[Drawing]:
@@ -102,8 +109,8 @@ def _tables(column: Column) -> Iterator[Drawing]:
             yield table_panel(seen.products, seen.positions, axis, TABLE_TITLES[axis])
 
 
-def _shared_limits(columns: Sequence[Column]) -> dict[str, tuple[float, float]]:
-    """One scale for the bias, one for attention, whatever the column, so that colours can be compared."""
+def _shared_limits(columns: Sequence[Column]) -> dict[str, Limits]:
+    """One scale for the bias and one for the attention in all columns, so that colours can be compared."""
     limits = {"attention": limits_of([m for c in columns for m in (c.attention, c.attention_without_bias)])}
     biases = [column.bias for column in columns if column.bias is not None]
     if biases:
@@ -112,16 +119,14 @@ def _shared_limits(columns: Sequence[Column]) -> dict[str, tuple[float, float]]:
     return limits
 
 
-def _maps(column: Column, limits: dict[str, tuple[float, float]]) -> Iterator[Drawing]:
-    marks = _marks(column)
+def _maps(column: Column, limits: dict[str, Limits]) -> Iterator[Drawing]:
     if column.bias is None:
-        yield map_panel(column.attention, "Attention", WEIGHT, marks, limits["attention"])
         return
-    yield map_panel(column.bias, "Bias", BIAS, marks, limits["bias"])
-    yield map_panel(column.attention_without_bias, "Attention, no bias", WEIGHT, marks, limits["attention"])
-    yield map_panel(column.attention, "Attention with bias", WEIGHT, marks, limits["attention"])
+    marks = _marks(column)
+    yield map_panel(column.attention_without_bias, "Without the bias", WEIGHT, marks, limits["attention"], width=OVERLAID)
+    yield map_panel(column.attention, "With the bias", WEIGHT, marks, limits["attention"], width=OVERLAID)
     change = column.attention - column.attention_without_bias
-    yield map_panel(change, "What the bias adds", WEIGHT, marks, limits["change"], signed=True)
+    yield map_panel(change, "Difference", WEIGHT, marks, limits["change"], signed=True, width=OVERLAID)
 
 
 def _pairs(column: Column) -> Iterator[Drawing]:
@@ -142,17 +147,17 @@ def _words(view: View) -> str:
 
 
 def _about(column: Column) -> str:
-    if column.axes:
-        return "Patch i is where one looks from."
-    if column.bias is not None:
-        return f"The encoding {column.encoding} adds a bias but counts nothing: there are no gates and no positions to see."
-    return f"The encoding {column.encoding} adds no bias in this layer: what there is to see is the attention."
+    attention = "the attention is how much patch i attends to each patch"
+    if column.bias is None:
+        return f"The encoding {column.encoding} adds no bias in this layer; {attention}."
+    gates = "" if column.axes else " It has no gates and no positions."
+    return f"The bias is what {column.encoding} adds to the attention logits of patch i; {attention}.{gates}"
 
 
 def _line_words(columns: Sequence[Column]) -> str:
     return (
-        "A gate says how much patch i lets a patch of its line count (0 to 1). A position is a sum of gates, counted as the "
-        "encoding does, in rows of its table. The vector is what the table gives at these positions."
+        "A gate, from 0 to 1, is how much patch i counts a patch of its row or column. A position is a sum of gates along the "
+        "line. The position vector holds the values of the position table at these positions."
     )
 
 
@@ -216,7 +221,7 @@ def to_html(view: View) -> tuple[str, str]:
 def _section_html(section: Section, view: View) -> str:
     columns = []
     for column, panels in zip(view.columns, section.panels, strict=False):
-        name = f"<h3>{escape(column.name)}</h3>" if section.key == "answer" or len(view.columns) > 1 else ""
+        name = f"<h3>{escape(column.name)}</h3>" if len(view.columns) > 1 else ""
         body = "".join(f"<div class='sape2-panel'>{panel.svg()}</div>" for panel in panels) or "<p>Nothing to show here.</p>"
         kind = "sape2-narrow" if all(panel.width < 300 for panel in panels) else "sape2-wide"
         body = f"<div class='sape2-panels {kind}' style='--number: {len(panels)}'>{body}</div>"
