@@ -2,7 +2,8 @@
 
 Command:  python benchmarks/cifar10_measures.py RUN [RUN ...]   keeps what `sape2 evaluate` left in them in
           benchmarks/results/cifar10_measures.jsonl, and prints the tables;
-          python benchmarks/cifar10_measures.py                 prints them from the rows that are kept.
+          python benchmarks/cifar10_measures.py                 prints them from the rows that are kept;
+          both draw docs/figures/cifar10_short_{shift,equivariance,resolution,grouping}.png from these rows.
 
 Conditions that all runs share (recipe, model, data, split, machine) are kept once, in the first line; the wording of the
 protocols is in docs/evaluation.
@@ -17,9 +18,11 @@ from typing import Any
 from kept import keep_and_print, last_test_rows, six_digits
 from timing import RESULTS, Row
 
+from sape2 import viz
 from sape2.evaluation.report import markdown_table
-from sape2.training.run_folder import read_config
+from sape2.training.run_folder import read_config, read_rows
 
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 ROWS = RESULTS / "cifar10_measures.jsonl"
 SHARED = ("recipe", "model", "data", "epochs", "seed", "precision", "torch", "hardware", "split", "weights")
 LEFT_OUT = (*SHARED, "protocol", "head", "class")
@@ -120,13 +123,23 @@ def _short(row: Row) -> Row:
     return {key: six_digits(value) if isinstance(value, float) else value for key, value in kept.items()}
 
 
+def by_encoding(rows: list[Row]) -> dict[str, list[Row]]:
+    encodings = dict.fromkeys(row["encoding"] for row in rows if "encoding" in row)
+    return {encoding: [row for row in rows if row.get("encoding") == encoding] for encoding in encodings}
+
+
+def draw(rows: list[Row]) -> None:
+    """The pictures of docs/results.md; the other sign is in the tables only."""
+    runs = {name: mine for name, mine in by_encoding(rows).items() if not name.endswith("sign=minus")}
+    notes = viz.Notes(about="vit_nano, cifar10, 2 epochs, one seed; test set, last weights")
+    viz.plot_measures(runs, ["shift", "resolution", "grouping"], FIGURES, notes=notes, beginning="cifar10_short_")
+
+
 def tables(rows: list[Row]) -> str:
     """One table a question, one line an encoding."""
     parts = []
-    encodings = dict.fromkeys(row["encoding"] for row in rows if "encoding" in row)
-    of_encoding = {encoding: [row for row in rows if row.get("encoding") == encoding] for encoding in encodings}
     for title, numbers in TABLES.items():
-        lines = [{"encoding": name} | {n.heading: n.of(mine) for n in numbers} for name, mine in of_encoding.items()]
+        lines = [{"encoding": name} | {n.heading: n.of(mine) for n in numbers} for name, mine in by_encoding(rows).items()]
         shown = [line for line in lines if any(value for key, value in line.items() if key != "encoding")]
         parts.append(f"### {title}\n\n{markdown_table(shown, ['encoding', *(number.heading for number in numbers)])}")
     return "\n".join(parts)
@@ -134,3 +147,4 @@ def tables(rows: list[Row]) -> str:
 
 if __name__ == "__main__":
     keep_and_print(ROWS, collect, tables)
+    draw(read_rows(ROWS))

@@ -24,6 +24,7 @@ from sape2.viz.base import LINES, MAP_COLOURS, pyplot, save
 PATCH = 40
 TABLE_STD = 0.2  # ten times that of the paper: curves that can be seen with six numbers a patch
 HERE, THERE = (3, 10), (3, 5)  # (row, column): sky, and the tower in the same row
+WIDTH, FONT = 7.0, 10  # inches and points: the smallest text is 9 pixels high where the figure is 500 wide
 OUT = Path(__file__).with_name("one_figure.png")
 
 
@@ -52,24 +53,25 @@ def draw() -> None:
     here, there = (row * grid[1] + column for row, column in (HERE, THERE))
     curve = (q[0, 0, here] @ encoding.table_x.T).detach()
 
-    plt.rcParams.update({"font.size": 11, "axes.titlesize": 12, "axes.titlelocation": "left", "axes.spines.top": False})
-    plt.rcParams["axes.spines.right"] = False
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.6), layout="constrained")
+    plt.rcParams.update({"font.size": FONT, "axes.titlesize": FONT + 1, "axes.titlelocation": "left"})
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(3, 2, figsize=(WIDTH, 1.12 * WIDTH), layout="constrained")
     draw_photograph(axes[0, 0], pixels, grid)
     draw_gates(axes[0, 1], maps["gates_x"][here], pixels)
-    draw_positions(axes[0, 2], maps["positions_x"][here])
-    draw_reading(axes[1, 0], curve, maps["positions_x"][here])
-    draw_vectors(axes[1, 1], maps["vectors_x"][here], maps["vectors_x"][there])
-    draw_bias(figure, axes[1, 2], maps["bias"][here].view(grid))
+    draw_positions(axes[1, 0], maps["positions_x"][here])
+    draw_reading(axes[1, 1], curve, maps["positions_x"][here])
+    draw_vectors(axes[2, 0], maps["vectors_x"][here], maps["vectors_x"][there])
+    draw_bias(figure, axes[2, 1], maps["bias"][here].view(grid))
     save(figure, OUT)
     Image.open(OUT).convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(OUT, optimize=True)
 
 
 def mark(axis: Any, place: tuple[int, int], colour: str, label: str, size: float) -> None:
-    """A frame around a patch, and its letter."""
+    """A patch filled with its colour, and its letter."""
     row, column = place
-    axis.add_patch(pyplot().Rectangle((column * size, row * size), size, size, fill=False, edgecolor=colour, linewidth=3))
-    axis.text((column + 0.5) * size, (row + 0.5) * size, label, color=colour, ha="center", va="center", weight="bold")
+    axis.add_patch(pyplot().Rectangle((column * size, row * size), size, size, facecolor=colour, edgecolor="white"))
+    style = {"color": "white", "ha": "center", "va": "center_baseline", "weight": "bold"}
+    axis.text((column + 0.5) * size, (row + 0.5) * size, label, **style)
 
 
 def draw_photograph(axis: Any, pixels: Tensor, grid: Grid) -> None:
@@ -81,7 +83,7 @@ def draw_photograph(axis: Any, pixels: Tensor, grid: Grid) -> None:
     axis.axhspan(HERE[0] * PATCH, (HERE[0] + 1) * PATCH, color="white", alpha=0.45)
     mark(axis, HERE, LINES[0], "i", PATCH)
     mark(axis, THERE, LINES[1], "n", PATCH)
-    axis.set_title("1  A patch i and the patches of its row")
+    axis.set_title("1  Patches i and n and their row")
     axis.set_axis_off()
 
 
@@ -92,46 +94,46 @@ def draw_gates(axis: Any, gates: Tensor, pixels: Tensor) -> None:
     axis.set(
         xlim=(-0.5, len(gates) - 0.5), ylim=(-0.15, 1.02), xlabel="column j", ylabel="gate", xticks=range(0, len(gates), 5)
     )
-    axis.set_title("2  Gates: does j count for i?")
+    axis.set_title("2  Gates of patch i along its row")
 
 
 def draw_positions(axis: Any, positions: Tensor) -> None:
     columns = range(len(positions))
-    axis.plot(columns, [len(positions) - column for column in columns], "--", color="grey", label="plain counting")
-    axis.plot(columns, positions, "o-", color=LINES[0], label="gated, seen from i")
+    axis.plot(columns, [len(positions) - column for column in columns], "--", color="grey", label="all gates 1")
+    axis.plot(columns, positions, "o-", color=LINES[0], markersize=4, label="gates of i")
     axis.set(xlabel="column m", ylabel="position", ylim=(0, len(positions) + 0.5))
     axis.set(xticks=range(0, len(positions), 5), yticks=range(0, len(positions) + 1, 4))
-    axis.legend(frameon=False, loc="lower left")
-    axis.set_title("3  Gates summed from m to the border")
+    axis.legend(frameon=False, loc="upper right", fontsize=FONT)
+    axis.set_title("3  Positions: sums of gates")
 
 
 def draw_reading(axis: Any, curve: Tensor, positions: Tensor) -> None:
     low = positions.floor().long().clamp(max=len(curve) - 2)
     values = curve[low] + (positions - low) * (curve[low + 1] - curve[low])
-    axis.plot(range(len(curve)), curve, "s-", color="grey", markersize=5, label="query of i times table")
-    axis.plot(positions, values, "o", color=LINES[0], label="read at the positions of 3")
-    axis.set(xlabel="position in the table", ylabel="product")
-    axis.legend(frameon=False)
-    axis.set_title("4  The table, read between its rows")
+    axis.plot(range(len(curve)), curve, "s-", color="grey", markersize=4, label="table rows")
+    axis.plot(positions, values, "o", color=LINES[0], markersize=5, label="positions of 3")
+    axis.set(xlabel="position p", ylabel="query · table")
+    axis.set_ylim(top=2.0)
+    axis.legend(frameon=False, loc="upper right", fontsize=FONT)
+    axis.set_title("4  Table, interpolated")
 
 
 def draw_vectors(axis: Any, here: Tensor, there: Tensor) -> None:
     distance = float((here - there).norm())
     axis.fill_between(range(len(here)), here, there, color="grey", alpha=0.25, linewidth=0)
-    axis.plot(here, "o-", color=LINES[0], label="vector of i")
-    axis.plot(there, "o-", color=LINES[1], label="vector of n")
-    axis.set(xlabel="column m", ylabel="value read", xticks=range(0, len(here), 5))
-    axis.legend(frameon=False)
-    axis.set_title(f"5  Vectors of i and n: {distance:.1f} apart")
+    axis.plot(here, "o-", color=LINES[0], markersize=4, label="i")
+    axis.plot(there, "o-", color=LINES[1], markersize=4, label="n")
+    axis.set(xlabel="column m", ylabel="value", xticks=range(0, len(here), 5))
+    axis.legend(frameon=False, loc="upper left", fontsize=FONT)
+    axis.set_title(f"5  Position vectors, distance {distance:.1f}")
 
 
 def draw_bias(figure: Any, axis: Any, bias: Tensor) -> None:
     image = axis.imshow(bias, cmap=MAP_COLOURS, extent=(0, bias.shape[1], bias.shape[0], 0))
-    axis.add_patch(pyplot().Rectangle(HERE[::-1], 1, 1, fill=False, edgecolor="white", linewidth=2))
-    axis.text(HERE[1] + 0.5, HERE[0] + 0.5, "i", color="white", ha="center", va="center", weight="bold")
-    axis.text(THERE[1] + 0.5, THERE[0] + 0.5, "n", color=LINES[1], ha="center", va="center", weight="bold")
-    figure.colorbar(image, ax=axis, shrink=0.7, label="bias, logits")
-    axis.set_title("6  Rows plus columns: the bias of i")
+    mark(axis, HERE, LINES[0], "i", 1)
+    mark(axis, THERE, LINES[1], "n", 1)
+    figure.colorbar(image, ax=axis, shrink=0.7, label="logits")
+    axis.set_title("6  Bias of i: both axes")
     axis.set_axis_off()
 
 

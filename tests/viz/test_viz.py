@@ -1,5 +1,6 @@
 """Pictures of rows: which points are drawn, where, with which intervals; and that every picture can be made."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib as mpl
@@ -24,6 +25,7 @@ def row(name, value, **conditions):
 def drawn(monkeypatch):
     """The figures that were saved, kept open."""
     figures = []
+    monkeypatch.setattr("sape2.viz.confusion.save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("sape2.viz.curves.save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("sape2.viz.maps.save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("sape2.viz.growth.save", lambda figure, path: figures.append(figure))
@@ -82,14 +84,67 @@ def test_resolution_curves_show_one_rule_and_one_border_each_from_the_size_train
             rows += [row("accuracy_at_size", value - less, **at), row("accuracy_drop", less, **at)]
     viz.plot_resolution({"sape2": rows}, UNUSED)
     titles = [axis.get_title() for axis in drawn[0].axes]
-    assert titles == ["content scaled", "canvas padded, reflected border", "canvas padded, mean colour"]
+    assert titles == ["image resized", "image padded by reflection", "image padded with the mean colour"]
     found = [[(x, round(y, 9)) for x, y in axis.lines[0].get_xydata()] for axis in drawn[0].axes]
     assert found == [
         [(16, 0.4), (32, 0.5), (64, 0.3)],
         [(16, 0.2), (32, 0.5), (64, 0.15)],
         [(16, 0.2), (32, 0.5), (64, 0.1)],
     ]
-    assert drawn[0].axes[0].get_xlabel() == "height of the image (px), trained at 32x32"
+    assert drawn[0].axes[0].get_xlabel() == "image height (px), trained at 32x32"
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        (0, 1, 2, 3, 4, 8, 16),
+        (0, 1, 2, 4, 8, 16, 32, 112),
+        (136, 152, 176, 192, 208, 224, 240, 256, 320, 448),
+        range(0, 1200, 7),
+    ],
+    ids=str,
+)
+def test_labels_of_ticks_do_not_touch(drawn, places):
+    rows = [row("shift_accuracy", 0.5, shift_px=px, axis=axis, border="circular") for px in places for axis in "xy"]
+    viz.plot_shift({"ape": rows}, UNUSED)
+    drawn[0].draw_without_rendering()
+    for axis in (axis for axis in drawn[0].axes if axis.axison):
+        extents = [label.get_window_extent() for label in axis.get_xticklabels() if label.get_text()]
+        assert len(extents) >= 3
+        assert all(left.x1 + 3 <= right.x0 for left, right in pairwise(extents))
+
+
+# --- confusion -------------------------------------------------------------------------------------------------------
+
+
+def confused(number):
+    counts = 50 * torch.eye(number, dtype=torch.long)
+    counts[3, 4], counts[1, 0] = 22, 9
+    return counts, tuple(f"class number {at}" for at in range(number))
+
+
+@pytest.mark.parametrize("number", [5, 20, 100, 1000])
+def test_the_confusion_of_any_number_of_classes_fits_a_screen(tmp_path, number):
+    viz.plot_confusion(*confused(number), tmp_path / "confusion.png", "vit_nano, 500 test images, last weights")
+    width, height = Image.open(tmp_path / "confusion.png").size
+    assert width <= 1440
+    assert height <= 900
+
+
+def test_the_pairs_confused_most_are_listed_and_the_weights_named(drawn):
+    viz.plot_confusion(*confused(100), UNUSED, "vit_nano, 500 test images, last weights")
+    matrix, listed = drawn[0].axes[:2]
+    texts = [text.get_text() for text in listed.texts]
+    assert texts == ["22 (31%)", "3 class number 3 → 4 class number 4", "9 (15%)", "1 class number 1 → 0 class number 0"]
+    assert len(matrix.texts) == 0
+    assert drawn[0].get_suptitle() == "vit_nano, 500 test images, last weights"
+
+
+def test_few_classes_have_their_names_and_numbers(drawn):
+    viz.plot_confusion(*confused(5), UNUSED)
+    matrix = drawn[0].axes[0]
+    assert [label.get_text() for label in matrix.get_yticklabels()] == list(confused(5)[1])
+    assert sorted(int(text.get_text()) for text in matrix.texts) == [9, 22, *[50] * 5]
 
 
 LIFT = {"masks": "scenes", "distance": "far", "chance": 1.0}

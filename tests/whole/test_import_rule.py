@@ -92,8 +92,8 @@ ALLOWED = {
         "config", "data", "detection", "encodings", "evaluation.runs", "models.vit", "training",
     },
     "viz": {
-        "training.files", "viz.base", "viz.curves", "viz.drawing", "viz.figures", "viz.growth", "viz.maps", "viz.measures",
-        "viz.panels", "viz.plots", "viz.probes", "viz.seeds",
+        "training.files", "viz.base", "viz.confusion", "viz.curves", "viz.drawing", "viz.figures", "viz.growth", "viz.maps",
+        "viz.measures", "viz.panels", "viz.plots", "viz.probes", "viz.seeds",
     },
     "viz.explain": {
         "config", "data", "encodings.grid", "evaluation", "models.trained", "training.run_folder", "training.files",

@@ -6,11 +6,11 @@ for pages and for files.
 
 from __future__ import annotations
 
+from sape2.viz.confusion import plot_confusion
 from sape2.viz.curves import (
     Notes,
     NothingToDraw,
     Panel,
-    plot_confusion,
     plot_curves,
     plot_equivariance,
     plot_grouping,

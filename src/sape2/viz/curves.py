@@ -1,4 +1,4 @@
-"""Pictures of runs: training curves, the confusion of classes, and results against shift, size or layer."""
+"""Pictures of runs: training curves, and results against shift, size or layer."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from torch import Tensor
 
 from sape2.viz.base import (
     DASHES,
     LINES,
-    MAP_COLOURS,
     MARKERS,
     as_text,
     legend_below,
@@ -20,7 +18,6 @@ from sape2.viz.base import (
     put_title,
     pyplot,
     save,
-    shortened,
     whole_ticks,
 )
 
@@ -30,12 +27,11 @@ Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 class Notes(NamedTuple):
     """What a picture says beside its curves: what its bands are, and in the title what holds for all of them."""
 
-    band: str = "95 % over images"
+    band: str = "95 % interval over images"
     about: str = ""
 
 
 PLAIN = Notes()
-LONGEST_NAME = 32  # characters of a class beside its row
 
 
 @picture
@@ -60,34 +56,11 @@ def plot_curves(runs: Runs, path: Path, about: str = "") -> None:
         whole_ticks(panel)
         panel.set_ylabel(label)
         panel.grid(alpha=0.3)
-    axes[0].set_title("training targets may be smoothed and mixed, which raises their loss", fontsize=8, loc="left")
+    axes[0].set_title("training loss includes label smoothing and mixup, where used", fontsize=8, loc="left")
     put_title(figure, about)
     kinds = [Line2D([], [], color="black", label="validation"), Line2D([], [], color="black", ls=":", label="training")]
     handles = [*axes[0].get_legend_handles_labels()[0], *kinds]
     legend_below(figure, handles, [str(handle.get_label()) for handle in handles])
-    save(figure, path)
-
-
-@picture
-def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path, about: str = "") -> None:
-    """Rows: the true class; columns: the model's answer; shades: the share of the row; `about` is the title."""
-    plt = pyplot()
-    classes = tuple(shortened([as_text(name) for name in classes], LONGEST_NAME))
-    share = counts.double() / counts.sum(1, keepdim=True).clamp_min(1)
-    figure, panel = plt.subplots(figsize=(0.5 * len(classes) + 2, 0.5 * len(classes) + 1.5))
-    image = panel.imshow(share.numpy(), cmap=MAP_COLOURS, vmin=0, vmax=1)
-    upright = max(map(len, classes)) <= 2
-    panel.set_xticks(range(len(classes)), classes, **({} if upright else {"rotation": 60, "ha": "right"}))
-    panel.set_yticks(range(len(classes)), classes)
-    panel.set_xlabel("answer")
-    panel.set_ylabel("true class")
-    if len(classes) <= 20:
-        for row, column in np.ndindex(*counts.shape):
-            if counts[row, column]:
-                colour = "black" if share[row, column] > 0.6 else "white"
-                panel.text(column, row, int(counts[row, column]), ha="center", va="center", fontsize=7, color=colour)
-    figure.colorbar(image, ax=panel, label="share of the true class (numbers: images)", fraction=0.046)
-    put_title(figure, about)
     save(figure, path)
 
 
@@ -138,7 +111,7 @@ def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, notes: Notes = PL
         axis.set_title(panel.title, fontsize=9)
         if axis in axes[:, 0] or not alike:
             axis.set_ylabel(panel.value)
-        if "(fraction)" in panel.value or "error" in panel.value:
+        if "fraction" in panel.value or "error" in panel.value:
             _start_at_zero(axis, [curves for other, curves in found if other.value == panel.value])
     named = {text: handle for axis in axes.flat for handle, text in zip(*axis.get_legend_handles_labels(), strict=True)}
     order = sorted(named, key=lambda text: [*runs, CHANCE].index(text))
@@ -160,21 +133,22 @@ def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", notes: Note
     """Accuracy (or shift_agreement) against the shift, along both axes, with both borders."""
     value = name.replace("_", " ") + " (fraction)"
     panels = [
-        Panel(name, value, f"moved along {axis}, {border} border", "shift_px", "shift (px)", {"axis": axis, "border": border})
+        Panel(name, value, f"shift along {axis}, {BORDERS[border]}", "shift_px", "shift (px)", {"axis": axis, "border": border})
         for border in ("circular", "reflect")
         for axis in ("x", "y")
     ]
     plot_rows(runs, panels, path, notes)
 
 
+BORDERS = {"circular": "circular border", "reflect": "reflected border"}
+
+
 def plot_equivariance(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
-    """How far features and biases are from moving with an image that moves by one patch around the torus, by layer."""
+    """Relative equivariance error of features and biases under a circular shift by one patch, by layer."""
     shortest = {run: _shortest_shift(rows) for run, rows in runs.items()}
     panels = [
-        Panel(
-            f"{what}_equivariance_error", "error (relative)", f"{title}, moved along {axis}", "layer", "layer", {"axis": axis}
-        )
-        for what, title in (("feature", "features"), ("bias", "bias, row-centred"))
+        Panel(f"{what}_equivariance_error", "relative error", f"{title}, shift along {axis}", "layer", "layer", {"axis": axis})
+        for what, title in (("feature", "features"), ("bias", "row-centred bias"))
         for axis in ("x", "y")
     ]
     plot_rows(shortest, panels, path, notes)
@@ -188,10 +162,10 @@ def _shortest_shift(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot_resolution(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
-    """Accuracy against the test size, content scaled and canvas padded; of every run the rule that it was built with."""
+    """Accuracy against the test size, images resized or padded; of every run with its own position rule."""
     shown = {run: _by_canvas(rows) for run, rows in runs.items()}
     trained = sorted({str(row["size"]) for rows in shown.values() for row in rows if row["trained"]})
-    label = f"height of the image (px), trained at {', '.join(trained)}" if trained else "height of the image (px)"
+    label = f"image height (px), trained at {', '.join(trained)}" if trained else "image height (px)"
     panels = [
         Panel("accuracy_at_size", "accuracy (fraction)", canvas, "size", label, {"canvas": canvas}) for canvas in CANVASES
     ]
@@ -199,9 +173,9 @@ def plot_resolution(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
 
 
 CANVASES = {  # title -> (transform, border)
-    "content scaled": ("scaled", "none"),
-    "canvas padded, reflected border": ("padded", "reflect"),
-    "canvas padded, mean colour": ("padded", "mean"),
+    "image resized": ("scaled", "none"),
+    "image padded by reflection": ("padded", "reflect"),
+    "image padded with the mean colour": ("padded", "mean"),
 }
 
 
@@ -228,19 +202,22 @@ def _own_rule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
-    """What attention and bias know of objects, by layer, mean of heads: on true masks, else on scenes, else on colours."""
+    """Attention and bias between patches of the same and of other objects, by layer, mean of heads.
+
+    Objects are true masks, else those of generated scenes, else colour clusters.
+    """
     masks = next((m for m in MASKS if any(row.get("masks") == m for rows in runs.values() for row in rows)), MASKS[0])
     kinds = (
-        ("same_label_lift", "lift (ratio)", "attention to the same label", "far", {}),
-        ("bias_separation", "d' (standard deviations)", "separation by the bias", "all", {}),
-        ("bias_auroc", "AUROC", "minus the bias as a mark of the same label", "near", {"sign": "minus"}),
-        ("bias_auroc", "AUROC", "minus the bias as a mark of the same label", "far", {"sign": "minus"}),
+        ("same_label_lift", "lift over uniform attention", "attention to patches of the same object", "far", {}),
+        ("bias_separation", "d' (standard deviations)", "bias, same object against others", "all", {}),
+        ("bias_auroc", "AUROC", "negative bias as a score for the same object", "near", {"sign": "minus"}),
+        ("bias_auroc", "AUROC", "negative bias as a score for the same object", "far", {"sign": "minus"}),
     )
     panels = [
         Panel(
             name,
             value,
-            f"{title}\n{far} pairs, {masks}",
+            f"{title}\n{PAIRS[far]}, {masks}",
             "layer",
             "layer",
             {"head": None, "masks": masks, "distance": far} | more,
@@ -251,15 +228,21 @@ def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
 
 
 MASKS = ("given", "scenes", "colour clusters")  # the first that there is
+PAIRS = {"near": "neighbouring patches", "far": "patches further apart", "all": "all pairs of patches"}
 
 
 def plot_health(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
-    """Whether the encoding is at work, by layer: share of the bias, gates and positions at their ends, position in tokens."""
+    """Health of the encoding by layer: share of the bias, saturated gates, clamped positions, position read from tokens."""
     kinds = (
-        ("bias_variance_share", "share (fraction)", "variance of the logits that is the bias", {}),
-        ("gate_saturated_share", "share (fraction)", "gates outside 0.01..0.99, mean of axes", {}),
-        ("position_clamped_share", "share (fraction)", "positions beyond the table, mean of axes", {}),
-        ("position_r2", "R²", "row and column read from tokens, mean of axes,\npatches shuffled", {"patches": "shuffled"}),
+        ("bias_variance_share", "fraction", "share of the bias in the variance of the logits", {}),
+        ("gate_saturated_share", "fraction", "saturated gates (below 0.01 or above 0.99),\nmean of axes", {}),
+        ("position_clamped_share", "fraction", "positions clamped at the end of the table,\nmean of axes", {}),
+        (
+            "position_r2",
+            "R²",
+            "linear probe of tokens for row and column,\nmean of axes, patches shuffled",
+            {"patches": "shuffled"},
+        ),
     )
     panels = [Panel(name, value, title, "layer", "layer", where) for name, value, title, where in kinds]
     plot_rows({run: _mean_of_axes(rows) for run, rows in runs.items()}, panels, path, notes)
@@ -302,12 +285,26 @@ def _draw_curves(axis: Any, curves: dict[str, list[Point]]) -> None:
     chance = [point.chance for curve in curves.values() for point in curve if point.chance is not None]
     if chance and max(chance) - min(chance) < 0.05:  # chance that hangs on predictions differs a little between runs
         axis.axhline(sum(chance) / len(chance), color="0.4", linestyle=":", linewidth=1, label=CHANCE)
-    places = sorted({point.place for curve in curves.values() for point in curve})
-    if len(places) <= 12 and all(place.is_integer() for place in places):
-        axis.set_xticks(places, [f"{place:.0f}" for place in places])
-    elif all(place.is_integer() for place in places):
-        whole_ticks(axis)
+    _mark_places(axis, sorted({point.place for curve in curves.values() for point in curve}))
     axis.grid(alpha=0.3)
+
+
+def _mark_places(axis: Any, places: Sequence[float]) -> None:
+    """A tick at each of a few whole numbers, with a label where it does not touch the one before."""
+    if not all(place.is_integer() for place in places):
+        return
+    if len(places) > 12:
+        whole_ticks(axis)
+        return
+    span, labelled = (places[-1] - places[0]) or 1.0, places[:1]
+    for place in places[1:]:
+        if place - labelled[-1] >= LABEL * len(f"{place:.0f}") * span:
+            labelled.append(place)
+    axis.set_xticks(labelled, [f"{place:.0f}" for place in labelled])
+    axis.set_xticks([place for place in places if place not in labelled], minor=True)
+
+
+LABEL = 0.036  # width of a digit, with its share of the gap, in widths of the narrowest panel
 
 
 def _curve(rows: Sequence[dict[str, Any]], panel: Panel) -> list[Point]:

@@ -25,13 +25,15 @@ PICTURES: dict[str, dict[str, Callable[..., None]]] = {
 }
 
 
-def plot_measures(runs: Runs, measures: Iterable[str], folder: Path, ending: str = "", notes: Notes = PLAIN) -> list[Path]:
-    """Draws what there is to draw of the named measures; returns the files, NAME + `ending` + .png."""
+def plot_measures(
+    runs: Runs, measures: Iterable[str], folder: Path, ending: str = "", notes: Notes = PLAIN, beginning: str = ""
+) -> list[Path]:
+    """Draws the named measures as far as they have rows; returns the files, `beginning` + NAME + `ending` + .png."""
     written = []
     for measure in measures:
         rows = {run: [row for row in found if row["measure"] == measure] for run, found in runs.items()}
         for name, plot in PICTURES.get(measure, {}).items():
-            path = folder / f"{name}{ending}.png"
+            path = folder / f"{beginning}{name}{ending}.png"
             try:
                 plot(rows, path, notes=notes)
             except NothingToDraw:  # a model that cannot be looked into has no rows by layer

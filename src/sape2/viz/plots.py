@@ -66,7 +66,7 @@ def table_panel(products: np.ndarray, positions: np.ndarray, axis: str, title: s
     clamped = positions.clip(0, last)
     values = np.interp(clamped, np.arange(last + 1), products)
     shapes: list[Shape] = [
-        *heading(title, "grey: whole positions; coloured: where i's line reads"),
+        *heading(title, "grey: rows of the table; orange: positions of the line of i"),
         *plot.axes("position p (rows of the table)", _ticks(last)),
         Line(tuple(plot.at(p, z) for p, z in enumerate(products.tolist())), "#808080", 1.5),
     ]

@@ -17,7 +17,8 @@ class State:
     """Everything that decides what is shown; it stands in the address of the page.
 
     `image` is test:NUMBER or upload:KEY; `size` HxW in pixels; `shift` (dy, dx) in pixels, positive down and to the right;
-    `opacity` is that of the maps over the image, in percent; `beside` is what stands in a second column: nothing, head:N, layer:N, before (the image not moved) or run (the other run).
+    `opacity` of the maps over the image is in percent; `beside` is what stands in a second column: nothing, head:N,
+    layer:N, before (the image before the shift) or run (the other run).
     """
 
     image: str = "test:0"

@@ -65,7 +65,7 @@ def sections(view: View) -> list[Section]:
     ]  # fmt: skip
     shown = [section for section in found if any(section.panels) or (section.key == "pair" and columns[0].other)]
     if view.moved:
-        shown.insert(1, Section("moved", "What moves with the image", _moved_words(view), [], list(_moved_table(view))))
+        shown.insert(1, Section("moved", "Change after the shift", _moved_words(view), [], list(_moved_table(view))))
     return shown
 
 
@@ -186,15 +186,13 @@ def _along(axis: str) -> str:
 
 def _moved_words(view: View) -> str:
     (dy, dx), border, column = view.state.shift, view.state.border, view.columns[0]
-    rule = (
-        "what leaves at one side comes in at the other" if border == "circular" else "the image goes on mirrored at its border"
-    )
+    rule = "circularly" if border == "circular" else "with a mirror image at the border"
     sides = zip(view.state.shift, view.state.size, column.grid, strict=True)
     down, right = (round(shift * cells / side) for shift, side, cells in sides)
     return (
-        f"Shifted by {dx} px to the right and {dy} px down ({rule}); in patches about {right} and {down}. "
-        "Each number is the length of the change relative to what was there, for this layer and head: 0 is the same. "
-        "In place: the same patch before and after. Moved along: each patch with the one that lay where it came from."
+        f"Shifted by {dx} px to the right and {dy} px down ({rule}), about {right} and {down} patches. The numbers are "
+        "relative changes in this layer and head: the norm of the difference over the norm before; 0 means unchanged. "
+        "In place: each patch is compared with itself. Moved along: each patch is compared with the patch that it came from."
     )
 
 
