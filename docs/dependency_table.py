@@ -25,6 +25,7 @@ WHY = {
     "tensorboard": "curves while a run goes on",
     "scikit-learn": "the digits and two photographs that come with it",
     "matplotlib": "figures",
+    "resvg-py": "pixels of SVG",
     "transformers": "its ViTs as hosts",
     "faster-coco-eval": "COCO masks and metrics",
     "gradio": "the page of sape2 explore",
@@ -60,8 +61,10 @@ def licence(name: str) -> str:
 
 
 def licence_file(name: str) -> str:
-    """The title of the licence that comes with a package that says nothing else."""
+    """The title of the licence that comes with a package that says nothing else; that of the MIT licence often has none."""
     files = [file for file in metadata.files(name) or [] if file.name.upper().startswith("LICEN")]
+    if files and "Permission is hereby granted, free of charge, to any person" in files[0].read_text():
+        return "MIT"
     lines = [line.strip() for line in files[0].read_text().splitlines() if line.strip()] if files else []
     return ", ".join(lines[:2]) if lines and len(lines[0]) < 40 else ""
 

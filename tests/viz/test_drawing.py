@@ -1,7 +1,9 @@
 """Drawings: the same shapes as SVG and as pixels; panels that show the numbers they are given."""
 
 import io
+import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -38,7 +40,7 @@ def titles(drawing):
 
 
 def pixels(drawing, scale=2):
-    return np.asarray(Image.open(io.BytesIO(drawing.png(scale))))
+    return np.asarray(Image.open(io.BytesIO(drawing.png(scale))).convert("RGB"))
 
 
 def test_shapes_are_where_they_were_put_in_both_forms():
@@ -232,3 +234,19 @@ def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
         if depth == 1:
             whole.save(tmp_path / f"{name}.png")
             assert Image.open(tmp_path / f"{name}.png").size[0] > 300
+
+
+def test_without_the_library_of_pixels_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(ImportError, match=r"resvg-py.*sape2\[viz\]"):
+        Drawing(10, 10, ()).png()
+
+
+def test_pixels_do_not_depend_on_the_fonts_of_the_system(monkeypatch):
+    """Text is drawn where no font is installed: it is that of matplotlib."""
+    called = []
+    real = sys.modules.get("resvg_py") or __import__("resvg_py")
+    monkeypatch.setattr(real, "svg_to_bytes", lambda **how: called.append(how) or b"")
+    Drawing(10, 10, (Text(0, 9, "a"),)).png()
+    assert called[0]["skip_system_fonts"]
+    assert all(Path(file).is_file() for file in called[0]["font_files"])

@@ -196,7 +196,7 @@ def test_an_address_that_cannot_be_is_told_and_the_start_is_shown(opened):
     opened.errors.clear()
 
 
-@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("width", [390, 1000, 1280])
 def test_nothing_is_wider_than_the_screen(opened, tmp_path, width):
     page = opened("?other=2,5&beside=head:2&shift=0,4", width=width)
     folder = Path(os.environ.get("SCREENSHOTS", tmp_path))

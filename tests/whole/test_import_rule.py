@@ -121,6 +121,7 @@ OPTIONAL = {
     "pyarrow",
     "sklearn",
     "matplotlib",
+    "resvg_py",
     "torchmetrics",
     "tensorboard",
     "transformers",

@@ -5,6 +5,7 @@ Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines t
 
 from __future__ import annotations
 
+import importlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,13 +25,17 @@ Given = ParamSpec("Given")
 Made = TypeVar("Made")
 
 
-def pyplot() -> Any:
-    """matplotlib without a window; raises ImportError that says how to get it."""
+def import_optional(name: str) -> Any:
+    """A library of the extra `viz`, which `explore` has too; raises ImportError that says how to get it."""
     try:
-        import matplotlib as mpl
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'sape2[viz]'") from error
-    mpl.use("Agg")
+        raise ImportError(f"pictures need {name.replace('_', '-')}: pip install 'sape2[viz]'") from error
+
+
+def pyplot() -> Any:
+    """matplotlib without a window."""
+    import_optional("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
 
     return plt

@@ -296,7 +296,7 @@ def _mark_places(axis: Any, places: Sequence[float]) -> None:
     if len(places) > 12:
         whole_ticks(axis)
         return
-    span, labelled = (places[-1] - places[0]) or 1.0, places[:1]
+    span, labelled = (places[-1] - places[0]) or 1.0, list(places[:1])
     for place in places[1:]:
         if place - labelled[-1] >= LABEL * len(f"{place:.0f}") * span:
             labelled.append(place)

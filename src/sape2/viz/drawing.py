@@ -1,6 +1,6 @@
-"""A drawing of few kinds of shapes, written as SVG or as pixels from one description.
+"""A drawing of few kinds of shapes, written as SVG.
 
-For pictures that a page shows at once: a hundredth of a second, no matplotlib. Lengths are in CSS pixels, y runs down.
+For pictures that a page shows at once: a hundredth of a second. Lengths are in CSS pixels, y runs down.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from sape2.training.files import write_atomic
+from sape2.viz.base import import_optional
 
 INK, FAINT = "#1a1a1a", "#595959"
 FONT = "DejaVu Sans, Verdana, sans-serif"
@@ -55,16 +56,6 @@ class Rect:
         opacity = "" if self.opacity is None else f" fill-opacity='{self.opacity:g}'"
         return f"<rect {box} fill='{fill}'{opacity}{stroke}{patch}>{_title(self.title)}</rect>"
 
-    def paint(self, canvas: Canvas) -> None:
-        left, top = canvas.at(self.x, self.y)
-        right, bottom = canvas.at(self.x + self.width, self.y + self.height)
-        if self.fill != "none" and right > left and bottom > top:
-            alpha = "" if self.opacity is None else f"{round(255 * self.opacity):02x}"
-            canvas.draw.rectangle((left, top, right - 1, bottom - 1), fill=self.fill + alpha)
-        if self.stroke != "none":
-            corners = [(left, top), (right, top), (right, bottom), (left, bottom), (left, top)]
-            canvas.draw.line(corners, fill=self.stroke, width=canvas.thickness(self.line), joint="curve")
-
 
 @dataclass(frozen=True)
 class Line:
@@ -79,13 +70,6 @@ class Line:
         points = " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
         return f"<polyline points='{points}' fill='{self.fill}' stroke='{self.stroke}' stroke-width='{self.line:g}'/>"
 
-    def paint(self, canvas: Canvas) -> None:
-        points = [canvas.at(x, y) for x, y in self.points]
-        if self.fill != "none":
-            canvas.draw.polygon(points, fill=self.fill)
-        if self.stroke != "none":
-            canvas.draw.line(points, fill=self.stroke, width=canvas.thickness(self.line), joint="curve")
-
 
 @dataclass(frozen=True)
 class Dot:
@@ -99,11 +83,6 @@ class Dot:
     def svg(self) -> str:
         place = f"cx='{self.x:.2f}' cy='{self.y:.2f}' r='{self.radius:g}'"
         return f"<circle {place} fill='{self.fill}' stroke='{self.stroke}'>{_title(self.title)}</circle>"
-
-    def paint(self, canvas: Canvas) -> None:
-        corners = [canvas.at(self.x + sign * self.radius, self.y + sign * self.radius) for sign in (-1, 1)]
-        outline = None if self.stroke == "none" else self.stroke
-        canvas.draw.ellipse(corners, fill=self.fill, outline=outline, width=canvas.thickness(1.0))
 
 
 @dataclass(frozen=True)
@@ -123,11 +102,6 @@ class Text:
         place = f"x='{self.x:.2f}' y='{self.y:.2f}' font-size='{self.size:g}' text-anchor='{self.anchor}'"
         return f"<text {place} fill='{self.fill}'{weight}>{escape(self.text)}</text>"
 
-    def paint(self, canvas: Canvas) -> None:
-        font = _font(canvas.scale * self.size, self.bold)
-        anchor = {"start": "ls", "middle": "ms", "end": "rs"}[self.anchor]
-        canvas.draw.text(canvas.at(self.x, self.y), self.text, fill=self.fill, font=font, anchor=anchor)
-
 
 @dataclass(frozen=True, eq=False)
 class Raster:
@@ -144,12 +118,6 @@ class Raster:
         box = f"x='{self.x:.2f}' y='{self.y:.2f}' width='{self.width:.2f}' height='{self.height:.2f}'"
         how = "preserveAspectRatio='none' style='image-rendering:pixelated'"
         return f"<image {box} {how} href='data:image/png;base64,{data}'/>"
-
-    def paint(self, canvas: Canvas) -> None:
-        left, top = canvas.at(self.x, self.y)
-        right, bottom = canvas.at(self.x + self.width, self.y + self.height)
-        image = Image.fromarray(self.pixels).resize((right - left, bottom - top), Image.Resampling.NEAREST)
-        canvas.image.paste(image, (left, top))
 
 
 @functools.lru_cache(maxsize=512)  # a click draws the same image and the same scales again
@@ -190,33 +158,18 @@ class Drawing:
         return f"<svg{space} {size} {about}>{ground}{body}</svg>"
 
     def png(self, scale: int = 2) -> bytes:
-        """`scale` pixels for each CSS pixel; painted twice as large and shrunk, which smooths the edges."""
-        canvas = Canvas(self.width, self.height, 2 * scale)
-        for shape in self.shapes:
-            shape.paint(canvas)
-        file = io.BytesIO()
-        canvas.image.reduce(2).save(file, "PNG")
-        return file.getvalue()
+        """`scale` pixels for each CSS pixel; drawn by resvg, with the font that comes with matplotlib."""
+        fonts = Path(import_optional("matplotlib").get_data_path()) / "fonts" / "ttf"
+        files = [str(fonts / name) for name in ("DejaVuSans.ttf", "DejaVuSans-Bold.ttf")]
+        image = import_optional("resvg_py").svg_to_bytes(
+            svg_string=self.svg(standalone=True), zoom=scale, skip_system_fonts=True, font_files=files
+        )
+        return bytes(image)
 
     def save(self, path: Path) -> None:
         """As PNG or SVG, by the ending of the name; the file appears whole or not at all."""
         data = self.svg(standalone=True).encode() if path.suffix.lower() == ".svg" else self.png()
         write_atomic(path, lambda temporary: temporary.write_bytes(data))
-
-
-class Canvas:
-    """Where shapes are painted: an image of `scale` pixels for each CSS pixel."""
-
-    def __init__(self, width: Length, height: Length, scale: int) -> None:
-        self.scale = scale
-        self.image = Image.new("RGB", (round(width * scale), round(height * scale)), "white")
-        self.draw = ImageDraw.Draw(self.image, "RGBA")  # so that what is not opaque is mixed with what lies below
-
-    def at(self, x: Length, y: Length) -> tuple[int, int]:
-        return round(x * self.scale), round(y * self.scale)
-
-    def thickness(self, line: Length) -> int:
-        return max(1, round(line * self.scale))
 
 
 def flow(drawings: Sequence[Drawing], width: Length, gap: Length = 16.0, label: str = "") -> Drawing:
@@ -254,67 +207,26 @@ def _title(text: str) -> str:
     return f"<title>{escape(text)}</title>" if text else ""
 
 
-@functools.lru_cache(maxsize=64)
-def _font(size: Length, bold: bool) -> Any:
-    """DejaVu where the system has it, else the font inside Pillow."""
-    try:
-        return ImageFont.truetype("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf", size)
-    except OSError:
-        return ImageFont.load_default(size)
-
-
 # --- colours ---------------------------------------------------------------------------------------------------------
 
-# cividis (Nuñez, Anderton and Renslow, 2018), the same to everyone, at 33 even steps; and blue, white, vermilion around 0.
-SEQUENTIAL = (
-    "#00224e",
-    "#00285b",
-    "#002e6a",
-    "#053371",
-    "#1a386f",
-    "#273e6e",
-    "#32436d",
-    "#3b496c",
-    "#434e6c",
-    "#4b546c",
-    "#535a6d",
-    "#5a5f6e",
-    "#61656f",
-    "#686a71",
-    "#6f7073",
-    "#767676",
-    "#7d7c78",
-    "#848279",
-    "#8c8878",
-    "#938e78",
-    "#9b9476",
-    "#a39a74",
-    "#aba072",
-    "#b4a76f",
-    "#bcae6c",
-    "#c4b468",
-    "#cdbb63",
-    "#d5c25e",
-    "#dec958",
-    "#e7d150",
-    "#f0d846",
-    "#f9e03a",
-    "#fee838",
-)
+SEQUENTIAL = "cividis"  # the same to everyone (Nuñez, Anderton and Renslow, 2018)
 DIVERGING = ("#00476f", "#0072b2", "#7fb8d8", "#f7f7f7", "#eeb089", "#d55e00", "#843a00")
 
 
-def colour(share: float | np.ndarray, colours: Sequence[str] = SEQUENTIAL) -> np.ndarray:
-    """From 0 (the first colour) to 1 (the last), linear between; (..., 3) uint8."""
-    stops = _stops(tuple(colours))
+def colour(share: float | np.ndarray, colours: str | Sequence[str] = SEQUENTIAL) -> np.ndarray:
+    """From 0 (the first colour) to 1 (the last), linear between; (..., 3) uint8. A name is one of matplotlib's maps."""
+    stops = _stops(colours if isinstance(colours, str) else tuple(colours))
     places = np.linspace(0, 1, len(stops))
     channels = [np.interp(share, places, stops[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
 @functools.lru_cache(maxsize=8)
-def _stops(colours: tuple[str, ...]) -> np.ndarray:
-    return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in colours])
+def _stops(colours: str | tuple[str, ...]) -> np.ndarray:
+    if isinstance(colours, tuple):
+        return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in colours])
+    matplotlib = import_optional("matplotlib")
+    return 255 * matplotlib.colormaps[colours](np.linspace(0, 1, 256))[:, :3]
 
 
 def code(rgb: np.ndarray) -> str:

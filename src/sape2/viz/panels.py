@@ -62,12 +62,11 @@ def ends_of(limits: Limits) -> tuple[str, str]:
     apart = limits[1] - limits[0]
     if apart <= 1.01 * ROUNDING * abs(limits[1]):
         return number(limits[0]), ""
-    limits = tuple(0.0 if abs(value) < 1e-3 * apart else value for value in limits)
-    for digits in range(3, 12):
-        low, high = number(limits[0], digits), number(limits[1], digits)
-        if abs(float(high) - float(low) - apart) <= 0.1 * apart:
-            break
-    return low, high
+    low, high = (0.0 if abs(end) < 1e-3 * apart else end for end in limits)
+    digits = 3
+    while abs(float(number(high, digits)) - float(number(low, digits)) - apart) > 0.1 * apart:
+        digits += 1
+    return number(low, digits), number(high, digits)
 
 
 def place(patch: Patch) -> str:
@@ -137,7 +136,7 @@ def _frame(mark: Mark, x: Length, y: Length, width: Length, height: Length) -> I
     left, top = x + mark.patch[1] * width, y + mark.patch[0] * height
     yield Rect(left, top, width, height, "none", "#ffffff", 5)
     yield Rect(left, top, width, height, "none", mark.colour, 2.5)
-    if min(width, height) >= 26:
+    if min(width, height) >= 22:
         yield Rect(left, top, 12, 14, mark.colour)
         yield Text(left + 6, top + 11, mark.letter, 11, "#ffffff", "middle", bold=True)
 
