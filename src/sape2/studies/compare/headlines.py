@@ -160,7 +160,7 @@ COLUMNS = (
         "AUROC near",
         "grouping",
         "AUROC",
-        "a small bias as a mark of the same object, neighbouring patches; chance 0.5, above it b is smaller within objects",
+        "negative bias as a score for the same object, neighbouring patches; chance 0.5, above it b is smaller within objects",
         _of_bias("bias_auroc", "near", sign="minus"),
     ),
     Column(

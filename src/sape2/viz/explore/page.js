@@ -19,11 +19,11 @@ window.sape2 = (() => {
     const answer = await response.json();
     const view = find("sape2-view");
     if (!response.ok) {
-      state = new URLSearchParams(view.dataset.query || "");
+      if (!wanted) state = new URLSearchParams(view.dataset.query || "");
       return say(answer.error);
     }
     say("");
-    state = new URLSearchParams(answer.query);
+    if (!wanted) state = new URLSearchParams(answer.query); // else a key pressed meanwhile would be lost
     view.innerHTML = answer.html;
     view.style.setProperty("--opacity", Number(new URLSearchParams(answer.query).get("opacity")) / 100);
     find("sape2-rest").innerHTML = answer.rest;
