@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -259,24 +260,7 @@ def _counts(found: Explanation, layer: Layer) -> list[Drawing]:
 # --- page ------------------------------------------------------------------------------------------------------------
 
 META = "<meta charset=utf-8><meta name=viewport content='width=device-width,initial-scale=1'>"
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 68rem; margin: 2rem auto;
-  padding: 0 1rem }
-h1 { font-size: 1.5rem; margin-bottom: 0 }
-h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #ddd; vertical-align: bottom }
-th:first-child, td:first-child { text-align: left }
-figure { container-type: inline-size }
-.panels { display: grid; gap: 1rem; align-items: start }
-svg { display: block; width: 100%; height: auto; max-width: 32rem }
-.narrow svg { max-width: 25rem }
-figure { margin: 1rem 0 }
-figcaption { margin-top: .6rem }
-figcaption, .about { color: #555; font-size: .9rem }
-.scroll { overflow-x: auto }
-@media (max-width: 40rem) { th, td { padding-right: .4rem; font-size: .8rem } }
-"""
+STYLE = "explain.css"  # beside this file
 
 
 def page(found: Explanation) -> str:
@@ -292,9 +276,10 @@ def page(found: Explanation) -> str:
         "<h2>Numbers by layer</h2>",
         _layer_table(found),
     ]
+    style = resources.files("sape2.viz").joinpath(STYLE).read_text(encoding="utf-8")
     head = f"{META}<title>{_text(found.image_path.name)}</title>"
     return (
-        f"<!doctype html>\n<html lang=en>\n<head>{head}<style>{STYLE}{COLUMNS_THAT_FIT}</style></head>\n<body>\n"
+        f"<!doctype html>\n<html lang=en>\n<head>{head}<style>{style}{COLUMNS_THAT_FIT}</style></head>\n<body>\n"
         + "\n".join(sections)
         + "\n</body>\n</html>\n"
     )
