@@ -291,12 +291,12 @@ def _headline(found: Explanation) -> str:
 
 
 def _about(found: Explanation) -> str:
-    config = found.config
+    config, epochs = found.config, found.config.train.epochs
     changed = f"; {words}" if (words := changed_in_words(config)) else ""
     return (
-        f"{config.model.label} with {config.model.encoding}, trained on {config.data.name} for {config.train.epochs} epochs "
-        f"(seed {config.seed}{changed}), a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. "
-        f"The image: {found.picture.notes}."
+        f"{config.model.label} with {config.model.encoding}, trained on {config.data.name} "
+        f"for {epochs} epoch{'s' * (epochs != 1)} (seed {config.seed}{changed}), "
+        f"a grid of {config.model.grid[0]}x{config.model.grid[1]} patches. The image: {found.picture.notes}."
     )
 
 
