@@ -216,13 +216,42 @@ def key_table(q: Tensor, k: Tensor, keys: Tensor, queries: Tensor | None, grid: 
 # --- rotary: turned vectors, (N, d) ----------------------------------------------------------------------------------
 
 
-def rope(vectors: Tensor, grid: Grid, temperature: float = 100.0, rescale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
-    """Axial RoPE, arXiv:2403.13298: the first d/4 planes turn by x w_f, the rest by y w_f; `rescale` multiplies (y, x)."""
-    quarter = vectors.shape[1] // 4
-    lengths = [temperature ** (-f / quarter) for f in range(quarter)]
-    along_x = torch.tensor(lengths + [0.0] * quarter, dtype=torch.float64)
-    along_y = torch.tensor([0.0] * quarter + lengths, dtype=torch.float64)
-    return rope_mixed(vectors, torch.stack([along_x, along_y]), grid, rescale)
+def rope(
+    vectors: Tensor,
+    grid: Grid,
+    temperature: float = 100.0,
+    rescale: tuple[float, float] = (1.0, 1.0),
+    *,
+    coordinates: str = "patches",
+    directions: int = 2,
+    spread: str = "uniform",
+    fastest: float = 1.0,
+    order: str = "xy",
+    layout: str = "pairs",
+) -> Tensor:
+    """Axial RoPE, arXiv:2403.13298, Spiral RoPE, golden gate RoPE and that of DINOv3; `rescale` multiplies (y, x)."""
+    height, width = grid
+    planes = vectors.shape[1] // 2
+    output = torch.zeros_like(vectors, dtype=torch.float64)
+    for i in range(len(vectors)):
+        y, x = (i // width) * rescale[0], (i % width) * rescale[1]
+        if coordinates != "patches":
+            rows = {"separate": height, "min": min(grid), "max": max(grid)}[coordinates]
+            columns = {"separate": width, "min": min(grid), "max": max(grid)}[coordinates]
+            y, x = 2 * math.pi * (2 * (y + 0.5) / rows - 1), 2 * math.pi * (2 * (x + 0.5) / columns - 1)
+        for f in range(planes):
+            if spread == "golden":
+                length, direction = temperature ** (f / (planes - 1) - 1), f * math.pi / ((1 + math.sqrt(5)) / 2)
+            else:
+                each = planes // directions
+                length, direction = temperature ** (-(f % each) / each), (f // each) * math.pi / directions
+            one, other = (x, y) if order == "xy" else (y, x)
+            angle = fastest * length * (one * math.cos(direction) + other * math.sin(direction))
+            first, second = (2 * f, 2 * f + 1) if layout == "pairs" else (f, f + planes)
+            a, b = float(vectors[i, first]), float(vectors[i, second])
+            output[i, first] = a * math.cos(angle) - b * math.sin(angle)
+            output[i, second] = a * math.sin(angle) + b * math.cos(angle)
+    return output
 
 
 def rope_mixed(vectors: Tensor, frequencies: Tensor, grid: Grid, rescale: tuple[float, float] = (1.0, 1.0)) -> Tensor:
@@ -361,3 +390,98 @@ def cope(
             low, high = math.floor(p), math.ceil(p)
             bias[i, n] = q[i] @ (table[low] + (p - low) * (table[high] - table[low]))
     return bias / math.sqrt(dim) if divide_bias else bias
+
+
+# --- biases from a network of the offset: Swin V2 and FIRE -----------------------------------------------------------
+
+
+def offset_network(u: float, v: float, first: Tensor, first_bias: Tensor, last: Tensor) -> float:
+    """Two linear layers with a ReLU between, for one head: `first` is (width, 2), `last` (width)."""
+    total = 0.0
+    for unit in range(len(first)):
+        hidden = float(first[unit, 0]) * u + float(first[unit, 1]) * v + float(first_bias[unit])
+        total += float(last[unit]) * max(hidden, 0.0)
+    return total
+
+
+def log_cpb(network: Callable[[float, float], float], grid: Grid, trained: Grid) -> Tensor:
+    """b_in = 16 sigmoid(f(u, v)) of the logarithmic offset from n to i, arXiv:2111.09883."""
+    height, width = grid
+    bias = torch.zeros(height * width, height * width, dtype=torch.float64)
+    for i in range(height * width):
+        for n in range(height * width):
+            coordinates = []
+            for offset, size in ((i // width - n // width, trained[0]), (i % width - n % width, trained[1])):
+                scaled = 8 * offset / (size - 1)
+                coordinates.append(math.copysign(math.log2(1 + abs(scaled)) / math.log2(8), scaled))
+            bias[i, n] = 16 / (1 + math.exp(-network(*coordinates)))
+    return bias
+
+
+def fire(network: Callable[[float, float], float], c: float, threshold: float, grid: Grid, trained: Grid) -> Tensor:
+    """b_in = f(u, v), distances from n to i as shares of the largest on a logarithmic scale, arXiv:2310.04418 on two axes."""
+    height, width = grid
+    bias = torch.zeros(height * width, height * width, dtype=torch.float64)
+    for i in range(height * width):
+        for n in range(height * width):
+            coordinates = []
+            for offset, axis in ((i // width - n // width, 0), (i % width - n % width, 1)):
+                largest = max(abs(threshold) * trained[axis], grid[axis] - 1)
+                share = math.log(1 + abs(c) * abs(offset)) / (math.log(1 + abs(c) * largest) + 1e-6)
+                coordinates.append(math.copysign(share, offset))
+            bias[i, n] = network(*coordinates)
+    return bias
+
+
+# --- biases that read the input of the block: PaPE and forget gates --------------------------------------------------
+
+
+def pape(q: Tensor, tokens: Tensor, curvature: Tensor, slope: Tensor, directions: Tensor, grid: Grid) -> Tensor:
+    """b_in = (-sum_m a_im (p_im - p_nm)^2 + sum_m b_im (p_im - p_nm)) / sqrt(d), arXiv:2602.01418, for one head.
+
+    `tokens` are (N, D), `curvature` and `slope` (M, D), `directions` (M, 2) in (y, x).
+    """
+    width = grid[1]
+    bias = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
+    for i in range(len(tokens)):
+        for m in range(len(directions)):
+            a = math.log(1 + math.exp(float(curvature[m] @ tokens[i])))
+            b = float(slope[m] @ tokens[i])
+            for n in range(len(tokens)):
+                p_i, p_n = (float(directions[m, 0]) * (t // width) + float(directions[m, 1]) * (t % width) for t in (i, n))
+                bias[i, n] += -a * (p_i - p_n) ** 2 + b * (p_i - p_n)
+    return bias / math.sqrt(q.shape[1])
+
+
+def pape_rotation_invariant(q: Tensor, tokens: Tensor, curvature: Tensor, scale: float, grid: Grid) -> Tensor:
+    """b_in = -a_i |s (p_i - p_n)|^2 / sqrt(d), PaPE-RI of arXiv:2602.01418, for one head; `curvature` is (D)."""
+    width = grid[1]
+    bias = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
+    for i in range(len(tokens)):
+        a = math.log(1 + math.exp(float(curvature @ tokens[i])))
+        for n in range(len(tokens)):
+            dy, dx = i // width - n // width, i % width - n % width
+            bias[i, n] = -a * ((scale * dy) ** 2 + (scale * dx) ** 2)
+    return bias / math.sqrt(q.shape[1])
+
+
+def forget(tokens: Tensor, weight: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+    """b_in, the sum of log sigmoid(w . x_k + c) on the way along i's row and column, arXiv:2503.02130 both ways.
+
+    For one head: `weight` is (2 axes, 2 directions, D), `offset` (2, 2), with y and backwards first.
+    """
+    width = grid[1]
+
+    def gate(axis: int, direction: int, y: int, x: int) -> float:
+        return -math.log(1 + math.exp(-float(weight[axis, direction] @ tokens[y * width + x] + offset[axis, direction])))
+
+    bias = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
+    for i in range(len(tokens)):
+        y, x = i // width, i % width
+        for n in range(len(tokens)):
+            row, column = n // width, n % width
+            bias[i, n] += sum(gate(0, 0, k, x) for k in range(row + 1, y + 1))
+            bias[i, n] += sum(gate(0, 1, k, x) for k in range(y + 1, row + 1))
+            bias[i, n] += sum(gate(1, 0, y, k) for k in range(column + 1, x + 1))
+            bias[i, n] += sum(gate(1, 1, y, k) for k in range(x + 1, column + 1))
+    return bias

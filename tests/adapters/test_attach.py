@@ -83,6 +83,33 @@ def test_attention_is_the_host_s_own_under_the_bias_as_its_mask(case):
         torch.testing.assert_close(first(output), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_encoding_reads_the_input_of_the_host_s_attention(case):
+    """No effect at first; then the bias is that of the very tokens that the host projects to queries and keys."""
+    model, x = make(case), images(case)
+    expected = outputs(model, x)
+    attach(model, "pape:parabolas=2")
+    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-5, atol=1e-5)
+    open_gains(model)
+    for module in attached_modules(model):
+        inputs, read = [], []
+        hook = module.register_forward_pre_hook(lambda m, args, seen=inputs: seen.append(args[0]))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sape2.encodings.pape.check_read", lambda n, tokens, *_, seen=read: seen.append(tokens) or tokens)
+            changed = outputs(model, x)
+        hook.remove()
+        tokens = inputs[0] if inputs[0].shape[0] == len(x) else inputs[0].transpose(0, 1)
+        assert any(torch.equal(found, tokens[:, -found.shape[1] :]) for found in read)
+    assert (changed - expected).abs().max() > 1e-3 * expected.std()
+
+
+def test_a_host_that_hands_no_tokens_on_is_told_what_is_missing():
+    model = attach(make("timm.vit.avg"), "pape")
+    model.patch_embed(images("timm.vit.avg"))
+    with pytest.raises(ValueError, match=r"pape reads the normed input of the block .* \(batch, tokens, 16\)"):
+        attached_modules(model)[0].bias_map(*torch.randn(2, 2, 2, 13, 8).double())
+
+
 def first(output):
     return output[0] if isinstance(output, tuple) else output
 
@@ -277,7 +304,7 @@ def test_a_mask_of_pairs_joins_the_bias():
     "name", [n for n in list_encodings() if n not in ("ape", "sincos", "cpe", "none", "rope", "rope_mixed")]
 )
 def test_which_encodings_look_beyond_pairs_of_patches(name):
-    assert looks_beyond_pairs(create_encoding(name, 2, 8, (3, 4)), 2, 8) == (name in ("cope", "sape2"))
+    assert looks_beyond_pairs(create_encoding(name, 2, 8, (3, 4)), 2, 8) == (name in ("cope", "sape2", "forget"))
 
 
 def test_padding_is_refused_where_hidden_patches_would_be_counted():

@@ -125,6 +125,33 @@ def test_blocks_equal_products_forward_and_backward(name, path, monkeypatch):
     torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", ["pape", "pape:form=rotation_invariant", "rope+forget", "pape+sape2"])
+def test_encodings_that_read_the_input_of_the_block_get_its_grid_tokens(name, monkeypatch):
+    """Products and the fused kernel agree, and gradients reach the input; blocks do not hand it on and are not chosen."""
+    encoding = create_encoding(name, num_heads=3, head_dim=8, grid=(4, 3)).double()
+    q, k, v = torch.randn(3, 5, 3, 2 + 15, 8, dtype=torch.float64)
+    x = torch.randn(5, 2 + 15, 24, dtype=torch.float64)
+    assert choose_path(q, encoding) == "products"
+    results = []
+    for way in ("products", "fused"):
+        choose(monkeypatch, way)
+        leaves = [t.clone().requires_grad_() for t in (q, k, v, x)]
+        output = attend(*leaves[:3], (3, 5), encoding, tokens=leaves[3])
+        results.append([output, *torch.autograd.grad(output.sin().sum(), leaves)])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-10)
+    assert (results[0][-1][:, :2] == 0).all()  # prefix tokens have no bias
+    assert (results[0][-1][:, 2:].abs().amax((0, 2)) > 0).all()
+    with pytest.raises(ValueError, match="reads the normed input of the block"):
+        attend(q, k, v, (3, 5), encoding)
+
+
+def test_tokens_of_another_width_are_refused():
+    encoding = create_encoding("pape", num_heads=3, head_dim=8, grid=(4, 3))
+    q = torch.randn(1, 3, 12, 8)
+    with pytest.raises(ValueError, match=r"width 24 .* got 32"):
+        attend(q, q, q, (4, 3), encoding, tokens=torch.randn(1, 12, 32))
+
+
 def test_a_wrong_gradient_of_a_term_is_seen(monkeypatch):
     """The comparison above fails for a term that forgets one of the two sides of a distance."""
     monkeypatch.setattr("sape2.encodings.bias.Distances.accumulate", lambda *_: None)

@@ -23,7 +23,13 @@ VARIANTS = [
     "key_table:to=both",
     "key_table:by=token,to=both,heads=shared,divide_bias=false",
     "rope:beyond=rescale",
+    "rope:preset=dinov3,train_rescale=1",
+    "rope:coordinates=min",
+    "rope:directions=4",
+    "rope:spread=golden,temperature=10,fastest=3",
     "rope_mixed:init=axes",
+    "pape:form=rotation_invariant",
+    "pape:parabolas=3",
     "rpe:beyond=clamp",
     "rpe_contextual:heads=each,divide_bias=false",
     "alibi:metric=manhattan",
@@ -46,6 +52,7 @@ VARIANTS = [
     "sape2:sign=learned,gate_scale=learned,normalize=sqrt_length",
     "rope+sape2",
     "rope+alibi",
+    "pape+forget+cope",
 ]
 
 Encoding = TokenEncoding | AttentionEncoding
@@ -70,6 +77,11 @@ def content(*shape: int) -> Tensor:
 def queries_and_keys(x: Tensor) -> tuple[Tensor, Tensor]:
     q, k = x.unflatten(-1, (2, HEADS, HEAD_DIM)).permute(2, 0, 3, 1, 4)
     return q, k
+
+
+def joined(q: Tensor) -> Tensor:
+    """Tokens (B, N, D) that hold the queries of all heads side by side, for encodings that read the input of the block."""
+    return q.transpose(1, 2).flatten(2)
 
 
 class Row(NamedTuple):

@@ -12,7 +12,8 @@ import pytest
 from sape2.config import RunConfig, override
 from sape2.config.recipes import RECIPES, get_recipe
 from sape2.encodings import create_encodings, find_encoding, list_encodings, parse_encoding
-from sape2.encodings.base import AttentionEncoding, describe_options
+from sape2.encodings.base import AttentionEncoding
+from sape2.encodings.options import describe_options
 
 ODD_TEXT = [
     "", " ", "\n", "\0", "ä", "\ud800", "\U0001f600", "\uff1a", "\uff11\uff12", "\u202e", "sape2", "+", ":", ",", "=", "..",

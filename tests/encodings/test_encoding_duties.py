@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
-from encoding_cases import DIM, HEAD_DIM, HEADS, VARIANTS, Encoding, content, documented, evaluate, make, queries_and_keys
+from encoding_cases import (
+    DIM,
+    HEAD_DIM,
+    HEADS,
+    VARIANTS,
+    Encoding,
+    content,
+    documented,
+    evaluate,
+    joined,
+    make,
+    queries_and_keys,
+)
 from torch import Tensor
 
 from sape2.attention import attend
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
+from sape2.encodings.base import bias_of
 from sape2.encodings.grid import Grid, num_tokens
 
 
@@ -17,7 +30,7 @@ def apply(encoding: Encoding, x: Tensor, grid: Grid) -> Tensor:
     if isinstance(encoding, TokenEncoding):
         return encoding(x[..., :DIM], grid)
     q, k = queries_and_keys(x)
-    return attend(q, k, k, grid, encoding)
+    return attend(q, k, k, grid, encoding, tokens=x[..., :DIM])
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -70,7 +83,7 @@ def handed_out(encoding: Encoding, x: Tensor, grid: Grid) -> list[Tensor]:
     if isinstance(encoding, TokenEncoding):
         return [encoding(x[..., :DIM], grid)]
     q, k = queries_and_keys(x)
-    bias = encoding.bias(q, k, grid)
+    bias = bias_of(encoding, q, k, grid, tokens=joined(q))
     return [*encoding.rotate(q, k, grid), *([] if bias is None else [bias.dense()])]
 
 
@@ -123,6 +136,18 @@ def test_keys_get_what_ape_would_add_to_them_on_other_grids(grid: Grid) -> None:
         ("rope", 6, r"rope needs head_dim divisible by 4; got 6 \(dim=12 / num_heads=2\)"),
         ("rope_mixed", 6, r"rope_mixed needs head_dim divisible by 4; got 6"),
         ("rope:temperature=0", 8, "rope:temperature must be above 0; got 0"),
+        ("rope:directions=3", 8, r"rope needs head_dim divisible by 6; got 8"),
+        ("rope:directions=0", 8, "rope:directions must be at least 1; got 0"),
+        ("rope:directions=4,spread=golden", 8, "no effect with spread=golden"),
+        ("rope:fastest=4", 8, "at most pi"),
+        ("rope:coordinates=min,beyond=rescale", 8, "no effect on coordinates=min"),
+        ("rope:train_jitter=0.5", 8, "train_jitter is a factor of at least 1; got 0.5"),
+        ("rope:train_shift=-1", 8, "train_shift must be at least 0"),
+        ("rope:preset=dinov2", 8, "rope:preset must be one of rope_vit, dinov3"),
+        ("pape:parabolas=0", 8, "pape:parabolas must be at least 1"),
+        ("pape:form=rotation_invariant,parabolas=2", 8, "no effect with form=rotation_invariant"),
+        ("log_cpb:width=0", 8, "log_cpb:width must be from 1 to"),
+        ("fire:c=0", 8, "fire:c must be above 0"),
         ("cope:num_positions=1", 8, "cope:num_positions must be at least 2"),
         ("rope:beyond=clamp", 8, "rope:beyond must be one of extrapolate, rescale; got 'clamp'"),
         (
@@ -155,12 +180,20 @@ def test_every_encoding_says_what_it_is() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["rpe_decomposed", "sape2:readout=direct", "sape2:readout=squared_distance", "key_table", "key_table:by=token,to=both"],
+    [
+        "rpe_decomposed",
+        "sape2:readout=direct",
+        "sape2:readout=squared_distance",
+        "key_table",
+        "key_table:by=token,to=both",
+        "pape",
+        "forget",
+    ],
 )
 def test_a_dot_product_needs_no_map_and_its_factors_equal_it(name: str) -> None:
     torch.manual_seed(0)
     encoding, (q, k) = make(name, (3, 7)), queries_and_keys(content(2, 21))
-    bias = encoding.bias(q, k, (3, 7))
+    bias = bias_of(encoding, q, k, (3, 7), tokens=joined(q))
     assert bias.unfactored() is None
     query_side, key_side = bias.factored()
     torch.testing.assert_close(query_side @ key_side.transpose(-1, -2), bias.dense(), rtol=1e-10, atol=1e-10)

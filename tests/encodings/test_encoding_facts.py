@@ -13,7 +13,19 @@ import re
 
 import pytest
 import torch
-from encoding_cases import DIM, HEAD_DIM, HEADS, VARIANTS, Encoding, content, documented, make, queries_and_keys, randomised
+from encoding_cases import (
+    DIM,
+    HEAD_DIM,
+    HEADS,
+    VARIANTS,
+    Encoding,
+    content,
+    documented,
+    joined,
+    make,
+    queries_and_keys,
+    randomised,
+)
 from torch import Tensor
 
 from sape2.attention import attend, logits
@@ -26,6 +38,7 @@ from sape2.encodings import (
     find_encoding,
     list_encodings,
 )
+from sape2.encodings.base import bias_of
 from sape2.encodings.bias import Matrix
 from sape2.encodings.grid import Grid, num_tokens
 from sape2.models.vit import create_model
@@ -43,7 +56,7 @@ def logit_map(encoding: Encoding, x: Tensor, grid: Grid, num_prefix: int = 0) ->
         tokens = x[..., :DIM]
         tokens = torch.cat([tokens[:, :num_prefix], encoding(tokens[:, num_prefix:], grid)], dim=1)
         return tokens @ tokens.transpose(-1, -2) / math.sqrt(DIM)
-    return logits(*queries_and_keys(x), grid, encoding)
+    return logits(*queries_and_keys(x), grid, encoding, x[..., :DIM])
 
 
 def permutations(fact: str, grid: Grid) -> list[Tensor]:
@@ -100,7 +113,7 @@ def content_error(encoding: Encoding, grid: Grid) -> float:
             encoding.rotate(q + q2, k + k2, grid), encoding.rotate(q, k, grid), encoding.rotate(q2, k2, grid), strict=True
         )
     ]
-    biases = [encoding.bias(q, k, grid), encoding.bias(q2, k2, grid)]
+    biases = [bias_of(encoding, *pair, grid, tokens=joined(pair[0])) for pair in ((q, k), (q2, k2))]
     if biases[0] is not None:
         errors.append(relative(biases[0].dense(), biases[1].dense()))
     return max(errors)
@@ -173,6 +186,11 @@ def test_facts_do_not_change_with_prefix_tokens(name: str, num_prefix: int) -> N
         ("rope", "translation"),
         ("rope", "circular_shift"),
         ("rope", "content_dependent"),
+        ("pape", "flip"),
+        ("pape:form=rotation_invariant", "flip"),
+        ("forget", "translation"),
+        ("fire", "translation"),
+        ("key_table", "content_dependent"),
         ("cpe", "circular_shift"),
         ("cpe", "content_dependent"),
         ("ape", "content_dependent"),

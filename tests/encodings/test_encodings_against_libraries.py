@@ -1,13 +1,25 @@
-"""Agreement with timm, and for CoPE with a second, independent version of its published definition.
+"""Agreement with timm, and for what timm has not with a second, independent version of its published definition.
 
 timm computes angles in float32, so its rotations agree to about 1e-6; everything else is compared in float64.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from timm.layers import RelPosBias, RotaryEmbeddingCat, RotaryEmbeddingMixed, apply_rot_embed_cat, build_sincos2d_pos_embed
+from timm.layers import (
+    RelPosBias,
+    RelPosMlp,
+    RotaryEmbeddingCat,
+    RotaryEmbeddingDinoV3,
+    RotaryEmbeddingMixed,
+    apply_rot_embed_cat,
+    build_sincos2d_pos_embed,
+)
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor
@@ -97,6 +109,111 @@ def test_sincos_against_timm(grid: Grid) -> None:
     sin_x, sin_y, cos_x, cos_y = theirs.chunk(4, dim=-1)
     ours = create_encoding("sincos", HEADS, HEAD_DIM, grid).table(grid)
     torch.testing.assert_close(ours.float(), torch.cat([sin_x, cos_x, sin_y, cos_y], dim=-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("coordinates", ["separate", "min", "max"])
+def test_the_rotation_of_dinov3_against_timm(grid: Grid, coordinates: str) -> None:
+    q, k = queries_and_keys(grid, torch.float32)
+    theirs = RotaryEmbeddingDinoV3(HEAD_DIM, normalize_coords=coordinates).eval().get_embed(list(grid))
+    encoding = create_encoding(f"rope:preset=dinov3,coordinates={coordinates}", HEADS, HEAD_DIM, grid).eval()
+    for ours, vectors in zip(encoding.rotate(q, k, grid), (q, k), strict=True):
+        torch.testing.assert_close(ours, apply_rot_embed_cat(vectors, theirs, half=True), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "moves",
+    [{"rescale": 2.0}, {"shift": 0.3}, {"jitter": 1.5}, {"shift": 0.3, "jitter": 1.5, "rescale": 2.0}],
+    ids=lambda moves: "+".join(moves),
+)
+def test_places_move_in_training_as_in_timm_s_dinov3(moves: dict[str, float]) -> None:
+    """The same draws in the same order from one seed; none in evaluation."""
+    grid = (3, 7)
+    q, k = queries_and_keys(grid, torch.float32)
+    options = ",".join(f"train_{name}={moves.get(name, none)}" for name, none in (("shift", 0), ("jitter", 1), ("rescale", 1)))
+    encoding = create_encoding(f"rope:preset=dinov3,{options}", HEADS, HEAD_DIM, grid)
+    rope = RotaryEmbeddingDinoV3(HEAD_DIM, **{f"{name}_coords": value for name, value in moves.items()}).train()
+    torch.manual_seed(3)
+    theirs = rope.get_embed(list(grid))
+    torch.manual_seed(3)
+    moved = encoding.train().rotate(q, k, grid)[0]
+    torch.testing.assert_close(moved, apply_rot_embed_cat(q, theirs, half=True), rtol=1e-5, atol=1e-5)
+    still = encoding.eval().rotate(q, k, grid)[0]
+    assert torch.equal(still, encoding.rotate(q, k, grid)[0])
+    assert (still - moved).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 7), (6, 9)], ids=str)
+def test_log_cpb_against_timm(grid: Grid) -> None:
+    """Trained on 3x7; on other grids as Swin V2 with that as its pretrained window."""
+    torch.manual_seed(0)
+    theirs = RelPosMlp(grid, HEADS, hidden_dim=512, mode="swin", pretrained_window_size=(3, 7)).eval()
+    encoding = create_encoding("log_cpb", HEADS, HEAD_DIM, (3, 7))
+    weights = {"first.weight": "fc1.weight", "first.bias": "fc1.bias", "last.weight": "fc2.weight"}
+    encoding.load_state_dict({f"network.{ours}": theirs.mlp.state_dict()[name] for ours, name in weights.items()})
+    q, k = queries_and_keys(grid, torch.float32)
+    torch.testing.assert_close(encoding.bias(q, k, grid).dense(), theirs.get_bias()[0], rtol=1e-5, atol=1e-5)
+
+
+def published_fire(length: int, trained: int, mlp: Callable[[Tensor], Tensor], c: float) -> Tensor:
+    """arXiv:2310.04418, f(psi(i - j) / psi(max(L, i))) with psi(x) = log(c x + 1), for the last query of a text, which sees
+
+    all others: (length, heads). L is as long as the training.
+    """
+    distance = torch.arange(length - 1, -1, -1, dtype=torch.float64)
+    largest = max(trained, length - 1)
+    share = torch.log(c * distance + 1) / (math.log(c * largest + 1) + 1e-6)
+    return mlp(torch.stack([torch.zeros_like(share), share], dim=-1))
+
+
+@pytest.mark.parametrize("length", [4, 7, 20])
+def test_fire_on_a_row_is_fire_on_a_text_for_the_last_query(length: int) -> None:
+    torch.manual_seed(0)
+    encoding = create_encoding("fire", HEADS, HEAD_DIM, (1, 7)).double()
+    q, k = queries_and_keys((1, length))
+    bias = encoding.bias(q, k, (1, length)).dense()[:, -1]  # (h, N)
+    torch.testing.assert_close(bias, published_fire(length, 7, encoding.network, 0.1).T, rtol=1e-6, atol=1e-6)
+
+
+def published_pape(x: Tensor, encoding: Any, grid: Grid) -> Tensor:
+    """arXiv:2602.01418 with a channel for every parabola, as in its code: [c, a, 2 a p, b.p, b] . [1, -p^2, p, 1, -p]."""
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    places = torch.stack([rows, columns], -1).flatten(0, 1).double() + 1  # counted from 1 there
+    p = torch.einsum("np,hmp->hnm", places, encoding.directions).expand(len(x), -1, -1, -1)
+    a = torch.einsum("bnd,hmd->bhnm", x, encoding.curvature).exp().log1p()
+    b = torch.einsum("bnd,hmd->bhnm", x, encoding.slope)
+    one = torch.ones_like(p[..., :1])
+    of_query = torch.cat([-(a * p * p).sum(-1, True), a, 2 * a * p, (b * p).sum(-1, True), b], -1)
+    of_key = torch.cat([one, -p * p, p, one, -p], -1)
+    return of_query @ of_key.transpose(-1, -2) / HEAD_DIM**0.5
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_pape_against_its_published_channels(grid: Grid) -> None:
+    torch.manual_seed(0)
+    encoding = create_encoding("pape", HEADS, HEAD_DIM, grid).double()
+    q, k = queries_and_keys(grid)
+    x = torch.randn(2, grid[0] * grid[1], HEADS * HEAD_DIM, dtype=torch.float64)
+    bias = encoding.bias(q, k, grid, x).dense()
+    torch.testing.assert_close(bias, published_pape(x, encoding, grid), rtol=1e-9, atol=1e-9)
+
+
+def published_forget(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
+    """Forget gates along a text both ways, as x-transformers has them; `weight` is (2, h, D), `offset` (2, h)."""
+    backwards, onwards = (torch.einsum("bnd,whd->wbhn", x, weight) + offset[:, None, :, None]).sigmoid().log().cumsum(-1)
+    before = backwards[..., :, None] - backwards[..., None, :]
+    after = onwards[..., None, :] - onwards[..., :, None]
+    return before.tril() + after.triu()
+
+
+@pytest.mark.parametrize(("grid", "axis"), [((1, 9), 1), ((9, 1), 0)])
+def test_forget_gates_on_one_line_against_x_transformers(grid: Grid, axis: int) -> None:
+    torch.manual_seed(0)
+    encoding = create_encoding("forget", HEADS, HEAD_DIM, grid).double()
+    q, k = queries_and_keys(grid)
+    x = torch.randn(2, 9, HEADS * HEAD_DIM, dtype=torch.float64)
+    expected = published_forget(x, encoding.weight[axis], encoding.offset[axis])
+    torch.testing.assert_close(encoding.bias(q, k, grid, x).dense(), expected, rtol=1e-9, atol=1e-9)
 
 
 def published_cope(q: Tensor, k: Tensor, table: Tensor, causal: bool) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sape2 import reference
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
+from sape2.encodings.base import bias_of
 from sape2.encodings.grid import Grid
 
 BATCH, HEADS, HEAD_DIM = 2, 2, 8
@@ -30,6 +31,7 @@ NUMBERS = {
     "temperature": ["7.5"],
     "num_positions": ["3"],
     "table_std": ["0.5"],
+    "directions": ["4"],
     "gain_init": [],  # needs sign=learned, see below
 }
 TOGETHER = [
@@ -43,6 +45,9 @@ TOGETHER = [
     "sape2:axes=raster,count=cyclic,normalize=sqrt_length",
     "rpe_contextual:heads=each,beyond=resize",
     "cope:count=between,num_positions=4",
+    "rope:preset=dinov3",
+    "rope:coordinates=max,directions=4,order=yx",
+    "rope:spread=golden,temperature=10,fastest=3",
     "cope:num_positions=10,divide_bias=false",
     "key_table:by=token,to=both",
     "key_table:by=token,to=both,heads=shared,divide_bias=false",
@@ -68,7 +73,7 @@ def cases(slot: type, more: list[str] | None = None) -> list[tuple[str, Grid]]:
 
 def make(name: str) -> TokenEncoding | AttentionEncoding:
     """The encoding in float64 with random parameters, none of them at a start value that would hide a mistake."""
-    encoding = create_encoding(name, HEADS, HEAD_DIM, TRAINED).double().requires_grad_(False)
+    encoding = create_encoding(name, HEADS, HEAD_DIM, TRAINED).double().requires_grad_(False).eval()
     for parameter in encoding.parameters():
         parameter.normal_()
     return encoding
@@ -96,14 +101,16 @@ def expected_rotation(encoding: AttentionEncoding, name: str, vectors: Tensor, h
     if type(encoding).rotate is AttentionEncoding.rotate:
         return vectors
     rescale = (1.0, 1.0)
-    if encoding.options.beyond == "rescale":
+    if getattr(encoding.options, "beyond", None) == "rescale":
         rescale = (trained_over(grid, 0), trained_over(grid, 1))
     if name == "rope_mixed":
         return reference.rope_mixed(vectors, encoding.frequencies[:, head], grid, rescale)
     return by_name(name, encoding, vectors=vectors, grid=grid, rescale=rescale)
 
 
-def expected_bias(encoding: AttentionEncoding, name: str, q: Tensor, k: Tensor, head: int, grid: Grid) -> Tensor:
+def expected_bias(
+    encoding: AttentionEncoding, name: str, q: Tensor, k: Tensor, tokens: Tensor, head: int, grid: Grid
+) -> Tensor:
     options, height, width = encoding.options, *grid
     resize = getattr(options, "beyond", None) == "resize" and grid != TRAINED
     if name == "rpe":
@@ -130,8 +137,28 @@ def expected_bias(encoding: AttentionEncoding, name: str, q: Tensor, k: Tensor, 
         return reference.key_table(q, k, keys, queries, grid, options.divide_bias)
     if name == "sape2":
         return expected_sape2(encoding, q, k, head, grid)["bias"]
+    if name in ("log_cpb", "fire"):
+        return expected_function(encoding, name, head, grid)
+    if name == "pape" and options.form == "rotation_invariant":
+        return reference.pape_rotation_invariant(q, tokens, encoding.curvature[head], float(encoding.scales[head]), grid)
+    if name == "pape":
+        of_head = (encoding.curvature[head], encoding.slope[head], encoding.directions[head])
+        return reference.pape(q, tokens, *of_head, grid)
+    if name == "forget":
+        return reference.forget(tokens, encoding.weight[:, :, head], encoding.offset[:, :, head], grid)
     rescale = min(1.0, math.prod(TRAINED) / math.prod(grid)) if getattr(options, "beyond", None) == "rescale" else 1.0
-    return by_name(name, encoding, q=q, k=k, grid=grid, head=head, rescale=rescale)
+    return by_name(name, encoding, q=q, k=k, tokens=tokens, grid=grid, head=head, rescale=rescale)
+
+
+def expected_function(encoding: AttentionEncoding, name: str, head: int, grid: Grid) -> Tensor:
+    first, last = encoding.network.first, encoding.network.last
+
+    def network(u: float, v: float) -> float:
+        return reference.offset_network(u, v, first.weight, first.bias, last.weight[head])
+
+    if name == "log_cpb":
+        return reference.log_cpb(network, grid, TRAINED)
+    return reference.fire(network, float(encoding.c), float(encoding.threshold), grid, TRAINED)
 
 
 def key_vectors(encoding: AttentionEncoding, side: str, head: int) -> Tensor | None:
@@ -180,7 +207,8 @@ def test_rotation_and_bias_equal_the_literal_loop(name: str, grid: Grid) -> None
     base = name.partition(":")[0]
     encoding = make(name)
     q, k = torch.randn(2, BATCH, HEADS, math.prod(grid), HEAD_DIM, dtype=torch.float64)
-    bias = encoding.bias(q, k, grid)
+    tokens = torch.randn(BATCH, math.prod(grid), HEADS * HEAD_DIM, dtype=torch.float64)
+    bias = bias_of(encoding, q, k, grid, tokens=tokens)
     dense = None if bias is None else bias.dense().expand(BATCH, HEADS, -1, -1)
     rotated = encoding.rotate(q, k, grid)
     for b, head in [(0, 1), (1, 0)]:  # each image and each head, and never the place of the one for that of the other
@@ -188,7 +216,7 @@ def test_rotation_and_bias_equal_the_literal_loop(name: str, grid: Grid) -> None
             expected = expected_rotation(encoding, base, vectors[b, head], head, grid)
             torch.testing.assert_close(turned[b, head], expected, **CLOSE)
         if dense is not None:
-            expected = expected_bias(encoding, base, q[b, head], k[b, head], head, grid)
+            expected = expected_bias(encoding, base, q[b, head], k[b, head], tokens[b], head, grid)
             torch.testing.assert_close(dense[b, head], expected, **CLOSE)
 
 

@@ -12,8 +12,9 @@ ALLOWED = {
     "__init__": {"adapters", "encodings", "models.export", "models.frozen", "models.vit"},  # names looked up when first used
     "config": {"config"},
     "reference": set(),
-    "encodings": {"config.names", "config.options", "encodings.base", "encodings.bias", "encodings.grid"},
+    "encodings": {"config.names", "encodings.base", "encodings.bias", "encodings.grid", "encodings.options"},
     "encodings.grid": set(),
+    "encodings.options": {"config.names", "config.options"},
     "encodings.bias": {"encodings.grid"},
     "attention": {"attention", "encodings.base", "encodings.grid"},
     "models": set(),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sape2.adapters.start import Start, looks_beyond_pairs, prepare, rotates
 from sape2.attention import attend
 from sape2.encodings import create_encodings
-from sape2.encodings.base import AttentionEncoding, NoEncoding
+from sape2.encodings.base import AttentionEncoding, NoEncoding, bias_of
 from sape2.encodings.grid import Grid, check_grid, num_tokens
 
 Trainable = Literal["all", "encoding"]
@@ -176,22 +176,25 @@ class Attached:
         dropout: float,
         mask: Tensor | None = None,
         rotated: tuple[Tensor, Tensor] | None = None,
+        tokens: Float[Tensor, "batch tokens dim"] | None = None,
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """Attention with the encoding. `mask`: as `bias_map`; `rotated`: q and k as the host turns them."""
+        """Attention with the encoding. `mask`, `tokens`: as `bias_map`; `rotated`: q and k as the host turns them."""
         if mask is None and rotated is None:
-            return attend(q, k, v, self.sape2_tokens.grid_of(q.shape[-2]), self.sape2, dropout)
-        bias = self.bias_map(q, k, mask)
+            return attend(q, k, v, self.sape2_tokens.grid_of(q.shape[-2]), self.sape2, dropout, tokens=tokens)
+        bias = self.bias_map(q, k, mask, tokens)
         q, k = rotated or self.rotate(q, k)
         mask = None if bias is None else bias.to(v.dtype)
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
 
-    def bias_map(self, q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor | None:
+    def bias_map(self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor | None:
         """The bias of all T tokens (0 for prefix tokens) plus a mask, in logits; q and k before any rotation.
 
-        A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added.
+        A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added. `tokens`, (B, T, D), are what the host
+        projects to q and k, for encodings that read them.
         """
         grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
-        bias = self.sape2.bias(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
+        of_grid = None if tokens is None else tokens[:, num_prefix:]
+        bias = bias_of(self.sape2, q[:, :, num_prefix:], k[:, :, num_prefix:], grid, tokens=of_grid)
         additive = None if mask is None else as_additive(mask, q.dtype)
         if bias is None:
             return additive

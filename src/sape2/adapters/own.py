@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sape2.adapters.attached import Attached, Host
 from sape2.adapters.start import rotates
 from sape2.attention import Attention, attend, logits
-from sape2.encodings.base import Composite
+from sape2.encodings.base import Composite, maps_of
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
 
@@ -28,14 +28,14 @@ class AttachedOwn(Attached, Attention):
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
         q, k, v = self.project(x)
-        output = attend(q, k, v, grid, self.both(), self.attention_dropout if self.training else 0.0)
+        output = attend(q, k, v, grid, self.both(), self.attention_dropout if self.training else 0.0, tokens=x)
         return self.dropout(self.proj(output.transpose(1, 2).flatten(2)))
 
     def maps(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> dict[str, Tensor]:
         q, k, _ = self.project(x)
         num_prefix = num_prefix_tokens(x.shape[1], grid)
-        maps = self.both().maps(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
-        return maps | {"attention": logits(q, k, grid, self.both()).softmax(-1)}
+        maps = maps_of(self.both(), q[:, :, num_prefix:], k[:, :, num_prefix:], grid, x[:, num_prefix:])
+        return maps | {"attention": logits(q, k, grid, self.both(), x).softmax(-1)}
 
 
 def find(model: nn.Module) -> Host:

@@ -69,19 +69,19 @@ class AttachedMultihead(Attached, nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            weights = self._weights(q, k, mask)
+            weights = self._weights(q, k, mask, x)
             output = F.dropout(weights, dropout) @ v
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights[0]
         else:
-            output = self.attend(q, k, v, dropout=dropout, mask=mask)
+            output = self.attend(q, k, v, dropout=dropout, mask=mask, tokens=x)
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         if not batched:
             return output[0], weights
         return output if self.batch_first else output.transpose(0, 1), weights
 
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-        bias = self.bias_map(q, k, mask)
+    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
+        bias = self.bias_map(q, k, mask, tokens)
         q, k = self.rotate(q, k)
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
         return (scores if bias is None else scores + bias).softmax(-1)

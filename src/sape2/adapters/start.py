@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Composite, LineScores, bias_of, full_precision
+from sape2.encodings.base import AttentionBias, AttentionEncoding, Composite, LineScores, bias_of, full_precision, maps_of
 from sape2.encodings.grid import Grid, num_tokens
 
 Start = Literal["no_effect", "as_is"]
@@ -26,7 +26,7 @@ class Gained(AttentionEncoding):
     def __init__(self, inner: AttentionEncoding, num_heads: int) -> None:
         nn.Module.__init__(self)
         self.inner = inner
-        self.facts, self.score_axes = inner.facts, inner.score_axes
+        self.facts, self.score_axes, self.reads_tokens = inner.facts, inner.score_axes, inner.reads_tokens
         self.gain = nn.Parameter(torch.zeros(num_heads))
 
     def check_trainable(self) -> None:
@@ -38,14 +38,19 @@ class Gained(AttentionEncoding):
         k: Float[Tensor, "batch heads tokens head_dim"],
         grid: Grid,
         scores: LineScores | None = None,
+        tokens: Float[Tensor, "batch tokens dim"] | None = None,
     ) -> AttentionBias | None:
-        bias = bias_of(self.inner, q, k, grid, scores)
+        bias = bias_of(self.inner, q, k, grid, scores, tokens)
         return None if bias is None else bias.scaled(full_precision(self.gain)[:, None, None])
 
     def maps(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        tokens: Float[Tensor, "batch tokens dim"] | None = None,
     ) -> dict[str, Tensor]:
-        maps = self.inner.maps(q, k, grid)
+        maps = maps_of(self.inner, q, k, grid, tokens)
         return maps | {"bias": (full_precision(self.gain)[:, None, None] * maps["bias"]).to(q.dtype)}
 
 
@@ -76,7 +81,8 @@ def _without_effect(
             f"{type(encoding).__name__} turns q and k, which no gain can start from nothing: a trained model would change at "
             'once. Attach a bias (sape2, rpe, cope, alibi, ...), or give start="as_is" to take the change and train on'
         )
-    bias = encoding.bias(*_probe(num_heads, head_dim), PROBE)
+    q, k = _probe(num_heads, head_dim)
+    bias = bias_of(encoding, q, k, PROBE, tokens=_joined(q))
     return encoding if bias is None or not bias.dense().any() else Gained(encoding, num_heads)
 
 
@@ -90,7 +96,7 @@ def rotates(encoding: AttentionEncoding) -> bool:
 def looks_beyond_pairs(encoding: AttentionEncoding, num_heads: int, head_dim: int) -> bool:
     """Whether b_in changes with the content of patches other than i and n, as counts along a line do.
 
-    Found out on a copy with random parameters: in a batch, the query and key of another patch are changed in each image, and
+    Found out on a copy with random parameters: in a batch, the content of another patch is changed in each image, and
     the bias among the others is compared with that of the first image, in which none is.
     """
     copied = copy.deepcopy(encoding).double().eval()
@@ -100,12 +106,17 @@ def looks_beyond_pairs(encoding: AttentionEncoding, num_heads: int, head_dim: in
     tokens = num_tokens(PROBE)
     changed = torch.eye(tokens + 1, dtype=torch.bool)[:, 1:]  # image 0 none, image t + 1 token t
     q, k = (tensor.double() + changed[:, None, :, None] for tensor in _probe(num_heads, head_dim))
-    bias = copied.bias(q, k, PROBE)
+    bias = bias_of(copied, q, k, PROBE, tokens=_joined(q))
     if bias is None:
         return False
     maps = bias.dense().expand(tokens + 1, num_heads, -1, -1)
     others = ~(changed[:, None, :, None] | changed[:, None, None, :])
     return bool(((maps - maps[:1]).abs() * others).max() > 1e-9)
+
+
+def _joined(q: Tensor) -> Tensor:
+    """Tokens whose queries these might be, (B, N, D)."""
+    return q.transpose(1, 2).flatten(2)
 
 
 def _probe(num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ class AttachedAttention(Attached, Attention):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         mask = _mask(self, x, attn_mask, is_causal)
-        return _finish(self, x, self.attend(q, k, v, dropout=_dropout(self), mask=mask))
+        return _finish(self, x, self.attend(q, k, v, dropout=_dropout(self), mask=mask, tokens=x))
 
 
 class AttachedAttentionRope(Attached, AttentionRope):
@@ -68,7 +68,8 @@ def _forward_rope(module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor
     if rope is not None:
         rotated = _turn(module, q, rope).type_as(v), _turn(module, k, rope).type_as(v)
     mask = _mask(module, x, attn_mask, is_causal)
-    return _finish(module, x, module.attend(q, k, v, dropout=_dropout(module), mask=mask, rotated=rotated))
+    output = module.attend(q, k, v, dropout=_dropout(module), mask=mask, rotated=rotated, tokens=x)
+    return _finish(module, x, output)
 
 
 def _project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,7 @@ class _Attached(Attached):
         self.sape2_tokens.check_padding(attention_mask)
         projections = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
         q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projections)
-        bias = self.bias_map(q, k, attention_mask)
+        bias = self.bias_map(q, k, attention_mask, hidden_states)
         q, k = self.rotate(q, k)
         attention = self.functions.get_interface(self.config._attn_implementation, self.eager)
         dropout = self.attention_dropout if self.training else 0.0

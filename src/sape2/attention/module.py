@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sape2.attention.blocks import attend_in_blocks
 from sape2.attention.paths import choose_path
 from sape2.attention.products import attend_fused, logits
-from sape2.encodings.base import AttentionEncoding, NoEncoding
+from sape2.encodings.base import AttentionEncoding, NoEncoding, maps_of
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
 
@@ -45,7 +45,7 @@ class Attention(nn.Module):
     def forward(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
         q, k, v = self.project(x)
         dropout = self.attention_dropout if self.training else 0.0
-        output = attend(q, k, v, grid, self.encoding, dropout)  # (B, h, T, d)
+        output = attend(q, k, v, grid, self.encoding, dropout, tokens=x)  # (B, h, T, d)
         return self.dropout(self.proj(output.transpose(1, 2).flatten(2)))
 
     def project(self, x: Float[Tensor, "batch tokens dim"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,8 +57,8 @@ class Attention(nn.Module):
         """The maps of the encoding and `attention`, the softmax weights, (B, h, T, T)."""
         q, k, _ = self.project(x)
         num_prefix = num_prefix_tokens(x.shape[1], grid)
-        maps = self.encoding.maps(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
-        return maps | {"attention": logits(q, k, grid, self.encoding).softmax(-1)}
+        maps = maps_of(self.encoding, q[:, :, num_prefix:], k[:, :, num_prefix:], grid, x[:, num_prefix:])
+        return maps | {"attention": logits(q, k, grid, self.encoding, x).softmax(-1)}
 
 
 def attend(
@@ -68,12 +68,17 @@ def attend(
     grid: Grid,
     encoding: AttentionEncoding,
     dropout: float = 0.0,
+    *,
+    tokens: Float[Tensor, "batch tokens dim"] | None = None,
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
-    """Attention under an encoding; prefix tokens are neither rotated nor biased."""
+    """Attention under an encoding; prefix tokens are neither rotated nor biased.
+
+    `tokens`, what q, k and v were projected from, for encodings that read them.
+    """
     path = choose_path(q, encoding, dropout)
     if path == "blocks":
         return attend_in_blocks(q, k, v, grid, encoding)
     if path == "products":
-        weights = F.dropout(logits(q, k, grid, encoding).softmax(-1), dropout)
+        weights = F.dropout(logits(q, k, grid, encoding, tokens).softmax(-1), dropout)
         return weights.to(v.dtype) @ v
-    return attend_fused(q, k, v, grid, encoding, dropout)
+    return attend_fused(q, k, v, grid, encoding, dropout, tokens)

@@ -28,23 +28,28 @@ def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) ->
     With a bias, on a CPU: blocks. On an accelerator a bias needs one map of all images and heads, so blocks only where
     that would take more than 4 GB of float32. Where a graph is traced, for functional and forward-mode derivatives,
     which need single differentiable operations, for dropout, and in replicas of `nn.DataParallel`, which name no
-    parameters: products on a CPU, fused on an accelerator.
+    parameters: products on a CPU, fused on an accelerator. So for an encoding that reads the block's input, which blocks
+    do not hand on.
     Without a bias: fused, but on a CPU products up to 512 tokens, where the backward pass of the fused kernel is three to
     five times slower in bf16 (benchmarks/results/attention_path.md).
     """
     on_cpu = q.device.type in ("cpu", "meta")
     if not encoding.makes_bias:
         return "products" if on_cpu and q.shape[-2] <= 512 else "fused"
-    if torch.compiler.is_compiling() or q.is_meta or _is_transformed(q) or dropout or _is_replica(encoding):
+    traced = torch.compiler.is_compiling() or q.is_meta or _is_transformed(q)
+    if traced or dropout or encoding.reads_tokens or _is_replica(encoding):
         return "products" if on_cpu else "fused"
     return "blocks" if on_cpu or map_elements(q) > 2**30 else "fused"
 
 
-def describe_path(q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding) -> str:
+def describe_path(
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding, tokens: Tensor | None = None
+) -> str:
     """The path that `attend` takes for such tensors and what the bias is made of, for reports."""
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
     with torch.no_grad():
-        bias = bias_of(encoding, q[:1, :, num_prefix:], k[:1, :, num_prefix:], grid, None)
+        of_grid = None if tokens is None else tokens[:1, num_prefix:]
+        bias = bias_of(encoding, q[:1, :, num_prefix:], k[:1, :, num_prefix:], grid, tokens=of_grid)
     terms = [] if bias is None else [type(term).__name__.lower() for term in bias.terms]
     path = choose_path(q, encoding)
     memory = [] if path != "blocks" else ["weights kept" if is_small(q) else "weights computed again"]

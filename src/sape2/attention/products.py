@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding
+from sape2.encodings.base import AttentionBias, AttentionEncoding, bias_of
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
 
@@ -19,9 +19,10 @@ def logits(
     k: Float[Tensor, "batch heads tokens head_dim"],
     grid: Grid,
     encoding: AttentionEncoding,
+    tokens: Float[Tensor, "batch tokens dim"] | None = None,
 ) -> Float[Tensor, "batch heads tokens tokens"]:
     """q k^T / sqrt(d) + bias, both rotated, the bias on grid tokens only."""
-    return scores_with(*encode(q, k, grid, encoding))
+    return scores_with(*encode(q, k, grid, encoding, tokens))
 
 
 def scores_with(q: Tensor, k: Tensor, bias: AttentionBias | None) -> Float[Tensor, "batch heads tokens tokens"]:
@@ -31,10 +32,16 @@ def scores_with(q: Tensor, k: Tensor, bias: AttentionBias | None) -> Float[Tenso
 
 
 def attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding, dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: Grid,
+    encoding: AttentionEncoding,
+    dropout: float,
+    tokens: Tensor | None = None,
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
     """Biases that are dot products become further channels, q' = [q / sqrt(d), query_side], k' = [k, key_side]."""
-    q, k, bias = encode(q, k, grid, encoding)
+    q, k, bias = encode(q, k, grid, encoding, tokens)
     q, mask = q * q.shape[-1] ** -0.5, None
     if bias is not None:
         q, k = (_widened(t, side) for t, side in zip((q, k), bias.factored() or (None, None), strict=True))
@@ -46,10 +53,13 @@ def attend_fused(
     return output[..., : v.shape[-1]]
 
 
-def encode(q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding) -> tuple[Tensor, Tensor, AttentionBias | None]:
+def encode(
+    q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding, tokens: Tensor | None = None
+) -> tuple[Tensor, Tensor, AttentionBias | None]:
     """(q, k, bias): grid tokens of q and k rotated, the bias of grid tokens, which sees them before."""
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
-    bias = encoding.bias(q[:, :, num_prefix:], k[:, :, num_prefix:], grid)
+    of_grid = None if tokens is None else tokens[:, num_prefix:]
+    bias = bias_of(encoding, q[:, :, num_prefix:], k[:, :, num_prefix:], grid, tokens=of_grid)
     return *rotate(q, k, grid, encoding), bias
 
 

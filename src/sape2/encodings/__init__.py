@@ -19,13 +19,14 @@ from sape2.encodings.base import (
     Facts,
     NoEncoding,
     TokenEncoding,
-    check_options,
-    describe_options,
-    make_options,
 )
 from sape2.encodings.conditional import Conditional
 from sape2.encodings.cope import CoPE
+from sape2.encodings.forget import Forget
+from sape2.encodings.functional import FIRE, LogCPB
 from sape2.encodings.grid import Grid
+from sape2.encodings.options import check_options, describe_options, make_options
+from sape2.encodings.pape import PaPE
 from sape2.encodings.relative import ALiBi, RelativeContextual, RelativeDecomposed, RelativeTable
 from sape2.encodings.rotary import Rotary, RotaryMixed
 from sape2.encodings.sape2 import SaPE2
@@ -44,12 +45,17 @@ ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
     "rpe_contextual": RelativeContextual,
     "rpe_decomposed": RelativeDecomposed,
     "alibi": ALiBi,
+    "log_cpb": LogCPB,
+    "fire": FIRE,
+    "pape": PaPE,
+    "forget": Forget,
     "cope": CoPE,
     "sape2": SaPE2,
 }
 
 __all__ = [
     "ATTENTION_ENCODINGS",
+    "FIRE",
     "TOKEN_ENCODINGS",
     "ALiBi",
     "AttentionBias",
@@ -57,9 +63,12 @@ __all__ = [
     "CoPE",
     "Conditional",
     "Facts",
+    "Forget",
     "KeyTable",
     "LearnedAbsolute",
+    "LogCPB",
     "NoEncoding",
+    "PaPE",
     "RelativeContextual",
     "RelativeDecomposed",
     "RelativeTable",

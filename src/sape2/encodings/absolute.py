@@ -17,11 +17,11 @@ from sape2.encodings.base import (
     Facts,
     TokenEncoding,
     full_precision,
-    make_options,
     no_autocast,
 )
 from sape2.encodings.bias import Factors, Places
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
+from sape2.encodings.options import make_options
 
 Resize = Literal["bicubic", "bilinear"]
 

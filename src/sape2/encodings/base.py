@@ -1,4 +1,4 @@
-"""What a position encoding is: two slots, one bias type, declared facts, checked options.
+"""What a position encoding is: two slots, one bias type, declared facts.
 
 A *token* encoding acts once on the tokens. An *attention* encoding acts in every layer through two hooks,
 `rotate` and `bias`, both no-ops by default. Shapes: q, k are (B, h, N, d), unscaled, without prefix tokens.
@@ -9,22 +9,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.config.names import did_you_mean
-from sape2.config.options import describe_option, type_name
 from sape2.encodings.bias import Distances, Factors, Matrix, Places
-from sape2.encodings.grid import Axis, Grid
+from sape2.encodings.grid import Axis, Grid, check_tokens
+from sape2.encodings.options import make_options
 
-Options = TypeVar("Options")
 MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
 
 
@@ -152,7 +149,7 @@ class AttentionEncoding(nn.Module):
     `summary`, `source` and `variants` as in `TokenEncoding`. A bias may depend on q, k and the encoding's parameters, image
     by image, and on nothing else. An encoding that reads the products q.k of the tokens of one line says so in
     `score_axes`; its `bias` then takes a further argument, `scores`, and must give the same without it: attention hands
-    over what it has computed anyway.
+    over what it has computed anyway. One that reads more of the block's input than q and k is a `TokenReader`.
     """
 
     Options: type = NoOptions
@@ -162,6 +159,7 @@ class AttentionEncoding(nn.Module):
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # names of several options at once, the default first
     facts = Facts()
     score_axes: tuple[Axis, ...] = ()
+    reads_tokens: bool = False
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__()
@@ -211,10 +209,57 @@ def changed_options(encoding: TokenEncoding | AttentionEncoding) -> str:
     return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
-def bias_of(encoding: AttentionEncoding, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None) -> AttentionBias | None:
-    """The bias, with the scores handed over to an encoding that reads such."""
+class TokenReader(AttentionEncoding):
+    """An attention encoding whose bias reads, besides q and k, what they are projected from: the normed input of the block.
+
+    Its hooks take these `tokens`, (B, N, D), without prefix tokens, and ask for them by `check_read`.
+    """
+
+    reads_tokens = True
+
+    def maps(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        tokens: Float[Tensor, "batch tokens dim"] | None = None,
+    ) -> dict[str, Tensor]:
+        bias = bias_of(self, q, k, grid, tokens=tokens)
+        return {} if bias is None else {"bias": bias.dense().expand(q.shape[0], q.shape[1], -1, -1)}
+
+
+def bias_of(
+    encoding: AttentionEncoding,
+    q: Tensor,
+    k: Tensor,
+    grid: Grid,
+    scores: LineScores | None = None,
+    tokens: Tensor | None = None,
+) -> AttentionBias | None:
+    """The bias, with the scores and tokens of the grid handed over to an encoding that reads such."""
     hook: Any = encoding.bias
-    return hook(q, k, grid, scores) if scores and encoding.score_axes else hook(q, k, grid)
+    lines = (scores,) if scores and encoding.score_axes else ()
+    return hook(q, k, grid, *lines, **_read(encoding, tokens))
+
+
+def maps_of(encoding: AttentionEncoding, q: Tensor, k: Tensor, grid: Grid, tokens: Tensor | None = None) -> dict[str, Tensor]:
+    """`maps`, with the tokens of the grid handed over to an encoding that reads them."""
+    hook: Any = encoding.maps
+    return hook(q, k, grid, **_read(encoding, tokens))
+
+
+def _read(encoding: AttentionEncoding, tokens: Tensor | None) -> dict[str, Any]:
+    return {"tokens": tokens} if encoding.reads_tokens else {}
+
+
+def check_read(name: str, tokens: Tensor | None, dim: int, grid: Grid) -> Tensor:
+    """The tokens that an encoding reads, in float32 or better; raises ValueError if there are none, or of another width."""
+    if tokens is None:
+        raise ValueError(f"{name} reads the normed input of the block besides q and k; give tokens, (batch, tokens, {dim})")
+    check_tokens(tokens, grid)
+    if tokens.shape[-1] != dim:
+        raise ValueError(f"this {name} reads tokens of width {dim} (num_heads times head_dim); got {tokens.shape[-1]}")
+    return full_precision(tokens)
 
 
 class NoEncoding(AttentionEncoding):
@@ -239,6 +284,7 @@ class Composite(AttentionEncoding):
         symmetries = {field.name: all(getattr(fact, field.name) for fact in facts) for field in dataclasses.fields(Facts)}
         self.facts = Facts(**symmetries | {"content_dependent": any(fact.content_dependent for fact in facts)})
         self.score_axes = tuple(dict.fromkeys(axis for part in parts for axis in part.score_axes))
+        self.reads_tokens = any(part.reads_tokens for part in parts)
 
     @property
     def makes_bias(self) -> bool:
@@ -264,18 +310,23 @@ class Composite(AttentionEncoding):
         k: Float[Tensor, "batch heads tokens head_dim"],
         grid: Grid,
         scores: LineScores | None = None,
+        tokens: Float[Tensor, "batch tokens dim"] | None = None,
     ) -> AttentionBias | None:
-        biases = [bias_of(part, q, k, grid, scores) for part in self._members()]
+        biases = [bias_of(part, q, k, grid, scores, tokens) for part in self._members()]
         given = [bias for bias in biases if bias is not None]
         return functools.reduce(operator.add, given) if given else None
 
     def maps(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        tokens: Float[Tensor, "batch tokens dim"] | None = None,
     ) -> dict[str, Tensor]:
         """The maps of all parts; the biases are added up."""
         result: dict[str, Tensor] = {}
         for part in self._members():
-            for name, value in part.maps(q, k, grid).items():
+            for name, value in maps_of(part, q, k, grid, tokens).items():
                 result[name] = result[name] + value if name == "bias" and name in result else value
         return result
 
@@ -358,63 +409,3 @@ def interpolate(
     low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
     z_low, z_high = products.gather(-1, low), products.gather(-1, low + 1)
     return z_low + (positions - low) * (z_high - z_low)
-
-
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
-def make_options(options_class: type[Options], encoding: str, given: dict[str, Any], *further: str) -> Options:
-    """`options_class(**given)` with every name and value checked; raises ValueError that lists what is known.
-
-    Values may be strings, as they come from the command line ("sape2:count=cyclic,num_positions=10"). `further` names
-    what the encoding takes besides.
-    """
-    hints = get_type_hints(options_class)
-    check_options(encoding, given, [*further, *hints])
-    return options_class(**{name: _convert(f"{encoding}:{name}", hints[name], value) for name, value in given.items()})
-
-
-def check_options(encoding: str, given: Iterable[str], known: Sequence[str]) -> None:
-    """Raises ValueError for the first option that is not known, with those that are."""
-    for name in sorted(set(given) - set(known)):
-        told = f"{did_you_mean(name, known)}known options: {', '.join(known) or 'none'}"
-        raise ValueError(f"{encoding} has no option {name!r}; {told}")
-
-
-def describe_options(options_class: type) -> dict[str, str]:
-    """Option name to its values, the default first: {"count": "suffix|prefix|...", "num_positions": "None|int"}."""
-    hints = get_type_hints(options_class)
-    return {field.name: describe_option(hints[field.name], field.default) for field in dataclasses.fields(options_class)}
-
-
-def _convert(what: str, hint: Any, value: Any) -> Any:
-    """`value` as the annotated type; text is parsed, everything else must already fit."""
-    if get_origin(hint) is Literal:
-        return _convert_choice(what, get_args(hint), value)
-    members = get_args(hint) or (hint,)
-    for member in members:
-        with contextlib.suppress(ValueError, KeyError):
-            return _parse(member, value)
-    raise ValueError(f"{what} needs {type_name(hint)}{' or none' * (type(None) in members)}; got {repr(value)[:100]}")
-
-
-def _convert_choice(what: str, choices: tuple, value: Any) -> Any:
-    for choice in choices:
-        if value == choice or str(value) == str(choice):
-            return choice
-    raise ValueError(f"{what} must be one of {', '.join(map(str, choices))}; got {repr(value)[:100]}")
-
-
-def _parse(kind: type, value: Any) -> Any:
-    if kind is type(None):
-        if value not in (None, "none", "None"):
-            raise ValueError
-        return None
-    if kind is bool:
-        return {"true": True, "false": False}[str(value).lower()]
-    if isinstance(value, bool) or (kind is int and isinstance(value, float)):
-        raise ValueError
-    parsed = kind(value)
-    if kind is float and not math.isfinite(parsed):
-        raise ValueError
-    return parsed

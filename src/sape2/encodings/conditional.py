@@ -8,8 +8,9 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import Facts, TokenEncoding, make_options
+from sape2.encodings.base import Facts, TokenEncoding
 from sape2.encodings.grid import Grid, check_tokens
+from sape2.encodings.options import make_options
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from sape2.encodings.base import (
     between_sum,
     full_precision,
     interpolate,
-    make_options,
     no_autocast,
     suffix_sum,
 )
 from sape2.encodings.bias import Matrix
 from sape2.encodings.grid import Grid, check_grid, check_tokens, num_tokens
+from sape2.encodings.options import make_options
 
 Count = Literal["suffix", "causal", "between"]
 

@@ -66,6 +66,19 @@ def offsets(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "toke
     return yx[None] - yx[:, None]
 
 
+def num_offsets(grid: Grid) -> tuple[int, int]:
+    """How many row and column offsets a grid has: (2 H - 1, 2 W - 1)."""
+    height, width = grid
+    return 2 * height - 1, 2 * width - 1
+
+
+def offset_index(grid: Grid, rows: int, columns: int, device: torch.device) -> Int[Tensor, "tokens tokens"]:
+    """Where the offset of every pair (i, n) stands in a flattened table of (rows, columns) offsets, offset 0 in the middle."""
+    dy, dx = offsets(grid, device).unbind(-1)
+    last_y, last_x = rows // 2, columns // 2
+    return (dy.clamp(-last_y, last_y) + last_y) * columns + dx.clamp(-last_x, last_x) + last_x
+
+
 def line_length(grid: Grid, axis: Axis) -> int:
     """Tokens in one line of `axis`: W for x, H for y, N for raster."""
     height, width = grid

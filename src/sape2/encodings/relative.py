@@ -14,31 +14,33 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, make_options, no_autocast
+from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, no_autocast
 from sape2.encodings.bias import PLACE_AXES, Matrix, Places
-from sape2.encodings.grid import Grid, check_grid, check_tokens, from_lines, is_symbolic, line_length, offsets, to_lines
+from sape2.encodings.grid import (
+    Grid,
+    check_grid,
+    check_tokens,
+    from_lines,
+    is_symbolic,
+    line_length,
+    num_offsets,
+    offset_index,
+    offsets,
+    to_lines,
+)
+from sape2.encodings.options import make_options
 
 Beyond = Literal["resize", "clamp"]
 
 
-def num_offsets(grid: Grid) -> tuple[int, int]:
-    """How many row and column offsets a grid has: (2 H - 1, 2 W - 1)."""
-    height, width = grid
-    return 2 * height - 1, 2 * width - 1
-
-
-def offset_index(grid: Grid, rows: int, columns: int, device: torch.device) -> Int[Tensor, "tokens tokens"]:
-    """Where the offset of every pair (i, n) stands in a flattened table of (rows, columns) offsets, offset 0 in the middle."""
-    dy, dx = offsets(grid, device).unbind(-1)
-    last_y, last_x = rows // 2, columns // 2
-    return (dy.clamp(-last_y, last_y) + last_y) * columns + dx.clamp(-last_x, last_x) + last_x
-
-
 def resized(table: Float[Tensor, "channels rows columns"], grid: Grid) -> Float[Tensor, "channels new_rows new_columns"]:
-    """The table resampled as an image to the offsets of `grid`, bicubic, as Swin and timm do for other windows."""
+    """The table resampled as an image to the offsets of `grid`, bicubic, as Swin's own code does for other windows.
+
+    timm's `resize_rel_pos_bias_table`, which its Swin uses, is another rule: it spaces the offsets geometrically.
+    """
     if not is_symbolic(grid) and table.shape[-2:] == num_offsets(grid):
         return table
     return F.interpolate(table[None], size=num_offsets(grid), mode="bicubic", align_corners=False)[0]

@@ -1,32 +1,46 @@
 """Rotary encodings: queries and keys are turned by angles that grow with their place, so that q.k sees the offset only.
 
-All in real arithmetic: channels 2f and 2f + 1 of a head are one plane and turn by the angle f. Prefix tokens are not
-turned, so a product of a prefix token with a patch still sees the absolute place of the patch, as in the sources.
+All in real arithmetic: channels 2f and 2f + 1 of a head are one plane and turn by the angle f (in DINOv3's layout, channels
+f and f + d/2). Prefix tokens are not turned, so a product of a prefix token with a patch still sees the absolute place of
+the patch, as in the sources.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionEncoding, Facts, full_precision, make_options, no_autocast
+from sape2.encodings.base import AttentionEncoding, Facts, full_precision, no_autocast
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates
+from sape2.encodings.options import make_options
 
 Beyond = Literal["extrapolate", "rescale"]
+Layout = Literal["pairs", "halves"]
+GOLDEN_RATIO = (1 + math.sqrt(5)) / 2
+PRESETS: dict[str, dict[str, Any]] = {
+    "rope_vit": {},
+    "dinov3": {"coordinates": "separate", "order": "yx", "layout": "halves", "train_rescale": 2.0},
+}
 
 
 def turn(
-    vectors: Float[Tensor, "batch heads tokens head_dim"], angles: Float[Tensor, "*#heads tokens planes"]
+    vectors: Float[Tensor, "batch heads tokens head_dim"],
+    angles: Float[Tensor, "*#heads tokens planes"],
+    layout: Layout = "pairs",
 ) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """(a, b) -> (a cos - b sin, a sin + b cos) in every plane, computed in float32 or better, in the dtype of `vectors`."""
-    a, b = full_precision(vectors).unflatten(-1, (-1, 2)).unbind(-1)  # (B, h, N, d/2)
+    """(a, b) -> (a cos - b sin, a sin + b cos) in every plane, computed in float32 or better, in the dtype of `vectors`.
+
+    Plane f has the channels 2f and 2f + 1 in pairs, f and f + d/2 in halves.
+    """
+    vectors_full, dim = full_precision(vectors), -1 if layout == "pairs" else -2
+    a, b = vectors_full.unflatten(-1, (-1, 2) if layout == "pairs" else (2, -1)).unbind(dim)  # (B, h, N, d/2)
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(vectors.dtype)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=dim).flatten(-2).to(vectors.dtype)
 
 
 def places(grid: Grid, trained: Grid, beyond: Beyond, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,12 +55,12 @@ def places(grid: Grid, trained: Grid, beyond: Beyond, like: Tensor) -> tuple[Ten
     return x, y
 
 
-def check_head_dim(name: str, num_heads: int, head_dim: int) -> None:
-    """Raises ValueError unless x and y get the same number of planes."""
-    if head_dim % 4:
+def check_head_dim(name: str, num_heads: int, head_dim: int, directions: int = 2) -> None:
+    """Raises ValueError unless all directions get the same number of planes."""
+    if head_dim % (2 * directions):
         raise ValueError(
-            f"{name} needs head_dim divisible by 4; got {head_dim} (dim={num_heads * head_dim} / num_heads={num_heads}). "
-            "Choose another dim or num_heads"
+            f"{name} needs head_dim divisible by {2 * directions}; got {head_dim} "
+            f"(dim={num_heads * head_dim} / num_heads={num_heads}). Choose another dim or num_heads"
         )
 
 
@@ -58,13 +72,15 @@ def check_temperature(name: str, temperature: float) -> None:
 class Rotation(AttentionEncoding):
     """Turns q and k by `angles`; what these are is for the subclass to say."""
 
+    layout: Layout = "pairs"
+
     def rotate(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
         check_tokens(q, grid)
         with no_autocast(q):
             angles = self.angles(grid, q)
-            return turn(q, angles), turn(k, angles)
+            return turn(q, angles, self.layout), turn(k, angles, self.layout)
 
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "*heads tokens planes"]:
         """The angle of every plane at every token, in radians, on the device of `like`, in float32 or better."""
@@ -73,38 +89,112 @@ class Rotation(AttentionEncoding):
 
 @dataclass(frozen=True)
 class RotaryOptions:
-    """`temperature`: the longest wavelength is nearly 2 pi times it, in patches; `beyond`: see `places`."""
+    """Coordinates, directions and frequencies of the planes, and how places move in training: docs/method.md has them all."""
 
     temperature: float = 100.0
     beyond: Beyond = "extrapolate"
+    coordinates: Literal["patches", "separate", "min", "max"] = "patches"
+    directions: int = 2
+    spread: Literal["uniform", "golden"] = "uniform"
+    fastest: float = 1.0
+    order: Literal["xy", "yx"] = "xy"
+    layout: Layout = "pairs"
+    train_shift: float = 0.0
+    train_jitter: float = 1.0
+    train_rescale: float = 1.0
 
     def __post_init__(self) -> None:
         check_temperature("rope", self.temperature)
+        if self.beyond == "rescale" and self.coordinates != "patches":
+            raise ValueError(f"rope:beyond=rescale has no effect on coordinates={self.coordinates}, which follow the grid")
+        if self.directions < 1:
+            raise ValueError(f"rope:directions must be at least 1; got {self.directions}")
+        if self.directions != 2 and self.spread == "golden":
+            raise ValueError("rope:directions has no effect with spread=golden, which gives every plane its own")
+        if not 0 < self.fastest <= math.pi:
+            raise ValueError(f"rope:fastest must be above 0 and at most pi, half a turn a patch; got {self.fastest}")
+        if self.train_shift < 0:
+            raise ValueError(f"rope:train_shift must be at least 0; got {self.train_shift}")
+        for name in ("train_jitter", "train_rescale"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rope:{name} is a factor of at least 1; got {getattr(self, name)}")
 
 
 class Rotary(Rotation):
-    """Axial RoPE: the first half of the planes turns by x w_f, the second half by y w_f, w_f = temperature^(-f / (d/4)).
+    """Plane f turns by w_f (x cos t_f + y sin t_f), with t_f the direction of the plane and w_f its frequency.
 
-    Frequencies, order and temperature 100 as in RoPE-ViT (arXiv:2403.13298), so weights of timm's ViT-RoPE models
-    ("cat", x before y) see the same rotation. Raises ValueError unless head_dim is divisible by 4.
+    By default axial RoPE as in RoPE-ViT (arXiv:2403.13298): half of the planes turn with x, half with y, and
+    w_f = temperature^(-f / (d/4)), so weights of timm's ViT-RoPE models ("cat", x before y) see the same rotation.
+    preset=dinov3 is that of DINOv3 (arXiv:2508.10104) and timm's `RotaryEmbeddingDinoV3`: y first, halves, places from -1
+    to 1 times 2 pi. `directions` are spread over half a turn, each with all frequencies (Spiral RoPE, arXiv:2602.03227);
+    spread=golden turns the direction by pi over the golden ratio from plane to plane, slowest first (golden gate RoPE).
+    Raises ValueError unless head_dim is divisible by twice the number of directions.
     """
 
     Options = RotaryOptions
-    summary = "axial rotary: half of the channels turn with x, half with y"
+    summary = "rotary: half of the channels turn with x, half with y; or in more directions, or as in DINOv3"
     source = "arXiv:2104.09864, 2D as in arXiv:2403.13298"
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
+    variants: ClassVar[dict[str, str]] = {
+        "preset=dinov3": "places from -1 to 1, y first, halves, and sizes drawn in training: DINOv3, arXiv:2508.10104",
+        "directions=4": "four directions instead of x and y: Spiral RoPE, arXiv:2602.03227",
+        "spread=golden": "a direction for every plane by the golden ratio: golden gate RoPE, jerryxio.ng/posts/nd-rope",
+    }
     facts = Facts(translation=True)
 
-    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, preset: str = "rope_vit", **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(RotaryOptions, "rope", options)
-        check_head_dim("rope", num_heads, head_dim)
+        if preset not in PRESETS:
+            raise ValueError(f"rope:preset must be one of {', '.join(PRESETS)}; got {preset!r}")
+        self.options = make_options(RotaryOptions, "rope", PRESETS[preset] | options, "preset")
+        self.layout = self.options.layout
+        check_head_dim("rope", num_heads, head_dim, 1 if self.options.spread == "golden" else self.options.directions)
         self.head_dim, self.grid = head_dim, check_grid(grid)
 
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "tokens planes"]:
+        first, second = self._moved(self._places(grid, like))
+        o, planes = self.options, self.head_dim // 2
+        if o.spread == "golden":
+            plane = torch.arange(planes, device=first.device).to(first.dtype)
+            lengths = o.fastest * o.temperature ** (plane / max(planes - 1, 1) - 1)
+            turned = plane * (math.pi / GOLDEN_RATIO)
+            return first[:, None] * (lengths * turned.cos()) + second[:, None] * (lengths * turned.sin())
+        each = planes // o.directions
+        frequencies = o.fastest * o.temperature ** (-torch.arange(each, device=first.device).to(first.dtype) / each)
+        turns = [direction * math.pi / o.directions for direction in range(o.directions)]
+        along = [first * round(math.cos(t), 15) + second * round(math.sin(t), 15) for t in turns]  # a right angle is exact
+        return torch.cat([place[:, None] * frequencies for place in along], dim=-1)
+
+    def _places(self, grid: Grid, like: Tensor) -> list[Tensor]:
+        """Both coordinates of every token, (N,) each, in the order of the options."""
         x, y = places(grid, self.grid, self.options.beyond, like)
-        per_axis = self.head_dim // 4
-        frequencies = self.options.temperature ** (-torch.arange(per_axis, device=x.device).to(x.dtype) / per_axis)
-        return torch.cat([x[:, None] * frequencies, y[:, None] * frequencies], dim=-1)
+        if self.options.coordinates != "patches":  # 2 pi (2 (i + 1/2) / length - 1)
+            height, width = grid
+            sides = {"separate": (width, height), "min": (min(grid),) * 2, "max": (max(grid),) * 2}[self.options.coordinates]
+            x, y = ((2 * (place + 0.5) / side - 1) * (2 * math.pi) for place, side in zip((x, y), sides, strict=True))
+        return [x, y] if self.options.order == "xy" else [y, x]
+
+    def _moved(self, coordinates: list[Tensor]) -> list[Tensor]:
+        """In training, all places shifted, and each axis and both together stretched by random factors: DINOv3's order."""
+        o = self.options
+        if not self.training:
+            return coordinates
+        unit = 1.0 if o.coordinates == "patches" else 2 * math.pi
+        shift, jitter, rescale = [0.0, 0.0], [1.0, 1.0], [1.0]
+        if o.train_shift:
+            shift = _drawn(2, o.train_shift)
+        if o.train_jitter > 1:
+            jitter = _drawn(2, math.log(o.train_jitter), exp=True)
+        if o.train_rescale > 1:
+            rescale = _drawn(1, math.log(o.train_rescale), exp=True)
+        moved = zip(coordinates, shift, jitter, strict=True)
+        return [(place + unit * step) * factor * rescale[0] for place, step, factor in moved]
+
+
+def _drawn(count: int, bound: float, exp: bool = False) -> list[Tensor]:
+    """Numbers uniform within a bound, or their exponentials, drawn on the CPU for every device."""
+    numbers = torch.empty(count, device="cpu").uniform_(-bound, bound)
+    return list((numbers.exp() if exp else numbers).unbind())
 
 
 @dataclass(frozen=True)

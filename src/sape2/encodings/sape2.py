@@ -197,7 +197,7 @@ class SaPE2(AttentionEncoding):
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     variants: ClassVar[dict[str, str]] = {
         "preset=equations": "unscaled gates, bias divided by sqrt(d): eq. 9 and 16 instead of the listing of App. D",
-        "dot=key": "the key meets the table instead of the query: table 2, SaPE2(K)",
+        "dot=key": "the key meets the table instead of the query: SaPE2(K) in the text of the paper",
         "num_positions=10": "ten positions on every grid: the development code, clamps long counts",
         "gate_scale=learned": "one learned gate scale per head, between eq. 9 and App. D",
         "gates=constant": "every gate 1/2: what is left without content (ablation)",

@@ -97,9 +97,9 @@ def export_model(
 ) -> list[Row]:
     """Writes a model to `path` as "onnx", "pt2" or "safetensors", and checks the file; returns what was compared.
 
-    With `size`, (height, width), the graph is for that size alone (`freeze`); else for any size of whole patches, at least
-    two along each side. The batch is open in both. `metadata` goes into the file, as JSON texts. `train_size` is where the
-    check looks first, by default that of a ViT of this package, and 8 x 8 patches for others.
+    With `size`, (height, width), the graph is for that size alone (`freeze`); else for any size of whole patches, in a .pt2
+    at least two along each side. The batch is open in both. `metadata` goes into the file, as JSON texts. `train_size` is
+    where the check looks first, by default that of a ViT of this package, and 8 x 8 patches for others.
 
     Raises ValueError for what cannot be exported, ParityError if the file computes something else (it is then not left
     behind), ImportError that names the extra if a library is missing.

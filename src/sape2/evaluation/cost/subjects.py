@@ -59,17 +59,17 @@ class PlainAttention(nn.Module):
 
 
 class EncodedAttention(nn.Module):
-    """Attention of q, k, v under an encoding, without projections."""
+    """Attention of q, k, v under an encoding, without projections; the values stand for the tokens that it may read."""
 
     def __init__(self, encoding: AttentionEncoding, grid: Grid) -> None:
         super().__init__()
         self.encoding, self.grid = encoding, grid
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attend(q, k, v, self.grid, self.encoding)
+        return attend(q, k, v, self.grid, self.encoding, tokens=v.transpose(1, 2).flatten(2))
 
     def describe(self, q: Tensor, k: Tensor, v: Tensor) -> str:
-        return describe_path(q, k, v, self.grid, self.encoding)
+        return describe_path(q, k, v, self.grid, self.encoding, v.transpose(1, 2).flatten(2))
 
 
 class Autocast(nn.Module):
@@ -154,7 +154,8 @@ class ModelSubject:
         dtype, device = DTYPES[self.cell.dtype], self.cell.device
         q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=training) for _ in range(3))
         with torch.set_grad_enabled(training), _autocast(self.cell):
-            return "; ".join(dict.fromkeys(describe_path(q, k, v, self.cell.grid, kind) for kind in kinds.values()))
+            tokens = v.transpose(1, 2).flatten(2)
+            return "; ".join(dict.fromkeys(describe_path(q, k, v, self.cell.grid, kind, tokens) for kind in kinds.values()))
 
 
 Subject = AttentionSubject | ModelSubject

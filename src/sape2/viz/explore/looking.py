@@ -51,9 +51,10 @@ def look(model: ViT, images: Tensor) -> tuple[np.ndarray, list[LayerMaps]]:
     first, layers = model.num_prefix_tokens, []
     for block, maps in zip(model.layers(), model.maps(images.to(device)), strict=True):
         encoding = block.attn.encoding
-        q, k, _ = block.attn.project(block.norm1(x))
+        tokens = block.norm1(x)
+        q, k, _ = block.attn.project(tokens)
         x = maps["tokens"]
-        rotated_q, rotated_k, _ = encode(q, k, grid, encoding)
+        rotated_q, rotated_k, _ = encode(q, k, grid, encoding, tokens)
         content = (rotated_q * q.shape[-1] ** -0.5 @ rotated_k.transpose(-1, -2)).softmax(-1)
         named = {name: _array(value) for name, value in maps.items() if name not in ("tokens", "attention")}
         counting = [part for part in _parts(encoding) if isinstance(part, (SaPE2, CoPE))]

@@ -1,0 +1,78 @@
+"""Forget gates along rows and columns: each patch on the way between two takes something from their logit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from sape2.encodings.base import (
+    AttentionBias,
+    Facts,
+    TokenReader,
+    check_read,
+    full_precision,
+    no_autocast,
+)
+from sape2.encodings.bias import PLACE_AXES, Places
+from sape2.encodings.grid import Axis, Grid, check_tokens, from_lines, to_lines
+from sape2.encodings.options import make_options
+
+
+@dataclass(frozen=True)
+class ForgetOptions:
+    """`start`: the first offset of the gates, sigmoid(w . x + start); at 5 hardly anything is forgotten."""
+
+    start: float = 5.0
+
+
+class Forget(TokenReader):
+    """b_in = the sum of log sigmoid(w . x_k + c) over the patches k from i to n's column in i's row, and from i to n's row
+
+    in i's column. Gates are those of the Forgetting Transformer (FoX, arXiv:2503.02130), which forgets along a text, in both
+    directions as in x-transformers (`DataDependentAlibi`): a gate of its own for each head, axis and direction. Backwards
+    the patch i itself counts and the other does not, onwards the other way round, so b_ii = 0. x_k is the normed input of the
+    block. Spatial decay on two axes: arXiv:2508.09525. Raises ValueError without tokens.
+    """
+
+    Options = ForgetOptions
+    summary = "gates along rows and columns that patches on the way close, both ways"
+    source = "arXiv:2503.02130, both ways as in x-transformers, 2D here"
+    facts = Facts(content_dependent=True, translation=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(ForgetOptions, "forget", options)
+        self.dim = num_heads * head_dim
+        weight = torch.empty(2, 2, num_heads, self.dim).uniform_(-(self.dim**-0.5), self.dim**-0.5)
+        self.weight = nn.Parameter(weight)  # (axis y or x, backwards or onwards, h, D)
+        self.offset = nn.Parameter(torch.full((2, 2, num_heads), self.options.start))
+
+    def bias(
+        self,
+        q: Float[Tensor, "batch heads tokens head_dim"],
+        k: Float[Tensor, "batch heads tokens head_dim"],
+        grid: Grid,
+        tokens: Float[Tensor, "batch tokens dim"] | None = None,
+    ) -> AttentionBias:
+        check_tokens(q, grid)
+        tokens = check_read("forget", tokens, self.dim, grid)
+        with no_autocast(q):
+            gates = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight))
+            gates = F.logsigmoid(gates + full_precision(self.offset)[:, :, None, :, None])
+            by_row, by_column = (_forgotten(pair[0], pair[1], grid, axis) for pair, axis in zip(gates, PLACE_AXES, strict=True))
+            return AttentionBias(Places(by_row, by_column), dtype=q.dtype)
+
+
+def _forgotten(
+    backwards: Float[Tensor, "batch heads tokens"], onwards: Float[Tensor, "batch heads tokens"], grid: Grid, axis: Axis
+) -> Float[Tensor, "batch heads tokens length"]:
+    """The sum of the gates between a patch and every place m of its line: those after m up to it, or those after it up to m."""
+    back, on = (to_lines(gates[..., None], grid, axis).squeeze(-1).cumsum(-1) for gates in (backwards, onwards))  # (.., S)
+    before = back[..., :, None] - back[..., None, :]
+    after = on[..., None, :] - on[..., :, None]
+    return from_lines(before.tril() + after.triu(), axis)
