@@ -268,6 +268,34 @@ def rope_mixed(vectors: Tensor, frequencies: Tensor, grid: Grid, rescale: tuple[
     return output
 
 
+def pope(
+    q: Tensor,
+    k: Tensor,
+    phase: Tensor,
+    grid: Grid,
+    head: int,
+    temperature: float = 100.0,
+    places: tuple[float, float] = (1.0, 1.0),
+) -> Tensor:
+    """The difference to q_i . k_n of sum_c softplus(q_ic) softplus(k_nc) cos((p_n - p_i) w_c + delta_c), over sqrt(d),
+
+    arXiv:2509.10534, half of the channels with x and half with y; `phase` is (h, d), `places` multiplies (y, x).
+    """
+    width, dim = grid[1], q.shape[1]
+    bias = torch.zeros(len(q), len(q), dtype=torch.float64)
+    for i in range(len(q)):
+        for n in range(len(q)):
+            dy, dx = (n // width - i // width) * places[0], (n % width - i % width) * places[1]
+            for c in range(dim):
+                step = dx if c < dim // 2 else dy
+                angle = step * temperature ** (-(c % (dim // 2)) / (dim // 2))
+                lengths = [math.log(1 + math.exp(float(t))) for t in (q[i, c], k[n, c])]
+                bias[i, n] += lengths[0] * lengths[1] * math.cos(angle + float(phase[head, c])) - float(q[i, c]) * float(
+                    k[n, c]
+                )
+    return bias / math.sqrt(dim)
+
+
 # --- relative: biases, (N, N) ----------------------------------------------------------------------------------------
 
 

@@ -136,6 +136,8 @@ def test_keys_get_what_ape_would_add_to_them_on_other_grids(grid: Grid) -> None:
         ("rope", 6, r"rope needs head_dim divisible by 4; got 6 \(dim=12 / num_heads=2\)"),
         ("rope_mixed", 6, r"rope_mixed needs head_dim divisible by 4; got 6"),
         ("rope:temperature=0", 8, "rope:temperature must be above 0; got 0"),
+        ("pope", 7, "pope needs head_dim divisible by 2; got 7"),
+        ("pope:temperature=-1", 8, "pope:temperature must be above 0"),
         ("rope:directions=3", 8, r"rope needs head_dim divisible by 6; got 8"),
         ("rope:directions=0", 8, "rope:directions must be at least 1; got 0"),
         ("rope:directions=4,spread=golden", 8, "no effect with spread=golden"),
@@ -166,6 +168,8 @@ def test_what_cannot_be_says_why(name: str, head_dim: int, message: str) -> None
 def test_two_rotations_or_two_tables_are_a_contradiction() -> None:
     with pytest.raises(ValueError, match="two rotations, rope and rope_mixed"):
         create_encoding("rope+rope_mixed", HEADS, HEAD_DIM, (3, 7))
+    with pytest.raises(ValueError, match=r"two rotations, .*pope"):
+        create_encoding("rope+pope", HEADS, HEAD_DIM, (3, 7))
     with pytest.raises(ValueError, match="two absolute tables, ape and sincos"):
         create_encoding("ape+sincos", HEADS, HEAD_DIM, (3, 7))
 
@@ -188,6 +192,7 @@ def test_every_encoding_says_what_it_is() -> None:
         "key_table:by=token,to=both",
         "pape",
         "forget",
+        "pope",
     ],
 )
 def test_a_dot_product_needs_no_map_and_its_factors_equal_it(name: str) -> None:

@@ -23,7 +23,9 @@ from timm.layers import (
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor
+from torch.nn import functional as F
 
+from sape2.attention import logits
 from sape2.encodings import create_encoding
 from sape2.encodings.grid import Grid
 
@@ -196,6 +198,28 @@ def test_pape_against_its_published_channels(grid: Grid) -> None:
     x = torch.randn(2, grid[0] * grid[1], HEADS * HEAD_DIM, dtype=torch.float64)
     bias = encoding.bias(q, k, grid, x).dense()
     torch.testing.assert_close(bias, published_pape(x, encoding, grid), rtol=1e-9, atol=1e-9)
+
+
+def published_pope(q: Tensor, k: Tensor, delta: Tensor, temperature: float) -> Tensor:
+    """arXiv:2509.10534 along a text: Re(conj(q) . k) of complex numbers with softplus as length, for each head."""
+    length, dim = q.shape[-2:]
+    angles = torch.arange(length).double()[:, None] * temperature ** (-torch.arange(dim).double() / dim)
+    turned_q = torch.polar(F.softplus(q), angles.expand_as(q))
+    turned_k = torch.polar(F.softplus(k), (angles + delta[:, None]).expand_as(k))
+    return (turned_q.conj() @ turned_k.transpose(-1, -2)).real
+
+
+@pytest.mark.parametrize(("grid", "half"), [((1, 9), 0), ((9, 1), 1)])
+def test_pope_on_one_line_is_pope_on_a_text(grid: Grid, half: int) -> None:
+    """Logits under the encoding: of the channels of that axis those of the source, of the others the same at angle delta."""
+    encoding = create_encoding("pope:temperature=50", HEADS, HEAD_DIM, grid).double()
+    torch.nn.init.uniform_(encoding.phase, -6, 0)
+    q, k = queries_and_keys(grid)
+    parts = [slice(0, HEAD_DIM // 2), slice(HEAD_DIM // 2, HEAD_DIM)]
+    along, still = parts[half], parts[1 - half]
+    expected = published_pope(q[..., along], k[..., along], encoding.phase[:, along], 50.0)
+    expected = expected + (F.softplus(q[..., still]) * encoding.phase[:, None, still].cos()) @ F.softplus(k[..., still]).mT
+    torch.testing.assert_close(logits(q, k, grid, encoding), expected / HEAD_DIM**0.5, rtol=1e-9, atol=1e-9)
 
 
 def published_forget(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:

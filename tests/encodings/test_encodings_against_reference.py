@@ -101,6 +101,8 @@ def expected_rotation(encoding: AttentionEncoding, name: str, vectors: Tensor, h
     if type(encoding).rotate is AttentionEncoding.rotate:
         return vectors
     rescale = (1.0, 1.0)
+    if name == "pope":
+        return vectors
     if getattr(encoding.options, "beyond", None) == "rescale":
         rescale = (trained_over(grid, 0), trained_over(grid, 1))
     if name == "rope_mixed":
@@ -137,6 +139,9 @@ def expected_bias(
         return reference.key_table(q, k, keys, queries, grid, options.divide_bias)
     if name == "sape2":
         return expected_sape2(encoding, q, k, head, grid)["bias"]
+    if name == "pope":
+        places = (trained_over(grid, 0), trained_over(grid, 1)) if options.beyond == "rescale" else (1.0, 1.0)
+        return by_name(name, encoding, q=q, k=k, grid=grid, head=head, places=places)
     if name in ("log_cpb", "fire"):
         return expected_function(encoding, name, head, grid)
     if name == "pape" and options.form == "rotation_invariant":

@@ -28,7 +28,7 @@ from sape2.encodings.grid import Grid
 from sape2.encodings.options import check_options, describe_options, make_options
 from sape2.encodings.pape import PaPE
 from sape2.encodings.relative import ALiBi, RelativeContextual, RelativeDecomposed, RelativeTable
-from sape2.encodings.rotary import Rotary, RotaryMixed
+from sape2.encodings.rotary import PoPE, Rotary, RotaryMixed
 from sape2.encodings.sape2 import SaPE2
 
 TOKEN_ENCODINGS: dict[str, type[TokenEncoding]] = {
@@ -41,6 +41,7 @@ ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
     "key_table": KeyTable,
     "rope": Rotary,
     "rope_mixed": RotaryMixed,
+    "pope": PoPE,
     "rpe": RelativeTable,
     "rpe_contextual": RelativeContextual,
     "rpe_decomposed": RelativeDecomposed,
@@ -69,6 +70,7 @@ __all__ = [
     "LogCPB",
     "NoEncoding",
     "PaPE",
+    "PoPE",
     "RelativeContextual",
     "RelativeDecomposed",
     "RelativeTable",

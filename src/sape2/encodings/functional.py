@@ -60,7 +60,7 @@ def _offsets(length: int, like: Tensor) -> Float[Tensor, " offsets"]:
 
 
 def _pairs(dy: Float[Tensor, " rows"], dx: Float[Tensor, " columns"]) -> Float[Tensor, "rows columns 2"]:
-    return torch.stack([dy[:, None].expand(-1, len(dx)), dx.expand(len(dy), -1)], dim=-1)
+    return torch.stack(torch.broadcast_tensors(dy[:, None], dx), dim=-1)
 
 
 def _check_width(name: str, width: int) -> None:

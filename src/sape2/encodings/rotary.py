@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionEncoding, Facts, full_precision, no_autocast
+from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, no_autocast
+from sape2.encodings.bias import Factors
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates
 from sape2.encodings.options import make_options
 
@@ -243,3 +245,65 @@ class RotaryMixed(Rotation):
         x, y = places(grid, self.grid, self.options.beyond, like)
         along_x, along_y = full_precision(self.frequencies)
         return x[:, None] * along_x[:, None] + y[:, None] * along_y[:, None]
+
+
+# --- polar -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PoPEOptions:
+    """`temperature`: the longest wavelength is nearly 2 pi times it, in patches; `beyond`: see `places`."""
+
+    temperature: float = 100.0
+    beyond: Beyond = "extrapolate"
+
+    def __post_init__(self) -> None:
+        check_temperature("pope", self.temperature)
+
+
+class PoPE(AttentionEncoding):
+    """sum_c softplus(q_ic) softplus(k_nc) cos((p_n - p_i) w_c + delta_c) in the place of q_i . k_n: PoPE (arXiv:2509.10534).
+
+    Content is the length of a channel and place its angle, so neither is taken for the other. Half of the channels turn with
+    x, half with y, each with w_c = temperature^(-c / (d/2)), c from 0; delta, (h, d), is learned and 0 at the start. The
+    source keeps it between -2 pi and 0, which is every angle, too. PoPE is for text; two axes and `temperature` 100 are
+    ours. The bias is the difference to q_i . k_n, so pairs with a prefix token keep their product. Raises ValueError unless
+    head_dim is even.
+    """
+
+    Options = PoPEOptions
+    summary = "polar: softplus of q and k as lengths, places as angles, instead of their product"
+    source = "arXiv:2509.10534, 2D here"
+    facts = Facts(content_dependent=True, translation=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid)
+        self.options = make_options(PoPEOptions, "pope", options)
+        check_head_dim("pope", num_heads, head_dim, directions=1)
+        self.head_dim, self.grid = head_dim, check_grid(grid)
+        self.phase = nn.Parameter(torch.zeros(num_heads, head_dim))
+
+    def rotate(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+        """The same: what turns is in the bias, and this says that no other rotation goes with it."""
+        return q, k
+
+    def bias(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> AttentionBias:
+        check_tokens(q, grid)
+        with no_autocast(q):
+            angles = self._angles(grid, q)  # (N, d)
+            delayed = angles + full_precision(self.phase)[:, None]  # (h, N, d)
+            q_full, k_full = full_precision(q), full_precision(k)
+            q_length, k_length = F.softplus(q_full), F.softplus(k_full)
+            query_side = torch.cat([q_length * angles.cos(), q_length * angles.sin(), -q_full], dim=-1)
+            key_side = torch.cat([k_length * delayed.cos(), k_length * delayed.sin(), k_full], dim=-1)
+            return AttentionBias(Factors(query_side / math.sqrt(self.head_dim), key_side), dtype=q.dtype)
+
+    def _angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "tokens head_dim"]:
+        x, y = places(grid, self.grid, self.options.beyond, like)
+        each = self.head_dim // 2
+        frequencies = self.options.temperature ** (-torch.arange(each, device=x.device).to(x.dtype) / each)
+        return torch.cat([x[:, None] * frequencies, y[:, None] * frequencies], dim=-1)
