@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.bias import Distances, Factors, Matrix, Places
 from sape2.encodings.grid import Axis, Grid, check_tokens
-from sape2.encodings.options import make_options
+from sape2.encodings.options import changed_options, make_options
 
 MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
 
@@ -140,7 +140,7 @@ class TokenEncoding(nn.Module):
         raise NotImplementedError
 
     def extra_repr(self) -> str:
-        return changed_options(self)
+        return changed_options(self.Options, getattr(self, "options", None))
 
 
 class AttentionEncoding(nn.Module):
@@ -169,7 +169,7 @@ class AttentionEncoding(nn.Module):
         return type(self).bias is not AttentionEncoding.bias
 
     def extra_repr(self) -> str:
-        return changed_options(self)
+        return changed_options(self.Options, getattr(self, "options", None))
 
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
@@ -202,13 +202,6 @@ def encoding_names(model: nn.Module) -> set[str]:
     }
 
 
-def changed_options(encoding: TokenEncoding | AttentionEncoding) -> str:
-    """ "count=cyclic, axes=x" for `repr`: the options that differ from their defaults; "" for an encoding without options."""
-    default, options = vars(type(encoding).Options()), getattr(encoding, "options", None)
-    changed = {} if options is None else {name: value for name, value in vars(options).items() if value != default.get(name)}
-    return ", ".join(f"{name}={value}" for name, value in changed.items())
-
-
 class TokenReader(AttentionEncoding):
     """An attention encoding whose bias reads, besides q and k, what they are projected from: the normed input of the block.
 
@@ -239,17 +232,13 @@ def bias_of(
     """The bias, with the scores and tokens of the grid handed over to an encoding that reads such."""
     hook: Any = encoding.bias
     lines = (scores,) if scores and encoding.score_axes else ()
-    return hook(q, k, grid, *lines, **_read(encoding, tokens))
+    return hook(q, k, grid, *lines, tokens=tokens) if encoding.reads_tokens else hook(q, k, grid, *lines)
 
 
 def maps_of(encoding: AttentionEncoding, q: Tensor, k: Tensor, grid: Grid, tokens: Tensor | None = None) -> dict[str, Tensor]:
     """`maps`, with the tokens of the grid handed over to an encoding that reads them."""
     hook: Any = encoding.maps
-    return hook(q, k, grid, **_read(encoding, tokens))
-
-
-def _read(encoding: AttentionEncoding, tokens: Tensor | None) -> dict[str, Any]:
-    return {"tokens": tokens} if encoding.reads_tokens else {}
+    return hook(q, k, grid, tokens=tokens) if encoding.reads_tokens else hook(q, k, grid)
 
 
 def check_read(name: str, tokens: Tensor | None, dim: int, grid: Grid) -> Tensor:

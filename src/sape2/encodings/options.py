@@ -38,6 +38,13 @@ def describe_options(options_class: type) -> dict[str, str]:
     return {field.name: describe_option(hints[field.name], field.default) for field in dataclasses.fields(options_class)}
 
 
+def changed_options(options_class: type, options: Any) -> str:
+    """ "count=cyclic, axes=x" for `repr`: the options that differ from their defaults; "" for an encoding without options."""
+    default = vars(options_class())
+    changed = {} if options is None else {name: value for name, value in vars(options).items() if value != default.get(name)}
+    return ", ".join(f"{name}={value}" for name, value in changed.items())
+
+
 def _convert(what: str, hint: Any, value: Any) -> Any:
     """`value` as the annotated type; text is parsed, everything else must already fit."""
     if get_origin(hint) is Literal:
