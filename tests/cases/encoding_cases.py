@@ -19,16 +19,11 @@ VARIANTS = [
     *list_encodings(),
     *(f"{name}:{variant}" for name in list_encodings() for variant in find_encoding(name).variants),
     "cpe:padding=circular",
-    "key_table:by=token",
-    "key_table:to=both",
     "key_table:by=token,to=both,heads=shared,divide_bias=false",
     "rope:beyond=rescale",
-    "rope:preset=dinov3,train_rescale=1",
     "rope:coordinates=min",
-    "rope:directions=4",
     "rope:spread=golden,temperature=10,fastest=3",
     "rope_mixed:init=axes",
-    "pape:form=rotation_invariant",
     "pape:parabolas=3",
     "rpe:beyond=clamp",
     "rpe_contextual:heads=each,divide_bias=false",
@@ -59,8 +54,8 @@ Encoding = TokenEncoding | AttentionEncoding
 
 
 def make(name: str, grid: Grid) -> Encoding:
-    """The encoding in float64 with random parameters."""
-    return randomised(create_encoding(name, HEADS, HEAD_DIM, grid))
+    """The encoding in float64 with random parameters, in evaluation: some move places at random in training."""
+    return randomised(create_encoding(name, HEADS, HEAD_DIM, grid)).eval()
 
 
 def randomised(module: nn.Module, std: float = 1.0) -> nn.Module:
