@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import straightforward
@@ -88,9 +89,9 @@ def predict(step: Callable, module: nn.Module, inputs: list[Tensor]) -> int | No
     The straightforward form keeps the readable one: whole maps, as the paper's listing has them.
     """
 
-    def chosen(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> str:
+    def chosen(q: Tensor, encoding: AttentionEncoding, *given: Any) -> str:
         in_blocks = encoding.makes_bias and not isinstance(encoding, StraightforwardSaPE2)
-        return "blocks" if in_blocks else choose_path(q, encoding, dropout)
+        return "blocks" if in_blocks else choose_path(q, encoding, *given)
 
     own_buffers = patch.object(blocks, "_WORKSPACE", type(blocks._WORKSPACE)())
     with patch.object(attention_module, "choose_path", chosen), own_buffers:

@@ -146,6 +146,13 @@ def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str
     return "\n".join(f"{title}\n\n{table(some)}" for title, some in zip(titles, groups.values(), strict=True))
 
 
+def resource_table(rows: list[Row]) -> str:
+    """What the kernels take of the newest device that they were compiled for."""
+    newest = max(row["capability"] for row in rows)
+    columns = ["kernel", "dtype", "head_dim", "places", "registers", "shared_bytes", "spilled_bytes"]
+    return markdown_table([row for row in rows if row["capability"] == newest], columns)
+
+
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "digits_encodings": accuracy_tables("ape"),
     "digits_ladder": accuracy_tables("ape+sape2", "ape"),
@@ -163,6 +170,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attention_cost": attention_tables,
     "model_cost": model_tables,
     "memory": memory_tables,
+    "kernel_resources": resource_table,
 }
 
 

@@ -3,6 +3,7 @@ import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of Triton run on the CPU; it counts when Triton is first imported
 
 import jaxtyping
 import pytest

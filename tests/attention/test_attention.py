@@ -1,5 +1,8 @@
 """Attention against its literal loops: prefix tokens, biases of every kind, and all ways to compute the products."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -223,6 +226,62 @@ def test_the_path_is_chosen_by_the_bias_the_length_and_what_is_asked_of_the_grap
     assert torch.func.vmap(lambda x: torch.tensor(choose_path(x, sape2) == "products"))(q[None]).all()
     assert describe_path(q, q, q, GRID, sape2) == "blocks, distances, weights kept"
     assert describe_path(q, q, q, GRID, NoEncoding()) == "products"
+
+
+AS_KEYS = ["sape2:readout=direct,gates=constant", "sape2:readout=direct,gates=none,count=both,sign=learned,divide_bias=true",
+           "sape2:readout=direct,gates=constant,count=prefix,axes=raster,normalize=sqrt_length,beyond=rescale",
+           "key_table", "key_table:by=token,heads=shared,divide_bias=false"]  # fmt: skip
+
+
+@pytest.mark.parametrize("num_prefix", [0, 2])
+@pytest.mark.parametrize("name", AS_KEYS)
+def test_vectors_added_to_keys_equal_the_bias(name, num_prefix, monkeypatch):
+    """Prefix tokens get none of it: as queries they meet the keys as they are."""
+    encoding = create_encoding(name, num_heads=3, head_dim=8, grid=(4, 3)).double()
+    for parameter in encoding.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    q, k, v = torch.randn(3, 5, 3, num_prefix + 15, 8, dtype=torch.float64)
+    assert describe_path(q, k, v, (3, 5), encoding) == "products, added to keys"
+
+    def results():
+        leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+        output = attend(*leaves, (3, 5), encoding)
+        return [output, *torch.autograd.grad(output.sin().sum(), [*leaves, *encoding.parameters()])]
+
+    found = results()
+    monkeypatch.setattr(type(encoding), "key_vectors", AttentionEncoding.key_vectors)
+    choose(monkeypatch, "products")
+    torch.testing.assert_close(found, results(), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("rope+sape2:readout=direct,gates=constant", "blocks, places, weights kept"),  # queries are turned
+        ("rpe+sape2:readout=direct,gates=constant", "blocks, matrix, places, weights kept"),  # there is a map anyway
+        ("sape2:readout=direct,gates=constant,dot=key", "blocks, places, weights kept"),
+        ("sape2:readout=direct,gates=constant,count=between", "blocks, places, weights kept"),
+        ("key_table+sape2:readout=direct,gates=constant", "products, added to keys"),
+        ("key_table:to=both", "blocks, places, factors, weights kept"),
+    ],
+)
+def test_a_bias_is_added_to_keys_where_it_is_nothing_else(name, path):
+    q = torch.zeros(1, 2, 12, 4)
+    encoding = create_encoding(name, num_heads=2, head_dim=4, grid=GRID)
+    assert describe_path(q, q, q, GRID, encoding) == path
+    assert attend(q, q, q, GRID, encoding).isfinite().all()
+
+
+def test_attention_on_a_cpu_imports_no_kernel_of_a_device():
+    code = """
+import sys, torch
+from sape2.attention import attend
+from sape2 import create_encoding
+q = torch.zeros(1, 2, 12, 4, requires_grad=True)
+attend(q, q, q, (3, 4), create_encoding("sape2", 2, 4, (3, 4))).sum().backward()
+assert not [name for name in sys.modules if name.startswith(("triton.", "sape2.attention.kernels"))]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_functional_and_forward_mode_derivatives_equal_the_gradient():

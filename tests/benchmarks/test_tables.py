@@ -46,6 +46,7 @@ def lines_of(page: str) -> list[list[str]]:
         ("cifar10_measures", "results.md"),
         ("cifar10_glance_measures", "results.md"),
         ("detection_digits", "detection.md"),
+        ("kernel_resources", "gpu.md"),
     ],
 )
 def test_the_page_shows_what_the_rows_say(name, page):

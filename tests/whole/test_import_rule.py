@@ -12,11 +12,15 @@ ALLOWED = {
     "__init__": {"adapters", "encodings", "models.export", "models.frozen", "models.vit"},  # names looked up when first used
     "config": {"config"},
     "reference": set(),
-    "encodings": {"config.names", "encodings.base", "encodings.bias", "encodings.grid", "encodings.options"},
+    "encodings": {
+        "config.names", "encodings.base", "encodings.bias", "encodings.counting", "encodings.grid", "encodings.options",
+    },
+    "encodings.counting": set(),
     "encodings.grid": set(),
     "encodings.options": {"config.names", "config.options"},
     "encodings.bias": {"encodings.grid"},
     "attention": {"attention", "encodings.base", "encodings.grid"},
+    "attention.kernels": {"attention.kernels", "attention.products", "encodings.base", "encodings.bias"},
     "models": set(),
     "models.vit": {"attention", "config", "encodings", "models"},
     "models.hub": {"config", "data.decoding", "training.checkpoint", "training.run_folder", "training.files"},

@@ -43,6 +43,12 @@ class Gained(AttentionEncoding):
         bias = bias_of(self.inner, q, k, grid, scores, tokens)
         return None if bias is None else bias.scaled(full_precision(self.gain)[:, None, None])
 
+    def key_vectors(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+        vectors = self.inner.key_vectors(q, grid)
+        return None if vectors is None else full_precision(self.gain)[:, None, None] * vectors
+
     def maps(
         self,
         q: Float[Tensor, "batch heads tokens head_dim"],

@@ -5,14 +5,15 @@ Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.attention.blocks import attend_in_blocks
-from sape2.attention.paths import choose_path
-from sape2.attention.products import attend_fused, logits
-from sape2.encodings.base import AttentionEncoding, NoEncoding, maps_of
+from sape2.attention.paths import Path, choose_path, is_on_cpu
+from sape2.attention.products import attend_fused, encode, logits, scores_with
+from sape2.encodings.base import AttentionBias, AttentionEncoding, NoEncoding, maps_of
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
 
@@ -75,10 +76,43 @@ def attend(
 
     `tokens`, what q, k and v were projected from, for encodings that read them.
     """
-    path = choose_path(q, encoding, dropout)
+    vectors = encoding.key_vectors(q[:, :, num_prefix_tokens(q.shape[-2], grid) :], grid)
+    if vectors is not None:
+        return _attend_with_key_vectors(q, k, v, vectors, dropout)
+    encoded = None if is_on_cpu(q) else encode(q, k, grid, encoding, tokens)  # what the bias is made of decides on a device
+    path = choose_path(q, encoding, dropout, encoded and encoded[2])
     if path == "blocks":
         return attend_in_blocks(q, k, v, grid, encoding)
+    return _attend_by(path, *(encoded or encode(q, k, grid, encoding, tokens)), v, dropout)
+
+
+def _attend_by(path: Path, q: Tensor, k: Tensor, bias: AttentionBias | None, v: Tensor, dropout: float) -> Tensor:
+    """By one of the paths that take q and k as they are rotated."""
+    if path == "triton":
+        from sape2.attention.kernels import attend_with_distances
+
+        assert bias is not None
+        return attend_with_distances(q, k, v, bias)
     if path == "products":
-        weights = F.dropout(logits(q, k, grid, encoding, tokens).softmax(-1), dropout)
+        weights = F.dropout(scores_with(q, k, bias).softmax(-1), dropout)
         return weights.to(v.dtype) @ v
-    return attend_fused(q, k, v, grid, encoding, dropout, tokens)
+    return attend_fused(q, k, v, bias, dropout)
+
+
+def _attend_with_key_vectors(
+    q: Tensor, k: Tensor, v: Tensor, vectors: Float[Tensor, "*#heads grid_tokens head_dim"], dropout: float
+) -> Float[Tensor, "batch heads tokens value_dim"]:
+    """b_in = q_i . e_n costs no map: (q_i . k_n) / sqrt(d) + q_i . e_n = q_i . (k_n + sqrt(d) e_n) / sqrt(d).
+
+    Prefix tokens have no bias, as keys and as queries; as queries they meet the keys as they are.
+    """
+    num_prefix = k.shape[-2] - vectors.shape[-2]
+    moved = k + F.pad(k.shape[-1] ** 0.5 * vectors, (0, 0, num_prefix, 0)).to(k.dtype)
+    path = choose_path(k, _NO_ENCODING, dropout)
+    if not num_prefix:
+        return _attend_by(path, q, moved, None, v, dropout)
+    parts = ((q[:, :, :num_prefix], k), (q[:, :, num_prefix:], moved))
+    return torch.cat([_attend_by(path, queries, keys, None, v, dropout) for queries, keys in parts], dim=-2)
+
+
+_NO_ENCODING = NoEncoding()

@@ -1,6 +1,7 @@
 """Which way the products of attention are computed: the only place that decides. All ways agree to rounding.
 
 fused:    PyTorch's scaled_dot_product_attention; biases that are dot products become further channels of q and k.
+triton:   our kernels for biases with distances on CUDA devices, which make no map (`kernels`, docs/gpu.md).
 products: plain matrix products under autograd, the readable form and the one for tracing and forward-mode derivatives.
 blocks:   the same products and their gradients by hand, block by block, so that no map outgrows the cache (`blocks`).
 
@@ -15,31 +16,52 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from sape2.encodings.base import AttentionEncoding, bias_of
+from sape2.attention.products import fused_width
+from sape2.encodings.base import AttentionBias, AttentionEncoding, NoEncoding, bias_of
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
-Path = Literal["fused", "products", "blocks"]
+Path = Literal["fused", "triton", "products", "blocks"]
 KEPT_ELEMENTS = 2**25  # of softmax weights kept for the backward pass: 128 MB of float32; more is computed again
 
 
-def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0) -> Path:
-    """How the products are computed; the only place that decides. All three agree to rounding.
+def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0, bias: AttentionBias | None = None) -> Path:
+    """How the products are computed; the only place that decides. All four agree to rounding.
 
-    With a bias, on a CPU: blocks. On an accelerator a bias needs one map of all images and heads, so blocks only where
-    that would take more than 4 GB of float32. Where a graph is traced, for functional and forward-mode derivatives,
-    which need single differentiable operations, for dropout, and in replicas of `nn.DataParallel`, which name no
-    parameters: products on a CPU, fused on an accelerator. So for an encoding that reads the block's input, which blocks
-    do not hand on.
+    With a bias, on a CPU: blocks. On an accelerator it depends on what the bias is made of, so attention makes it first and
+    hands it over: triton for distances, as far as the kernels take them; fused without a map for dot products alone; for
+    anything else fused with one map of all images and heads, or blocks where that would take more than 4 GB of float32.
+    Where a graph is exported, for functional and forward-mode derivatives, which need single differentiable operations, and
+    for dropout: products on a CPU, fused on an accelerator. Blocks cannot be traced, run in replicas of `nn.DataParallel`,
+    which name no parameters, nor hand on the block's input to an encoding that reads it: there, too.
     Without a bias: fused, but on a CPU products up to 512 tokens, where the backward pass of the fused kernel is three to
     five times slower in bf16 (benchmarks/results/attention_path.md).
     """
-    on_cpu = q.device.type in ("cpu", "meta")
+    on_cpu = is_on_cpu(q)
     if not encoding.makes_bias:
         return "products" if on_cpu and q.shape[-2] <= 512 else "fused"
-    traced = torch.compiler.is_compiling() or q.is_meta or _is_transformed(q)
-    if traced or dropout or encoding.reads_tokens or _is_replica(encoding):
-        return "products" if on_cpu else "fused"
+    plain: Path = "products" if on_cpu else "fused"
+    if torch.compiler.is_exporting() or q.is_meta or _is_transformed(q) or dropout:
+        return plain
+    if not on_cpu and bias is not None:
+        if bias.unfactored() is None:
+            return "fused"
+        if _kernels_take(q, bias):
+            return "triton"
+    if torch.compiler.is_compiling() or encoding.reads_tokens or _is_replica(encoding):
+        return plain
     return "blocks" if on_cpu or map_elements(q) > 2**30 else "fused"
+
+
+def is_on_cpu(q: Tensor) -> bool:
+    return q.device.type in ("cpu", "meta")
+
+
+def _kernels_take(q: Tensor, bias: AttentionBias) -> bool:
+    if q.device.type != "cuda":
+        return False
+    from sape2.attention.kernels import takes  # only here, where there is a device for them
+
+    return takes(q, bias)
 
 
 def describe_path(
@@ -48,12 +70,27 @@ def describe_path(
     """The path that `attend` takes for such tensors and what the bias is made of, for reports."""
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
     with torch.no_grad():
+        if encoding.key_vectors(q[:, :, num_prefix:], grid) is not None:
+            return f"{choose_path(k, NoEncoding())}, added to keys"
         of_grid = None if tokens is None else tokens[:1, num_prefix:]
         bias = bias_of(encoding, q[:1, :, num_prefix:], k[:1, :, num_prefix:], grid, tokens=of_grid)
-    terms = [] if bias is None else [type(term).__name__.lower() for term in bias.terms]
-    path = choose_path(q, encoding)
-    memory = [] if path != "blocks" else ["weights kept" if is_small(q) else "weights computed again"]
-    return ", ".join([path, *terms, *memory])
+    path = choose_path(q, encoding, bias=bias)
+    if bias is None:
+        return path
+    terms = [type(term).__name__.lower() for term in bias.terms]
+    return ", ".join([path, *terms, *_memory(path, q, v, bias)])
+
+
+def _memory(path: Path, q: Tensor, v: Tensor, bias: AttentionBias) -> list[str]:
+    """What a path keeps or makes because of the bias."""
+    if path == "blocks":
+        return ["weights kept" if is_small(q) else "weights computed again"]
+    if path != "fused":
+        return []
+    sides = bias.factored()
+    width = None if sides is None else fused_width(q.shape[-1] + sides[0].shape[-1], v.shape[-1], q.device)
+    channels = [] if width is None else [f"{width} channels"]
+    return channels if bias.unfactored() is None else [*channels, "a map as mask"]
 
 
 def _is_transformed(q: Tensor) -> bool:

@@ -32,25 +32,27 @@ def scores_with(q: Tensor, k: Tensor, bias: AttentionBias | None) -> Float[Tenso
 
 
 def attend_fused(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    grid: Grid,
-    encoding: AttentionEncoding,
-    dropout: float,
-    tokens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias | None, dropout: float
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
-    """Biases that are dot products become further channels, q' = [q / sqrt(d), query_side], k' = [k, key_side]."""
-    q, k, bias = encode(q, k, grid, encoding, tokens)
+    """Biases that are dot products become further channels, q' = [q / sqrt(d), query_side], k' = [k, key_side].
+
+    q and k are rotated already.
+    """
     q, mask = q * q.shape[-1] ** -0.5, None
     if bias is not None:
-        q, k = (_widened(t, side) for t, side in zip((q, k), bias.factored() or (None, None), strict=True))
+        q, k = (widened(t, side) for t, side in zip((q, k), bias.factored() or (None, None), strict=True))
         rest = bias.unfactored()
         mask = None if rest is None else _padded(rest.dense(), q.shape[-2]).to(q.dtype)
-    width = max(q.shape[-1], v.shape[-1])  # the fused kernels take equal widths only; zeros change nothing
+    width = fused_width(q.shape[-1], v.shape[-1], q.device)  # zeros change nothing
     wide_q, wide_k, wide_v = (F.pad(t, (0, width - t.shape[-1])) for t in (q, k, v))
     output = F.scaled_dot_product_attention(wide_q, wide_k, wide_v, attn_mask=mask, dropout_p=dropout, scale=1.0)
     return output[..., : v.shape[-1]]
+
+
+def fused_width(width: int, value_width: int, device: torch.device) -> int:
+    """The width that the fused kernels take: one for q, k and v, and on an accelerator a multiple of 8."""
+    width = max(width, value_width)
+    return width if device.type in ("cpu", "meta") else -(-width // 8) * 8
 
 
 def encode(
@@ -81,7 +83,7 @@ def _padded(matrix: Tensor, tokens: int) -> Tensor:
     return F.pad(matrix, (num_prefix, 0, num_prefix, 0)) if num_prefix else matrix
 
 
-def _widened(tokens: Tensor, side: Tensor | None) -> Tensor:
+def widened(tokens: Tensor, side: Tensor | None) -> Tensor:
     """One side of a factored bias as further channels; prefix tokens get zeros."""
     if side is None:
         return tokens

@@ -164,11 +164,19 @@ class KeyTable(AttentionEncoding):
     ) -> AttentionBias:
         check_tokens(q, grid)
         with no_autocast(q):
-            scale = q.shape[-1] ** -0.5 if self.options.divide_bias else 1.0
+            scale = self._scale(q)
             terms = [self._met_by(scale * full_precision(q), grid)]
             if self.options.to == "both":
                 terms.append(Factors(scale * self._vectors("queries", grid), full_precision(k) + self._vectors("keys", grid)))
             return AttentionBias(*terms, dtype=q.dtype)
+
+    def key_vectors(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+        return self._scale(q) * self._vectors("keys", grid) if self.options.to == "keys" else None
+
+    def _scale(self, q: Tensor) -> float:
+        return q.shape[-1] ** -0.5 if self.options.divide_bias else 1.0
 
     def _met_by(self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid) -> Factors | Places:
         """q_i^T e_n for all places n."""

@@ -70,8 +70,9 @@ class AttentionBias:
 
     def factored(self) -> tuple[Tensor, Tensor] | None:
         """(query_side, key_side), (..., N, r), of all terms that are dot products; None if none is."""
-        pairs = [pair for term in self.terms if (pair := term.factors()) is not None]
-        return (_concatenate([p[0] for p in pairs]), _concatenate([p[1] for p in pairs])) if pairs else None
+        pairs = [term.factors() for term in self.terms]  # torch.compile cannot trace a walrus in a comprehension
+        given = [pair for pair in pairs if pair is not None]
+        return (_concatenate([p[0] for p in given]), _concatenate([p[1] for p in given])) if given else None
 
     def unfactored(self) -> AttentionBias | None:
         """The terms that are no dot products; None if all are."""
@@ -182,6 +183,16 @@ class AttentionEncoding(nn.Module):
     def bias(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> AttentionBias | None:
+        return None
+
+    def key_vectors(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+        """Vectors e if all that the encoding does is the bias q_i . e_n, so that attention adds them to the keys; else None.
+
+        They are the same for all images: of q they see the shape. `bias` gives the same as a term, for maps, and for where
+        another encoding turns the queries.
+        """
         return None
 
     def maps(
@@ -305,6 +316,14 @@ class Composite(AttentionEncoding):
         given = [bias for bias in biases if bias is not None]
         return functools.reduce(operator.add, given) if given else None
 
+    def key_vectors(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+        """The sum, where all parts are of that kind."""
+        vectors = [part.key_vectors(q, grid) for part in self._members()]
+        given = [v for v in vectors if v is not None]
+        return functools.reduce(operator.add, given) if given and len(given) == len(vectors) else None
+
     def maps(
         self,
         q: Float[Tensor, "batch heads tokens head_dim"],
@@ -334,67 +353,3 @@ def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
     if torch.compiler.is_exporting():
         return contextlib.nullcontext()
     return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()
-
-
-# --- fractional positions --------------------------------------------------------------------------------------------
-
-
-def suffix_sum(gates: Float[Tensor, "*lead length length"]) -> Float[Tensor, "*lead length length"]:
-    """p_im, the sum of the gates g_ij over the places j from m to the end of the line."""
-    return gates.flip(-1).cumsum(-1).flip(-1)
-
-
-def between_sum(gates: Float[Tensor, "*lead length length"]) -> Float[Tensor, "*lead length length"]:
-    """p_im, the sum of the gates g_ij over the places j from i to m on either side, i itself left out, so p_ii = 0."""
-    return gates.triu(1).cumsum(-1) + suffix_sum(gates.tril(-1))
-
-
-class CountedVectors(torch.autograd.Function):
-    """From the scores within lines to interpolated products in one step, with its gradient by hand.
-
-    g = sigmoid(scores), p_m = sum of g_j over j >= m (suffix) or j <= m (prefix), clamped to the last position, and
-    `interpolate`. Places come first and tokens last: scores (B, h, S, N), products (B, h, P, N) -> (B, h, S, N).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, scores: Tensor, products: Tensor, suffix: bool, position_scale: float) -> Tensor:
-        length, last = scores.shape[-2], products.shape[-2] - 1
-        gates = torch.sigmoid(scores)
-        counted = scores.new_full((length, length), position_scale)
-        counted = counted.triu() if suffix else counted.tril()
-        positions = counted @ gates
-        inside = positions <= last if length * position_scale > last else None  # else no position can lie beyond
-        low = positions.clamp_(max=last).floor().clamp_(max=last - 1)
-        index, fraction = low.long().clamp_(0), positions.sub_(low)  # as in `interpolate`, for a NaN position
-        slope = (products[..., 1:, :] - products[..., :-1, :]).gather(-2, index)
-        values = products.gather(-2, index).addcmul_(fraction, slope)
-        if inside is not None:
-            slope.mul_(inside)
-        ctx.save_for_backward(gates, counted, index, fraction, slope)
-        ctx.num_positions = last + 1
-        return values
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        gates, counted, index, fraction, slope = ctx.saved_tensors
-        to_scores = torch.ops.aten.sigmoid_backward(counted.T @ (grad * slope), gates)
-        upper = grad * fraction
-        to_products = grad.new_zeros(*grad.shape[:-2], ctx.num_positions, grad.shape[-1])
-        to_products.scatter_add_(-2, index, grad - upper).scatter_add_(-2, index + 1, upper)
-        return to_scores, to_products, None, None
-
-
-def interpolate(
-    products: Float[Tensor, "*lead length positions"], positions: Float[Tensor, "*lead length places"]
-) -> Float[Tensor, "*lead length places"]:
-    """z_i at the fractional positions p_im, linear between floor(p) and the next integer, given z_i at all integers.
-
-    Positions beyond the last one are clamped to it. At an exact integer the value is that of the floor/ceil form of
-    CoPE and SaPE2; the gradient is the slope to the right rather than 0, so that saturated gates still learn.
-    """
-    last = products.shape[-1] - 1
-    positions = positions.clamp(0, last)
-    low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
-    z_low, z_high = products.gather(-1, low), products.gather(-1, low + 1)
-    return z_low + (positions - low) * (z_high - z_low)

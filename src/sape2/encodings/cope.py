@@ -19,13 +19,11 @@ from sape2.encodings.base import (
     AttentionEncoding,
     Facts,
     LineScores,
-    between_sum,
     full_precision,
-    interpolate,
     no_autocast,
-    suffix_sum,
 )
 from sape2.encodings.bias import Matrix
+from sape2.encodings.counting import between_sum, interpolate, suffix_sum
 from sape2.encodings.grid import Grid, check_grid, check_tokens, num_tokens
 from sape2.encodings.options import make_options
 

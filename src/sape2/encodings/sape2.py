@@ -23,30 +23,26 @@ from sape2.encodings.base import (
     MAX_POSITIONS,
     AttentionBias,
     AttentionEncoding,
-    CountedVectors,
     Facts,
     LineScores,
-    between_sum,
     full_precision,
-    interpolate,
-    make_options,
     no_autocast,
-    suffix_sum,
 )
 from sape2.encodings.bias import PLACE_AXES, Distances, Factors, Matrix, Places
+from sape2.encodings.counting import Count, CountedVectors, count_positions, interpolate
 from sape2.encodings.grid import (
     Axis,
     Grid,
     check_grid,
     check_tokens,
     from_lines,
+    line_coordinate,
     line_length,
     num_tokens,
     places_to_lines,
     to_lines,
 )
-
-Count = Literal["suffix", "prefix", "both", "between", "cyclic"]
+from sape2.encodings.options import make_options
 
 PRESETS: dict[str, dict[str, Any]] = {"listing": {}, "equations": {"gate_scale": "none", "divide_bias": True}}
 
@@ -61,35 +57,12 @@ def content_gates(
     return torch.sigmoid(scale * (q @ k.transpose(-1, -2)))
 
 
-def count_positions(gates: Float[Tensor, "*lead length length"], count: Count) -> Float[Tensor, "*lead length places"]:
-    """Eq. 10: p_im, the sum of the gates g_ij over the patches j that lie
-
-    suffix:  from m to the end of the line (the paper),
-    prefix:  from the start of the line to m,
-    both:    the suffix counts followed by the prefix counts (2S places),
-    between: from i to m, i itself left out, so p_ii = 0,
-    cyclic:  from i onwards to m, both included, going round at the end of the line.
-    """
-    if count == "suffix":
-        return suffix_sum(gates)
-    if count == "prefix":
-        return gates.cumsum(-1)
-    if count == "both":
-        return torch.cat([suffix_sum(gates), gates.cumsum(-1)], dim=-1)
-    if count == "between":
-        return between_sum(gates)
-    before = gates.tril(-1)  # j < i
-    onwards = gates.triu()  # j >= i
-    went_round = torch.ones_like(gates, dtype=torch.bool).tril(-1)  # m < i
-    return torch.where(went_round, onwards.sum(-1, keepdim=True) + before.cumsum(-1), onwards.cumsum(-1))
-
-
 def table_products(
     vector: Float[Tensor, "*lead length head_dim"], table: Float[Tensor, "positions head_dim"]
 ) -> Float[Tensor, "*lead length positions"]:
     """Eq. 13: z_i[p] = v_i^T e[p] for every integer position p, where v is the query or the key.
 
-    Eq. 11 and 14, the same at fractional positions, is `encodings.base.interpolate`.
+    Eq. 11 and 14, the same at fractional positions, is `encodings.counting.interpolate`.
     """
     return vector @ table.transpose(-1, -2)
 
@@ -263,10 +236,26 @@ class SaPE2(AttentionEncoding):
         self._check_input(q, grid)
         with no_autocast(q):
             q_full, k_full = full_precision(q), full_precision(k)
+            if self._counts_alike:  # the same numbers as `_all_lines`, by one product for each axis
+                vector = q_full if self.options.dot == "query" else k_full
+                return self._read_out({axis: vector @ self._read_alike(grid, axis) for axis in self.axes}, grid, q.dtype)
             if scores and self.options.count in ("suffix", "prefix"):
                 return self._read_out(self._counted_vectors(q_full, k_full, grid, scores), grid, q.dtype)
             lines = self._all_lines(q_full, k_full, grid, scores)
             return self._read_out({axis: from_lines(maps.vectors, axis) for axis, maps in lines.items()}, grid, q.dtype)
+
+    def key_vectors(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+        """e_n, the tables read at the column and the row of n, if every query counts alike and the bias is q_i . e_n."""
+        if not (self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"):
+            return None
+        self._check_input(q, grid)
+        total = q.new_zeros((), dtype=full_precision(q).dtype)
+        for axis in self.axes:
+            read = self._read_alike(grid, axis).unflatten(-1, (-1, line_length(grid, axis))).sum(-2)  # (d, S)
+            total = total + read.index_select(-1, line_coordinate(grid, axis, q.device))
+        return self._bias_scale() * total.T  # (N, d) or, with a gain, (h, N, d)
 
     def maps(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
@@ -316,6 +305,19 @@ class SaPE2(AttentionEncoding):
             result[axis] = LineMaps(gates, positions, vectors)
         return result
 
+    @property
+    def _counts_alike(self) -> bool:
+        """Whether the positions of a line are the same for all that look along it: no content, and counted from its ends."""
+        return self.options.gates != "content" and self.options.count in ("suffix", "prefix", "both")
+
+    def _read_alike(self, grid: Grid, axis: Axis) -> Float[Tensor, "head_dim places"]:
+        """The table at the positions of a line whose gates have no content: the vectors that z_im is the product with."""
+        table = full_precision(getattr(self, f"table_{axis}"))
+        length = line_length(grid, axis)
+        positions = count_positions(table.new_full((1, length), self._gate()), self.options.count)
+        read = interpolate(table.T, (positions * self._position_scale(grid, axis)).expand(self.head_dim, -1))
+        return self._normalized(read, grid, axis)
+
     def _counted_vectors(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores) -> dict[Axis, Tensor]:
         """The vectors of all axes, (B, h, N, S), from scores that are known: the same numbers as `_all_lines`, faster."""
         vector = q if self.options.dot == "query" else k
@@ -348,14 +350,17 @@ class SaPE2(AttentionEncoding):
     def _gates(
         self, q: Tensor, k: Tensor, grid: Grid, axis: Axis, scores: LineScores | None
     ) -> Float[Tensor, "batch heads lines length length"]:
-        """Content gates, or what is left without content: sigmoid(0) = 1/2 (constant), or 1, plain counting (none)."""
+        """Content gates, or what is left without content."""
         if self.options.gates != "content":
             lines, length = num_tokens(grid) // line_length(grid, axis), line_length(grid, axis)
-            value = 0.5 if self.options.gates == "constant" else 1.0
-            return q.new_full((1, 1), value).expand(*q.shape[:2], lines, length, length)
+            return q.new_full((1, 1), self._gate()).expand(*q.shape[:2], lines, length, length)
         if scores is None:
             return content_gates(to_lines(q, grid, axis), to_lines(k, grid, axis), self._gate_scale())
         return torch.sigmoid(self._relative(places_to_lines(scores[axis], axis)))
+
+    def _gate(self) -> float:
+        """A gate without content: sigmoid(0) = 1/2 (constant), or 1, plain counting (none)."""
+        return 0.5 if self.options.gates == "constant" else 1.0
 
     def _gate_scale(self) -> float | Tensor:
         if self.options.gate_scale == "learned":
