@@ -49,7 +49,7 @@ default_role = "code"
 
 # Pages below a page that is also read outside of the site, where a table of contents would show as a block of code.
 BELOW = {
-    "hosts/README": ["timm", "transformers", "torchvision", "pytorch"],
+    "hosts/README": ["timm", "transformers", "torchvision", "pytorch", "trainer_accelerate_lora"],
     "evaluation/README": ["shift", "resolution", "grouping", "health"],
 }
 

@@ -39,6 +39,29 @@ def test_against_timm_with_its_weights(ours, theirs):
     torch.testing.assert_close(model(images), original(images), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"act_layer": "quick_gelu"}, {"img_size": (16, 32)}, {"num_heads": 2}],
+    ids=["activation", "orientation", "heads"],
+)
+def test_what_weights_of_timm_do_not_say_is_told(other):
+    """All keys match, and another function is computed: nothing but a word can help there."""
+    sizes = {"img_size": (32, 16), "patch_size": 4, "num_classes": 5, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    state = timm.models.VisionTransformer(**sizes | other).state_dict()
+    ours = small(encoding="ape", image_size=(32, 16), depth=1)
+    with pytest.warns(UserWarning, match=r"8x4 is the grid of their 32 positions, 3 the number of heads, exact GELU"):
+        ours.load_state_dict(state)
+
+
+@pytest.mark.filterwarnings("ignore:weights of timm")
+@pytest.mark.parametrize("other", [{"qk_norm": True}, {"pre_norm": True}, {"init_values": 1e-5}, {"reg_tokens": 2}])
+def test_what_weights_of_timm_say_is_refused(other):
+    sizes = {"img_size": 16, "patch_size": 4, "num_classes": 5, "embed_dim": 24, "depth": 1, "num_heads": 3}
+    state = timm.models.VisionTransformer(**sizes | other).state_dict()
+    with pytest.raises((RuntimeError, ValueError), match=r"norm|gamma|rows"):
+        small(encoding="ape", image_size=16, depth=1).load_state_dict(state)
+
+
 def test_weights_of_timm_for_another_grid_are_refused_with_the_numbers():
     original = timm.models.VisionTransformer(img_size=24, patch_size=4, num_classes=5, embed_dim=24, depth=2, num_heads=3)
     with pytest.raises(ValueError, match="pos_embed has 37 rows, which fits neither the grid 4x4"):

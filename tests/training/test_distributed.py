@@ -24,10 +24,10 @@ from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
 from sape2.studies.run import NOWHERE, shared_accuracy
 from sape2.training import processes
+from sape2.training.accelerator import make_accelerator
 from sape2.training.checkpoint import last_checkpoint
 from sape2.training.lock import hold
 from sape2.training.loop import Trainer, check_same_run, train
-from sape2.training.optimisation import make_accelerator
 from sape2.training.processes import ALONE, Processes, joined
 from sape2.training.record import Record
 from sape2.training.run_folder import read_rows
@@ -166,7 +166,7 @@ def test_processes_with_other_settings_or_images_are_refused_by_name():
 def test_what_does_not_join_is_refused_under_a_launcher(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="runs in one process, but WORLD_SIZE says that 2"):
-        make_accelerator(tiny().train)
+        make_accelerator("fp32")
 
 
 @pytest.mark.parametrize(

@@ -24,10 +24,11 @@ from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accura
 from sape2.evaluation.cost.measure import count_macs, count_parameters
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
+from sape2.training.accelerator import mixed_precision
 from sape2.training.checkpoint import Progress, keep_only, last_checkpoint, load_weights, save_checkpoint, save_weights
 from sape2.training.interruption import TrainingStopped
 from sape2.training.loop import Trainer, train
-from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision, set_seeds
+from sape2.training.optimisation import make_optimizer, make_schedule, set_seeds
 from sape2.training.run_folder import check_run, read_rows
 
 TINY = [

@@ -8,153 +8,26 @@ Axes: B batch, h heads, T = P + N tokens (P prefix tokens first), d head_dim.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import functools
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sape2.adapters.start import Start, looks_beyond_pairs, prepare, rotates
+from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import create_encodings
-from sape2.encodings.base import AttentionEncoding, NoEncoding, bias_of
-from sape2.encodings.grid import Grid, check_grid, num_tokens
+from sape2.encodings.base import AttentionEncoding, NoEncoding, bias_of, encoding_names
+from sape2.encodings.grid import Grid, check_grid
+from sape2.encodings.names import name_once
 
 Trainable = Literal["all", "encoding"]
-
-
-# --- the tokens of a call --------------------------------------------------------------------------------------------
-
-
-class _Place:
-    """Where the calls of the model are."""
-
-    def __init__(self) -> None:
-        self.grid: Grid | None = None
-        self.task = -1  # the backward pass in which the grid was read, -1 outside of any
-        self.outer: list[tuple[Grid | None, int]] = []  # of the calls around this one, where a hook calls the model again
-
-
-class _Running(_Place, threading.local):
-    """A place for each thread."""
-
-
-class Tokens:
-    """What the attention modules of one model know of the tokens of the running call: each thread of its own.
-
-    The grid is that of the output of the patch projection (B, D, H, W), never a square root. Gradient checkpointing runs
-    blocks again in the backward pass, when other images may have passed since, and on an accelerator in a thread of its
-    own: then the grid is the one with that many tokens among those seen. A copy of the model starts without any call.
-    """
-
-    def __init__(self, num_prefix: int, grid: Grid | None = None, counts: bool = False) -> None:
-        self.num_prefix, self.given = num_prefix, grid
-        self.counts = counts  # whether the encoding looks beyond pairs of patches
-        self.running = _Running()
-        self.compiled = _Place()  # of compiled code, for which torch.compile knows no threads
-        self.seen: dict[int, set[Grid]] = {}  # by thread, since the last backward pass of that thread
-        self.over: set[int] = set()  # threads whose backward pass has begun
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"num_prefix": self.num_prefix, "grid": self.given, "counts": self.counts}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)
-
-    @property
-    def grid(self) -> Grid | None:
-        """Of this thread; where it has none, the one that was given for all (`set_grid`)."""
-        return self._place().grid or self.given
-
-    def _place(self) -> _Place:
-        return self.compiled if torch.compiler.is_compiling() else self.running
-
-    def _read(self, grid: Grid | None) -> None:
-        """Also for compiled blocks in a model that is not compiled."""
-        self._place().grid = self.compiled.grid = grid
-
-    def give(self, grid: Grid) -> None:
-        """For the calls of this thread, and for threads that were given none."""
-        self.given = self.running.grid = grid
-
-    # Hooks. Of the model: `enter`, `leave`; of the module that makes the patches: `forget`; of its projection: `__call__`.
-
-    def enter(self, model: nn.Module, inputs: Any) -> None:
-        if not torch.compiler.is_compiling():  # a graph would be made again for every grid that was there before
-            self.running.outer.append((self.running.grid, self.running.task))
-        self._read(None)
-
-    def leave(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        """After a call inside another one, its grid again."""
-        if torch.compiler.is_compiling() or not self.running.outer:
-            return
-        grid, task = self.running.outer.pop()
-        if self.running.outer:
-            self._read(grid)
-            self.running.task = task
-
-    def forget(self, patches: nn.Module, inputs: Any) -> None:
-        """So that a projection put in the place of the one with the hook cannot leave an old grid."""
-        self._read(None)
-
-    def __call__(self, projection: nn.Module, inputs: Any, output: Tensor) -> None:
-        grid = (output.shape[-2], output.shape[-1])
-        self._read(grid)
-        if torch.compiler.is_compiling():
-            return
-        self.running.task = _backward_pass()
-        if not torch.is_grad_enabled():
-            return
-        thread = threading.get_ident()
-        if thread in self.over:  # the backward pass of what was seen before is over
-            self.over.discard(thread)
-            self.seen.pop(thread, None)
-        self.seen[thread] = self.seen.get(thread, set()) | {grid}
-
-    def grid_of(self, total: int) -> Grid:
-        """The grid behind `total` tokens; raises ValueError if there is none, or more than one."""
-        grid = self.grid
-        if not torch.compiler.is_compiling() and _backward_pass() != -1 and (self.running.task != _backward_pass() or not grid):
-            grid = self._seen_with(total) or grid
-        if grid is None:
-            raise ValueError(
-                "no image has passed, in this thread, the patch projection that attach found, so the grid is not known; if the "
-                "projection was replaced since, detach and attach again (save_adapter and load_adapter keep what was learned)"
-            )
-        if num_tokens(grid) + self.num_prefix != total:
-            raise ValueError(
-                f"an attached encoding needs all {grid[0]}x{grid[1]} patches after {self.num_prefix} prefix tokens; attention "
-                f"got {total} tokens. Patch dropout and token merging take patches away: set patch_drop_rate to 0, or detach"
-            )
-        return grid
-
-    def _seen_with(self, total: int) -> Grid | None:
-        """Of the grids seen by any thread the one with that many tokens; raises ValueError if there are several."""
-        thread = threading.get_ident()
-        self.over.update([thread] if thread in self.seen else self.seen if len(self.seen) == 1 else [])
-        fitting = {g for seen in list(self.seen.values()) for g in seen if num_tokens(g) + self.num_prefix == total}
-        if len(fitting) > 1:
-            raise ValueError(
-                f"gradient checkpointing runs a block again on {total} tokens, one of the grids {sorted(fitting)} seen "
-                "before this backward pass; call backward between images of different shapes and equally many patches"
-            )
-        return next(iter(fitting), None)
-
-    def check_padding(self, mask: Tensor | None) -> None:
-        """Raises ValueError for a mask of padded keys if the encoding would count the patches behind it all the same."""
-        if mask is not None and self.counts:
-            raise ValueError(
-                "this encoding counts all patches of a line, also those that a padding mask hides, so padded images would not "
-                "get the result of unpadded ones; crop or resize instead, or attach rpe, rpe_contextual or alibi"
-            )
-
-
-def _backward_pass() -> int:
-    return torch._C._current_graph_task_id()  # as torch.utils.checkpoint asks; -1 outside of any
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -166,6 +39,10 @@ class Attached:
     host_class: ClassVar[type[nn.Module]]
     sape2: AttentionEncoding
     sape2_tokens: Tokens
+
+    def __init_subclass__(cls) -> None:
+        if "forward" in vars(cls):
+            cls.forward = _one_node(cls.forward)  # pyrefly: ignore
 
     def attend(
         self,
@@ -180,7 +57,7 @@ class Attached:
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Attention with the encoding. `mask`, `tokens`: as `bias_map`; `rotated`: q and k as the host turns them."""
         if mask is None and rotated is None:
-            return attend(q, k, v, self.sape2_tokens.grid_of(q.shape[-2]), self.sape2, dropout, tokens=tokens)
+            return attend(q, k, v, self.sape2_tokens.grid_of(q.shape[-2]), encoding_of(self), dropout, tokens=tokens)
         bias = self.bias_map(q, k, mask, tokens)
         q, k = rotated or self.rotate(q, k)
         mask = None if bias is None else bias.to(v.dtype)
@@ -194,7 +71,7 @@ class Attached:
         """
         grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
         of_grid = None if tokens is None else tokens[:, num_prefix:]
-        bias = bias_of(self.sape2, q[:, :, num_prefix:], k[:, :, num_prefix:], grid, tokens=of_grid)
+        bias = bias_of(encoding_of(self), q[:, :, num_prefix:], k[:, :, num_prefix:], grid, tokens=of_grid)
         additive = None if mask is None else as_additive(mask, q.dtype)
         if bias is None:
             return additive
@@ -206,10 +83,34 @@ class Attached:
         """q and k turned by the encoding; prefix tokens stay."""
         grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
         q_grid, k_grid = q[:, :, num_prefix:], k[:, :, num_prefix:]
-        turned_q, turned_k = self.sape2.rotate(q_grid, k_grid, grid)
+        turned_q, turned_k = encoding_of(self).rotate(q_grid, k_grid, grid)
         if turned_q is q_grid:
             return q, k
         return torch.cat([q[:, :, :num_prefix], turned_q], -2), torch.cat([k[:, :, :num_prefix], turned_k], -2)
+
+
+def encoding_of(module: Any) -> AttentionEncoding:
+    """Raises ValueError if another library has put something in its place."""
+    if not isinstance(module.sape2, AttentionEncoding):
+        raise ValueError(
+            f"a {type(module.sape2).__name__} stands in the place of the attached encoding, as peft puts one there for "
+            "modules_to_save; leave sape2 out of them and attach after get_peft_model, which trains both"
+        )
+    return module.sape2
+
+
+def _one_node(forward: Callable) -> Callable:
+    """A symbolic trace (`torch.fx`, feature extractors) has the module as one node, as it has those of `torch.nn`."""
+
+    @functools.wraps(forward)
+    def called(self: Any, *args: Any, **keywords: Any) -> Any:
+        proxy = next((each for each in (*args, *keywords.values()) if isinstance(each, fx.Proxy)), None)
+        if proxy is None:
+            return forward(self, *args, **keywords)
+        tracer: Any = proxy.tracer
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
+
+    return called
 
 
 def as_additive(mask: Shaped[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
@@ -255,6 +156,31 @@ class Attachment:
     tokens: Tokens
     hooks: list[Any]
     frozen: list[nn.Parameter]
+    told: bool = False  # that nothing of the encoding learns
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of the encodings, each once."""
+        yield from nn.ModuleList(dict.fromkeys(module.sape2 for module in self.attentions.values())).parameters()  # pyrefly: ignore
+
+    def tell_if_frozen(self) -> None:
+        if not any(p.requires_grad for module in self.attentions.values() for p in module.sape2.parameters()):  # pyrefly: ignore
+            self.told = True
+            warnings.warn(
+                f"nothing of the attached {self.encoding!r} learns: all its parameters are frozen, as peft's get_peft_model "
+                "freezes them. Attach after it, or set requires_grad_(True) for sape2.encoding_parameters(model)",
+                stacklevel=2,
+            )
+
+
+class NoWeightDecay:
+    """Names of what must not decay: those of the host and everything of the encoding; what timm's optimisers ask for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self) -> set[str]:
+        own: Any = getattr(type(self.model), "no_weight_decay", None)
+        return encoding_names(self.model) | (set(own(self.model)) if own else set())
 
 
 def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grid: Grid | None) -> None:
@@ -271,13 +197,15 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     }
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
     for module, attached_class, layer in used.values():
-        _swap(module, attached_class, layer, tokens)
+        _swap(module, attached_class, layer, tokens, model)
     for parameter in frozen:
         parameter.requires_grad_(False)
     hooks = [] if host.projection is None else _listen(model, host.projection, tokens)
+    hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
     sizes = (host.num_heads, host.head_dim, len(host.layers))
     model.sape2_attachment = Attachment(host.name, encoding, start, grid, *sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
+    model.no_weight_decay = NoWeightDecay(model)  # pyrefly: ignore
 
 
 def _listen(model: nn.Module, projection: nn.Module, tokens: Tokens) -> list[Any]:
@@ -311,12 +239,25 @@ def _counts(layers: list[AttentionEncoding], host: Host) -> bool:
     return any(looks_beyond_pairs(layer, host.num_heads, host.head_dim) for layer in different.values())
 
 
-def _swap(module: nn.Module, attached_class: type[Attached], encoding: AttentionEncoding, tokens: Tokens) -> None:
-    """In the precision of the host, but not below float32: positions need it."""
-    like = next(module.parameters())
-    module.sape2 = encoding.to(like.device, torch.promote_types(like.dtype, torch.float32)).train(module.training)
+def _swap(
+    module: nn.Module, attached_class: type[Attached], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
+) -> None:
+    """On the device of the module, in float32 whatever the precision of the host, float64 apart: positions need it.
+
+    A quantized module may hold no parameters at all; then those of the model say the device.
+    """
+    like = next((tensor for part in (module, model) for tensor in (*part.parameters(), *part.buffers())), torch.empty(0))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    module.sape2 = encoding.to(like.device, dtype).train(module.training)
     module.sape2_tokens = tokens  # pyrefly: ignore
     module.__class__ = attached_class  # pyrefly: ignore
+
+
+def _look_whether_it_learns(model: nn.Module, inputs: Any) -> None:
+    """At a call in training, once."""
+    attachment: Any = model.sape2_attachment
+    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not attachment.told:
+        attachment.tell_if_frozen()
 
 
 def check_free(model: nn.Module) -> None:
@@ -338,7 +279,7 @@ def take_out(model: nn.Module) -> None:
         hook.remove()
     for parameter in attachment.frozen:
         parameter.requires_grad_(True)
-    del model.sape2_attachment
+    del model.sape2_attachment, model.no_weight_decay
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -351,10 +292,9 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 def attached_encodings(model: nn.Module) -> dict[int, AttentionEncoding]:
     """The attached encodings by layer, counted from 0; layers without one are left out."""
-    found = {index: module.sape2 for index, module in attachment_of(model).attentions.items()}
-    return {index: encoding for index, encoding in found.items() if isinstance(encoding, AttentionEncoding)}
+    return {index: encoding_of(module) for index, module in attachment_of(model).attentions.items()}
 
 
 def encoding_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that attach brought, each once: for an optimiser group of their own, without weight decay."""
-    yield from nn.ModuleList(attached_encodings(model).values()).parameters()
+    yield from attachment_of(model).parameters()

@@ -11,7 +11,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sape2.adapters import Model, attach, find_host
-from sape2.adapters.attached import Trainable, attached_encodings, attachment_of
+from sape2.adapters.attached import Trainable, attached_encodings, attachment_of, check_free
 from sape2.training.files import write_atomic, write_text
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -23,6 +23,7 @@ FORMAT = 1
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Writes the attached encodings alone, without the model; `load_adapter` puts them into another copy of it."""
     attachment, folder = attachment_of(model), Path(folder)
+    attachment.tell_if_frozen()
     config = {"format": FORMAT} | {key: getattr(attachment, key) for key in KEYS if key != "format"}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / WEIGHTS, lambda path: save_model(_encodings(model), str(path)))
@@ -36,6 +37,7 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
     rule for other grids. Raises ValueError if the number of layers, heads or channels differs, or a file is damaged; the
     model is then as it was.
     """
+    check_free(model)
     config = _read_config(Path(folder))
     host = find_host(model)
     sizes = {"depth": len(host.layers), "num_heads": host.num_heads, "head_dim": host.head_dim}

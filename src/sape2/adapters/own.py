@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host
+from sape2.adapters.attached import Attached, Host, encoding_of
 from sape2.adapters.start import rotates
 from sape2.attention import Attention, attend, logits
 from sape2.encodings.base import Composite, maps_of
@@ -23,7 +23,7 @@ class AttachedOwn(Attached, Attention):
         """Its own encoding and the attached one; made once, and kept where state_dict does not see it."""
         kept = self.__dict__.get("sape2_both")
         if kept is None:
-            kept = self.__dict__["sape2_both"] = (Composite([self.encoding, self.sape2]),)
+            kept = self.__dict__["sape2_both"] = (Composite([self.encoding, encoding_of(self)]),)
         return kept[0]
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:

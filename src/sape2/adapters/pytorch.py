@@ -145,6 +145,6 @@ def set_grid(attention: nn.MultiheadAttention, grid: Grid) -> None:
     Threads that set a grid keep their own; all others get the last one that was set.
     """
     attachment = attachment_of(attention)
-    if attachment.hooks:
+    if attachment.tokens.given is None:
         raise ValueError("the grid of a model is read off the output of its patch projection; nothing needs to be set")
     attachment.tokens.give(check_grid(grid))

@@ -40,7 +40,7 @@ def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0, bi
     if not encoding.makes_bias:
         return "products" if on_cpu and q.shape[-2] <= 512 else "fused"
     plain: Path = "products" if on_cpu else "fused"
-    if torch.compiler.is_exporting() or q.is_meta or _is_transformed(q) or dropout:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or q.is_meta or _is_transformed(q) or dropout:
         return plain
     if not on_cpu and bias is not None:
         if bias.unfactored() is None:

@@ -30,6 +30,7 @@ from sape2.detection.models import build_detector, no_weight_decay
 from sape2.detection.pyramid import strides
 from sape2.detection.splits import check_goes_on, check_sizes, fingerprint, open_images, read_all, same_content
 from sape2.evaluation.runs import hardware
+from sape2.training.accelerator import make_accelerator, mixed_precision, passed_over, prepare
 from sape2.training.checkpoint import (
     Progress,
     last_checkpoint,
@@ -43,8 +44,6 @@ from sape2.training.files import holds_files, sweep, write_text
 from sape2.training.interruption import TrainingStopped, catch_signals
 from sape2.training.lock import Lock, hold
 from sape2.training.memory_errors import in_detection, told_in_one_line
-from sape2.training.optimisation import mixed_precision
-from sape2.training.processes import refuse_launcher
 from sape2.training.run_folder import canonical, keep_fingerprint, read_rows, update_results, write_rows
 
 
@@ -83,7 +82,7 @@ def check_images(config: DetectionConfig, train: CocoImages, test: CocoImages, q
     low = min(config.images.scale_jitter, default=None)
     check_sizes(train, config.model.image_size, stride, low)
     check_sizes(test, config.model.image_size, stride)
-    for note in (*train.notes, *test.notes):
+    for note in (*train.notes, *test.notes, *passed_over()):
         say(note, quiet)
     digests = []
     for images in (train, test):
@@ -186,7 +185,7 @@ class DetectionTrainer:
     ) -> None:
         self.config, self.folder, self.images, self.quiet, self.seen = config, folder, images, quiet, seen
         self.check = check
-        self.accelerator = make_accelerator(config.training)
+        self.accelerator = make_accelerator(config.training.precision, command="sape2 detect")
         self.model = model.to(self.accelerator.device)
         divisor = model.transform.size_divisible
         self.sizes = [padded_size(size, config.model.image_size, divisor) for size in images.sizes]
@@ -197,7 +196,7 @@ class DetectionTrainer:
         self.progress, state = Progress(), None
         if checkpoint := last_checkpoint(folder):
             self.progress, state = load_checkpoint(checkpoint, self.model, None)
-        self.wrapped, self.stepper = self.accelerator.prepare(self.model, self.optimizer)
+        self.wrapped, self.stepper = prepare(self.accelerator, self.model, self.optimizer)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
 
@@ -307,17 +306,6 @@ def say(text: str, quiet: bool) -> None:
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def make_accelerator(training: TrainingConfig) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
-    refuse_launcher("sape2 detect")
-    AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
-    return Accelerator(mixed_precision=mixed_precision(training.precision))
 
 
 def make_optimizer(model: Any, training: TrainingConfig) -> torch.optim.Optimizer:

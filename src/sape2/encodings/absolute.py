@@ -7,7 +7,6 @@ from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -22,18 +21,17 @@ from sape2.encodings.base import (
 from sape2.encodings.bias import Factors, Places
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
 from sape2.encodings.options import make_options
-
-Resize = Literal["bicubic", "bilinear"]
+from sape2.encodings.resample import Kernel, resample
 
 
 def resampled(
-    table: Float[Tensor, "tables height width channels"], grid: Grid, mode: Resize = "bicubic"
+    table: Float[Tensor, "tables height width channels"], grid: Grid, mode: Kernel = "bicubic"
 ) -> Float[Tensor, "tables rows columns channels"]:
     """Tables resampled as images to `grid`, with antialiasing as in timm; the very same table on its own grid."""
     if not is_symbolic(grid) and table.shape[1:3] == tuple(grid):
         return table
-    image = full_precision(table).permute(0, 3, 1, 2)
-    return F.interpolate(image, size=tuple(grid), mode=mode, antialias=True, align_corners=False).permute(0, 2, 3, 1)
+    images = full_precision(table).permute(0, 3, 1, 2)
+    return resample(images, grid, mode, antialias=True).permute(0, 2, 3, 1)
 
 
 # --- on the tokens ---------------------------------------------------------------------------------------------------
@@ -43,7 +41,7 @@ def resampled(
 class LearnedAbsoluteOptions:
     """`resize`: how the table is resampled to another grid; `every_layer`: a table of its own before every block."""
 
-    resize: Resize = "bicubic"
+    resize: Kernel = "bicubic"
     every_layer: bool = False
 
 

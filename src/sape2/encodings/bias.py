@@ -29,6 +29,11 @@ PLACE_AXES: tuple[Literal["y", "x"], ...] = ("y", "x")
 BLOCK_ELEMENTS = 2**21  # of a map that is worked on at a time: 8 MB of float32, so that it stays in the cache
 
 
+def is_traced() -> bool:
+    """Whether a graph is being made: by torch.compile, torch.export or torch.jit.trace."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
 @dataclass(frozen=True)
 class Matrix:
     """The map itself: (N, N), (h, N, N) or (B, h, N, N)."""
@@ -138,8 +143,8 @@ class Distances:
         return (*self.vectors, self.gain) if isinstance(self.gain, Tensor) else self.vectors
 
     def dense(self) -> Tensor:
-        if torch.compiler.is_exporting():
-            total = functools.reduce(operator.add, [_exported_distances(vectors) for vectors in self.vectors])
+        if is_traced():
+            total = functools.reduce(operator.add, [_traced_distances(vectors) for vectors in self.vectors])
         else:
             total = SumOfDistances.apply(*self.vectors)
         return total if isinstance(self.gain, float) and self.gain == 1.0 else self.gain * total
@@ -269,9 +274,11 @@ def _squares(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead to
     return torch.cat([-2 * s, one, norm], dim=-1) @ torch.cat([s, norm, one], dim=-1).transpose(-1, -2)
 
 
-def _exported_distances(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead tokens tokens"]:
-    """Without `cdist`, which has no form in ONNX."""
-    return _squares(s).clamp_min(0).sqrt()
+def _traced_distances(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead tokens tokens"]:
+    """In operations that a compiler differentiates and that have a form in ONNX; gradient 0 where the distance is 0."""
+    squares = _squares(s)
+    apart = squares > 0
+    return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)
 
 
 def _differentiable_gradient(

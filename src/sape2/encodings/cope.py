@@ -23,7 +23,7 @@ from sape2.encodings.base import (
     no_autocast,
 )
 from sape2.encodings.bias import Matrix
-from sape2.encodings.counting import between_sum, interpolate, suffix_sum
+from sape2.encodings.counting import between_sum, interpolate, rescaling, suffix_sum
 from sape2.encodings.grid import Grid, check_grid, check_tokens, num_tokens
 from sape2.encodings.options import make_options
 
@@ -110,10 +110,10 @@ class CoPE(AttentionEncoding):
                 scores["raster"].flatten(-2).transpose(-1, -2) if scores else self.head_dim**-0.5 * (q @ k.transpose(-1, -2))
             )
             gates = torch.sigmoid(products)
-            positions = cope_positions(gates, self.options.count) * self._position_scale(grid)
+            positions = cope_positions(gates, self.options.count) * self._position_scale(grid, q)
             bias = interpolate(q @ full_precision(self.table).T, positions)
             divisor = self.head_dim**0.5 if self.options.divide_bias else 1.0
             return {"gates": gates, "positions": positions, "bias": bias / divisor}
 
-    def _position_scale(self, grid: Grid) -> float:
-        return 1.0 if self.options.beyond == "clamp" else min(1.0, num_tokens(self.grid) / num_tokens(grid))
+    def _position_scale(self, grid: Grid, like: Tensor) -> float | Tensor:
+        return 1.0 if self.options.beyond == "clamp" else rescaling(num_tokens(self.grid), num_tokens(grid), like)

@@ -96,3 +96,10 @@ def interpolate(
     low = positions.detach().long().clamp(0, last - 1)  # the int clamp keeps a NaN position from indexing outside
     z_low, z_high = products.gather(-1, low), products.gather(-1, low + 1)
     return z_low + (positions - low) * (z_high - z_low)
+
+
+def rescaling(trained: int, length: int, like: Tensor) -> float | Tensor:
+    """min(1, trained / length), which maps longer lines onto the trained range; a tensor where a graph leaves lengths open."""
+    if isinstance(length, int):
+        return min(1.0, trained / length)
+    return (trained / like.new_full((), length)).clamp_max(1)

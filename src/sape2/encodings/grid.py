@@ -30,6 +30,11 @@ def check_grid(grid: Grid) -> Grid:
     return height_width
 
 
+def as_grid(height: int, width: int) -> Grid:
+    """(H, W) from the sides of a tensor; as numbers in `torch.jit.trace`, where they are tensors, and which is for one size."""
+    return (int(height), int(width)) if torch.jit.is_tracing() else (height, width)
+
+
 def is_symbolic(grid: Grid) -> bool:
     """Whether a graph for any size is being traced: then no branch may ask how large the grid is."""
     return any(isinstance(n, torch.SymInt) for n in grid)

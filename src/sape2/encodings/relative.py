@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from sape2.encodings.grid import (
     to_lines,
 )
 from sape2.encodings.options import make_options
+from sape2.encodings.resample import resample
 
 Beyond = Literal["resize", "clamp"]
 
@@ -43,7 +43,7 @@ def resized(table: Float[Tensor, "channels rows columns"], grid: Grid) -> Float[
     """
     if not is_symbolic(grid) and table.shape[-2:] == num_offsets(grid):
         return table
-    return F.interpolate(table[None], size=num_offsets(grid), mode="bicubic", align_corners=False)[0]
+    return resample(table, num_offsets(grid), "bicubic", antialias=False)
 
 
 # --- one number per head and offset ----------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ class RelativeDecomposed(AttentionEncoding):
         table = full_precision(getattr(self, f"table_{axis}"))
         length = line_length(grid, axis)
         if self.options.beyond == "resize" and (is_symbolic(grid) or len(table) != 2 * length - 1):
-            table = F.interpolate(table.T[None], size=2 * length - 1, mode="linear", align_corners=False)[0].T
+            table = resample(table.T[:, None], (1, 2 * length - 1), "bilinear", antialias=False)[:, 0].T
         place = torch.arange(length, device=table.device)
         last = table.shape[0] // 2
         return table[(place[None] - place[:, None]).clamp(-last, last) + last]

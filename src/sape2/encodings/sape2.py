@@ -29,7 +29,7 @@ from sape2.encodings.base import (
     no_autocast,
 )
 from sape2.encodings.bias import PLACE_AXES, Distances, Factors, Matrix, Places
-from sape2.encodings.counting import Count, CountedVectors, count_positions, interpolate
+from sape2.encodings.counting import Count, CountedVectors, count_positions, interpolate, rescaling
 from sape2.encodings.grid import (
     Axis,
     Grid,
@@ -300,7 +300,7 @@ class SaPE2(AttentionEncoding):
         result: dict[Axis, LineMaps] = {}
         for axis, of_axis in zip(self.axes, products, strict=True):
             gates = self._gates(q, k, grid, axis, scores)
-            positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis)
+            positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis, q)
             vectors = self._normalized(interpolate(to_lines(of_axis, grid, axis), positions), grid, axis)
             result[axis] = LineMaps(gates, positions, vectors)
         return result
@@ -326,7 +326,7 @@ class SaPE2(AttentionEncoding):
         products = (tables @ vector.transpose(-1, -2)).split(self.num_positions, dim=-2)  # (B, h, P, N) for each axis
         result: dict[Axis, Tensor] = {}
         for axis, of_axis in zip(self.axes, products, strict=True):
-            scale = self._position_scale(grid, axis)
+            scale: Any = self._position_scale(grid, axis, q)
             of_line = self._relative(scores[axis].flatten(-2))
             vectors = CountedVectors.apply(of_line, of_axis, self.options.count == "suffix", scale).transpose(-1, -2)
             result[axis] = self._normalized(vectors, grid, axis)
@@ -367,11 +367,10 @@ class SaPE2(AttentionEncoding):
             return full_precision(self.gate_scale)[:, None, None, None]
         return self.head_dim**-0.5 if self.options.gate_scale == "sqrt_dim" else 1.0
 
-    def _position_scale(self, grid: Grid, axis: Axis) -> float:
+    def _position_scale(self, grid: Grid, axis: Axis, like: Tensor) -> float | Tensor:
         """Rule for lines longer than in training: clamp leaves positions alone, rescale maps them onto the trained range."""
-        if self.options.beyond == "clamp":
-            return 1.0
-        return min(1.0, line_length(self.grid, axis) / line_length(grid, axis))
+        clamp = self.options.beyond == "clamp"
+        return 1.0 if clamp else rescaling(line_length(self.grid, axis), line_length(grid, axis), like)
 
     def _read_out(self, vectors: dict[Axis, Tensor], grid: Grid, dtype: torch.dtype) -> AttentionBias:
         """Eq. 15 (or another read-out), the sign and the division of eq. 16."""

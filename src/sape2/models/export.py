@@ -97,9 +97,10 @@ def export_model(
 ) -> list[Row]:
     """Writes a model to `path` as "onnx", "pt2" or "safetensors", and checks the file; returns what was compared.
 
-    With `size`, (height, width), the graph is for that size alone (`freeze`); else for any size of whole patches, in a .pt2
-    at least two along each side. The batch is open in both. `metadata` goes into the file, as JSON texts. `train_size` is
-    where the check looks first, by default that of a ViT of this package, and 8 x 8 patches for others.
+    With `size`, (height, width), the graph is for that size alone (`freeze`); else for any size of whole patches: from one
+    patch on in ONNX, from two along each side in a .pt2 file and for models of other libraries. The batch is open in both.
+    `metadata` goes into the file, as JSON texts. `train_size` is where the check looks first, by default that of a ViT of
+    this package, and 8 x 8 patches for others.
 
     Raises ValueError for what cannot be exported, ParityError if the file computes something else (it is then not left
     behind), ImportError that names the extra if a library is missing.
@@ -120,7 +121,9 @@ def export_model(
     graph = _graph(model, start, frozen=size is not None)
     write = _write_onnx if format == "onnx" else _write_pt2
     described = (metadata or {}) | {"image_size": list(size) if size else "any", "patch_size": _patch_size(model)[0]}
-    return write_checked(path, lambda file: write(graph, file, described), RUNNERS[format], model, _cases(model, start, size))
+    cases = _cases(model, start, size, _fewest(model, format))
+    described |= {} if size else {"smallest_image": [min(case[1][side] for case in cases) for side in (0, 1)]}
+    return write_checked(path, lambda file: write(graph, file, described), RUNNERS[format], model, cases)
 
 
 def export_run(
@@ -239,19 +242,31 @@ def _train_size(model: nn.Module) -> Size:
     return config.image_size if isinstance(config, ModelConfig) else (8 * height, 8 * width)
 
 
-def _cases(model: nn.Module, start: Size, size: Size | None) -> list[tuple[int, Size]]:
-    """Numbers of images and sizes to compare: at one size, or at that of training, the traced one and two others."""
+def _fewest(model: nn.Module, format: Format) -> int:
+    """Patches along the smallest side that a file takes.
+
+    Two in a traced graph of PyTorch, which guards it, and for models of other libraries: their tables are resampled by
+    PyTorch, which does it wrongly on one column (`encodings.resample`), and a file for other runtimes would differ.
+    """
+    config = getattr(getattr(model, "model", model), "config", None)  # of a model that normalises, the one inside
+    return 1 if format != "pt2" and isinstance(config, ModelConfig) else 2
+
+
+def _cases(model: nn.Module, start: Size, size: Size | None, fewest: int = 1) -> list[tuple[int, Size]]:
+    """Numbers of images and sizes to compare: at one size, or at that of training, the traced one and the extremes."""
     if size is not None:
         return [(1, size), (3, size)]
     height, width = _patch_size(model)
     rows, columns = max(2, start[0] // height), max(2, start[1] // width)
-    grids = {
-        3: (rows, columns),
-        1: (rows + 1, columns + 2),
-        2: (max(2, rows // 2), columns + 3),
-        4: (rows + 3, max(2, columns // 2)),
-    }
-    return [(batch, (height * grid[0], width * grid[1])) for batch, grid in grids.items()]
+    grids = [
+        (3, (rows, columns)),
+        (1, (rows + 1, columns + 2)),
+        (2, (fewest, columns + 3)),
+        (4, (rows + 3, fewest)),
+        (1, (fewest, fewest)),
+        (2, (2 * rows + 1, 2 * columns)),
+    ]
+    return [(batch, (height * grid[0], width * grid[1])) for batch, grid in grids]
 
 
 # --- formats ---------------------------------------------------------------------------------------------------------

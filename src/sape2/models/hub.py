@@ -98,8 +98,6 @@ def save_pretrained(
 
     Raises ValueError for a model with an encoding attached.
     """
-    if hasattr(model, "sape2_attachment"):
-        raise ValueError("the model has an encoding attached; write that by save_adapter, detach it, and save the model then")
     folder, config = Path(folder), model_of(model)
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
@@ -110,10 +108,16 @@ def save_pretrained(
 
 
 def model_of(model: nn.Module) -> ModelConfig:
-    """The config of a ViT of this package; raises ValueError for anything else."""
-    config = getattr(model, "config", None)
+    """The config of a ViT of this package, which says all of it; raises ValueError for anything else."""
+    config: Any = getattr(model, "config", None)
+    attachment: Any = getattr(model, "sape2_attachment", None)
     if not isinstance(config, ModelConfig):
         raise ValueError(f"this is for the ViT of sape2; got {type(model).__name__}")
+    if attachment is not None:
+        raise ValueError(
+            f"the model has an encoding attached, {attachment.encoding!r}, which its config does not say; write that by "
+            "save_adapter, detach it, and save the model then"
+        )
     return config
 
 

@@ -1,11 +1,14 @@
 """The vision transformer in which every encoding is compared: one patch embedding, one block, one read-out for all.
 
-Parameter names are timm's, and weights of a timm `VisionTransformer` of the same shape load with the same function.
+Parameter names are timm's, and weights of a timm `VisionTransformer` of the same shape load with the same function. A state
+dict does not say the number of heads, the activation, the eps of norms, the pooling or the sides of the grid: these must be
+the same, which is told when positions of timm are loaded.
 Axes: B batch, T = P + N tokens (class token, registers, then the grid in row-major order), D width.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,8 @@ from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
 from sape2.encodings.base import encoding_names, full_precision
-from sape2.encodings.grid import Grid
+from sape2.encodings.grid import Grid, as_grid
+from sape2.encodings.names import name_once
 from sape2.models import hub
 
 
@@ -35,7 +39,7 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
         if images.shape[1] != self.proj.in_channels:
             raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
-        grid = check_image_size((images.shape[-2], images.shape[-1]), self.patch_size)
+        grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
         return self.proj(images).flatten(2).transpose(1, 2), grid
 
 
@@ -96,6 +100,7 @@ class ViT(nn.Module):
         self.fc_norm = nn.LayerNorm(config.dim, eps=1e-6) if config.pool == "mean" else nn.Identity()
         self.head = nn.Linear(config.dim, config.num_classes)
         self.register_load_state_dict_pre_hook(_fold_timm_positions)
+        name_once(self)
         self.reset_parameters(seed)
 
     @property
@@ -212,6 +217,12 @@ def _fold_timm_positions(model: ViT, state: dict[str, Tensor], prefix: str, *_: 
             f"pos_embed has {len(position)} rows, which fits neither the grid {height}x{width} nor that grid "
             f"with {model.num_prefix_tokens} prefix tokens; resample it first"
         )
+    warnings.warn(
+        f"weights of timm do not say all that a model computes: here {height}x{width} is the grid of their {height * width} "
+        f"positions, {model.config.num_heads} the number of heads, exact GELU the activation, 1e-6 the eps of norms, and "
+        f"{model.config.pool!r} the pooling; if the other model has the same, its logits are the same",
+        stacklevel=2,
+    )
     state[table_key] = position[num_prefix:].unflatten(0, (height, width))
     start = 0
     for name in ("cls_token", "reg_token"):

@@ -27,7 +27,8 @@ from sape2.evaluation.report import format_spread, summarize
 from sape2.evaluation.runs import hardware
 from sape2.models.vit import ViT
 from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
-from sape2.training.optimisation import make_optimizer, make_schedule, mixed_precision
+from sape2.training.accelerator import mixed_precision
+from sape2.training.optimisation import make_optimizer, make_schedule
 from sape2.training.run_folder import read_rows, write_rows
 
 Row = dict[str, Any]

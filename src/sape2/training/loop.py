@@ -3,8 +3,9 @@
 A step is decided by (config, seed, step) and the weights before it, so a run that is resumed at any step gives the
 same weights as one that never stopped. Several processes share each batch; only the main one touches the run folder.
 
-Its parts: `optimisation` (device, precision, optimiser, schedule), `weights` (model and average, whole or divided),
-`record` (what is written), `interruption` (signals and the bar), `data.augment` and `data.mixing` (what a step sees).
+Its parts: `accelerator` (device, precision), `optimisation` (optimiser, schedule), `weights` (model and average, whole or
+divided), `record` (what is written), `interruption` (signals and the bar), `data.augment` and `data.mixing` (what a step
+sees).
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from sape2.data import ImageData, ImageFiles, normalize
 from sape2.data.augment import TrainStream, derive_seed
 from sape2.data.mixing import BatchMixer
 from sape2.encodings import AttentionEncoding
+from sape2.training.accelerator import make_accelerator, passed_over, prepare
 from sape2.training.checkpoint import Progress, last_checkpoint
 from sape2.training.interruption import TrainingStopped, catch_signals, progress_bar
-from sape2.training.optimisation import compiled, make_accelerator, make_optimizer, make_schedule, set_seeds
+from sape2.training.optimisation import compiled, make_optimizer, make_schedule, set_seeds
 from sape2.training.processes import ALONE, Processes
 from sape2.training.record import Record
 from sape2.training.run_folder import check_data, difference
@@ -81,7 +83,7 @@ class Trainer:
             check_data(folder, images.fingerprint)
         self.config, self.evaluate, self.processes = config, evaluate, processes
         self.record = Record(folder, config, processes.is_main, quiet, check_folder)
-        self.accelerator = make_accelerator(config.train, processes)
+        self.accelerator = make_accelerator(config.train.precision, processes)
         for module in model.modules():
             if isinstance(module, AttentionEncoding):
                 module.check_trainable()
@@ -92,10 +94,10 @@ class Trainer:
         self.weights = Weights(self.model, config.train, processes)
         self.progress, optimizer_state = self.weights.take_up(folder)
         divided = config.train.parallel == "fsdp"
-        self.wrapped = self.weights.divide(self.accelerator) if divided else self.accelerator.prepare(self.model)
+        self.wrapped = self.weights.divide(self.accelerator) if divided else prepare(self.accelerator, self.model)
         self.called = compiled(self.wrapped) if config.train.compile else self.wrapped
         self.optimizer = make_optimizer(self.model, config.train)
-        self.stepper = self.accelerator.prepare(self.optimizer)
+        self.stepper = prepare(self.accelerator, self.optimizer)
         self.schedule = make_schedule(self.optimizer, config.train, self.stream.steps_per_epoch)
         if optimizer_state is not None:
             self._load_optimizer(optimizer_state)
@@ -106,6 +108,8 @@ class Trainer:
         """Batch, step, look, say; at an epoch's end measure and save; at a signal save and stop."""
         stream, progress = self.stream, self.progress
         self.record.begin(progress, stream.data.fingerprint)
+        for line in passed_over():
+            self.record.say(line)
         patient = self.processes.size > 1  # a launcher sends on what the process has had already
         with catch_signals(patient) as caught, progress_bar(stream.total_steps, progress.step, self.record.quiet) as show:
             batches = stream.batches(progress.step)

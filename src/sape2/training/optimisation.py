@@ -1,4 +1,4 @@
-"""What a step is taken with: device and precision, optimiser, schedule, moving average, seeds. Built by accelerate and timm."""
+"""What a step is taken with: optimiser, schedule, moving average, seeds. Built by timm."""
 
 from __future__ import annotations
 
@@ -12,37 +12,6 @@ from torch import nn
 
 from sape2.config import TrainConfig
 from sape2.encodings.base import encoding_names
-from sape2.training.processes import ALONE, Processes, refuse_launcher
-
-
-def make_accelerator(config: TrainConfig, processes: Processes = ALONE) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
-    if processes.size == 1:
-        refuse_launcher("this training")
-    AcceleratorState._reset_state()  # it holds one precision for a process, which may train several runs
-    accelerator = Accelerator(mixed_precision=mixed_precision(config.precision), cpu=not torch.accelerator.is_available())
-    if accelerator.num_processes != processes.size:
-        raise ValueError(f"training in several processes does not work on {accelerator.device}; start it without torchrun")
-    return accelerator
-
-
-def mixed_precision(precision: str) -> str:
-    """accelerate's name for a precision; auto is bf16 where the machine computes in it, else fp32."""
-    if precision == "auto":
-        return "bf16" if _has_bf16() else "no"
-    if precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("train.precision=fp16 needs an accelerator, and there is none; choose bf16, fp32 or auto")
-    return "no" if precision == "fp32" else precision
-
-
-def _has_bf16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()
 
 
 def set_seeds(seed: int, device: torch.device) -> None:

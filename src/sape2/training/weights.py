@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sape2.config import TrainConfig
+from sape2.training.accelerator import config_alone
 from sape2.training.checkpoint import Progress, last_checkpoint, load_checkpoint
 from sape2.training.optimisation import make_ema
 from sape2.training.processes import Processes
@@ -78,7 +79,8 @@ class Weights:
                 "or leave it out, which changes no result"
             )
         self.undivided = [copy.deepcopy(part) for part in self.parts()]
-        wrapped = accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, and nothing for gradients
+        with config_alone():
+            wrapped = accelerator.prepare_model(self.model, evaluation_mode=True)  # autocast, and nothing for gradients
         for part in self.parts():
             shard(part, accelerator.device)
         return wrapped

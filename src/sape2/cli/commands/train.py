@@ -99,8 +99,8 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
     from sape2.evaluation.accuracy import quick_accuracy
     from sape2.evaluation.cost.measure import count_macs, count_parameters
     from sape2.evaluation.cost.timing import median_seconds
+    from sape2.training.accelerator import mixed_precision
     from sape2.training.loop import Trainer
-    from sape2.training.optimisation import mixed_precision
 
     stream = TrainStream(splits.train, config.augment, config.train, config.seed)
     images, labels = stream[0]

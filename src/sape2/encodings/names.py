@@ -1,0 +1,39 @@
+"""One name for each tensor in a state dict, also where several layers share a module (`share=true`).
+
+Files refuse a tensor of two names, and a moving average that goes through a state dict would move it twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def name_once(model: nn.Module) -> list[Any]:
+    """Leaves all names but the first out of the model's state dicts, and takes any of them when one is loaded.
+
+    Returns the handles of the hooks, which hold for copies of the model too.
+    """
+    return [model.register_state_dict_post_hook(_leave_out), model.register_load_state_dict_pre_hook(_fill_in)]
+
+
+def names_of_one(module: nn.Module) -> list[list[str]]:
+    """For every parameter of several names, these names, in the order of the modules."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [each for each in names.values() if len(each) > 1]
+
+
+def _leave_out(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
+    for _, *others in names_of_one(module):
+        for name in others:
+            state.pop(prefix + name, None)
+
+
+def _fill_in(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for names in names_of_one(module):
+        given = next((state[prefix + name] for name in names if prefix + name in state), None)
+        if given is not None:
+            state.update({prefix + name: given for name in names if prefix + name not in state})

@@ -1,0 +1,95 @@
+"""The accelerator of a run: device, precision, gradients between processes. All of it follows from the config.
+
+accelerate takes what it is not given from the environment, where a launcher or another project may have left it. So every
+argument is given, and while accelerate is at work the environment holds nothing that it would read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sape2.training.processes import ALONE, Processes, refuse_launcher
+
+PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_")  # of what accelerate reads
+LAUNCHED = ("LOCAL_RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # of what starts several
+DECIDING = (
+    "GRADIENT_ACCUMULATION_STEPS", "MIXED_PRECISION", "USE_CPU", "TORCH_DEVICE", "DYNAMO_BACKEND", "FP8_BACKEND",
+    "USE_DEEPSPEED", "USE_FSDP", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG",
+)  # fmt: skip
+NEUTRAL = ("", "0", "no", "none", "false")
+STEPS_OF_ONE = ("GRADIENT_ACCUMULATION_STEPS", "1")
+
+
+def make_accelerator(precision: str, processes: Processes = ALONE, command: str = "this training") -> Any:
+    try:
+        from accelerate import Accelerator, DataLoaderConfiguration
+        from accelerate.state import AcceleratorState, GradientState
+        from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, TorchDynamoPlugin
+    except ImportError as error:
+        raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
+    if processes.size == 1:
+        refuse_launcher(command)
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # it holds one precision for a process, which may train several runs
+    GradientState._reset_state()
+    with config_alone(hide=LAUNCHED if processes.size == 1 else ()):
+        accelerator = Accelerator(
+            device_placement=True,
+            split_batches=False,
+            mixed_precision=mixed_precision(precision),
+            cpu=not torch.accelerator.is_available(),
+            dataloader_config=DataLoaderConfiguration(),
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+            dynamo_plugin=TorchDynamoPlugin(
+                backend=DynamoBackend.NO, mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
+            ),
+        )
+    if accelerator.num_processes != processes.size:
+        raise ValueError(f"training in several processes does not work on {accelerator.device}; start it without torchrun")
+    return accelerator
+
+
+def prepare(accelerator: Any, *objects: Any) -> Any:
+    """`accelerator.prepare`, which looks into the environment again."""
+    with config_alone():
+        return accelerator.prepare(*objects)
+
+
+@contextmanager
+def config_alone(hide: tuple[str, ...] = ()) -> Iterator[None]:
+    """Without the variables of the environment that accelerate reads; `hide` names more."""
+    hidden = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES) or name in hide}
+    for name in hidden:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def passed_over() -> list[str]:
+    """A line for each variable by which other programs of accelerate are decided, and this one is not."""
+    values = {name: os.environ.get(f"ACCELERATE_{name}", "") for name in DECIDING}
+    set_to = {name: value for name, value in values.items() if value.lower() not in NEUTRAL and (name, value) != STEPS_OF_ONE}
+    return [f"ACCELERATE_{name}={value} has no effect: a run is decided by its config alone" for name, value in set_to.items()]
+
+
+def mixed_precision(precision: str) -> str:
+    """accelerate's name for a precision; auto is bf16 where the machine computes in it, else fp32."""
+    if precision == "auto":
+        return "bf16" if _has_bf16() else "no"
+    if precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("train.precision=fp16 needs an accelerator, and there is none; choose bf16, fp32 or auto")
+    return "no" if precision == "fp32" else precision
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()

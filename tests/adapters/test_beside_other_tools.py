@@ -1,0 +1,288 @@
+"""Attached models in the hands of other tools: optimisers, averages, files, traces, quantization, LoRA. Right, or told."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import timm
+import torch
+from host_cases import TIMM, images, make, open_gains, outputs
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
+
+from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
+from sape2.adapters.attached import Attached
+
+HOSTS = ["timm.vit.dinov2", "timm.eva.dinov3", "torchvision", "transformers.ViT.sdpa", "sape2.ape"]
+SHARED = "sape2:share=true+rpe"
+
+
+def opened(case, encoding="sape2", **options):
+    model = attach(make(case), encoding, **options)
+    open_gains(model)
+    return model
+
+
+# --- optimisers ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_timm_s_factory_decays_nothing_of_an_encoding(case):
+    model = attach(make(case), "rpe+sape2+cope")
+    theirs = {id(p) for p in encoding_parameters(model)}
+    groups = [
+        *create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups,
+        *param_groups_weight_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay()),
+        *param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay()),
+    ]
+    decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
+    assert decayed
+    assert not theirs & decayed
+
+
+def test_what_the_host_does_not_decay_stays_so_and_copies_speak_for_themselves():
+    model = make("timm.vit.class")
+    own = set(model.no_weight_decay())
+    attach(model, "rpe")
+    assert own < model.no_weight_decay()
+    other = copy.deepcopy(model)
+    assert detach(other).no_weight_decay() == own
+    assert own < model.no_weight_decay()
+
+
+# --- one name for each tensor ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_shared_tables_have_one_name_and_load_under_any(case):
+    model, x = opened(case, SHARED), images(case)
+    state = model.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    for each in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(outputs(each, x), outputs(model, x))
+        assert each.state_dict().keys() == state.keys()
+    by_all_names = dict(model.named_parameters(remove_duplicate=False))
+    later = {name: tensor for name, tensor in by_all_names.items() if name not in state}
+    assert later
+    theirs = {id(tensor) for tensor in later.values()}
+    under_later_names = {name: t for name, t in state.items() if id(by_all_names.get(name)) not in theirs} | later
+    assert len(under_later_names) == len(state)
+    for given in (state, under_later_names):
+        other = attach(make(case), SHARED)
+        other.load_state_dict(given)
+        assert torch.equal(outputs(other, x), outputs(model, x))
+
+
+@pytest.mark.parametrize("make_model", [lambda: opened("timm.vit.class", SHARED), lambda: create_model(
+    "vit_nano", encoding=SHARED, image_size=16, depth=3, dim=16, num_heads=2)])  # fmt: skip
+def test_a_moving_average_moves_a_shared_table_once(make_model):
+    model = make_model()
+    average = ModelEmaV3(model, decay=0.5)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    average.update(model)
+    for name, found in average.module.named_parameters():
+        torch.testing.assert_close(found, before[name] + 0.5)
+
+
+@pytest.mark.parametrize("encoding", ["rpe:share=true", SHARED, "cope:share=true"])
+def test_save_pretrained_and_the_way_back(encoding, tmp_path, caplog):
+    model, x = opened("transformers.ViT.sdpa", encoding).float(), images("transformers").float()
+    expected = outputs(model, x)
+    model.save_pretrained(tmp_path)
+    save_adapter(model, tmp_path)
+    logger = __import__("logging").getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    loaded = type(model).from_pretrained(tmp_path).eval()
+    logger.removeHandler(caplog.handler)
+    assert "sape2" in caplog.text  # transformers says itself which keys it leaves out
+    assert "UNEXPECTED" in caplog.text
+    assert not torch.allclose(outputs(loaded, x), expected, atol=1e-4)
+    torch.testing.assert_close(outputs(load_adapter(loaded, tmp_path), x), expected)
+
+
+def test_our_own_vit_is_not_saved_with_what_its_config_does_not_say(tmp_path):
+    model, x = opened("sape2.ape", "rpe").float(), images("sape2").float()
+    expected = outputs(model, x)
+    with pytest.raises(ValueError, match="the model has an encoding attached, 'rpe', which its config does not say"):
+        model.save_pretrained(tmp_path)
+    save_adapter(model, tmp_path)
+    detach(model).save_pretrained(tmp_path)
+    torch.testing.assert_close(outputs(load_adapter(type(model).from_pretrained(tmp_path), tmp_path), x), expected)
+
+
+def test_an_adapter_does_not_load_over_another(tmp_path):
+    model = opened("timm.vit.class", "rpe")
+    save_adapter(model, tmp_path)
+    with pytest.raises(ValueError, match="has 'rpe' attached already; detach it first"):
+        load_adapter(model, tmp_path)
+
+
+# --- traces ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", ["no_effect", "as_is"])
+def test_a_feature_extractor_of_torchvision_sees_the_encoding(start):
+    model, x = make("torchvision").float(), images("torchvision").float()
+    attach(model, "sape2", start=start)
+    if start == "as_is":
+        open_gains(model)
+    seen = []
+    model.encoder.layers.encoder_layer_1.mlp.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    extractor = create_feature_extractor(
+        model, ["encoder.layers.encoder_layer_1.mlp", "encoder.layers.encoder_layer_0.self_attention"]
+    )
+    torch.testing.assert_close(extractor(x)["encoder.layers.encoder_layer_1.mlp"], seen[0])
+
+
+def test_a_symbolic_trace_of_timm_s_vit_computes_the_same():
+    model = timm.models.VisionTransformer(**TIMM).eval()
+    attach(model, "sape2")
+    open_gains(model)
+    graph = torch.fx.GraphModule(model, Leaves().trace(model))
+    assert sum(isinstance(module, Attached) for module in graph.modules()) == 2
+    x = torch.randn(2, 3, 24, 32)
+    torch.testing.assert_close(graph(x), model(x))
+
+
+class Leaves(torch.fx.Tracer):
+    """Patches are made under checks of their size, which no symbolic trace passes."""
+
+    def is_leaf_module(self, module, name):
+        return super().is_leaf_module(module, name) or isinstance(module, timm.layers.PatchEmbed)
+
+
+@pytest.mark.parametrize("case", ["timm.vit.dinov2", "timm.eva.dinov3", "torchvision", "sape2.ape"])
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("as_users_call_it")
+def test_a_jit_trace_computes_the_same_on_other_images(case):
+    model, x = opened(case, "sape2+rpe"), images(case)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False)
+        other = torch.randn_like(x)
+        torch.testing.assert_close(traced(other), model(other), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", HOSTS)
+@pytest.mark.usefixtures("as_users_call_it")
+def test_hosts_compile_with_and_without_gradients(case):
+    torch._dynamo.reset()
+    model, x = opened(case), images(case)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        torch.testing.assert_close(outputs(compiled, x), outputs(model, x), rtol=1e-6, atol=1e-6)
+    model.requires_grad_(False)
+    torch.testing.assert_close(outputs(compiled, x), outputs(model, x), rtol=1e-6, atol=1e-6)
+
+
+# --- quantized hosts -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["timm.vit.class", "timm.eva.eva02", "transformers.ViT.sdpa", "torchvision"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_host_of_quantized_layers_takes_an_encoding(case):
+    model, x = make(case).float(), images(case).float()
+    model = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    expected = outputs(model, x)
+    attach(model, "sape2")
+    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-3, atol=1e-3)
+    assert {p.dtype for p in encoding_parameters(model)} == {torch.float32}
+    open_gains(model)
+    assert (outputs(model, x) - expected).abs().max() > 1e-3
+    assert torch.equal(outputs(detach(model), x), expected)
+
+
+class Whole(nn.Linear):
+    """A linear layer as packages of quantization have them: weights of whole numbers and a scale."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features)
+        self.scale = layer.weight.detach().abs().max() / 127
+        self.weight = nn.Parameter((layer.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+def test_weights_of_whole_numbers_leave_the_tables_in_float32():
+    model, x = make("transformers.ViT.sdpa").float(), images("transformers").float()
+    for layer in model.vit.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.attention, name, Whole(getattr(layer.attention, name)))
+    expected = outputs(model, x)
+    attach(model, "sape2", trainable="encoding")
+    assert {p.dtype for p in encoding_parameters(model)} == {torch.float32}
+    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-4, atol=1e-4)
+
+
+# --- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+def lora(model, **options):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+
+
+def fit(model, x):
+    """What moved."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        outputs(model.train(), x).square().sum().backward()
+        optimizer.step()
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+@pytest.mark.parametrize("order", ["lora first", "attach first"])
+def test_lora_and_an_encoding_learn_together_and_come_apart(order, tmp_path):
+    host, x = make("transformers.ViT.sdpa"), images("transformers")
+    if order == "lora first":
+        both = lora(host)
+        attach(host, "sape2")
+    else:
+        both = lora(attach(host, "sape2"))
+        for parameter in encoding_parameters(host):
+            parameter.requires_grad_(True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        moved = fit(both, x)
+        save_adapter(host, tmp_path)
+    assert any("lora_" in name for name in moved)
+    assert any(".sape2." in name for name in moved)
+    assert all("lora_" in name or ".sape2." in name for name in moved)
+    expected = outputs(both.eval(), x)
+    merged = both.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, x), expected)
+    detach(merged)
+    torch.testing.assert_close(outputs(load_adapter(merged, tmp_path), x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_encoding_that_lora_froze_is_told_once_in_training_and_when_saved(tmp_path):
+    host, x = make("transformers.ViT.sdpa"), images("transformers")
+    both = lora(attach(host, "sape2", trainable="encoding"))
+    outputs(both.eval(), x)
+    with pytest.warns(UserWarning, match=r"nothing of the attached 'sape2' learns.*get_peft_model"):
+        moved = fit(both, x)
+    assert not any(".sape2." in name for name in moved)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        outputs(both.train(), x)
+    with pytest.warns(UserWarning, match="nothing of the attached 'sape2' learns"):
+        save_adapter(host, tmp_path)
+
+
+def test_an_encoding_among_modules_to_save_is_refused(tmp_path):
+    host, x = make("transformers.ViT.sdpa"), images("transformers")
+    both = lora(attach(host, "sape2"), modules_to_save=["sape2"])
+    for act in (lambda: outputs(both, x), lambda: save_adapter(host, tmp_path)):
+        with pytest.raises(ValueError, match="leave sape2 out of them and attach after get_peft_model"):
+            act()
+    detach(both.unload())
