@@ -315,7 +315,7 @@ class SaPE2(AttentionEncoding):
         table = full_precision(getattr(self, f"table_{axis}"))
         length = line_length(grid, axis)
         positions = count_positions(table.new_full((1, length), self._gate()), self.options.count)
-        read = interpolate(table.T, (positions * self._position_scale(grid, axis)).expand(self.head_dim, -1))
+        read = interpolate(table.T, (positions * self._position_scale(grid, axis, table)).expand(self.head_dim, -1))
         return self._normalized(read, grid, axis)
 
     def _counted_vectors(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores) -> dict[Axis, Tensor]:
