@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from sape2 import viz
-from sape2.viz import base, curves
+from sape2.viz import base, confusion, curves
 from sape2.viz.base import as_text
 
 NAMES = ("A$^$B", "$a$", "_hidden", "x^2_1", r"\frac{1}{2}", "100 %", "{", "#&~", "\udce9", "a\nb\tc", "猫", "w" * 300)
@@ -26,7 +26,8 @@ def texts(monkeypatch):
         base.save(figure, path)
         found.extend(text.get_text() for text in figure.findobj(mpl.text.Text))
 
-    monkeypatch.setattr(curves, "save", save)
+    for module in (confusion, curves):
+        monkeypatch.setattr(module, "save", save)
     yield found
     plt.close("all")
 
