@@ -1,4 +1,4 @@
-"""SaPE2 and its rivals, position encodings for vision transformers: the names that users import; the code is not here."""
+"""The public names of SaPE2 and of the position encodings it is compared with, imported from the modules that define them."""
 
 from __future__ import annotations
 

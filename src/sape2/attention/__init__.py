@@ -1,4 +1,4 @@
-"""Multi-head attention under any encoding, and how its products are computed; what a bias is (`encodings`) is not here."""
+"""Multi-head attention with any position encoding, and the ways to compute its products. Biases are defined in `encodings`."""
 
 from sape2.attention.module import Attention, attend
 from sape2.attention.paths import choose_path, describe_path

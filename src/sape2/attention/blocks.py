@@ -1,4 +1,4 @@
-"""Attention and its gradients by hand, block by block, so that no map outgrows the cache. Not needed to read the method.
+"""Attention with hand-written gradients, block by block, so that no map outgrows the cache. Not needed to read the method.
 
 Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid tokens in row-major order), d head_dim.
 Images and heads are one axis C here, and m is the number of query rows of a block.
@@ -50,7 +50,7 @@ def _held(encoding: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call of `BlockAttention` has besides tensors."""
+    """The arguments of a call of `BlockAttention` that are not tensors."""
 
     encoding: AttentionEncoding
     grid: Grid
@@ -73,7 +73,7 @@ class _Call:
         return _with_tensors(self.encoding, wanted)
 
     def keeps(self, q: Tensor) -> bool:
-        """Whether softmax weights and the encoding's graph are kept for the backward pass, or computed again in it."""
+        """True if softmax weights and the encoding's graph are kept for the backward pass; else it computes them again."""
         return self.differentiated and is_small(q)
 
     def images(self, q: Tensor) -> list[slice]:

@@ -1,4 +1,4 @@
-"""Multi-head attention with a position encoding: prefix tokens, scaling, and an encoding known only by its hooks.
+"""Multi-head attention with a position encoding, which it calls only through the encoding's hooks.
 
 Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid tokens in row-major order), d head_dim.
 """

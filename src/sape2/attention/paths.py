@@ -1,9 +1,9 @@
-"""Which way the products of attention are computed: the only place that decides. All ways agree to rounding.
+"""Chooses how the products of attention are computed; no other file decides. All ways agree up to rounding.
 
 fused:    PyTorch's scaled_dot_product_attention; biases that are dot products become further channels of q and k.
-triton:   our kernels for biases with distances on CUDA devices, which make no map (`kernels`, docs/gpu.md).
+triton:   our kernels for biases with distances on CUDA devices, which store no map (`kernels`, docs/gpu.md).
 products: plain matrix products under autograd, the readable form and the one for tracing and forward-mode derivatives.
-blocks:   the same products and their gradients by hand, block by block, so that no map outgrows the cache (`blocks`).
+blocks:   the same products with hand-written gradients, block by block, so that no map outgrows the cache (`blocks`).
 
 Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid tokens in row-major order), d head_dim.
 """
@@ -25,14 +25,14 @@ KEPT_ELEMENTS = 2**25  # of softmax weights kept for the backward pass: 128 MB o
 
 
 def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0, bias: AttentionBias | None = None) -> Path:
-    """How the products are computed; the only place that decides. All four agree to rounding.
+    """Chooses how the products are computed. All four ways agree up to rounding.
 
-    With a bias, on a CPU: blocks. On an accelerator it depends on what the bias is made of, so attention makes it first and
-    hands it over: triton for distances, as far as the kernels take them; fused without a map for dot products alone; for
+    With a bias, on a CPU: blocks. On an accelerator the choice depends on the terms of the bias, so attention computes the
+    bias first and passes it: triton for distances that the kernels support; fused without a map for dot products alone; for
     anything else fused with one map of all images and heads, or blocks where that would take more than 4 GB of float32.
-    Where a graph is exported, for functional and forward-mode derivatives, which need single differentiable operations, and
-    for dropout: products on a CPU, fused on an accelerator. Blocks cannot be traced, run in replicas of `nn.DataParallel`,
-    which name no parameters, nor hand on the block's input to an encoding that reads it: there, too.
+    Products on a CPU and fused on an accelerator are also used where blocks cannot be: in an exported or traced graph, for
+    functional and forward-mode derivatives (which need single differentiable operations), with dropout, in replicas of
+    `nn.DataParallel` (which name no parameters), and for encodings that read the block's input.
     Without a bias: fused, but on a CPU products up to 512 tokens, where the backward pass of the fused kernel is three to
     five times slower in bf16 (benchmarks/results/attention_path.md).
     """
@@ -82,7 +82,7 @@ def describe_path(
 
 
 def _memory(path: Path, q: Tensor, v: Tensor, bias: AttentionBias) -> list[str]:
-    """What a path keeps or makes because of the bias."""
+    """Describes what a path stores because of the bias."""
     if path == "blocks":
         return ["weights kept" if is_small(q) else "weights computed again"]
     if path != "fused":

@@ -1,4 +1,4 @@
-"""The products of attention under autograd: plain, and by PyTorch's fused kernel.
+"""The products of attention under autograd, as plain matrix products or by PyTorch's fused kernel.
 
 Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid tokens in row-major order), d head_dim.
 """

@@ -1,7 +1,7 @@
-"""The command line, `sape2 ...`: what was asked for, what is printed, and what becomes of errors; the work itself is not here.
+"""The command line, `sape2 ...`: parses arguments, prints results and turns errors into messages and exit statuses.
 
-Exit status: 0 done, 2 for what the user can put right (one line on standard error; SAPE2_DEBUG=1 shows the traceback),
-128 + n after signal n.
+Exit status: 0 for success, 2 for an error that the user can correct (one line on standard error; SAPE2_DEBUG=1 shows the
+traceback), 128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse that reports a mistake in one line."""
+    """argparse that reports invalid arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message} (see {self.prog} --help)", file=sys.stderr)

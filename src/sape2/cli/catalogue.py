@@ -1,6 +1,6 @@
-"""What encodings, measures and probes say of themselves, read off their source, so that a list of them waits for no library.
+"""Lists encodings, measures and probes from their source code, so that `sape2 list` imports no heavy library.
 
-A test holds it equal to what the classes and functions say once they are imported.
+A test checks that the lists equal what the imported classes and functions declare.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Source:
                 self.nodes |= assigned(node)
 
     def find(self, name: str) -> tuple[Source, Node]:
-        """What a name stands for, with the module that it was written in."""
+        """Finds the definition of a name and the module that contains it."""
         return read(self.homes[name]).find(name) if name in self.homes else (self, self.nodes[name])
 
     def value(self, node: Any) -> Any:
@@ -105,7 +105,7 @@ def encodings() -> list[Row]:
 
 
 def attributes(source: Source, name: str) -> dict[str, tuple[Source, ast.expr]]:
-    """What a class and those that it is made from assign, with the module that each was written in."""
+    """The assignments of a class and its base classes, each with the module that contains it."""
     where, node = source.find(name)
     if not isinstance(node, ast.ClassDef):
         return {}

@@ -1,4 +1,4 @@
-"""What several commands share on the way in: options, and the recipe, measures and run folders that they name."""
+"""Options that several commands share, and the recipes, measures and run folders that they name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several commands share on the way out: tables, rows as JSON, figures, and what is said on standard error."""
+"""Output that several commands share: tables, JSON rows, figures and messages on standard error."""
 
 from __future__ import annotations
 

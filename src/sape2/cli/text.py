@@ -1,4 +1,4 @@
-"""What is printed, on terminals and in files that do not know every character: never an error, and readable if it can be."""
+"""Text for terminals and files with limited character sets: printing never fails and replaces unknown characters legibly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses, checked when they are made, JSON both ways; no torch, and nothing that acts on them."""
+"""The settings of a run: frozen dataclasses, checked when created, converted to and from JSON. Needs no torch."""
 
 from __future__ import annotations
 
@@ -148,14 +148,14 @@ HUB_IDS = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100", "imagen
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which images. `source` is a folder or a hub id (None: the data set embedded in scikit-learn, digits only).
+    """The images of a run. `source` is a folder or a hub id (None: the data set embedded in scikit-learn, digits only).
 
     The validation set is split from the training set by class with `split_seed`, the same for every run seed.
-    `test_fraction` (None: there is a test set) takes that share of each class of the only split there is as the test set,
+    `test_fraction` (None: there is a test set) takes that share of each class as the test set where there is only one split,
     with the same seed. `train_limit` keeps that many training images (by class, same seed). Images of another size are
-    resized; with `center_crop` (0.875 is usual) that share of the middle is kept, with sides as they were.
+    resized; with `center_crop` (0.875 is usual) that share of the middle is kept, with its aspect ratio.
 
-    Four settings decide nothing about a result: `layout` (None: looked for), `in_memory` (decoded once and kept; None: if
+    Four settings do not change a result: `layout` (None: detected), `in_memory` (decoded once and kept; None: if
     they take at most 4 GiB), `max_bad_samples` (how many images of a split may be unreadable and are skipped; None: one in
     a thousand and at most 100), and `source`.
     """
@@ -186,7 +186,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """What is done to training images. `policy_group` images of a batch share one draw of the policy (see augment.py).
+    """Augmentation of training images. `policy_group` images of a batch share one draw of the policy (see augment.py).
 
     `crop_area` cuts a random box of that share to all of the image's area, resized to the model's size (RandomResizedCrop).
     `repeats` is repeated augmentation: each image is seen that many times in an epoch of unchanged length.
@@ -209,7 +209,7 @@ class AugmentConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed in pairs."""
+        """True if images of a batch are mixed in pairs."""
         return self.mixup > 0 or self.cutmix > 0
 
 
@@ -281,12 +281,12 @@ class TrainConfig:
 
     @property
     def uses_muon(self) -> bool:
-        """Whether the weight matrices of the blocks are updated by Muon."""
+        """True if the weight matrices of the blocks are updated by Muon."""
         return self.optimizer.endswith("muon")
 
     @property
     def uses_adamuon(self) -> bool:
-        """Whether these updates are also scaled element by element, as in AdamW."""
+        """True if these updates are also scaled element by element, as in AdamW."""
         return self.optimizer.endswith("adamuon")
 
     @property
@@ -351,7 +351,7 @@ class RunConfig:
 
 
 def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
-    """The same run in another number of epochs; the warm-up keeps its share of them."""
+    """The same run with another number of epochs; the warm-up scales with it."""
     require(epochs >= 1, f"train.epochs must be at least 1; got {epochs}")
     warmup = config.train.warmup_epochs * epochs / config.train.epochs
     return dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=epochs, warmup_epochs=warmup))

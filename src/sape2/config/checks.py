@@ -1,4 +1,4 @@
-"""Settings checked by the annotations of their dataclasses: type, range, and what to say of a value that does not fit."""
+"""Checks settings against the annotations of their dataclasses (type and range) and writes the error messages."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEEPEST = 1000  # layers, as many as the deepest transformers have; to make each
 
 @dataclass(frozen=True)
 class Range:
-    """Which numbers a setting takes, in words that follow "must be"; for `Annotated`, read by `check_types`."""
+    """The numbers that a setting accepts, in words that follow "must be"; for `Annotated`, read by `check_types`."""
 
     words: str
     holds: Callable[[Any], bool]
@@ -140,7 +140,7 @@ KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "
 
 
 def in_words(hint: Any) -> str:
-    """What a setting takes, for a person: "a number above 0", "one of ddp, fsdp", "2 whole numbers, [a,b]"."""
+    """Describes the accepted values of a setting: "a number above 0", "one of ddp, fsdp", "2 whole numbers, [a,b]"."""
     origin, members = get_origin(hint), get_args(hint)
     if origin is Annotated:
         words = members[1].words

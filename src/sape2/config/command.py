@@ -1,4 +1,4 @@
-"""The `sape2 train` command of a run, written from its config."""
+"""Writes the `sape2 train` command of a run from its config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a detection run is: frozen dataclasses beside those of `sape2.config`, which hold the model. No torch."""
+"""The settings of a detection run: frozen dataclasses; the model is a `sape2.config.ModelConfig`. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SCALES = (4.0, 2.0, 1.0, 0.5)
 
 @dataclass(frozen=True)
 class DetectorConfig:
-    """What stands on the backbone, and the windows inside it.
+    """The detector on top of the backbone, and the attention windows inside the backbone.
 
     `window` in patches (None: every block is global), `num_global` blocks that are not windowed; `scales` of the levels
     of the pyramid, halves of one another; `anchor_sizes` in pixels, one for each level and for the extra level (none given:
@@ -58,11 +58,11 @@ class DetectorConfig:
 
 @dataclass(frozen=True)
 class ImagesConfig:
-    """Which images, in COCO format, and what is done to those of the training.
+    """The images of a detection run, in COCO format, and the augmentation of those used for training.
 
-    `source` is a folder (see `detection.coco`); `train_images` and `test_images` take the first so many (None: all). The set
-    "coco_digits" is composed with so many where `source` does not exist yet. `scale_jitter` (low, high) resizes an image by
-    such a factor and crops or pads it to the size of the model; () leaves it. `flip` mirrors half of the images.
+    `source` is a folder (see `detection.coco`); `train_images` and `test_images` take that many from the start (None: all). The
+    set "coco_digits" is composed with these numbers of images if `source` does not exist yet. `scale_jitter` (low, high)
+    resizes an image by a factor in this range and crops or pads it to the size of the model; () disables it. `flip` mirrors half of the images.
     """
 
     name: Literal["coco", "coco_digits"] = "coco"

@@ -1,4 +1,4 @@
-"""Names that people write: which known one was meant by one that is not known, and any name as text in a table."""
+"""Names that people write: suggests the known name closest to an unknown one, and formats names as text for tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options of encodings described for people: their values, the default first. Needs the annotation alone, no class."""
+"""Describes the options of encodings for people: their values, the default first. Needs only the type annotations."""
 
 from __future__ import annotations
 

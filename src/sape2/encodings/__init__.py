@@ -1,8 +1,8 @@
-"""Position encodings by name, a file for each family, and how names join; attention, which computes with them, is not here.
+"""Position encodings by name, one file for each family, and the rules for joined names. Attention is in `attention`.
 
 A joined name is "ape+sape2:count=cyclic,every=2".
 
-To add one: a class in a file of this folder, a line in its dict below, its literal loop in `reference.py`.
+To add one: a class in a file of this folder, a line in its dict below, and its equations as a plain loop in `reference.py`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def find_encoding(name: str) -> type[TokenEncoding] | type[AttentionEncoding]:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What every attention encoding takes in a name besides its own options.
+    """The options that every attention encoding accepts in addition to its own.
 
     every=2 puts it in layers 2, 4, ... (counted from one); share=true gives these layers one module, tables and all.
     """

@@ -1,4 +1,4 @@
-"""What a position encoding is: two slots, one bias type, declared facts.
+"""The interface of position encodings: where they act, the hooks they implement and the facts they declare.
 
 A *token* encoding acts once on the tokens. An *attention* encoding acts in every layer through two hooks,
 `rotate` and `bias`, both no-ops by default. Shapes: q, k are (B, h, N, d), unscaled, without prefix tokens.
@@ -61,7 +61,7 @@ class AttentionBias:
         return AttentionBias(*(term.scaled(scale) for term in self.terms), dtype=self.dtype)
 
     def tensors(self) -> list[Tensor]:
-        """What the terms are made of, in their order."""
+        """The tensors of all terms, in the order of the terms."""
         return [tensor for term in self.terms for tensor in term.tensors()]
 
     @property
@@ -100,10 +100,10 @@ def _concatenate(sides: list[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Facts:
-    """What an encoding is by construction. Each field is tested both ways: a true one holds, a false one fails.
+    """Properties that an encoding has by construction. Tests check both directions: a true one holds, a false one fails.
 
-    `content_dependent`: what the encoding adds changes with the content (a rotation, which is linear in q and k, does not).
-    The symmetries speak of the logit map a(x)[i, n] that the encoding makes of the same content, moved:
+    `content_dependent`: what the encoding adds depends on the content (false for a rotation, which is linear in q and k).
+    The symmetries are those of the logit map a(x)[i, n] when the same content moves:
     `translation` by a step without wrap-around (pairs that stay inside), the others as permutations of the grid.
     """
 
@@ -198,7 +198,7 @@ class AttentionEncoding(nn.Module):
     def maps(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> dict[str, Tensor]:
-        """What the encoding computed on the way, each (B, h, N, ...); at least `bias` where there is one."""
+        """Intermediate results of the encoding, each (B, h, N, ...); at least `bias` if there is one."""
         bias = self.bias(q, k, grid)
         return {} if bias is None else {"bias": bias.dense().expand(q.shape[0], q.shape[1], -1, -1)}
 

@@ -1,8 +1,8 @@
-"""What an attention bias can be made of, and how each kind is added to logits and differentiated without a copy of them.
+"""The kinds of terms of an attention bias: how each is added to logits and differentiated without storing a copy of them.
 
-A bias is a sum of terms. Every kind of term knows four things: the whole map (`dense`), how to add some of its rows to a
-block of logits in place (`add_to`), the gradients of its tensors from the gradient of such a block (`accumulate`), and, if
-it is a dot product, the two sides of it (`factors`), with which any fused attention kernel computes it.
+A bias is a sum of terms. Every kind of term has four methods. `dense` returns the whole map, `add_to` adds some of its rows
+to a block of logits in place, and `accumulate` computes the gradients of its tensors from the gradient of such a block. If
+it is a dot product, `factors` returns its two sides, with which any fused attention kernel can compute it.
 
 Axes: B images, h heads, N grid tokens, m rows (queries) of a block, S values in a position vector, r rank.
 In blocks, images and heads are one axis C = B * h.

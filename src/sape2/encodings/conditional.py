@@ -1,4 +1,4 @@
-"""Conditional position encoding in the token slot: position that is made from the neighbourhood of each token."""
+"""Conditional position encoding, added to the tokens: a convolution derives position from the neighbourhood of each token."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Fractional positions: gates along a line are summed to positions, and a table is read between its rows.
+"""Fractional positions: sums of gates along a line, and tables read by interpolation between rows.
 
-A line has S places (`length`); i, j, m are places within it. Gates are g_ij, positions p_im.
+A line has S places (`length`); i, j, m are places within the line. Gates are g_ij, positions p_im.
 """
 
 from __future__ import annotations

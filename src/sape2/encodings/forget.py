@@ -1,4 +1,4 @@
-"""Forget gates along rows and columns: each patch on the way between two takes something from their logit."""
+"""Forget gates along rows and columns: each patch between a query and a key lowers their logit."""
 
 from __future__ import annotations
 

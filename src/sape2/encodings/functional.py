@@ -1,4 +1,4 @@
-"""Biases that a small network makes of the offset between two patches, the same network for every grid."""
+"""Biases computed by a small network from the offset between two patches; the same network serves every grid."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Token-grid geometry. The only place that fixes coordinates, token order, lines and prefix tokens.
+"""Geometry of the token grid: the only file that defines coordinates, token order, lines and prefix tokens.
 
 Axes: B batch, N = H*W grid tokens, P prefix tokens (class, register), T = P + N, d features.
 Grid tokens are row-major: token i stands at row y = i // W and column x = i % W. Prefix tokens come first.
 Coordinates are (y, x), in patches, from 0.
 
-A *line* is what a one-dimensional encoding runs along: axis "x" has H lines (rows) of W tokens,
+A *line* is a sequence of tokens that a one-dimensional encoding runs along: axis "x" has H lines (rows) of W tokens,
 axis "y" has W lines (columns) of H tokens, axis "raster" is one line of all N tokens.
 """
 
@@ -36,7 +36,7 @@ def as_grid(height: int, width: int) -> Grid:
 
 
 def is_symbolic(grid: Grid) -> bool:
-    """Whether a graph for any size is being traced: then no branch may ask how large the grid is."""
+    """True while a graph for any size is traced; no branch may then depend on the size of the grid."""
     return any(isinstance(n, torch.SymInt) for n in grid)
 
 
@@ -72,13 +72,13 @@ def offsets(grid: Grid, device: torch.device | None = None) -> Int[Tensor, "toke
 
 
 def num_offsets(grid: Grid) -> tuple[int, int]:
-    """How many row and column offsets a grid has: (2 H - 1, 2 W - 1)."""
+    """The numbers of row and column offsets of a grid: (2 H - 1, 2 W - 1)."""
     height, width = grid
     return 2 * height - 1, 2 * width - 1
 
 
 def offset_index(grid: Grid, rows: int, columns: int, device: torch.device) -> Int[Tensor, "tokens tokens"]:
-    """Where the offset of every pair (i, n) stands in a flattened table of (rows, columns) offsets, offset 0 in the middle."""
+    """Index of the offset of every pair (i, n) in a flattened table of (rows, columns) offsets, offset 0 in the middle."""
     dy, dx = offsets(grid, device).unbind(-1)
     last_y, last_x = rows // 2, columns // 2
     return (dy.clamp(-last_y, last_y) + last_y) * columns + dx.clamp(-last_x, last_x) + last_x
@@ -130,7 +130,7 @@ def own_line(
 def places_to_lines(
     places: Shaped[Tensor, "*lead length height width"], axis: Axis
 ) -> Shaped[Tensor, "*lead lines length length"]:
-    """What `own_line` gives, as (..., lines, place of i, place of n)."""
+    """Rearranges the output of `own_line` to (..., lines, place of i, place of n)."""
     if axis == "raster":
         return places.flatten(-2).transpose(-1, -2).unsqueeze(-3)
     last = places.movedim(-3, -1)  # (..., y, x, place of n)

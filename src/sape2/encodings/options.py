@@ -1,4 +1,4 @@
-"""Options of encodings, checked: a frozen dataclass each, made from text or values."""
+"""Checked options of encodings: one frozen dataclass each, created from text or from values."""
 
 from __future__ import annotations
 

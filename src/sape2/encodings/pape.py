@@ -1,4 +1,4 @@
-"""PaPE, parabolic position encoding (arXiv:2602.01418): each query lays parabolas of its own over the offsets of the keys."""
+"""PaPE, parabolic position encoding (arXiv:2602.01418): a bias of parabolas in the offset, set by the query."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """Relative encodings: a bias that depends on the offset (dy, dx) from query patch i to key patch n.
 
-`rpe` reads a number per head and offset from a table, `rpe_contextual` a vector that is dotted with the query,
-`rpe_decomposed` a vector per row offset and one per column offset, `alibi` has no table: a slope times the distance.
-Tables cover the offsets of the training grid, -(H - 1)..H - 1 by -(W - 1)..W - 1. For other grids there is a rule,
-`beyond`: clamp takes the nearest offset that the table has; resize resamples the table to the offsets of the new grid.
+`rpe` reads a number per head and offset from a table. `rpe_contextual` reads a vector, whose dot product with the query is
+the bias; `rpe_decomposed` does so with one vector per row offset and one per column offset. `alibi` has no table: its bias
+is a slope times the distance.
+Tables cover the offsets of the training grid, -(H - 1)..H - 1 by -(W - 1)..W - 1. The option
+`beyond` decides for other grids: clamp takes the nearest offset that the table has; resize resamples the table to the
+offsets of the new grid.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Rotary encodings: queries and keys are turned by angles that grow with their place, so that q.k sees the offset only.
+"""Rotary encodings: rotate queries and keys by angles proportional to position, so that q.k depends only on the offset.
 
-All in real arithmetic: channels 2f and 2f + 1 of a head are one plane and turn by the angle f (in DINOv3's layout, channels
-f and f + d/2). Prefix tokens are not turned, so a product of a prefix token with a patch still sees the absolute place of
-the patch, as in the sources.
+Rotations use real arithmetic: channels 2f and 2f + 1 of a head are one plane, rotated by angle number f (in DINOv3's layout,
+channels f and f + d/2). Prefix tokens are not rotated, so a product of a prefix token with a patch still depends on
+the absolute place of the patch, as in the sources.
 """
 
 from __future__ import annotations

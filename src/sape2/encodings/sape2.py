@@ -1,6 +1,6 @@
 """SaPE2, the 2D semantic-aware position encoding (arXiv:2505.09466), equations 9 to 15 in the paper's order.
 
-Everything runs along lines (see `sape2.encodings.grid`): for axis x the rows, for axis y the columns. In the shapes below
+All counts run along lines (see `sape2.encodings.grid`): for axis x the rows, for axis y the columns. In the shapes below
 `lines` is the number of lines and `length` (S) the number of patches in one; i, j, m are places within a line,
 n is any patch of the grid.
 
@@ -133,7 +133,7 @@ class SaPE2Options:
 
 
 def _facts(o: SaPE2Options) -> Facts:
-    """Which symmetries hold follows from what a count sees: whole lines, one end of them, or only i to n."""
+    """The symmetries of a count, by the patches it depends on: a whole line, the part to one end of it, or only i to n."""
     static, direct, raster = o.gates != "content", o.readout == "direct", o.axes == "raster"
     if static and not direct and o.count in ("suffix", "prefix", "both"):  # P2: every i counts the same
         return Facts(True, True, True, True, True, True)
@@ -307,7 +307,7 @@ class SaPE2(AttentionEncoding):
 
     @property
     def _counts_alike(self) -> bool:
-        """Whether the positions of a line are the same for all that look along it: no content, and counted from its ends."""
+        """True if all patches of a line get the same positions: gates without content, counted from the ends of the line."""
         return self.options.gates != "content" and self.options.count in ("suffix", "prefix", "both")
 
     def _read_alike(self, grid: Grid, axis: Axis) -> Float[Tensor, "head_dim places"]:

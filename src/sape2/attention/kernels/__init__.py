@@ -1,7 +1,7 @@
-"""Attention kernels in Triton for CUDA devices; the products on a CPU and the choice between ways are not here.
+"""Attention kernels in Triton for CUDA devices. `attention.paths` decides when they are used.
 
 `distance_attention` is attention with the distances of SaPE2 in O(N) memory. Importing this package needs no Triton,
-calling it does. docs/gpu.md says what of it is proved, and how.
+calling the function does. docs/gpu.md says what has been verified, and how.
 """
 
 from sape2.attention.kernels.distance import attend_with_distances, distance_attention, takes

@@ -1,4 +1,4 @@
-"""Attention with distances by the fused kernels: what they take, and what is handed to them.
+"""Attention with distances by the fused kernels: checks whether they apply and prepares their inputs.
 
 Axes: B images, h heads, T = P + N tokens (P prefix tokens first, then the N grid tokens), d head_dim, e channels of v.
 """
@@ -48,12 +48,12 @@ def distance_attention(
 
 
 def takes(q: Tensor, bias: AttentionBias) -> bool:
-    """Whether `attend_with_distances` can be used for such queries on their device; tried when first asked."""
+    """True if `attend_with_distances` can be used for these queries on their device; the first call tries the kernels."""
     return q.device.type == "cuda" and fits(q, bias) and trusted(q.device, _dtype(q), _width(q, bias))
 
 
 def fits(q: Tensor, bias: AttentionBias) -> bool:
-    """Whether it is made for them: for one term of distances, and dot products, which become channels of q and k."""
+    """True for one term of distances plus terms that are dot products, which become further channels of q and k."""
     rest = [term for term in bias.terms if term.factors() is None]
     one = len(rest) == 1 and isinstance(rest[0], Distances)
     return one and _dtype(q) in DTYPES and _width(q, bias) <= MAX_WIDTH
@@ -133,7 +133,7 @@ def _check_device(q: Tensor) -> None:
 
 @torch.compiler.assume_constant_result
 def _interprets() -> bool:
-    """Whether Triton interprets kernels: what it has of its own must have been imported with the variable, too."""
+    """True if Triton interprets its kernels; the variable must have been set before Triton itself was imported."""
     import triton
 
     return os.environ.get("TRITON_INTERPRET") == "1" and not isinstance(triton.language.zeros, triton.JITFunction)

@@ -1,4 +1,4 @@
-"""Launches the kernels of `tiles`: packs position vectors, allocates what they write, and chooses the size of blocks.
+"""Launches the kernels of `tiles`: packs position vectors, allocates outputs and chooses block sizes.
 
 Axes: B images, h heads, T = P + N tokens (P prefix tokens first), S places in a position vector, A axes.
 """
@@ -49,14 +49,14 @@ def backward(
 
 
 def empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """What `forward` writes; heads stand next to channels in memory, because what follows joins them."""
+    """Uninitialised outputs of `forward`; heads are adjacent to channels in memory, because they are joined afterwards."""
     batch, heads, tokens, _ = q.shape
     out = v.new_empty(batch, tokens, heads, v.shape[-1]).transpose(1, 2)
     return out, q.new_empty(batch, heads, tokens, dtype=torch.float32)
 
 
 def empty_pack(vectors: Sequence[Tensor]) -> Tensor:
-    """What `packed` makes of the vectors, (B, h, A, N, S), with any content."""
+    """Uninitialised output of `packed`, (B, h, A, N, S)."""
     batch, heads, tokens, _ = vectors[0].shape
     return vectors[0].new_empty(batch, heads, len(vectors), tokens, _places(vectors), dtype=torch.float32)
 

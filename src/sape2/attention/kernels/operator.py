@@ -1,4 +1,4 @@
-"""The kernels as custom operators of PyTorch, so that `torch.compile` traces past them and autograd knows their gradients.
+"""The kernels as custom operators of PyTorch, which `torch.compile` does not trace into and autograd can differentiate.
 
 Kept for the backward pass are the inputs, the output and one logsumexp for each query. Axes as in `launch`.
 """

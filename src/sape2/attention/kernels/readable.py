@@ -1,4 +1,4 @@
-"""Attention with distances as plain products under autograd: what the kernels are compared with."""
+"""Attention with distances as plain products under autograd, the reference that the kernels are compared with."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """The Triton kernels of attention with distances. Importing this file imports Triton; `launch` calls them.
 
 logits_in = scale q_i . k_n + gain sum over the axes of ||s_i - s_n|| for grid tokens i and n, without the distances where
-one of both is a prefix token; out_i = sum over n of softmax(logits_i)_n v_n. A program works on one block of tokens of one
+either is a prefix token; out_i = sum over n of softmax(logits_i)_n v_n. A program works on one block of tokens of one
 image and head, its *own* ones, and passes over all *other* ones, so nothing larger than a block is ever in memory. The
 forward pass keeps a running softmax, the backward passes compute the weights again from the logsumexp. Every program
-writes what is its own, in a fixed order, so that two runs give the same bits.
+writes only its own outputs, in a fixed order, so two runs give the same bits.
 
 Axes: T = P + N tokens (P prefix tokens first), A axes of position vectors s, S places of each (padded with zeros, which
 change no distance), C = B h images and heads. s is (C, A, N, S), norms (C, A, N), lse and delta (C, T); all other tensors
-are (B, h, T, channels) by their strides. Logits are multiplied by log2(e) inside, as `exp2` wants them.
+are (B, h, T, channels), addressed by their strides. Logits are multiplied by log2(e) inside, because `exp2` is used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _program(tokens, heads, OWN: tl.constexpr):
 
 @triton.jit
 def _matrix(start, strides, image, head):
-    """Where the matrix (T, channels) of an image and head begins."""
+    """Pointer to the first element of the matrix (T, channels) of an image and head."""
     return start + image.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1]
 
 

@@ -1,4 +1,4 @@
-"""The first use of the kernels on a device: compared with the readable form on a small random case."""
+"""Checks the kernels on a device before their first use, by comparing them with the readable form on a small random case."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def has_triton() -> bool:
 
 @torch.compiler.assume_constant_result
 def trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    """Whether the kernels for `width` channels run on the device and agree with the readable form; tried once, warns if not."""
+    """True if the kernels for `width` channels run and agree with the readable form; tested once, warns if they do not."""
     return has_triton() and _passes(device, dtype, width)
 
 
@@ -50,7 +50,7 @@ def _passes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 
 def disagreement(attention: Callable[..., Tensor], device: torch.device, dtype: torch.dtype, width: int) -> str:
-    """What of `attention`, output or gradients, is off by more than rounding; empty if nothing is."""
+    """Names the results of `attention`, output or gradients, that are off by more than rounding; empty if none is."""
     given = random_case(dtype, width)
     found = _results(lambda q, k, v, gain, *s: attention(q, k, v, s, gain, PREFIX), [t.to(device) for t in given])
     scale = width**-0.5

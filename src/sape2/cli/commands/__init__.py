@@ -1,7 +1,7 @@
-"""The commands by name, in the order of `sape2 --help`, a module each; the work that they start is not in `cli`.
+"""The commands by name, in the order of `sape2 --help`, one module each. Their work is done by other packages.
 
-To add one: a module with `HELP`, `add_options` and `run`, a line here. It imports heavy libraries inside `run`, so that
-`sape2 --help` answers at once, and no other command: what two of them share is in `options` and `output`.
+To add one: a module with `HELP`, `add_options` and `run`, and a line here. It imports heavy libraries inside `run`, so that
+`sape2 --help` answers at once. It imports no other command: code that two commands share is in `options` and `output`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sape2.cli.commands import compare, cost, detect, evaluate, explain, explore
 
 
 class Command(Protocol):
-    """What a module of this folder offers."""
+    """The interface of a module of this folder."""
 
     @property
     def HELP(self) -> str:

@@ -1,4 +1,4 @@
-"""`sape2 compare`: encodings x seeds under one recipe."""
+"""`sape2 compare`: trains every encoding with every seed under one recipe and compares them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="NAME", help="what the others are compared with (default the first encoding)")
     parser.add_argument("--data", metavar="DIR", help="folder (parquet, or torchvision's files) or hub id")
     parser.add_argument("--model", metavar="NAME", help="see: sape2 list models")
-    parser.add_argument("--epochs", type=int, metavar="N", help="the warm-up keeps its share of them")
+    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs (warm-up scales with it)")
     parser.add_argument("--out", metavar="DIR", help="for runs, rows and tables (default runs/compare-RECIPE-MODEL)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again, from their last checkpoint")
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _launcher(arguments: argparse.Namespace) -> Launcher | None:
-    """Where jobs run, or None if this process does the work itself. Raises ValueError for options that need a launcher."""
+    """The launcher of jobs, or None if this process does the work. Raises ValueError for options that need a launcher."""
     if arguments.launcher is None:
         for option, value in (("--jobs", arguments.jobs), ("--slurm", arguments.slurm)):
             if value:

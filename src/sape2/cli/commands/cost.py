@@ -1,4 +1,4 @@
-"""`sape2 cost`: operations, time and memory of encodings."""
+"""`sape2 cost`: measures operations, time and memory of encodings."""
 
 from __future__ import annotations
 

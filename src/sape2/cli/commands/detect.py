@@ -1,4 +1,4 @@
-"""`sape2 detect`: a detector on images in COCO format."""
+"""`sape2 detect`: trains and evaluates a detector on images in COCO format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sape2 evaluate`: measures of a finished run."""
+"""`sape2 evaluate`: measures a finished run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
     parser.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
     parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were; or a hub id")
-    parser.add_argument("--other-data", metavar="NAME", help="--data holds other images on purpose; NAME marks their rows")
+    parser.add_argument("--other-data", metavar="NAME", help="name for a data set other than the run's own; needs --data")
     parser.add_argument(
         "--limit", metavar="N", help="N images, drawn by class with a fixed seed (default: what each measure takes)"
     )
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tell_of_few(rows: list[dict[str, Any]], folder: Path) -> None:
-    """Which of the measures just made are not what the run shows, since it has them over more images."""
+    """Says which of the new measurements the run does not show, because it already has them over more images."""
     from sape2.training.run_folder import own_results
 
     shown = {(row["measure"], row["split"], row["weights"], row.get("limit")) for row in own_results(folder)}

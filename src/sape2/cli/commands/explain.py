@@ -1,4 +1,4 @@
-"""`sape2 explain`: one page about what a finished run did with an image."""
+"""`sape2 explain`: writes one page about how a finished run classifies an image."""
 
 from __future__ import annotations
 

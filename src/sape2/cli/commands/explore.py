@@ -1,4 +1,4 @@
-"""`sape2 explore`: a page on this machine about what a run does with images."""
+"""`sape2 explore`: serves a local page to explore what a run does with images."""
 
 from __future__ import annotations
 

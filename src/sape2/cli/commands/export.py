@@ -1,4 +1,4 @@
-"""`sape2 export`: a trained model for other programs."""
+"""`sape2 export`: writes a trained model in a format that other programs read."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _image_size(text: str) -> tuple[int, int]:
 
 
 def _show_parity(rows: list[Row], arguments: argparse.Namespace) -> None:
-    """How the logits of the file differ from those of the model, for each number and size of images."""
+    """Prints how far the logits of the file differ from those of the model, for each number and size of images."""
     from sape2.evaluation.report import print_json, print_table
 
     if arguments.json:

@@ -1,4 +1,4 @@
-"""`sape2 list`: what there is to choose from."""
+"""`sape2 list`: lists encodings, models, recipes, measures and probes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sape2 predict`: the classes that a finished run gives to image files."""
+"""`sape2 predict`: classifies image files with a finished run."""
 
 from __future__ import annotations
 

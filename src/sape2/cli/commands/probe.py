@@ -1,4 +1,4 @@
-"""`sape2 probe`: small models on a controlled task."""
+"""`sape2 probe`: trains and measures small models on a controlled task."""
 
 from __future__ import annotations
 

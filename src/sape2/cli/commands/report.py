@@ -1,4 +1,4 @@
-"""`sape2 report`: many runs in one table and one set of figures."""
+"""`sape2 report`: shows many runs in one table and one set of figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sape2 train`: a model by a recipe, or further from where that stopped."""
+"""`sape2 train`: trains a model by a recipe, or resumes a run that stopped."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DIR", help="folder (images, parquet, webdataset, torchvision) or hub id")
     parser.add_argument("--encoding", metavar="NAME", help="for example ape+sape2:count=cyclic; see: sape2 list encodings")
     parser.add_argument("--model", metavar="NAME", help="see: sape2 list models")
-    parser.add_argument("--epochs", type=int, metavar="N", help="the warm-up keeps its share of them")
+    parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs (warm-up scales with it)")
     parser.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default 0)")
     parser.add_argument("--out", metavar="DIR", help="run folder (default runs/RECIPE-MODEL-ENCODING-sSEED)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")

@@ -1,4 +1,4 @@
-"""Recipes by name: functions without arguments that return a whole config, and nothing that trains by it."""
+"""Recipes by name: functions without arguments that return a complete config."""
 
 from __future__ import annotations
 
@@ -62,6 +62,6 @@ def get_detection_recipe(name: str) -> DetectionConfig:
 
 
 def _unknown(what: str, name: str, known: Iterable[str], others: str) -> ValueError:
-    """What was meant is looked for among the recipes of both kinds."""
+    """The error for an unknown recipe; its suggestion is taken from the recipes of both kinds."""
     meant = did_you_mean(name, [*RECIPES, *DETECTION_RECIPES])
     return ValueError(f"unknown {what} {name!r}; {meant}known {what}s: {', '.join(known)}; {others}")

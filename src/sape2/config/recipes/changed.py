@@ -1,4 +1,4 @@
-"""What of a run is not as its recipe says: the settings that stand in the head of every table, figure and file."""
+"""The settings of a run that differ from its recipe, for the head of every table, figure and file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The quick start: scikit-learn's digits."""
+"""The recipes for a quick start, on scikit-learn's digits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A folder of one's own. What depends on the images is filled in from them by `sape2.data.own`."""
+"""Recipes for a folder of your own images. `sape2.data.own` fills in the settings that depend on the images."""
 
 from __future__ import annotations
 
