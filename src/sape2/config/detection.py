@@ -62,7 +62,8 @@ class ImagesConfig:
 
     `source` is a folder (see `detection.coco`); `train_images` and `test_images` take that many from the start (None: all). The
     set "coco_digits" is composed with these numbers of images if `source` does not exist yet. `scale_jitter` (low, high)
-    resizes an image by a factor in this range and crops or pads it to the size of the model; () disables it. `flip` mirrors half of the images.
+    resizes an image by a factor in this range and crops or pads it to the size of the model; () disables it. `flip`
+    mirrors half of the images.
     """
 
     name: Literal["coco", "coco_digits"] = "coco"

@@ -1,7 +1,7 @@
-"""Measurements of a trained model on data, and how their rows are written; training and comparing runs are not here.
+"""Measurements of a trained model on data, and the format of their rows.
 
-Each is a function from (model, data) to rows (name, value, unit, n, protocol). Nothing is imported until `MEASURES` is asked
-for, so that tables (`report`) can be written without torch.
+Each is a function from (model, data) to rows (name, value, unit, n, protocol). Modules are imported when `MEASURES` is first
+read, so that tables (`report`) can be written without torch.
 """
 
 from __future__ import annotations

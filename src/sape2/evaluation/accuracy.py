@@ -1,4 +1,4 @@
-"""How often a model is right, per class too, and how far its confidence can be trusted."""
+"""Accuracy, overall and per class, and calibration of the predicted probabilities."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def predict(
 
 
 def confusion(logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> Int[Tensor, "classes classes"]:
-    """How many images of class row were taken for class column."""
+    """Confusion matrix: row true class, column predicted class, entries numbers of images."""
     size = logits.shape[1]
     return (labels * size + logits.argmax(1)).bincount(minlength=size * size).view(size, size)
 

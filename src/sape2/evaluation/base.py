@@ -1,10 +1,10 @@
-"""What every measurement shares: the models and data it takes, the rows it gives, intervals by bootstrap.
+"""The interface of measurements: the models and data they take, the rows they return, and bootstrap intervals.
 
 A measurement (`Measure`) is a function (model, data) -> rows. It sees a model as something that turns images
-(B, C, height, width) into logits; one that looks inside also needs `embed` and `maps` (`MappedModel`). A row is a flat
+(B, C, height, width) into logits; one that reads layers also needs `embed` and `maps` (`MappedModel`). A row is a flat
 JSON object with `measure`, `name`, `value`, `unit`, `n` and `protocol`; where the value is a mean over images that differ,
-`ci_low` and `ci_high` too; where guessing would give more than 0, `chance`. Fewer images than there are (`limit`) are drawn
-by class with a seed, never the first ones: a set that is sorted by class begins with one class.
+`ci_low` and `ci_high` too; where guessing would give more than 0, `chance`. With a `limit`, images are drawn by class
+with a seed; the first ones would not do, because a set that is sorted by class begins with one class.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 @runtime_checkable
 class LabelledImages(Protocol):
-    """What a measurement needs of a data set; `sape2.data.ImageData` is one. Batches are normalised images and labels."""
+    """The data that a measurement takes; `sape2.data.ImageData` is one. Batches are normalised images and labels."""
 
     @property
     def classes(self) -> tuple[str, ...]: ...
@@ -59,7 +59,7 @@ def as_mapped(model: object) -> MappedModel | None:
 
 
 class Measure(Protocol):
-    """What `MEASURES` holds. Rows may come as a list or be yielded as they are measured, for a caller that shows progress.
+    """The type of the functions in `MEASURES`. Rows come as a list, or one by one so that the caller can show progress.
 
     `limit` is the number of images, drawn by class (`drawn`); None leaves it to the measure. Every row states its n.
     """
@@ -132,7 +132,7 @@ def resampled_means(
 @functools.lru_cache(maxsize=1)
 @torch.inference_mode(False)
 def _resampled_counts(images: int, resamples: int, seed: int) -> Float[Tensor, "resamples images"]:
-    """How often each image is drawn; the rows of a measurement are over the same number of images, hence the cache."""
+    """Number of times each resample draws each image; cached, because all rows of a measurement use as many images."""
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randint(images, (images,), generator=generator) for _ in range(resamples))
     return torch.stack([draw.bincount(minlength=images).float() for draw in draws])
@@ -202,7 +202,7 @@ def drawn_labels(data: LabelledImages, limit: int | None) -> Tensor:
 
 
 def count_images(data: LabelledImages, limit: int | None, default: int | None = None) -> int:
-    """How many images a limit means: `default` (None: all) where it is None, never more than there are.
+    """Number of images to measure: `limit`, or `default` (None: all) where it is None; never more than there are.
 
     Raises ValueError for a limit below 1.
     """
@@ -232,7 +232,7 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the first parameter or buffer of the model lies."""
+    """The device of the first parameter or buffer of the model."""
     tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
     return torch.device("cpu") if tensor is None else tensor.device
 

@@ -1,8 +1,8 @@
-"""How far the tokens and the biases inside a model move with the image when it moves by whole patches around the torus.
+"""Equivariance error of tokens and biases inside a model when the image moves by whole patches on a torus.
 
-Nothing is resampled and nothing is lost in such a move, so a model without absolute position has an error of 0 but for
-rounding, and every error that is found belongs to the position encoding (or to another rule that knows places).
-Layer 0 is what enters the first block, layer l what leaves block l.
+Such a move resamples nothing and loses nothing, so a model without absolute position has an error of 0 up to rounding,
+and any error comes from the position encoding (or from another part of the model that depends on absolute position).
+Layer 0 is the input of the first block, layer l the output of block l.
 """
 
 from __future__ import annotations

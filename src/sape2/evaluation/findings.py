@@ -1,4 +1,4 @@
-"""What the numbers of `health` mean, in words: one warning for each limit that a layer breaks, and what to do about it."""
+"""Warnings about the numbers of `health`, in words: one for each limit that a layer exceeds, with advice."""
 
 from __future__ import annotations
 

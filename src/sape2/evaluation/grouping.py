@@ -1,8 +1,8 @@
-"""Does attention join patches that belong together, and does the bias help? Always per layer, never an average of layers.
+"""Measures whether attention connects patches that belong together, and whether the bias contributes, layer by layer.
 
-Early layers attend to what is alike, late ones to what differs (arXiv:2405.14880), so a mean over layers would say
-nothing. The statistics are in `pairs`, the labels of the patches in `masks` and `scenes`; what every number can and cannot
-say is in docs/evaluation/grouping.md.
+Early layers attend to patches that are similar, late ones to patches that differ (arXiv:2405.14880), so a mean over
+layers would say nothing. The statistics are in `pairs`, the labels of the patches in `masks` and `scenes`;
+docs/evaluation/grouping.md explains what each number shows and what it does not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PATCHES_ONLY = "grid tokens only, attention rows scaled to sum to 1 again"
 
 @dataclass(frozen=True)
 class Key:
-    """Which number: its name, the distances of the pairs it counts, the sign of the bias, where it matters."""
+    """Identifies a number: its name and, where they apply, the distances of the counted pairs and the sign of the bias."""
 
     name: str
     distance: str | None = None
@@ -45,7 +45,7 @@ class Key:
 
 @dataclass(frozen=True)
 class About:
-    """What a number means: unit, protocol, the value that chance gives, whether single heads are told."""
+    """Describes a number: its unit, protocol, value at chance, and whether it is also reported for single heads."""
 
     unit: str
     protocol: str
@@ -119,7 +119,7 @@ def _collect(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], labels_
 
 
 def without_labels(layer: Layer, grid: Grid) -> Statistics:
-    """What can be said of any image: how far and how widely a layer attends, whether its bias goes with its features."""
+    """Statistics that need no labels: distance and entropy of attention, agreement of the bias with the features."""
     statistics = {
         Key("attention_distance"): pairs.attention_distance(layer.attention, grid),
         Key("attention_entropy"): pairs.attention_entropy(layer.attention),
@@ -133,7 +133,7 @@ def without_labels(layer: Layer, grid: Grid) -> Statistics:
 
 
 def with_labels(layer: Layer, grid: Grid, labels: Int[Tensor, "batch tokens"]) -> Statistics:
-    """What needs to know which patches belong together; pairs of a patch with itself are never counted."""
+    """Statistics that need labels of patches; pairs of a patch with itself are never counted."""
     same, labelled = pairs.label_pairs(labels)
     strata = {name: labelled & stratum for name, stratum in pairs.distance_strata(grid, labels.device).items()}
     statistics = {
@@ -187,7 +187,7 @@ def _conditions(key: Key, grid: Grid, masks: str | None) -> Row:
 
 
 def _chance(name: str, grid: Grid) -> float | None:
-    """What attention that sees nothing gives: 1/N everywhere for distance and entropy."""
+    """The value that uniform attention, 1/N everywhere, gives for distance and entropy."""
     if name == "attention_distance":
         return pairs.distances(grid).mean().item()
     if name == "attention_entropy":

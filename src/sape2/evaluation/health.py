@@ -1,8 +1,8 @@
-"""Why is my encoding not working: gates, positions, tables, bias against content, gradients, and warnings in words.
+"""Diagnoses an encoding in a trained model: gates, positions, tables, bias against content, gradients, with warnings.
 
-Every number is per layer, and per axis where an encoding has axes. An encoding is known here only by what it shows: the
-maps `gates*`, `positions*` and `bias`, and its parameters. A model whose layers add no bias and count no positions gets the
-position probe and nothing else. Definitions: docs/evaluation/health.md.
+Every number is per layer, and per axis where an encoding has axes. This file uses only what any encoding exposes:
+the maps `gates*`, `positions*` and `bias`, and its parameters. A model whose layers add no bias and count no positions gets
+only the position probe. Definitions: docs/evaluation/health.md.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def health(model: nn.Module, data: LabelledImages, limit: int | None = None, bat
 
 
 def layer_rows(model: nn.Module, data: LabelledImages, limit: int, batch_size: int) -> Iterator[Row]:
-    """What the maps of every layer say, means over images; and of the tables, which rows are read at all."""
+    """Rows about the maps of every layer, means over images; and about the tables, which of their rows are read."""
     found: dict[tuple, list[Tensor]] = defaultdict(list)
     tables: dict[tuple, TableUse] = {}
     encodings = encodings_of(model)
@@ -125,9 +125,9 @@ def position_statistics(positions: Float[Tensor, "batch ..."], num_rows: int) ->
 def bias_statistics(
     attention: Float[Tensor, "batch heads tokens tokens"], bias: Float[Tensor, "batch heads tokens tokens"], tiny: float = 0.0
 ) -> dict[str, Float[Tensor, " batch"]]:
-    """How much of the logits a is bias b, how much content c = a - b, all row-centred.
+    """Splits the logits a into bias b and content c = a - b, all row-centred, and returns the share of each.
 
-    The logits come back from the attention weights: ln A is a but for a constant per row, which centring removes. Weights
+    The logits are recovered from the attention weights: ln A is a up to a constant per row, which centring removes. Weights
     below `tiny` count as `tiny`. The share of the bias is cov(b, a) / var(a): of all splits of var(b + c) the Shapley value
     (arXiv:1606.09424), var(b) + cov(b, c), so that the shares of bias and content add up to 1; it is negative, or above 1,
     where one works against the other.
@@ -154,7 +154,7 @@ def _centred(values: Tensor) -> Tensor:
 
 
 class TableUse:
-    """Which rows of a table were read, by interpolation between the two next to a position, and how far positions went."""
+    """Records which rows of a table are read by interpolation (the two next to each position) and the range of positions."""
 
     def __init__(self, num_rows: int) -> None:
         self.read = torch.zeros(num_rows, dtype=torch.bool)

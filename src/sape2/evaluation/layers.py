@@ -1,7 +1,7 @@
-"""What the layers of a model did with a batch of images: the view that measurements of attention share.
+"""The attention, biases and tokens of every layer for a batch of images, the input of measurements of attention.
 
-Everything is about the N grid tokens: prefix tokens (class, registers) are dropped and what is left of an attention row
-is scaled to sum to 1 again (ViT, arXiv:2010.11929, does so before it measures distances). All in float64.
+Only the N grid tokens are kept: prefix tokens (class, registers) are dropped and the rest of each attention row is
+scaled to sum to 1 again (ViT, arXiv:2010.11929, does so before it measures distances). All in float64.
 """
 
 from __future__ import annotations

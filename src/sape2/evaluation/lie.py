@@ -1,8 +1,8 @@
 """Local equivariance error: the derivative of the softmax outputs along the translation of the image (arXiv:2210.02984).
 
-L f(x) = d/ds softmax(f(S_s x)) at s = 0, S_s the translation by s pixels; class outputs do not move, so a model that is
-invariant has L f = 0. Taken by forward-mode differentiation; models that cannot be differentiated so get central
-differences in float64 instead, and their rows say it.
+L f(x) = d/ds softmax(f(S_s x)) at s = 0, S_s the translation by s pixels; class outputs do not move, so an
+invariant model has L f = 0. Computed by forward-mode differentiation. Models that do not support it get central
+differences in float64, and their rows say so.
 """
 
 from __future__ import annotations

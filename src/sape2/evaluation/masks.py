@@ -1,7 +1,7 @@
-"""Which patches belong together: labels per patch, from true masks or, where there are none, from colour.
+"""Labels that say which patches belong together, from true masks or, where there are none, from colour.
 
 A data set may offer true masks (`MaskedImages`). For photographs without them there is a pseudo-mask, two clusters of
-patch colour. It is no object: a number measured with it says whether attention follows colour, and must be called so.
+patch colour. A cluster is not an object: a number measured with it says whether attention follows colour.
 """
 
 from __future__ import annotations

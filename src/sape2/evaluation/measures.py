@@ -1,4 +1,4 @@
-"""The measures by name. To add one: a file with such a function, a line here, a page in docs/evaluation."""
+"""The measures by name. To add one: a file with such a function, a line here, and a page in docs/evaluation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LIMITS: dict[str, int | None] = {  # images that a measure takes unless told oth
 
 
 def images_taken(measure: str, limit: int | None, there: int) -> int:
-    """How many of the images that are there a measure takes under a limit (None: its own)."""
+    """Number of images that a measure takes, out of `there`, under a limit (None: the measure's own)."""
     wanted = LIMITS.get(measure) if limit is None else limit
     if measure == "cost":
         wanted = min(wanted or COST_LIMIT, COST_LIMIT)

@@ -1,8 +1,8 @@
-"""How well a linear probe reads row and column from the tokens of each layer: how much position they hold.
+"""Position probe: how well a linear model predicts row and column from the tokens of each layer.
 
-Content tells position too (sky is above), so every number comes twice: with the patches in place, and with the patches of
-every image shuffled, where content tells nothing and only what the model adds by itself is left. A model without any
-encoding has R^2 = 0 on shuffled patches, exactly. Position as a thing to be read out: Islam et al., arXiv:2001.08248.
+Content also predicts position (sky is above), so every number comes twice: with the patches in place, and with the
+patches of every image shuffled. Shuffled content says nothing about position, so only position that the model adds is left.
+A model without any encoding has R^2 = 0 on shuffled patches, exactly. Source of the method: Islam et al., arXiv:2001.08248.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a finished run says of image files that have no labels, with the pixels and the batches of `sape2 evaluate`."""
+"""Predictions of a finished run for image files without labels, with the pixels and the batches of `sape2 evaluate`."""
 
 from __future__ import annotations
 

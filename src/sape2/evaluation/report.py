@@ -1,4 +1,4 @@
-"""Rows as people and programs read them: a row is a flat JSON object. Needs no torch."""
+"""Prints and writes rows (flat JSON objects) for people and programs. Needs no torch."""
 
 from __future__ import annotations
 

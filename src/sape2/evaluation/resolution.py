@@ -1,4 +1,4 @@
-"""Accuracy at sizes that a model was not trained at, without fine-tuning: the patch stays, the grid changes.
+"""Accuracy at image sizes other than the training size, without fine-tuning: the patch size stays, the grid changes.
 
 The training size is that of the images in `data`. Formulas, sources and what a number can say:
 docs/evaluation/resolution.md.
@@ -83,7 +83,7 @@ def predict_view(
 
 
 def answer_alike(first: nn.Module, second: nn.Module, data: LabelledImages, view: View, images: int = 4) -> bool:
-    """Whether both give the same logits, bit for bit, for a few images: a rule that changes nothing need not run again."""
+    """True if both models give equal logits, bit for bit, on a few images, so that one of them need not be run."""
     shown = view(next(data.batches(images))[0])
     logits = []
     for model in (first, second):
@@ -94,7 +94,7 @@ def answer_alike(first: nn.Module, second: nn.Module, data: LabelledImages, view
 
 @dataclass(frozen=True)
 class Curve:
-    """What a model predicts at every size that it takes, under one rule, and the rows that follow from it."""
+    """Predictions of a model at every size that it takes, under one rule, and the rows that follow from them."""
 
     size: Size  # of training
     patch: Size
@@ -108,7 +108,7 @@ class Curve:
         return (self.predictions[view] == self.labels).double()
 
     def conditions(self, view: View) -> dict[str, Any]:
-        """What a row was measured at."""
+        """The conditions of a row: size, grid, transform, border and rule."""
         return describe_view(view, self.patch) | {"rule": self.rule}
 
     def row(self, name: str, per_image: Float[Tensor, " images"], what: str, **conditions: Any) -> Row:
@@ -168,7 +168,7 @@ class Curve:
 
 
 def describe_view(view: View, patch: Size) -> dict[str, Any]:
-    """What a row was measured at, flat."""
+    """The size, grid, transform and border of a view, as flat fields of a row."""
     (height, width), (patch_height, patch_width) = view.size, patch
     return {
         "size": f"{height}x{width}",
@@ -183,7 +183,7 @@ def _without_size(conditions: dict[str, Any]) -> dict[str, Any]:
 
 
 def size_at_fall(sizes: list[int], accuracies: Float[Tensor, "curves sizes"], fall: float = FALL) -> Float[Tensor, " curves"]:
-    """Where each curve, linear between `sizes`, first is `fall` below its first value; inf if it never is."""
+    """Size at which each curve, linear between `sizes`, first is `fall` below its first value; inf if it never is."""
     fallen = accuracies <= accuracies[:, :1] - fall
     after = fallen.double().argmax(1, keepdim=True).clamp(min=1)  # the first size at which it has fallen, if there is one
     right, left = (accuracies.gather(1, index)[:, 0] for index in (after, after - 1))

@@ -1,4 +1,4 @@
-"""A run folder taken up again: its model, the rows measured on it, its figures. What the commands share."""
+"""Loads a finished run to measure it: its model, the rows measured on it and its figures, for several commands."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def measure(
 
 
 def notes_of_others(data: ImageData | ImageFiles, classes: Sequence[str], name: str) -> list[str]:
-    """What to tell those who measure other images: whether classes go by number, and which of the run's are not among them."""
+    """Notes for measuring other images: labels that go by number, and classes of the run that are missing from them."""
     notes = [] if data.classes == tuple(classes) else [f"{name} has no names of classes: its labels go by number"]
     there = set(data.labels.tolist())
     missing = [known for number, known in enumerate(classes) if number not in there]
@@ -98,13 +98,13 @@ def _same_file(folder: Path, *weights: str) -> bool:
 
 
 def is_measured(folder: Path) -> bool:
-    """Whether results.jsonl holds what `train` ends with: the accuracy over the whole test set with both weights."""
+    """True if results.jsonl holds the last rows that `train` writes: test accuracy on all images with both weights."""
     rows = (row for row in own_results(folder) if (row.get("measure"), row.get("name")) == ("accuracy", "accuracy"))
     return set(WEIGHTS) <= {row.get("weights") for row in rows if row.get("split") == "test" and is_whole(folder, row)}
 
 
 def describe(folder: Path) -> Row:
-    """What a number was measured on, for every result row; precision is that of the training."""
+    """The description of a run that every result row carries; precision is that of the training."""
     config = read_config(folder)
     epochs = read_rows(folder / "metrics.jsonl")
     return {

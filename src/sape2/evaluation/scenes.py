@@ -1,7 +1,7 @@
 """Synthetic scenes with true masks: objects in two pieces each, on a background. Drawn from a seed alone.
 
-Made for measuring whether attention joins what belongs together over a distance (task "distant grouping"). For a model
-that was trained on photographs or digits they lie outside of its training distribution, and every row says so.
+They measure whether attention connects distant parts that belong together (task "distant grouping"). For a model that was
+trained on photographs or digits they lie outside its training distribution, and every row says so.
 """
 
 from __future__ import annotations

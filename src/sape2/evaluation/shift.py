@@ -1,4 +1,4 @@
-"""How far a model follows, or ignores, translations of the image: predictions, softmax outputs, features, biases.
+"""Measures how a model responds to translations of the image: predictions, softmax outputs, features and biases.
 
 Formulas, sources and what a number can say: docs/evaluation/shift.md. All draws are seeded with `SEED`, so two models
 see the same shifts of the same images.

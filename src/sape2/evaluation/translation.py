@@ -1,9 +1,9 @@
-"""Images moved by whole pixels and by fractions of one, under two rules for what comes in at the border.
+"""Images shifted by whole pixels and by fractions of one, with two rules for the pixels that enter at the border.
 
 Shifts are (dy, dx) in pixels, positive down and to the right, as in `torch.roll`.
-circular: what leaves at one side comes in at the other, so nothing is lost and whole shifts form a group.
-reflect:  the image goes on mirrored at the centres of its border pixels (`F.pad(mode="reflect")`), so moving it by s is the
-          same as cropping a window out of the padded image, s pixels away from its middle.
+circular: pixels that leave at one side enter at the other, so nothing is lost and whole shifts form a group.
+reflect:  the image is continued by its reflection at the centres of its border pixels (`F.pad(mode="reflect")`), so moving
+          it by s is the same as cropping a window out of the padded image, s pixels away from its middle.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DIMENSION = {"y": -2, "x": -1}
 
 
 def source_index(place: Int[Tensor, "*shape"], length: int, border: Border) -> Int[Tensor, "*shape"]:
-    """Which of the `length` pixels of a line is seen at `place`, which may lie outside it."""
+    """The pixel, out of a line of `length`, that is seen at `place`, which may lie outside the line."""
     if border == "circular":
         return place % length
     period = max(2 * (length - 1), 1)
@@ -89,7 +89,7 @@ class ShiftRange:
 
     @property
     def size(self) -> int:
-        """How many different shifts there are."""
+        """Number of different shifts."""
         rows, columns = (high - low + 1 for low, high in zip(self.low, self.high, strict=True))
         return rows * columns
 

@@ -1,7 +1,7 @@
-"""Images at other sizes than the training size, and the same model under other rules for positions beyond its tables.
+"""Images at sizes other than the training size, and the same model with other rules for positions beyond its tables.
 
 scaled: the whole image resized, bicubic with antialiasing, so that objects change size with it.
-padded: pixels left as they are on a larger canvas, centred; what surrounds them is their reflection or the mean colour
+padded: pixels unchanged in the centre of a larger canvas, surrounded by their reflection or by the mean colour
         (0 in normalised images). Where the canvas is smaller than the image, its middle is cut out.
 """
 
@@ -128,7 +128,7 @@ def with_beyond(model: nn.Module, rule: str) -> nn.Module:
 
 
 def describe_rule(model: nn.Module) -> str:
-    """Which encoding follows which rule, for protocols."""
+    """Says which encoding follows which rule, for protocols."""
     found = sorted({f"{type(encoding).__name__} {encoding.options.beyond}" for encoding in _with_rule(model)})
     return f"beyond the training grid: {', '.join(found)}" if found else "beyond the training grid: as the model is built"
 

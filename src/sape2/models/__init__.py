@@ -1,1 +1,1 @@
-"""Whole models: the ViT, its form for one image size, what is written of it for others (export, hub); no training."""
+"""Whole models: the ViT, frozen models for one image size, export to files, and folders for the hub."""

@@ -1,8 +1,8 @@
-"""A model as a file for other programs: ONNX, PyTorch's .pt2, or safetensors with its config. Each is checked when written.
+"""Writes a model to a file: ONNX, PyTorch's .pt2, or safetensors with its config. Each file is checked when written.
 
-The check runs the file itself on images that the graph was not traced with, in other numbers and, unless one size was
-chosen, of other sizes, and compares the logits with those of the model in eager mode, which computes attention another
-way (`attention.choose_path`). A file that fails is not left behind.
+The check runs the written file on images that the graph was not traced with: other batch sizes and, unless one size was
+chosen, other image sizes. It compares the logits with those of the model in eager mode, which computes attention by another
+path (`attention.choose_path`). A file that fails the check is deleted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Models for one image size: everything that depends on the grid alone is computed once and kept as a constant.
+"""Models for one image size: everything that depends only on the grid is computed once and stored as a constant.
 
-No case for any encoding: the model is traced for that size by `torch.export`, and whatever part of the graph does not depend
-on the images (coordinates, angles, index maps, resampled tables, dense bias tables) is replaced by its value. So the same
-works for models of other libraries with an encoding attached.
+No encoding needs code of its own: the model is traced for that size by `torch.export`, and every part of the graph that
+does not depend on the images (coordinates, angles, index maps, resampled tables, dense bias tables) is replaced by its
+value. This also works for models of other libraries with an encoding attached.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Models as folders that other people load: config.json, model.safetensors and a model card, in the layout of the hub.
 
-Nothing is unpickled, and there is no network unless an id is given that is no folder.
+Nothing is unpickled. The network is used only for an id that is not a local folder.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def describe(
 
 
 def read_description(text: str, where: str) -> Description:
-    """What `describe` wrote, with "model" a ModelConfig. Raises ValueError in one line if it is something else."""
+    """Parses the text that `describe` wrote; "model" becomes a ModelConfig. Raises a one-line ValueError if it is invalid."""
     try:
         description = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -208,7 +208,7 @@ def _shown_rows(run: Path, weights: str) -> list[dict[str, Any]]:
 
 
 def _front_matter(description: Description, rows: list[dict[str, Any]], public: str | None) -> str:
-    """What the hub shows: of images that are no public data set it says so, and a number over a part of them is no result."""
+    """Metadata of the model card, which the hub shows. It marks private images, and results on part of the images."""
     from huggingface_hub import EvalResult, ModelCardData
 
     data = str(description.get("data"))

@@ -1,4 +1,4 @@
-"""A model from the settings of a run, new with its seed or as its folder holds it."""
+"""The model of a run: newly initialised from its settings and seed, or loaded with the weights of its folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _is_size(value: object) -> bool:
 
 
 def note_of_rule(folder: Path) -> str | None:
-    """What to tell those who look at a finished run whose images were read by another rule than now."""
+    """A note that a finished run read its images by another rule than the present version does; None if it did not."""
     seen = read_seen(folder)
     rule = other_rule(seen, RULE) if seen else None
     if rule is None:

@@ -1,4 +1,4 @@
-"""The vision transformer in which every encoding is compared: one patch embedding, one block, one read-out for all.
+"""The vision transformer in which all encodings are compared: same patch embedding, blocks and head for every encoding.
 
 Parameter names are timm's, and weights of a timm `VisionTransformer` of the same shape load with the same function. A state
 dict does not say the number of heads, the activation, the eps of norms, the pooling or the sides of the grid: these must be

@@ -1,4 +1,4 @@
-"""Runs set beside each other; how one is trained, and what is measured on it, is not here.
+"""Studies of many runs: encodings and seeds compared, and controlled tasks. Uses `training` and `evaluation`.
 
-One run to its rows (`run`), encodings x seeds (`compare/`), controlled tasks (`probing`, `probes/`).
+`run` trains and measures one run, `compare/` compares encodings x seeds, `probing` and `probes/` are the controlled tasks.
 """

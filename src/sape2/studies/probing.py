@@ -1,7 +1,7 @@
-"""The controlled tasks run: one small model for each (encoding, seed, layers), the work behind `sape2 probe`.
+"""Trains and measures one small model on a controlled task for each (encoding, seed, layers), for `sape2 probe`.
 
-Within a seed all encodings see the same batches and start from the same weights outside of the encoding. The scenes that
-are measured are the same for all. What is measured are the weights of the last step; nothing is selected.
+Within a seed all encodings see the same batches and start from the same weights outside of the encoding. All are measured
+on the same scenes, with the weights of the last step; no checkpoint is selected.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Cell:
 
     @property
     def key(self) -> Row:
-        """What tells its rows from those of other cells."""
+        """The fields that distinguish the rows of this cell from those of other cells."""
         task = find_task(self.task)
         settings = {"steps": self.steps, "batch_size": task.batch_size, "lr": task.lr}
         return {"task": self.task, "encoding": self.encoding, "seed": self.seed, "layers": self.layers} | settings
@@ -189,7 +189,7 @@ def measured_scenes(task: Task, name: str, split: str) -> Iterator[Scenes]:
 
 
 def _size_rule(model: ViT, grid: tuple[int, int]) -> str:
-    """How each part of the encoding treats a grid that it was not trained on."""
+    """Describes how each part of the encoding handles a grid that it was not trained on."""
     if grid == model.config.grid:
         return "the training grid"
     parts = {m for m in model.modules() if isinstance(m, (AttentionEncoding, TokenEncoding))}

@@ -1,4 +1,4 @@
-"""One run from its settings to its rows: what `sape2 train`, and every run of `sape2 compare`, does."""
+"""Trains and measures one run, for `sape2 train` and for every run of `sape2 compare`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def run_to_end(
 
 
 def help_to_train(config: RunConfig, processes: Processes) -> int:
-    """What every process but the main one does of `run_to_end`: no folder is read or written. Returns an exit status."""
+    """The work in `run_to_end` of every process but the main one; touches no folder. Returns an exit status."""
     try:
         splits = load_data(config.data, config.model)
         model, validate = build_model(config), validation_of(splits, processes)

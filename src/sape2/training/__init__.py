@@ -1,1 +1,1 @@
-"""A model trained: loop, optimiser, checkpoints, processes, and files that survive a crash; no measurements."""
+"""Training of a model: loop, optimiser, checkpoints, processes, and files that survive a crash."""

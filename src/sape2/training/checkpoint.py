@@ -1,4 +1,4 @@
-"""Weights, and what a run goes on from: checkpoint/step-N with weights, optimiser state and progress.
+"""Checkpoints: checkpoint/step-N with weights, optimiser state and progress, from which a run resumes.
 
 There is no random state to keep: every draw of a step is seeded by (seed, step). Nothing here is unpickled freely:
 weights are safetensors, the optimiser is read with weights_only.
@@ -41,7 +41,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 @dataclass
 class Progress:
-    """Where a run stands: the next step, what the current epoch has summed up, the best epoch so far."""
+    """Progress of a run: the next step, sums over the current epoch, the best epoch so far."""
 
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -90,7 +90,7 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def standing(folder: Path) -> str:
-    """Where a run stands, for a person or for a comparison with where it stood."""
+    """Name of the last checkpoint, for a person or to compare with an earlier one."""
     at = last_checkpoint(folder)
     return at.name if at else "no checkpoint yet"
 

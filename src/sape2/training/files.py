@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Atomic writing of files and folders: they appear complete or not at all."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _is_about_writing(error: Exception) -> bool:
 
 
 def holds_files(folder: Path) -> bool:
-    """Whether it is a folder with anything in it but hidden files."""
+    """True if the path is a folder that contains anything but hidden files."""
     return folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())
 
 

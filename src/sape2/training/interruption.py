@@ -1,4 +1,4 @@
-"""How a run is stopped between two steps, and what it says of itself meanwhile."""
+"""Stops a run between two steps on a signal, and shows its progress."""
 
 from __future__ import annotations
 

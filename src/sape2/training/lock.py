@@ -1,8 +1,8 @@
-"""Who works on a folder: one process, by a lock that the kernel takes back when that process ends, however it ends.
+"""A lock on a folder for one process. The kernel releases it when the process ends, however it ends.
 
-The lock is flock on the file `.lock` in the folder, through filelock, so there is no clock and no sign of life. The text of
-the file says who holds it, for people. A holder that ends in good order removes the file; one that vanished leaves it, so
-that the next one can count its death. Where the file system has no flock, OSError is raised rather than another kind of lock.
+The lock is flock on the file `.lock` in the folder, through filelock, so it needs no timeout and no heartbeat. The text of
+the file says who holds it. A holder that ends normally removes the file; one that was killed leaves it, so that the next
+holder can count it. Where the file system has no flock, OSError is raised rather than falling back to another kind of lock.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NAME = ".lock"
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a folder. `note` is the caller's; `deaths` counts the holders before it that vanished with the same note."""
+    """The holder of a folder. `note` is the caller's; `deaths` counts earlier holders with the same note that were killed."""
 
     pid: int = 0
     host: str = "an unknown machine"
@@ -118,7 +118,7 @@ def _make(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> Holder | None:
-    """Who wrote the file; None if nobody did yet, or it is damaged."""
+    """The holder written in the file; None if nothing is written yet or the file is damaged."""
     try:
         return Holder(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

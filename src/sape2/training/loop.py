@@ -1,7 +1,7 @@
 """The training loop. It receives model, images and an evaluate function, and writes the run folder as it goes.
 
-A step is decided by (config, seed, step) and the weights before it, so a run that is resumed at any step gives the
-same weights as one that never stopped. Several processes share each batch; only the main one touches the run folder.
+A step depends only on (config, seed, step) and the weights before it, so a run resumed at any step gives the same
+weights as one that never stopped. Several processes share each batch; only the main one touches the run folder.
 
 Its parts: `accelerator` (device, precision), `optimisation` (optimiser, schedule), `weights` (model and average, whole or
 divided), `record` (what is written), `interruption` (signals and the bar), `data.augment` and `data.mixing` (what a step
@@ -144,7 +144,7 @@ class Trainer:
         self.record.finish(self.weights.whole()[-1])
 
     def _is_saved(self, done: int, stop: int) -> bool:
-        """Whether a checkpoint follows this step, the `done`-th of its epoch."""
+        """True if a checkpoint is saved after this step, the `done`-th of its epoch."""
         every = self.config.train.checkpoint_every
         return bool(done == 0 or stop or (every and self.progress.step % every == 0))
 

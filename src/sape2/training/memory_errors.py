@@ -1,4 +1,4 @@
-"""Memory that is there, and memory that is short: one line that names what did not fit and what makes it smaller."""
+"""Available memory, and errors of one line when memory runs out: what did not fit, and which settings reduce it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUP_LIMIT, GROUP_USE = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup
 
 
 class OutOfMemory(ValueError):
-    """What was being done did not fit; the message says what the user can change."""
+    """A computation did not fit in memory; the message says what the user can change."""
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def _of_attention(model: ModelConfig) -> list[str]:
 
 
 def available_bytes(device: torch.device | str = "cpu") -> int:
-    """What can still be allocated: on CUDA what the driver says, else what the system, or the container's limit, leaves."""
+    """Bytes that can still be allocated: on CUDA by the driver, else by the system or the container's limit."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -1,4 +1,4 @@
-"""What a step is taken with: optimiser, schedule, moving average, seeds. Built by timm."""
+"""Optimiser, schedule, moving average and seeds of a training run, by timm."""
 
 from __future__ import annotations
 
@@ -63,9 +63,9 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """What decays, what does not, the encodings, and under Muon the weight matrices of the blocks, each with its rate.
+    """Parameter groups, each with its rate: decayed, not decayed, encodings and, under Muon, weight matrices of blocks.
 
-    Norms, biases, tokens and everything of an encoding do not decay (`ViT.no_weight_decay`).
+    Norms, biases, tokens and all parameters of an encoding do not decay (`ViT.no_weight_decay`).
     """
     no_decay: Any = getattr(model, "no_weight_decay", set)
     still = no_decay()

@@ -1,8 +1,8 @@
-"""Several processes that train one run: which is the main one, and how all learn what one of them found out.
+"""Ranks, small CPU collectives and error propagation for several processes that train one run.
 
 A launcher (torchrun) starts the same command several times and says so in the environment. Gradients go through
-accelerate; what is said here are numbers and small objects on the CPU, in a group of their own, so that they never meet a
-gradient on its way. Every exchange carries the state of each process, so none waits for one that failed or left.
+accelerate; this module exchanges numbers and small objects on the CPU, in a process group of its own, so they never mix
+with gradients. Every exchange carries the state of each process, so none waits for one that failed or left.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this one reads and writes the run folder, and speaks."""
+        """True for the process that reads and writes the run folder and prints."""
         return self.rank == 0
 
     def largest(self, number: int) -> int:
@@ -55,14 +55,14 @@ class Processes:
         return number if self._group is None else self._exchange(WORKING, number)
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process gives, by rank. All of them must call it; raises what `largest` raises."""
+        """Collects the values of all processes, by rank. All of them must call it; raises what `largest` raises."""
         if self._group is None:
             return [value]
         self._exchange(WORKING)
         return self._gather(value)
 
     def from_main(self, value: Any) -> Any:
-        """What the main process gives. All of them must call it; raises what `largest` raises."""
+        """Broadcasts the value of the main process. All of them must call it; raises what `largest` raises."""
         if self._group is None:
             return value
         self._exchange(WORKING)
@@ -129,12 +129,12 @@ def lost_is_an_os_error() -> Iterator[None]:
 
 
 def is_lost(error: RuntimeError) -> bool:
-    """Whether the error is about the connection to another process: torch has a type for it only in some backends."""
+    """True if the error is about the connection to another process; only some backends raise a type of their own for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def launched() -> int:
-    """How many processes a launcher says it started."""
+    """The number of processes that a launcher says it started."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -196,7 +196,7 @@ def connect() -> Processes:
 
 
 def join_seconds() -> float:
-    """How long a process waits for the others at the start."""
+    """Seconds that a process waits for the others at the start."""
     text = os.environ.get("SAPE2_JOIN_SECONDS", "60")
     try:
         seconds = float(text)

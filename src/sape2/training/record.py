@@ -1,4 +1,4 @@
-"""What a run writes into its folder as it goes: settings, a line per epoch, checkpoints, weights, TensorBoard events."""
+"""Writes the run folder during training: settings, a line for each epoch, checkpoints, weights, TensorBoard events."""
 
 from __future__ import annotations
 

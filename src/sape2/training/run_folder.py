@@ -1,4 +1,4 @@
-"""The run folder: its settings, its images, its rows, and whose it is. Every file appears whole or not at all.
+"""The run folder: its settings, images, rows and lock. Every file appears complete or not at all.
 
 config.json, data.json (which images, see data/fingerprint.py), model.safetensors (last epoch; its presence says that the
 run is finished), best.safetensors (best epoch on the validation set), checkpoint/step-N/ (resume), metrics.jsonl (a line per
@@ -105,7 +105,7 @@ def own_results(folder: Path) -> list[Row]:
 
 
 def is_whole(folder: Path, row: Row) -> bool:
-    """Whether a row is over all images of its split, and not over a few by --limit."""
+    """True if a row covers all images of its split rather than a part chosen by --limit."""
     if "limit" in row:
         return row["limit"] is None
     known = read_seen(folder).get(row.get("split", ""))  # an older row says it by its n
@@ -186,7 +186,7 @@ def keep_fingerprint(folder: Path, fingerprint: Row) -> None:
 
 
 def read_seen(folder: Path) -> Row:
-    """What data.json holds; {} where there is none or it is damaged, which `check_images` tells."""
+    """Reads data.json; {} if there is none or it is damaged, which `check_images` reports."""
     try:
         seen = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):  # an older run, or one that was copied in parts
@@ -297,7 +297,7 @@ def read_config(folder: Path) -> RunConfig:
 
 
 def _without_format(values: Any) -> Any:
-    """What `start_run` wrote, less what it put before the config. Raises ValueError for another format."""
+    """The config that `start_run` wrote, without the fields before it. Raises ValueError for another format."""
     if not isinstance(values, dict):
         return values
     number = values.get("format", FORMAT)

@@ -1,8 +1,8 @@
-"""Weights, gradients and optimiser state divided among the processes, and put together again for files and measurements.
+"""Divides weights, gradients and optimiser state among the processes, and gathers them for files and measurements.
 
 FSDP2, `torch.distributed.fsdp.fully_shard` (Zhao et al., arXiv:2304.11277): every process keeps one part of each tensor, and a
-block has its whole weights only while it computes. Files hold whole tensors, as those of one process do. What torch has for
-this is imported when it is used: it takes a while.
+block has its whole weights only while it computes. Files hold whole tensors, as those of one process do. The modules of
+torch for this are imported when they are used, because the import is slow.
 """
 
 from __future__ import annotations

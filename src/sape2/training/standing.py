@@ -1,4 +1,4 @@
-"""Where a run stands, in words: for whoever asks something of it that only a finished run can answer."""
+"""Errors for commands that need a finished run: they say how far the run is and how to resume it."""
 
 from __future__ import annotations
 

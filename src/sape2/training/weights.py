@@ -1,4 +1,4 @@
-"""The weights of a run: the model and its moving average, in one place or divided among processes (`sharding`)."""
+"""The weights of a run: the model and its moving average, whole or divided among processes (`sharding`)."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ class Weights:
             self.ema.update(self.model, step=step)
 
     def take_up(self, folder: Path) -> tuple[Progress, dict[str, Any] | None]:
-        """Where the main process finds the run in the folder, and the optimiser's state, in all processes.
+        """Loads the last checkpoint on rank 0 and broadcasts it; returns the progress and the optimiser's state.
 
-        The others need not see the folder.
+        Other processes need no access to the folder.
         """
         taken: tuple[Progress, dict[str, Any] | None] = (Progress(), None)
         checkpoint = last_checkpoint(folder) if self.processes.is_main else None

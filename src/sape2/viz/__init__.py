@@ -1,4 +1,4 @@
-"""Pictures of what was measured, with units at axes and scales; nothing is measured or trained here.
+"""Charts and drawings of measured numbers, with units on axes and scales.
 
 `plot_*` take data and a file name and write the file, by matplotlib. `*_figure` and panels give drawings (`viz.drawing`),
 for pages and for files.

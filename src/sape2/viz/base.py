@@ -1,4 +1,4 @@
-"""What all charts share: colours that everyone can tell apart, legends, and files that appear whole or not at all.
+"""Common parts of all charts: colours that colour-blind readers can distinguish, legends and atomic files.
 
 Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines the dashes change too.
 """

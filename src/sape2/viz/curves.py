@@ -1,4 +1,4 @@
-"""Pictures of runs: training curves, and results against shift, size or layer."""
+"""Charts of runs: training curves, and results against shift, size or layer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 
 
 class Notes(NamedTuple):
-    """What a picture says beside its curves: what its bands are, and in the title what holds for all of them."""
+    """The text of a chart: the meaning of its bands and, in the title, the conditions that all curves share."""
 
     band: str = "95 % interval over images"
     about: str = ""

@@ -1,6 +1,6 @@
-"""A drawing of few kinds of shapes, written as SVG.
+"""A drawing of a few kinds of shapes, written as SVG.
 
-For pictures that a page shows at once: a hundredth of a second. Lengths are in CSS pixels, y runs down.
+For pages that must respond at once: a drawing takes a hundredth of a second. Lengths are in CSS pixels, y points down.
 """
 
 from __future__ import annotations

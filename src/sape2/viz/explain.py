@@ -1,7 +1,7 @@
-"""What a trained model did with one image: prediction, bias or attention, gates and positions, as one page or picture.
+"""Explains the prediction of a trained model for one image: bias or attention, gates and positions, as page or picture.
 
-The page is a single HTML file that needs nothing else: figures are inside it as SVG, there is no script and no
-address. Its panels are those of `sape2 explore`.
+The page is a single, self-contained HTML file: figures are embedded as SVG, and it has no script and links to no
+other address. Its panels are those of `sape2 explore`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Patch = tuple[int, int]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which layer and head (both from 1, None for all or their mean), and which patches (None: the centre and a corner)."""
+    """The chosen layer and head (both from 1, None for all or their mean) and patches (None: the centre and a corner)."""
 
     layer: int | None = None
     head: int | None = None
@@ -301,7 +301,7 @@ def _about(found: Explanation) -> str:
 
 
 def _unlike(found: Explanation) -> Iterator[str]:
-    """What a reader should know before the prediction."""
+    """Warnings that a reader should see before the prediction."""
     if found.unlike:
         yield f"<p><strong>{UNLIKE}</strong> {_text(_how_unlike(found))}</p>"
 

@@ -1,4 +1,4 @@
-"""Figures about one image, each a list of drawings: beside each other as far as there is room, on a page or in one file."""
+"""Figures about one image, each a list of drawings, placed side by side where there is room, on a page or in one file."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def counts_figure(
     grid: Grid,
     patch: Patch,
 ) -> list[Drawing]:
-    """What one patch counts: its gates and its positions along each axis, a line a head, below the patches that are counted.
+    """The counts of one patch: gates and positions along each axis, one line per head, below the counted patches.
 
     `maps` is {"x": {"gates": ..., "positions": ...}, "y": ...}; a position that is read twice (counts from both ends) has
     twice as many places.

@@ -1,4 +1,4 @@
-"""How costs grow with the number of tokens."""
+"""Charts of cost against the number of tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bias of one patch of one image in every layer, by matplotlib; figures with more in them: `viz.figures`."""
+"""The bias of one patch of one image in every layer, drawn by matplotlib; `viz.figures` has figures with more content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which pictures the rows of each measure make, for one run or many."""
+"""The charts made from the rows of each measure, for one run or many."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Panels about one image under a model, patch by patch, each a `Drawing` narrow enough for a phone; with `viz.plots` what
-`explain` and `explore` are made of.
+"""Panels about one image under a model, patch by patch; with `viz.plots` they make up `explain` and `explore`. Each is a
+`Drawing` narrow enough for a phone.
 
-Arrays are numpy; a patch is (row, column). i is the patch that one looks from, n another one, m a place in i's line.
+Arrays are numpy; a patch is (row, column). i is the patch that attends, n another one, m a place in i's line.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def line_panel(
     title: str,
     letter: str = "i",
 ) -> Drawing:
-    """What the patches of one line are to `patch`: themselves above, then a row of numbers for every quantity.
+    """The quantities of one line for `patch`: the patches above, then a row of numbers for each quantity.
 
     A quantity with twice as many values as the line has patches (counts from both ends) gets two rows.
     """

@@ -1,4 +1,4 @@
-"""Panels with axes: a table read between its positions, two vectors, shares, values against distance.
+"""Panels with axes: a table and the positions where it is read, two vectors, shares, values against distance.
 
 Arrays are numpy, as in `viz.panels`.
 """

@@ -1,4 +1,4 @@
-"""The controlled tasks: what their scenes look like, and how well models do on each split."""
+"""Charts of the controlled tasks: example scenes, and the accuracy of models on each split."""
 
 from __future__ import annotations
 

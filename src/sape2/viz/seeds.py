@@ -1,4 +1,4 @@
-"""A comparison with every seed as a point."""
+"""A chart that compares encodings with every seed as a point."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What encodings cost in operations, time and memory; what they are worth is measured beside this folder, not in it.
+"""The cost of encodings in operations, time and memory.
 
-What is run is in `subjects`, over which grids, batches and dtypes in `sweep`, and its numbers in `rows`.
+`subjects` defines the code that is run, `sweep` the grids, batches and dtypes, and `rows` the results.
 """

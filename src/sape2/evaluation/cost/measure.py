@@ -1,4 +1,4 @@
-"""What a model costs: parameters, operations, speed, memory; and the steps that are timed."""
+"""Measures the cost of one model: parameters, operations, speed and memory; and defines the steps that are timed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Peak memory of a step: measured at the allocator, or predicted without allocating anything.
 
-Both speak of *extra* bytes: the most that is alive at one moment of the step, above what was alive before it.
+Both count *extra* bytes: the maximum allocated at one moment of the step, minus what was allocated before it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What a forward pass computes: multiply-accumulates, and apart from them the work on single numbers.
+"""Counts the operations of a forward pass: multiply-accumulates and, separately, elementwise work.
 
 Everything is counted from the operators that PyTorch runs on the device "meta", where tensors have shapes but no
-values: nothing is allocated, and no fused attention kernel hides its products and its softmax from the counter. What is
-counted is therefore what the code asks for, whichever kernel does it in the end.
+values: nothing is allocated, and no fused attention kernel hides its products and its softmax from the counter. The
+counts are therefore those of the code as written, whichever kernel later executes it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Operations(NamedTuple):
 
 
 def count_operations(run: Callable[[], object]) -> Operations:
-    """What `run`, which works on tensors of the device "meta", asks PyTorch to compute, without gradients."""
+    """Counts the operations that `run`, on tensors of the device "meta", requests from PyTorch, without gradients."""
     single, products = ElementwiseCounter(), FlopCounterMode(display=False)
     with single, products, torch.no_grad():
         run()
@@ -116,12 +116,12 @@ def _operations(operator: Any, args: tuple, output: Any) -> int:
 
 
 def _is_view(func: Any) -> bool:
-    """Whether the operator returns another look at what it was given."""
+    """True if the operator returns a view of its input."""
     return func.overloadpacket is aten._unsafe_view or any(
         value.alias_info is not None and not value.alias_info.is_write for value in func._schema.returns
     )
 
 
 def _size(values: Any) -> int:
-    """How many numbers the largest of the tensors holds: an operator that returns two numbers per place works once."""
+    """Elements of the largest of the tensors: an operator that returns two numbers per place counts once."""
     return max((math.prod(value.shape) for value in tree_leaves(values) if isinstance(value, Tensor)), default=0)

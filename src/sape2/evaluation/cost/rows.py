@@ -1,4 +1,4 @@
-"""What `sape2 cost` measured, as rows for programs, tables for people and lines for figures."""
+"""The results of `sape2 cost`, as rows for programs, tables for people and lines for figures."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def growth_rows(rows: list[Row]) -> list[Row]:
 
 
 def count_table(rows: list[Row]) -> list[Row]:
-    """What was counted in one cell, in millions, and the path of the phase with gradients; one line an encoding."""
+    """Counts of one cell, in millions, and the path of the phase with gradients; one line for each encoding."""
     lines = _lines(rows)
     for row in rows:
         line, name = lines[row["encoding"]], row["name"]
@@ -100,7 +100,7 @@ def count_table(rows: list[Row]) -> list[Row]:
 
 
 def time_table(rows: list[Row]) -> list[Row]:
-    """What was measured in one cell; spread, speed, memory and ratios are those of the phase with gradients."""
+    """Times of one cell; spread, speed, memory and ratios are those of the phase with gradients."""
     lines = _lines(rows)
     for row in rows:
         line, value, (short, long) = lines[row["encoding"]], row["value"], PHASES[row["level"]]

@@ -1,4 +1,4 @@
-"""What takes its turn in `sape2 cost`: attention under one encoding, or a whole model with it.
+"""The subjects that `sape2 cost` times in turn: attention with one encoding, or a whole model with it.
 
 A subject runs, predicts and describes each of its phases: for attention `forward` and `forward_backward`, for a model
 `inference` and `training_step`. It makes its inputs when it first runs, so that what is too large is never allocated.

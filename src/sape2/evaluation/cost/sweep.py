@@ -1,4 +1,4 @@
-"""What encodings cost, swept over grids, batches and dtypes: the work behind `sape2 cost`.
+"""Measures the cost of encodings over grids, batches and dtypes, for `sape2 cost`.
 
 In a cell (one level, dtype, batch, grid) all encodings take turns, beside two yardsticks: `none`, the same code without
 an encoding, and at the level of attention `plain`, softmax(q k^T / sqrt(d)) v written with matrix products.
@@ -36,7 +36,7 @@ SUBJECTS: dict[str, type[Subject]] = {"attention": AttentionSubject, "model": Mo
 
 @dataclass(frozen=True)
 class Sweep:
-    """What to measure. Raises ValueError for names, sizes and combinations that cannot be."""
+    """The settings of a sweep. Raises ValueError for names, sizes and combinations that are not possible."""
 
     encodings: tuple[str, ...]
     grids: tuple[Grid, ...]
@@ -78,7 +78,7 @@ class Sweep:
 
     @property
     def rounds(self) -> int:
-        """How many rounds of timing there are in all, for a progress bar."""
+        """Total number of timing rounds, for a progress bar."""
         return len(self.cells()) * 2 * (WARMUP + self.repeats)
 
 
@@ -91,7 +91,7 @@ def parse_grid(text: str) -> Grid:
 
 
 def attention_part(name: str) -> str:
-    """What of a name acts in one attention layer: "ape+sape2:count=cyclic,every=2" -> "sape2:count=cyclic"; else "none"."""
+    """The parts of a name that act in one attention layer: "ape+sape2:every=2" -> "sape2"; "none" if there are none."""
     parts = [part for part in parse_encoding(name) if not part.acts_on_tokens]
     options = [",".join(f"{key}={value}" for key, value in part.options.items()) for part in parts]
     return "+".join(part.name + f":{text}" * bool(text) for part, text in zip(parts, options, strict=True)) or NONE
@@ -168,7 +168,7 @@ def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_ro
 
 
 def _too_large(subject: Subject, phase: str) -> str | None:
-    """Why the phase must not be tried: running out of memory would end the whole process. None if it may."""
+    """Reason for skipping a phase that would run out of memory and end the process; None if the phase may run."""
     available = available_bytes(subject.cell.device)
     if subject.ceiling <= available:
         return None

@@ -1,4 +1,4 @@
-"""How long steps take: wall time, the steps of a comparison taken in turn, with spread."""
+"""Times the steps of a comparison in turn, as wall time with spread."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Runs that differ in the seed only, as one: what tells a group from the others, and the means over its seeds.
+"""Groups of runs that differ only in the seed: what distinguishes groups, and the means over the seeds of each.
 
-Not the settings alone decide: runs on other images (data.json), or trained in another precision, are no seeds of one line.
+Equal settings are not enough: runs on different images (data.json) or in different precisions are in different groups.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The headline numbers of a run: a few of each measure, for a table of many runs. docs/evaluation/README.md says why these."""
+"""The headline numbers of a run: a few of each measure, for a table of many runs. docs/evaluation/README.md gives reasons."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def step_ms(run: Run) -> float | None:
 
 
 def _objects(runs: Iterable[Run]) -> str | None:
-    """Where the labels of the patches come from: true masks, else scenes; colour clusters are not objects."""
+    """Source of the patch labels: true masks, else scenes. Colour clusters are not objects and do not count."""
     there = {row.get("masks") for run in runs for row in run.rows}
     return next((masks for masks in ("given", "scenes") if masks in there), None)
 

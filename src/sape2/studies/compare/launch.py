@@ -1,9 +1,9 @@
-"""A study as jobs of submitit, one a run: processes of this machine, or the queue of Slurm.
+"""Runs a study as submitit jobs, one for each run: as processes of this machine, or in the queue of Slurm.
 
-What is to be done follows from the run folders, as it does for `work`, which each job does with one run. So it does not matter
-whether a job ends, is killed or never starts: a run that is not settled when its job is over is submitted again. That no run
-is done twice at once is the lock of its folder on one machine. In the queue Slurm sees to it: jobs of one run have one
-name, and of these one at a time may run (`singleton`).
+Each job does one run with `work`. The run folders say which runs remain, so it does not matter whether a job ends, is killed
+or never starts: a run that is not settled when its job is over is submitted again. On one machine the lock of the run
+folder prevents two jobs from doing the same run. In the queue Slurm does: all jobs of one run have the same name, and of
+these only one may run at a time (`singleton`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OURS = ("array_parallelism", "dependency", "job_name", "name", "nodes", "ntasks_
 
 
 class Job(Protocol):
-    """What is used of a job of submitit."""
+    """The part of submitit's job interface that is used here."""
 
     job_id: Any
 
@@ -43,7 +43,7 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    """Where jobs run; `slots` is how many at a time where nothing is said, None for all."""
+    """Submits and stops jobs; `slots` is the default number of jobs at a time, None for all."""
 
     slots: int | None
 
@@ -65,7 +65,7 @@ def _reason_file(study: Study, cell: Cell) -> Path:
 
 @dataclass(frozen=True)
 class CellJob:
-    """What a job does: its run, from where that stands. Before its time is over it saves a checkpoint and is requeued."""
+    """A job: resumes its run from the last checkpoint. Before its time limit it saves a checkpoint and is requeued."""
 
     study: Study
     cell: Cell

@@ -1,4 +1,4 @@
-"""What a study gave: raw rows in, one comparison row an encoding and number out, and tables and figures of these."""
+"""The outcome of a study: turns raw rows into one comparison row for each encoding and number, tables and figures."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Outcome:
         return f"{about['data']}, {about['model']}, {about['epochs']} epoch{'s' * (about['epochs'] != 1)}{changed}"
 
     def notes(self) -> list[str]:
-        """What a reader must know of the numbers beside their table."""
+        """Notes on the numbers that a reader of the table must know."""
         notes = [EXPLAINED] if len(self.finished) > len(self.encodings) else []
         seeds: dict[str, set[int]] = {}
         for row in self.finished:

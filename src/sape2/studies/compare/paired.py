@@ -1,6 +1,6 @@
-"""Two encodings under the same seeds: the paired difference, its interval and its test; and many of them at once.
+"""Paired comparison of encodings under the same seeds: difference, interval and test, and corrections for many tests.
 
-Imports nothing of ours.
+Imports nothing else of this package.
 """
 
 from __future__ import annotations

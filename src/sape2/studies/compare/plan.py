@@ -1,7 +1,7 @@
-"""A study: encodings x seeds under one recipe, a run folder each.
+"""The plan of a study: encodings x seeds under one recipe, with one run folder each.
 
 OUT/study.json holds the settings that all runs share, OUT/ENCODING-sSEED the runs, OUT/rows.jsonl a line for each that is
-finished or has failed. What is to be done follows from these files alone, so a process may stop, or be killed, at any moment.
+finished or has failed. The remaining work follows from these files alone, so a process may stop, or be killed, at any time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Progress of a study on standard error: runs done, the present run, time left; a line a run where there is no terminal."""
+"""Progress of a study on standard error: finished runs, current run, time left; one line for each run without a terminal."""
 
 from __future__ import annotations
 

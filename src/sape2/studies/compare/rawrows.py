@@ -1,4 +1,4 @@
-"""Raw rows: what a finished run gave, in one line, so that every table of a study is made from one small file.
+"""Raw rows: the results of a finished run in one line, so that every table of a study is made from one small file.
 
 A line holds the settings of the run (those that decide its result) with their digest, encoding and seed, the conditions it
 was measured under, parameters, MACs, time and memory of a step, the rows of the test set, and the curve of its epochs.
@@ -38,7 +38,7 @@ CURVE = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", 
 
 
 def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What all runs of a study have in common: everything but the encoding and the seed."""
+    """The settings that all runs of a study share: everything but the encoding and the seed."""
     model = {key: value for key, value in settings["model"].items() if key != "encoding"}
     return {key: value for key, value in settings.items() if key != "seed"} | {"model": model}
 
@@ -70,7 +70,7 @@ def raw_row(folder: Path) -> Row:
 
 
 def seen_of(folder: Path) -> Row:
-    """Which images a run saw, as far as other runs are compared by it; {} where that is not known."""
+    """The images of a run, by the facts that comparisons between runs use; {} if they are not known."""
     return {key: value for key, value in read_seen(folder).items() if key != "classes"}
 
 
@@ -130,7 +130,7 @@ def _checked(row: Row, where: str) -> Row:
 
 @cache
 def _read_head(settings: str) -> Row:
-    """What tells a run, from its settings in JSON: a file is read often while a study goes on."""
+    """The fields that identify a run, from its settings in JSON; cached, because a file is read often during a study."""
     return _head(RunConfig.from_dict(json.loads(settings)))
 
 

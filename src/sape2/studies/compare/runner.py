@@ -1,4 +1,4 @@
-"""One cell of a study as `sape2 train` would run it, without a bar of its own."""
+"""Runs one cell of a study as `sape2 train` would, without a progress bar of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sape2.training.loop import TrainingStopped
 
 
 def runner(splits: Splits, step: Callable[[Progress, int], None] = lambda progress, total: None) -> Run:
-    """What `work` runs; `step` hears after each step where the run stands, and of how many steps."""
+    """The function that `work` calls for a cell; `step` is called after each step with the progress and the total steps."""
 
     def run(cell: Cell, lock: Lock) -> None:
         config = cell.config

@@ -1,6 +1,6 @@
-"""Many runs in one table and one set of figures: a line for each, or for each setting with its seeds together.
+"""Tables and figures of many runs: one line for each run, or for each setting with its seeds together.
 
-What was not measured stays empty.
+A cell is empty if its number was not measured.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Comparison:
         return [["encoding", "seeds", *numbers[start : start + most]] for start in parts]
 
     def notes(self) -> list[str]:
-        """What a reader must know before comparing."""
+        """Notes that a reader must know before comparing."""
         notes = []
         if self.has_seeds:
             notes.append(
@@ -96,7 +96,7 @@ class Comparison:
         return notes
 
     def _of_images(self) -> Iterator[str]:
-        """Which numbers are not over all images, and that what stands in several lines is not of the same images."""
+        """Notes on numbers that do not cover all images, and on lines whose numbers come from different images."""
         for measure in self.measures:
             limits: set[int] = {row.get("limit") or 0 for run in self._runs() for row in run.rows if row["measure"] == measure}
             if any(limits) and measure != "cost":

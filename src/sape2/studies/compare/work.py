@@ -1,4 +1,4 @@
-"""The work on a study, shared by any number of processes; each run that fails is noted, and the rest goes on."""
+"""Executes a study, shared by any number of processes; a run that fails is recorded, and the others continue."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Controlled tasks by name: scenes, right answers and chance levels; the models that learn them are not here.
+"""Controlled tasks by name: scenes, correct answers and chance levels. `studies.probing` trains models on them.
 
-To add one: a file with a `Task` and its `SPLITS`, a line here, an oracle of its labels in the tests, a part in docs/probes.md.
+To add one: a file with a `Task` and its `SPLITS`, a line here, an oracle of its labels in the tests, a part of docs/probes.md.
 """
 
 from __future__ import annotations

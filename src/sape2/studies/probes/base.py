@@ -1,4 +1,4 @@
-"""What a controlled task is: seeded scenes on a token grid, a right answer for some of them, and splits with known chance.
+"""The interface of controlled tasks: seeded scenes on a token grid, correct answers, and splits with known chance.
 
 A scene is a grid of cells, one token each; a cell is a vector of features (mostly one-hot). Nothing is cut into patches.
 """

@@ -1,4 +1,4 @@
-"""Task A: the colour of the n-th foreground object to the left, to the right, above or below. Counting with a direction.
+"""Task A: find the colour of the n-th foreground object to the left, right, above or below. Needs directional counting.
 
 Like selective copying on a grid (2D CoPE, arXiv:2405.18719); the splits of density follow MapFormer (arXiv:2511.19279).
 """
@@ -118,7 +118,7 @@ class Count(Task):
 def exists(
     foreground: Bool[Tensor, "batch height width"], numbers: tuple[int, ...]
 ) -> Bool[Tensor, "batch directions numbers height width"]:
-    """Whether a cell has at least n foreground cells on each side of it."""
+    """True where a cell has at least n foreground cells on the side, for each side and each n."""
     counts = foreground.long()
     sides = [
         counts.cumsum(2) - counts,  # to the left

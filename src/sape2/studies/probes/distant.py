@@ -1,4 +1,4 @@
-"""Task D: what belongs together but lies apart. Content alone tells it, so no position at all is the honest control."""
+"""Task D: group parts that belong together but lie apart. Content suffices, so a model without positions is the baseline."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Task B: find the row that looks the same. The case that the formula of SaPE2 is built for: rows compared by their contents.
+"""Task B: find the row with the same contents. The formula of SaPE2 is made for this: it compares rows by content.
 
-Eq. 15 of arXiv:2505.09466 compares two patches by what their rows look like from them, so two rows of one profile are
-close under it wherever they stand.
+Eq. 15 of arXiv:2505.09466 compares two patches by the positions that they count along their rows, so two rows with the
+same contents are close wherever they stand.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Task C: scenes of small objects, seen where objects never stood and at sizes that were never trained."""
+"""Task C: classify scenes of small objects, at places and at image sizes that training did not contain."""
 
 from __future__ import annotations
 

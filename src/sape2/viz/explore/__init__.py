@@ -1,4 +1,4 @@
-"""`sape2 explore`, a page on this machine in which one points at patches; drawings that others use too are not here."""
+"""`sape2 explore`: a local page on which one points at patches. Drawings that other commands use are in `viz`."""
 
 from __future__ import annotations
 

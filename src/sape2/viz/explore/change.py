@@ -1,4 +1,4 @@
-"""What moves with an image and what does not: maps of the image before and after a shift, compared patch by patch."""
+"""Compares the maps of an image before and after a shift, patch by patch: which quantities move with the image."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WHERE = {"x": " along rows", "y": " along columns", "raster": " along the image"
 
 @dataclass(frozen=True)
 class Change:
-    """How far a quantity is from what it was, relative to that: where it was, and moved along with the image.
+    """Relative change of a quantity after a shift: at the same place, and at the place moved with the image.
 
-    0 is "the same", 1 about "as different as nothing would be". `moved` is None for what has no place.
+    0 is "the same", 1 about "as different as nothing would be". `moved` is None for quantities without a place.
     """
 
     what: str
@@ -67,7 +67,7 @@ def _relative(after: np.ndarray, before: np.ndarray) -> float:
 
 
 def _source(side: str, length: int, grid: Grid, steps: Patch, border: str) -> tuple[np.ndarray, np.ndarray]:
-    """Where what is now at each index was before, and whether that was inside the image."""
+    """For each index, the index before the shift that it corresponds to, and whether that lies inside the image."""
     if side == "feature":
         return np.arange(length), np.ones(length, dtype=bool)
     if side == "token":

@@ -1,4 +1,4 @@
-"""What is cut out of one pass for one patch: the numbers of one column of the page."""
+"""The numbers of one column of the page: those of one patch, taken from one pass of the image."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Column:
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows: one column or two, and what moved between them."""
+    """The contents of the page: one or two columns, and what moved between them."""
 
     state: State
     columns: list[Column]

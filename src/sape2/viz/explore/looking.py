@@ -1,4 +1,4 @@
-"""One pass of one image through a model, with everything that the microscope may be asked about it."""
+"""Passes one image through a model once and records everything that the microscope may show."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The microscope: images, models and what there is to see of them, as numbers. No page, no drawing.
+"""The data behind the page: images, models, and the numbers to show. Contains no page and no drawing.
 
-An image goes through a model once (`Microscope.seen`); a click only cuts something else out of what that gave.
-Notation as in the paper: i is the patch one looks from, n another patch, m a place in i's line. Head 0 is the mean of all.
+An image passes a model once (`Microscope.seen`); a click only selects other parts of that result. Notation as in the
+paper: i is the patch that attends, n another patch, m a place in i's line. Head 0 is the mean of all heads.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Microscope:
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """What the page offers: from 0.6 to twice the size trained at."""
+        """Image sizes that the page offers: from 0.6 to twice the training size."""
         config = self.subject.config.model
         sizes = plain_sizes(config.image_size, (config.patch_size,) * 2)
         return [size for size in sizes if _patches(size, config.patch_size) <= LARGEST_GRID]

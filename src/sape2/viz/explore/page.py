@@ -1,7 +1,7 @@
-"""The page of the microscope. Gradio makes the controls and takes uploads; `views` draws what is seen, page.js fetches it.
+"""The web page of the microscope. Gradio provides controls and uploads; `views` draws the figures, page.js fetches them.
 
-A click asks one plain route for the new view, not gradio's queue, so it costs little more than drawing it. The state is
-in the address; the files of a view are links with the same state. Nothing comes from, or goes to, another machine.
+A click requests the new view from one plain route rather than gradio's queue, so it costs little more than drawing it. The
+state is in the address; the files of a view are links with the same state. No data comes from or goes to another machine.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def import_gradio() -> Any:
 
 
 class Desk:
-    """What the routes answer, one request at a time."""
+    """Answers the requests of the routes, one at a time."""
 
     def __init__(self, microscope: Microscope) -> None:
         self.microscope = microscope

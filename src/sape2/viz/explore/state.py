@@ -1,4 +1,4 @@
-"""The state of the page: what decides what is shown, as it stands in the address."""
+"""The state of the page, which decides what it shows, and its form in the address."""
 
 from __future__ import annotations
 

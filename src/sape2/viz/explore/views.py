@@ -1,4 +1,4 @@
-"""A view as pictures and words: sections of panels, for the page and for files."""
+"""Turns a view into sections of panels and text, for the page and for files."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Section:
 
 
 def sections(view: View) -> list[Section]:
-    """What there is to show; sections without content are left out."""
+    """The sections of a view; sections without content are left out."""
     columns = view.columns
     limits = _shared_limits(columns)
     found = [
