@@ -37,7 +37,7 @@ def test_the_memory_of_a_training_step_is_that_of_the_rows():
         assert f"| {encoding} | {cells} |" in page
     bf16, fp32 = (round(float(times_the_memory_of_ape(rows, "ape+sape2", precision)), 1) for rows, precision in columns[:2])
     (row,) = [line for line in README.splitlines() if line.startswith("| What does a training step cost?")]
-    assert f"memory there {fp32}, in bf16 {bf16}" in row
+    assert f"memory {fp32} times, in bf16 {bf16}" in row
 
 
 def test_make_demo_says_what_it_fetches_and_lets_pip_show_how_far_it_is(tmp_path):
