@@ -1,6 +1,6 @@
-"""Encodings put into the models of other libraries (`attach`, `detach`); what an encoding is, and our own ViT, are not here.
+"""Adds encodings to models of other libraries (`attach`) and removes them (`detach`).
 
-To add a library: a file with `find`, an entry in `HOSTS`.
+To add a library: a file with `find`, and an entry in `HOSTS`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def detach(model: Model) -> Model:
 
 
 def find_host(model: nn.Module) -> Host:
-    """Where an encoding goes in a model. Raises ValueError if no file of this folder knows it."""
+    """Finds where an encoding can be attached in a model. Raises ValueError if no file of this folder knows the model."""
     for each in type(model).__mro__:
         library = each.__module__.partition(".")[0]
         if library in HOSTS:

@@ -1,4 +1,4 @@
-"""What all hosts share: where an encoding goes in a model, how attention uses it there, and how it is taken out again.
+"""The parts that all hosts share: attaching an encoding, attention that uses it, and removing it again.
 
 `attach` gives each attention module of the host a submodule `sape2`, the encoding, and changes the class of the module
 to a subclass that overrides `forward` alone. The module, its parameters, names, hooks and training mode stay the same
@@ -129,7 +129,7 @@ def causal_mask(total: int, device: torch.device) -> Bool[Tensor, "tokens tokens
 
 @dataclass(frozen=True)
 class Host:
-    """Where an encoding goes in one model of a host library."""
+    """The places in a model of a host library where an encoding is attached."""
 
     name: str
     layers: list[tuple[nn.Module, type[Attached]]]  # each attention module and the class that it gets
@@ -143,7 +143,7 @@ class Host:
 
 @dataclass
 class Attachment:
-    """What was attached to a model, and what `remove` needs to restore it."""
+    """An attached encoding, with everything that `remove` needs to restore the model."""
 
     host: str
     encoding: str

@@ -1,4 +1,4 @@
-"""What was attached, as a folder of its own: adapter.safetensors, the parameters, and adapter.json, what they are."""
+"""Saves and loads an attached encoding: adapter.safetensors holds its parameters, adapter.json describes them."""
 
 from __future__ import annotations
 

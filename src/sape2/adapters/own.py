@@ -1,4 +1,4 @@
-"""Models of this package, whose encoding is chosen when they are made: a further one, attached to a trained model."""
+"""Attaches a further encoding to a trained model of this package, whose own encoding was chosen when it was created."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""For plain PyTorch: an attention module of ours for one's own blocks, and encodings in `nn.MultiheadAttention`."""
+"""Attention for plain PyTorch: a module for blocks of your own, and encodings in `nn.MultiheadAttention`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an encoding enters a trained model: without effect at the start, and able to learn from there."""
+"""Prepares an encoding for a trained model: without effect at the start, but able to learn from there."""
 
 from __future__ import annotations
 
@@ -93,17 +93,17 @@ def _without_effect(
 
 
 def rotates(encoding: AttentionEncoding) -> bool:
-    """Whether it turns q and k."""
+    """True if the encoding rotates q and k."""
     if isinstance(encoding, Composite):
         return any(rotates(part) for part in encoding.parts if isinstance(part, AttentionEncoding))
     return type(encoding).rotate is not AttentionEncoding.rotate and not isinstance(encoding, Gained)
 
 
 def looks_beyond_pairs(encoding: AttentionEncoding, num_heads: int, head_dim: int) -> bool:
-    """Whether b_in changes with the content of patches other than i and n, as counts along a line do.
+    """True if b_in depends on the content of patches other than i and n, as counts along a line do.
 
-    Found out on a copy with random parameters: in a batch, the content of another patch is changed in each image, and
-    the bias among the others is compared with that of the first image, in which none is.
+    Tested on a copy with random parameters: each image of a batch changes the content of another patch, and the bias among
+    the unchanged patches is compared with that of the first image, in which no patch is changed.
     """
     copied = copy.deepcopy(encoding).double().eval()
     generator = torch.Generator().manual_seed(1)

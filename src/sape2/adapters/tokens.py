@@ -1,4 +1,4 @@
-"""What the attention modules of one model know of the tokens of the running call: how many prefix tokens, which grid."""
+"""The token layout of the running call, shared by the attention modules of a model: number of prefix tokens and grid."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sape2.encodings.grid import Grid, as_grid, num_tokens
 
 
 class _Place:
-    """Where the calls of the model are."""
+    """The grid of the running call and of the calls around it."""
 
     def __init__(self) -> None:
         self.grid: Grid | None = None
@@ -25,7 +25,7 @@ class _Running(_Place, threading.local):
 
 
 class Tokens:
-    """What the attention modules of one model know of the tokens of the running call: each thread of its own.
+    """Number of prefix tokens and grid of the running call, for the attention modules of one model; separate by thread.
 
     The grid is that of the output of the patch projection (B, D, H, W), never a square root. Gradient checkpointing runs
     blocks again in the backward pass, when other images may have passed since, and on an accelerator in a thread of its

@@ -1,6 +1,6 @@
-"""Images read, split with a seed, augmented and batched, with a file for every layout that they can lie in; no models.
+"""Reads, splits, augments and batches images, with one file for each layout in which they can be stored.
 
-Images are held decoded in memory where they fit.
+Images are kept decoded in memory if they fit.
 
 A new layout is a file with a class like `base.Source`, functions to find and read it, a line in `LAYOUTS` and its
 name in `DataConfig.layout`.
@@ -83,7 +83,7 @@ def _check_counts(train: ImageFiles | ImageData, where: str) -> None:
 
 
 def keep_in_memory(images: int, config: DataConfig, model: ModelConfig) -> bool:
-    """Whether that many images are decoded once and kept; which of both decides nothing about a result."""
+    """True if that many images are decoded once and kept in memory; the choice does not change a result."""
     if config.in_memory is not None:
         return config.in_memory
     height, width = model.image_size

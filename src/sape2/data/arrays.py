@@ -1,4 +1,4 @@
-"""Data sets that are arrays already: scikit-learn's digits, and CIFAR in torchvision's files."""
+"""Data sets that are stored as arrays: scikit-learn's digits, and CIFAR in torchvision's files."""
 
 from __future__ import annotations
 

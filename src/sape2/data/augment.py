@@ -1,8 +1,8 @@
-"""Training batches: which images, in which order, and what is done to them.
+"""Training batches: the order of the images and their augmentation.
 
-Batch number `step` of a run follows from (seed, step), not from what ran before. So a run that is resumed anywhere, or
-shared by several processes, sees the same images. What is drawn is drawn on the CPU (`Plan`), and is then done to the images
-where they are: in data workers, or on a device that keeps them.
+Batch number `step` of a run depends only on (seed, step), not on earlier steps. So a run that is resumed anywhere, or shared
+by several processes, sees the same images. Random numbers are drawn on the CPU (`Plan`); the images are then augmented where
+they are stored: in data workers, or on a device that keeps them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def epoch_order(size: int, seed: int, epoch: int, repeats: int = 1, window: int = 0) -> Int[Tensor, " size"]:
-    """Which image stands where in an epoch. With repeats, size/repeats distinct images, copies side by side.
+    """The order of the images in an epoch. With repeats, size/repeats distinct images, copies side by side.
 
     With a window, blocks of window/16 neighbours are put in random order, then images are shuffled within windows.
     """
@@ -57,7 +57,7 @@ def share_of(size: int, rank: int, world: int) -> Int[Tensor, " places"]:
 
 
 class Draws(NamedTuple):
-    """What is drawn for the images of a batch, besides their boxes; `augment` does it to them."""
+    """The random draws for the images of a batch, except their boxes; `augment` applies them."""
 
     padding: int
     corner: Int[Tensor, "2 batch"] | None  # top and left of a crop, in the padded image
@@ -160,7 +160,7 @@ class TrainStream(Dataset):
 
     @property
     def device(self) -> torch.device:
-        """Where the images are, and where they are augmented."""
+        """The device on which the images are stored and augmented."""
         return self.data.images.device if isinstance(self.data, ImageData) else torch.device("cpu")
 
     def where_augmented(self) -> str:

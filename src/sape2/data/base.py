@@ -1,4 +1,4 @@
-"""What every layout shares: images of a split by number, unreadable ones counted, lost files waited for."""
+"""The interface of all layouts: images of a split by number, with unreadable ones counted and missing files retried."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Source(Protocol):
     classes: tuple[str, ...]  # () where the source has no names
 
     def name(self, index: int) -> str:
-        """Where image `index` lies, for people."""
+        """Path or name of image `index`, for messages."""
         ...
 
     def read(self, index: int) -> Any:
-        """What `decode` takes. Raises ValueError if this one cannot be read, OSError if the whole file is lost."""
+        """The input of `decode`. Raises ValueError if this image cannot be read, OSError if its whole file is missing."""
         ...
 
     def contents(self) -> Any:
@@ -65,7 +65,7 @@ def digest(data: bytes) -> str:
 
 @cache
 def tell(line: str) -> None:
-    """A warning, once in a process: for one command a folder is opened more than once."""
+    """Logs a warning once per process, because a command may open a folder several times."""
     log.warning("%s", one_line(line))
 
 
@@ -97,7 +97,7 @@ class UnreadableImages:
 
 
 def waiting_for(what: str, attempt: Callable[[], Result]) -> Result:
-    """What `attempt` gives; where the system refuses a file, again after 0.5, 1, 2, 4 and 8 seconds, then OSError."""
+    """Calls `attempt`; if the system refuses a file, retries after 0.5, 1, 2, 4 and 8 seconds, then raises OSError."""
     for delay in (*RETRY_DELAYS_S, None):
         try:
             return attempt()

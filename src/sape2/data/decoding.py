@@ -1,4 +1,4 @@
-"""One image, read by `pixels`, cropped and resized to what a model takes."""
+"""Turns one image into the input of a model: reads it with `pixels`, crops and resizes it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def decode(entry: Any, model: ModelConfig, where: str, crop: Crop | None = None)
 
 
 def file_in(entry: Any, where: str) -> Path | bytes:
-    """Where the image of a row lies, or its bytes; raises ValueError that names the row if it has none."""
+    """Path or bytes of the image in a row; raises ValueError that names the row if it has none."""
     data = entry.get("bytes") if isinstance(entry, dict) else None
     path = entry.get("path") if isinstance(entry, dict) else None
     if data is None and path is None:
@@ -33,7 +33,7 @@ def file_in(entry: Any, where: str) -> Path | bytes:
 
 
 class Crop:
-    """Which part of an image the model sees. Without one the whole image is resized, its sides alike or not."""
+    """The part of an image that the model sees. Without a crop the whole image is resized and may change its proportions."""
 
     def box(self, image: Image.Image, model: ModelConfig) -> Image.Image:
         raise NotImplementedError
@@ -86,12 +86,12 @@ class CenterCrop(Crop):
 
 
 def evaluation_crop(config: DataConfig) -> Crop | None:
-    """How images that are not trained on are cut: `data.center_crop`, or not at all."""
+    """The crop for images that are not trained on: `data.center_crop`, or None."""
     return None if config.center_crop is None else CenterCrop(config.center_crop)
 
 
 def in_words(config: DataConfig, model: ModelConfig) -> str:
-    """What is done to an image that is not trained on before its pixels are normalised, for those who do it elsewhere."""
+    """Describes the preprocessing of evaluation images up to normalisation, for people who do it in other programs."""
     height, width = model.image_size
     channels = {1: "grey", 3: "RGB", 4: "RGBA"}.get(model.in_channels, f"{model.in_channels} channels")
     size = f"{width}x{height} pixels (width x height)"

@@ -1,8 +1,8 @@
-"""Images that stay in their files and are decoded when they are asked for.
+"""Images that stay in their files and are decoded on demand.
 
 In a labelled set an image that cannot be read is skipped: the next one of its class takes its place. So labels, sizes and
-the order of a run do not depend on which images are damaged, nor on when that is found out. Loose files have no class:
-there such an image is left out and named.
+the order of a run do not depend on which images are damaged, nor on when the damage is found. Files without a class have
+no replacement: such an image is left out and named.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ class Splits:
 
 
 def _ahead(take: Callable[[Any], Taken], parts: Sequence[Any]) -> Iterator[Taken]:
-    """What `take` gives for each part; the next is taken while one is used."""
+    """Yields `take` of each part; the next part is taken while the current one is used."""
     with ThreadPoolExecutor(1) as ahead:
         waiting = ahead.submit(take, parts[0])
         for following in (*parts[1:], None):

@@ -1,6 +1,6 @@
-"""What a run remembers of its images, so that one taken up again with others notices. Cheap: labels, names, a few files.
+"""A fingerprint of the images of a run, so that resuming with others is noticed. Cheap: labels, names, a few files.
 
-Also what later commands tell people: the names of the classes, and how large the images were.
+It also stores facts that later commands show: the names of the classes and the sizes of the images.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class FolderImages:
         return list(seen.values())
 
     def real_paths(self, files: Files) -> dict[str, str]:
-        """Where each image really lies -> what it is called."""
+        """Maps the real path of each image to the name it is called by."""
         names = (os.path.join(self.root.name, "") * bool(self._start) + os.fsdecode(path) for path in self._paths.tolist())
         return {files.real[name]: name for name in names}
 
@@ -116,12 +116,12 @@ def _check_splits_below(where: str, folders: list[str], found: list[str], in_spl
 
 
 def find(files: Files) -> bool:
-    """Whether a folder named as a split holds folders with images."""
+    """True if a folder named like a split contains folders with images."""
     return any(True in below for name, below in _tops(files).items() if split_of(name))
 
 
 def find_classes(files: Files) -> bool:
-    """Whether DIR/*/ holds images, and no folder is a split."""
+    """True if DIR/*/ holds images and no folder is a split."""
     return not find(files) and any(_tops(files).values())
 
 

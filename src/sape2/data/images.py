@@ -1,4 +1,4 @@
-"""Images with their labels in memory, how they are normalised, and how a set is split with a seed."""
+"""Labelled images in memory, their normalisation, and splits drawn with a seed."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def limit_by_class(data: Set, size: int, seed: int) -> Set:
 
 
 def draw_by_class(labels: Tensor, size: int, seed: int) -> Tensor:
-    """Which images these are, ascending; the first of a larger draw with the same seed are a smaller one."""
+    """Indices of `size` images drawn by class, ascending; a smaller draw with the same seed is part of a larger one."""
     generator = torch.Generator().manual_seed(seed)
     place = torch.empty(len(labels), dtype=torch.float64)  # of an image in a random order of its class, from 0 to 1
     for members in _members(labels):
@@ -131,7 +131,7 @@ def draw_by_class(labels: Tensor, size: int, seed: int) -> Tensor:
 
 
 def class_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Which images go to (rest, part); reads labels only."""
+    """Indices of the two parts (rest, part) of a set, split by class; reads labels only."""
     generator = torch.Generator().manual_seed(seed)
     rest, part = [], []
     for members in _members(labels):

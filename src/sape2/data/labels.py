@@ -1,4 +1,4 @@
-"""Labels of two files that name their classes: matched by name, never by number. Names that look alike are told apart."""
+"""Matches the labels of two files that name their classes, by name, never by number. Similar names are kept apart."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def numbers_of(names: Sequence[str]) -> dict[str, int]:
 
 
 def near_name(name: str, wanted: Sequence[str]) -> str:
-    """What an error adds where a known name differs by capitals, spaces or what does not show."""
+    """Hint for an error about a name that differs from a known one by capitals, spaces or invisible characters."""
     near = next((other for other in wanted if _looks(other).casefold() == _looks(name).casefold()), None)
     if near is None:
         return ""

@@ -1,7 +1,7 @@
-"""What is done to a normalised batch on its device: random erasing, mixup, cutmix, soft targets; timm draws, on the CPU.
+"""Augmentation of normalised batches on their device: random erasing, mixup, cutmix, soft targets. timm draws on the CPU.
 
-The draws follow from the global generators of torch, numpy and random, which the training loop seeds before every step. So
-a batch is the same on every device.
+The draws come from the global generators of torch, numpy and random, which the training loop seeds before every step. So a
+batch is the same on every device.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def erase_areas(erase: Callable[[Any], Any], images: Tensor, places: Int[Tensor,
 
 
 class _Blank:
-    """What timm's RandomErasing takes for the image at `place`: notes what it would write, and where."""
+    """A stand-in for the image at `place` in timm's RandomErasing, which records what it would write, and where."""
 
     def __init__(self, images: Tensor) -> None:
         self.place, self.shape, self.dtype = 0, images.shape[1:], images.dtype

@@ -1,6 +1,6 @@
-"""The recipe `images`: what a folder of one's own says about a run. The same folder always says the same.
+"""Fits the recipe `images` to a folder of images. The same folder always gives the same settings.
 
-Image size: that of 32, 64, 96, 224 which is nearest, by ratio, to the median of the shorter sides. Channels: one if every
+Image size: the one of 32, 64, 96, 224 that is nearest, by ratio, to the median of the shorter sides. Channels: one if every
 image looked at is grey, else three. Mean and std: over the pixels of the training images looked at, at that size. Test set:
 where there is none, a fifth of each class. Batch: the largest power of two from 2 to 128 with 8 updates an epoch.
 """
@@ -33,7 +33,7 @@ FEWEST_STD = 0.01  # for images that are all of one colour
 
 @dataclass(frozen=True)
 class Look:
-    """What was seen of the images looked at: (height, width) of each, and whether all are grey."""
+    """Facts about the sampled images: (height, width) of each, and whether all are grey."""
 
     sizes: list[tuple[int, int]]
     grey: bool
@@ -68,7 +68,7 @@ def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
 
 
 def find_data(data: DataConfig) -> DataConfig:
-    """Where the images lie, in which layout, and whether a test set must be drawn; the folder gives the name."""
+    """Finds the images, their layout, and whether a test set must be split off; the name is that of the folder."""
     source = data.source
     if source is None:
         raise ValueError("images needs --data: a folder with a folder of images for each class, DIR/CLASS/*.jpg")
@@ -162,7 +162,7 @@ def _in_words(config: RunConfig, sources: Any, classes: tuple[str, ...], look: L
 
 
 def settings_in_words(config: RunConfig) -> str:
-    """What the model is given, once `--set` has changed what `fit` filled in."""
+    """Describes the settings of the model, after `--set` has changed those that `fit` filled in."""
     model, data = config.model, config.data
     return (
         f"resized to {model.image_size[1]}x{model.image_size[0]} in patches of {model.patch_size}; "

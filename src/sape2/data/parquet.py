@@ -1,6 +1,6 @@
 """Parquet files in the layout of the Hugging Face hub: an image column (bytes, or a path in the folder) and a label column.
 
-A local folder is read by row group, each held in memory only while it is of use; a hub id goes through the cache of `datasets`.
+A local folder is read by row group, each kept in memory only while it is needed; a hub id uses the cache of `datasets`.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def paths_in(found: Any, column: str) -> list[str]:
 
 
 def _lacks_bytes(group: Any, column: str) -> bool:
-    """Whether rows of a row group have no bytes, as far as its metadata tell."""
+    """True if rows of a row group have no bytes, according to its metadata."""
     chunks = {chunk.path_in_schema: chunk for chunk in map(group.column, range(group.num_columns))}
     chunk = chunks.get(f"{column}.bytes")
     if chunk is None:
@@ -171,7 +171,7 @@ def _columns(schema: Any, where: str, config: DataConfig) -> tuple[str, str]:
 
 
 def _holds(kind: Any, *wanted: str) -> bool:
-    """Whether a type of pyarrow is "string" or "binary" of whatever storage: large, as a view, of one size, in a dictionary."""
+    """True if a pyarrow type is one of `wanted` ("string", "binary") in any storage: large, view, fixed size, dictionary."""
     import pyarrow
 
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
@@ -179,7 +179,7 @@ def _holds(kind: Any, *wanted: str) -> bool:
 
 
 def _is_image(kind: Any) -> bool:
-    """Whether it is a struct of bytes, a path, or both."""
+    """True if the type is a struct of bytes, a path, or both."""
     import pyarrow
 
     fields = {each.name: each.type for each in kind} if pyarrow.types.is_struct(kind) else {}
@@ -242,7 +242,7 @@ def find(files: Files) -> bool:
 
 
 def holds_paths(files: Files, config: DataConfig) -> bool:
-    """Whether rows of the first file name image files, which then belong to it."""
+    """True if rows of the first file name image files, which then belong to the data set."""
     first = next(iter(files.ending(".parquet")), None)
     try:
         with (files.root / str(first)).open("rb") as stream, opened(stream) as found:
@@ -271,7 +271,7 @@ def read(files: Files, config: DataConfig) -> dict[str, Source]:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether it is written as owner/name, and nothing of that path is here."""
+    """True if the text has the form owner/name and no such path exists here."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(source).exists()
 
 

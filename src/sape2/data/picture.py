@@ -1,4 +1,4 @@
-"""An image file of any kind, as a model takes it, and in what it is unlike the images that the model was trained on."""
+"""Loads an image file as input of a model, and compares it with the images that the model was trained on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one rule by which an image file becomes pixels of 8 bits. Users read it in docs/data.md, "How an image is read".
+"""The single rule that turns an image file into 8-bit pixels. docs/data.md, "How an image is read", explains it to users.
 
 Training, evaluation, explain, explore and detection all come through `read_image` or, with an image of Pillow's, `to_8_bits`.
 """
@@ -143,7 +143,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What EXIF asks for; damaged EXIF asks for nothing."""
+    """The rotation that EXIF asks for; None if EXIF is damaged."""
     try:
         value = image.getexif().get(ORIENTATION)
     except Exception:  # Pillow raises many kinds; the pixels are whole

@@ -1,7 +1,7 @@
-"""RandAugment and AutoAugment by torchvision: drawn on the CPU group by group, done to images wherever they are.
+"""RandAugment and AutoAugment by torchvision: drawn on the CPU for each group, applied on the device of the images.
 
-torchvision draws and changes a whole batch alike. Here the draws are noted first. Then every operation is done once, to all
-images that drew it, whatever their group: the same pixels as group by group, in a tenth of the calls.
+torchvision draws one policy for a whole batch. Here the draws of all groups are recorded first. Then every operation is
+applied once, to all images that drew it, whatever their group: the same pixels as group by group, in a tenth of the calls.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Round(NamedTuple):
 def draw_rounds(
     config: AugmentConfig, seed: int, groups: Int[Tensor, " batch"], size: int, shape: tuple[int, ...]
 ) -> list[Round]:
-    """What the policy does to images of `shape`, of which `groups` says the group, in a batch of `size` groups.
+    """The operations of the policy for images of `shape`; `groups` is the group of each, of `size` groups in a batch.
 
-    Every group of the whole batch draws, also one of which no image is here. The global generators stay as they were.
+    Draws are made for every group of the whole batch, even if none of its images is here. The global generators are unchanged.
     """
     drawn = _note_draws(make_policy(config), seed, size, shape)
     return [_round([of[i] if i < len(of) else NOTHING for of in drawn], groups) for i in range(max(map(len, drawn)))]

@@ -1,6 +1,6 @@
-"""The one rule by which a file, a folder or a name belongs to a split, and what keeps the splits apart.
+"""The single rule for which split a file, folder or name belongs to, and checks that keep splits apart.
 
-Users read it in docs/data.md, "Which file belongs to which split".
+docs/data.md, "Which file belongs to which split", explains it to users.
 """
 
 from __future__ import annotations

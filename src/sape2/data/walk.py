@@ -1,6 +1,6 @@
-"""The one walk over a folder: every file below it, as it is named and as it really lies.
+"""Lists every file below a folder, by its name and by its real path.
 
-Links are followed, but never in a circle. What is hidden or left by systems is not looked at.
+Links are followed, but never in a cycle. Hidden files and files left by operating systems are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAMED = 3  # files that a line names; of more, the number
 
 @dataclass(frozen=True)
 class Files:
-    """What lies below `root`. Names are relative to it, with "/" between folders, in order of name folder by folder."""
+    """The files below `root`. Names are relative to it, with "/" between folders, in order of name folder by folder."""
 
     root: Path
     real: dict[str, str]  # file -> where it really lies
@@ -63,7 +63,7 @@ def walk(root: Path) -> Files:
 
 
 def lying(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Where the files really lie that data name by paths -> the path; only those that lie in `root`."""
+    """Maps the real path of each file that data refer to by `paths` to that path; only files inside `root`."""
     folders: dict[str, str] = {}
     found, top = {}, os.path.join(os.path.realpath(root), "")
     for path in paths:

@@ -2,7 +2,7 @@
 
 The headers of a shard are read once and give the place of every image, so that any image can be read by number: the
 order of a run then follows from its seed alone, and a run goes on in the middle of an epoch without reading up to there.
-Nothing is unpacked, so names in an archive lead nowhere.
+Nothing is unpacked, so names in an archive are never used as paths.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ Place = tuple[str, int, int, Any]  # key, first byte, number of bytes, label
 
 @dataclass
 class Sample:
-    """What a shard holds under one key, each with the name of its member."""
+    """The files of a shard with one key, each with the name of its member."""
 
     images: list[tuple[str, int, int]] = field(default_factory=list)  # first byte, number of bytes
     labels: list[tuple[str, Any]] = field(default_factory=list)
@@ -98,9 +98,9 @@ class Sample:
 
 
 def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Place]:
-    """Where the images of a shard lie, and their labels: numbers, names as `numbers` counts them, None where there is none.
+    """Positions and labels of the images of a shard: numbers, names counted by `numbers`, None without a label.
 
-    Raises ValueError if the shard is damaged, or holds what would be left out, or what can be understood in two ways.
+    Raises ValueError if the shard is damaged, has members that would be left out, or is ambiguous.
     """
     samples: dict[str, Sample] = defaultdict(Sample)
     try:

@@ -1,4 +1,4 @@
-"""Dense prediction: our ViT as the backbone of torchvision's detectors, COCO in and COCO metrics out; no classification."""
+"""Object detection: the ViT of this package as the backbone of torchvision's detectors, with COCO data and metrics."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The annotations of one split in COCO format, every field checked when they are read.
+"""Reads and checks the annotations of one split in COCO format.
 
-What cannot be used is refused in one line that names the file and the id. What has one evident reading is taken so; where
-that changes an object or leaves it out, `notes` count it and name the first. The whole list is in docs/detection.md.
+Unusable fields raise a one-line error that names the file and the id. A field with one evident meaning is accepted; if that
+changes an object or leaves it out, `notes` count such cases and name the first. docs/detection.md has the whole list.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CocoObject:
 
 
 class Notes:
-    """What was changed or left out, counted by kind."""
+    """Counts, by kind, of objects that were changed or left out."""
 
     def __init__(self) -> None:
         self._counts: Counter[str] = Counter()
@@ -178,7 +178,7 @@ class Annotations:
             raise ValueError(f"{where}: {error}") from error
 
     def _is_seen(self, mask: RunLengths, box: Box, outline: Any, size: Grid, told: str, notes: Notes) -> bool:
-        """Whether the mask has a pixel; told if not, if its outline leaves the image or if it lies beside its box."""
+        """True if the mask has a pixel; notes an empty mask, an outline that leaves the image, or a mask beside its box."""
         pixels, (left, top, width, height) = area_and_box(mask)
         if pixels == 0:
             notes.add("masks without a pixel inside their image, left out with their objects", told)
@@ -242,7 +242,7 @@ def _read_area(where: str, entry: Entry) -> float | None:
 
 
 def _is_area_of(area: float, width: float, height: float, exact: bool) -> bool:
-    """Whether an area may belong to a box, a pixel more or less on each side; `exact` without a segmentation."""
+    """True if an area fits a box, up to a pixel on each side; `exact` without a segmentation."""
     least = max(width - 1, 0) * max(height - 1, 0) if exact else 0
     return 0 < area <= (width + 1) * (height + 1) and area >= least
 

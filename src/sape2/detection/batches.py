@@ -1,7 +1,7 @@
-"""Which images stand in one batch, and what is done to images of the training.
+"""Groups the images of a batch by size, and augments training images.
 
 Images of a batch are padded to the largest of them, and the padding is seen by attention and counted by encodings that
-count. So images whose padded size is equal stand together; in evaluation only such, in training first such.
+count. So images with the same padded size are batched together: always in evaluation, and preferably in training.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def make_transform(images: ImagesConfig, image_size: Grid) -> v2.Transform:
 
 
 def tighten(image: Tensor, target: dict[str, Any]) -> Sample:
-    """Where masks tell it, the boxes of what a crop has left of each object, and no object of which nothing is left."""
+    """Shrinks boxes to what a crop left of each mask, and removes objects of which nothing is left."""
     if "masks" not in target:
         return image, target
     left = target["masks"].flatten(1).any(1).bool()

@@ -2,7 +2,7 @@
 
 FOLDER/train/annotations.json and FOLDER/train/images/*.png, the same for test. Boxes and masks are exact: a mask is what
 later digits leave visible of a digit, its box is tight. Test digits and test parts of the photographs are in no training
-image. The image of a number follows from (seed, split, number) alone.
+image. Each image depends only on (seed, split, number).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Composition:
-    """What decides the set; kept in composed.json."""
+    """The settings that decide the set; stored in composed.json."""
 
     train_images: int
     test_images: int
@@ -163,7 +163,7 @@ def _place(digits: np.ndarray, labels: np.ndarray, size: tuple[int, int], split:
 
 
 def visible_masks(masks: list[np.ndarray]) -> list[np.ndarray]:
-    """What later masks leave of each."""
+    """The part of each mask that later masks leave visible."""
     covered = np.zeros_like(masks[0])
     visible = []
     for mask in reversed(masks):

@@ -1,4 +1,4 @@
-"""COCO's segmentations as run lengths and as masks: polygons, run lengths and compressed run lengths."""
+"""Converts COCO segmentations (polygons, run lengths, compressed run lengths) to run lengths and masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""COCO's detection metrics of a model as rows: torchmetrics around faster-coco-eval."""
+"""Computes COCO's detection metrics of a model as rows, with torchmetrics and faster-coco-eval."""
 
 from __future__ import annotations
 

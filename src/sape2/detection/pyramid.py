@@ -1,4 +1,4 @@
-"""The simple feature pyramid of ViTDet (arXiv:2203.16527, section 3): all levels from the last feature map alone."""
+"""The simple feature pyramid of ViTDet (arXiv:2203.16527, section 3): all levels are made from the last feature map."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 class PyramidBackbone(nn.Module):
-    """What torchvision's detectors take: images -> named maps, and `out_channels`."""
+    """Backbone in the form that torchvision's detectors expect: images -> named maps, and `out_channels`."""
 
     def __init__(self, body: WindowedViT, pyramid: SimpleFeaturePyramid) -> None:
         super().__init__()

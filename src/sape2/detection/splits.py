@@ -1,4 +1,4 @@
-"""The images of a run, and all that training and evaluation will need of both splits, checked before the first step."""
+"""The images of a run and all data that training and evaluation need of both splits, checked before the first step."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Training of detectors in one process, which holds the run folder, and resumes exactly at the step of the last checkpoint.
+"""Trains detectors in one process, which holds the run folder and resumes exactly at the last checkpoint.
 
-Every draw of a step (order, augmentation, which proposals are sampled) follows from (seed, epoch or step), so a run that
-stopped gives the same weights as one that did not. A checkpoint follows every epoch, and SIGINT or SIGTERM. The run folder
-holds config.json, data.json (which images), model.safetensors (last epoch, the end), checkpoint/, metrics.jsonl (a line per
-epoch), results.jsonl. Nothing is chosen on the test images.
+Every random draw (order, augmentation, sampled proposals) depends only on (seed, epoch or step), so a run that was
+interrupted gives the same weights as one that was not. A checkpoint is saved after every epoch, and on SIGINT or SIGTERM.
+The run folder holds config.json, data.json (which images), model.safetensors (weights of the last epoch), checkpoint/,
+metrics.jsonl (a line per epoch), results.jsonl. Nothing is selected on the test images.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def _differences(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def describe(config: DetectionConfig) -> Row:
-    """What a number was measured on."""
+    """The description of a run that every result row carries."""
     return {
         "encoding": config.model.encoding,
         "model": config.model.label,
@@ -295,7 +295,7 @@ class DetectionTrainer:
 
 
 def _of_training(target: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
-    """What a loss needs of a target."""
+    """The parts of a target that a loss needs."""
     names = [name for name in ("boxes", "labels", "masks") if name in target]
     return {name: target[name].as_subclass(torch.Tensor).to(device) for name in names}
 

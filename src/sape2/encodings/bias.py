@@ -30,7 +30,7 @@ BLOCK_ELEMENTS = 2**21  # of a map that is worked on at a time: 8 MB of float32,
 
 
 def is_traced() -> bool:
-    """Whether a graph is being made: by torch.compile, torch.export or torch.jit.trace."""
+    """True while torch.compile, torch.export or torch.jit.trace builds a graph."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 

@@ -1,6 +1,6 @@
-"""One name for each tensor in a state dict, also where several layers share a module (`share=true`).
+"""Unique names for the tensors of a state dict, also where several layers share a module (`share=true`).
 
-Files refuse a tensor of two names, and a moving average that goes through a state dict would move it twice.
+File formats reject a tensor with two names, and a moving average over a state dict would update it twice.
 """
 
 from __future__ import annotations

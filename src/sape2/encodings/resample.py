@@ -1,8 +1,8 @@
-"""Tables resampled to another grid as images are: a matrix per axis with the weight of every old place in every new one.
+"""Resamples tables to another grid as images, by one matrix per axis with the weight of every old place in every new one.
 
-The same sums as `F.interpolate(..., align_corners=False)`, not its call: for images one column wide PyTorch's antialiased
-form (2.14 and before) gives every row the value of the first one, and in ONNX a side of one takes another place. A product
-is right on every grid and in every graph.
+The sums are those of `F.interpolate(..., align_corners=False)`, which is not called itself: for images one column wide
+PyTorch's antialiased form (2.14 and before) gives every row the value of the first one, and in ONNX a side of length one is
+sampled elsewhere. A matrix product is right on every grid and in every graph.
 """
 
 from __future__ import annotations

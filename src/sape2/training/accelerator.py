@@ -1,7 +1,7 @@
-"""The accelerator of a run: device, precision, gradients between processes. All of it follows from the config.
+"""The accelerator of a run: device, precision and the averaging of gradients between processes, all set by the config.
 
-accelerate takes what it is not given from the environment, where a launcher or another project may have left it. So every
-argument is given, and while accelerate is at work the environment holds nothing that it would read.
+accelerate reads arguments that it is not given from the environment, where a launcher or another project may have set them.
+So every argument is given, and while accelerate is used its variables are removed from the environment.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from sape2.cli.output import say, show_outcome
 if TYPE_CHECKING:
     from sape2.studies.compare.launch import Launcher
 
-HELP = "encodings x seeds under one recipe, with paired differences"
+HELP = "train encodings x seeds under one recipe, with paired differences"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again, from their last checkpoint")
     parser.add_argument("--launcher", choices=["local", "slurm"], help="submit each run as a job (needs the extra cluster)")
-    parser.add_argument("--jobs", metavar="N", help="at most so many jobs at a time (default local: GPUs, or 1; slurm: all)")
+    parser.add_argument("--jobs", metavar="N", help="number of jobs at a time (default local: GPUs, or 1; slurm: all)")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="e.g. partition=gpu, timeout_min=60")
     add_json(parser)
     parser.set_defaults(encoding=None, seed=None)

@@ -14,7 +14,7 @@ from sape2.cli.output import Row, drawn, say
 if TYPE_CHECKING:
     from sape2.evaluation.cost.sweep import Cell, Sweep
 
-HELP = "what encodings cost: operations, time, memory, growth with the grid"
+HELP = "measure operations, time and memory of encodings, and growth with the grid"
 ENCODINGS = "none,rope,rpe,rpe_decomposed,cope,sape2,sape2:readout=squared_distance,sape2:readout=direct"
 
 

@@ -20,7 +20,7 @@ HELP = "measure a finished run"
 def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="run folder of sape2 train")
     parser.add_argument("--measures", default="accuracy", metavar="A,B", help="see: sape2 list measures (default accuracy)")
-    parser.add_argument("--data", metavar="DIR", help="where the images lie now, if not where they were; or a hub id")
+    parser.add_argument("--data", metavar="DIR", help="folder of the images, if they were moved; or a hub id")
     parser.add_argument("--other-data", metavar="NAME", help="name for a data set other than the run's own; needs --data")
     parser.add_argument(
         "--limit", metavar="N", help="N images, drawn by class with a fixed seed (default: what each measure takes)"

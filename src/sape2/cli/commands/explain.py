@@ -9,7 +9,7 @@ from pathlib import Path
 from sape2.cli.options import add_json
 from sape2.cli.output import say
 
-HELP = "one page about what a finished run did with an image"
+HELP = "explain a finished run's prediction for one image, as an HTML page"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="Y,X",
-        help="row and column from 0, again for more (default centre, corner)",
+        help="row and column, from 0; may be repeated (default centre, corner)",
     )
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="last epoch, or best on the validation set")
     add_json(parser)

@@ -20,8 +20,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="(default RUN/export/NAME.FORMAT)")
     parser.add_argument("--size", metavar="HxW", help="a graph for this image size alone, positions as constants (default any)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
-    parser.add_argument("--normalize", action="store_true", help="mean and std go into the graph: it takes pixels / 255")
-    parser.add_argument("--license", metavar="ID", help="of the model, e.g. cc-by-4.0 (default: none is written)")
+    parser.add_argument("--normalize", action="store_true", help="normalise inside the graph, which takes pixels / 255")
+    parser.add_argument("--license", metavar="ID", help="licence of the model, e.g. cc-by-4.0 (default: none is written)")
     add_json(parser)
 
 

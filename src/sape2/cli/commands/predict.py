@@ -12,7 +12,7 @@ from pathlib import Path
 from sape2.cli.options import add_json, whole_number
 from sape2.cli.output import MANY, Row, say
 
-HELP = "the classes that a finished run gives to images of yours"
+HELP = "classify images with a finished run"
 NAMED = 10  # files that could not be read; of more, the number
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from sape2.cli.options import add_json, chosen_measures, one_name
 from sape2.cli.output import drawn, say, show_outcome
 
-HELP = "many runs in one table and one set of figures"
+HELP = "show many runs in one table and one set of figures"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +18,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="run folders (those that differ in the seed only share a line), or the rows.jsonl of sape2 compare",
     )
-    parser.add_argument("--baseline", metavar="NAME", help="for rows.jsonl: what to compare with (default the first encoding)")
-    parser.add_argument("--measures", metavar="A,B", help="which to show (default all that any run has)")
+    parser.add_argument("--baseline", metavar="NAME", help="for rows.jsonl: encoding to compare with (default the first)")
+    parser.add_argument("--measures", metavar="A,B", help="measures to show (default all that any run has)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
     parser.add_argument("--out", default="runs/report", metavar="DIR", help="for tables and figures (default runs/report)")

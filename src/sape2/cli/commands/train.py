@@ -28,7 +28,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--encoding", metavar="NAME", help="for example ape+sape2:count=cyclic; see: sape2 list encodings")
     parser.add_argument("--model", metavar="NAME", help="see: sape2 list models")
     parser.add_argument("--epochs", type=int, metavar="N", help="number of epochs (warm-up scales with it)")
-    parser.add_argument("--seed", type=int, metavar="N", help="of weights, order and augmentation (default 0)")
+    parser.add_argument("--seed", type=int, metavar="N", help="seed of weights, order and augmentation (default 0)")
     parser.add_argument("--out", metavar="DIR", help="run folder (default runs/RECIPE-MODEL-ENCODING-sSEED)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
     parser.add_argument(
