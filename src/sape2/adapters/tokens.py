@@ -48,7 +48,7 @@ class Tokens:
 
     @property
     def grid(self) -> Grid | None:
-        """Of this thread; where it has none, the one that was given for all (`set_grid`)."""
+        """The grid of this thread; if it has none, the one set for all threads (`set_grid`)."""
         return self._place().grid or self.given
 
     def _place(self) -> _Place:

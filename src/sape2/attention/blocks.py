@@ -170,7 +170,7 @@ class _BiasGraph(NamedTuple):
     bias: AttentionBias | None
 
     def gradients(self, grads: list[Tensor]) -> list[Tensor | None]:
-        """From the gradients of the bias's tensors to those of the content, of the line scores and of the parameters."""
+        """Propagates the gradients of the bias's tensors to those of the content, of the line scores and of the parameters."""
         outputs = [t for t in self.tensors() if t.requires_grad]
         output_grads = [g for t, g in zip(self.tensors(), grads, strict=True) if t.requires_grad]
         leaves = [*self.content, *self.scores.values(), *self.parameters]

@@ -87,7 +87,7 @@ def attend(
 
 
 def _attend_by(path: Path, q: Tensor, k: Tensor, bias: AttentionBias | None, v: Tensor, dropout: float) -> Tensor:
-    """By one of the paths that take q and k as they are rotated."""
+    """Attention by a path that takes rotated q and k."""
     if path == "triton":
         from sape2.attention.kernels import attend_with_distances
 

@@ -94,7 +94,7 @@ def _memory(path: Path, q: Tensor, v: Tensor, bias: AttentionBias) -> list[str]:
 
 
 def _is_transformed(q: Tensor) -> bool:
-    """Inside torch.func (grad, vmap, jvp), or q carries a forward-mode tangent."""
+    """True inside torch.func (grad, vmap, jvp), or if q carries a forward-mode tangent."""
     return torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(q).tangent is not None
 
 

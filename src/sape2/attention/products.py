@@ -66,7 +66,7 @@ def encode(
 
 
 def rotate(q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding) -> tuple[Tensor, Tensor]:
-    """The same tensors if the encoding does not rotate."""
+    """Rotates the grid tokens of q and k; returns the same tensors if the encoding does not rotate."""
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
     q_grid, k_grid = q[:, :, num_prefix:], k[:, :, num_prefix:]
     rotated_q, rotated_k = encoding.rotate(q_grid, k_grid, grid)

@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def refuse(self, others: list[str]) -> NoReturn:
-        """For arguments that the command does not take."""
+        """Reports arguments that the command does not take."""
         options = [text for action in self._actions for text in action.option_strings]
         meant = did_you_mean(others[0], options) if others[0].startswith("-") else ""
         self.error(f"unrecognized arguments: {' '.join(others)}{f'; {meant.strip()}' if meant else ''}")

@@ -40,7 +40,7 @@ class Source:
         return read(self.homes[name]).find(name) if name in self.homes else (self, self.nodes[name])
 
     def value(self, node: Any) -> Any:
-        """Of a constant, or of a name that stands for one."""
+        """The value of a constant, or of a name that refers to one."""
         if isinstance(node, ast.Name):
             source, found = self.find(node.id)
             return source.value(found)

@@ -59,7 +59,7 @@ def fitted(config: RunConfig) -> RunConfig:
 
 
 def say_once(line: str) -> None:
-    """By the first process only."""
+    """Prints a line from the first process only."""
     if int(os.environ.get("RANK", "0")) == 0:  # set by torchrun
         say(line)
 
@@ -72,7 +72,7 @@ def default_name(config: RunConfig | DetectionConfig) -> str:
 
 
 def recipe_name(config: RunConfig | DetectionConfig) -> str:
-    """For a path: the recipe, and whose images where the recipe is for any."""
+    """Name of the recipe for a path; for the recipe `images` also the name of the data."""
     from sape2.training.files import safe_name
 
     if isinstance(config, RunConfig) and config.recipe == "images":

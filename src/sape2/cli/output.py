@@ -21,9 +21,9 @@ def say(text: str) -> None:
 
 
 def drawn(*draws: Callable[[], Path | Iterable[Path]]) -> list[Path]:
-    """The files that were drawn, each apart from the others; a line for each that was not, and one without matplotlib.
+    """Draws figures independently of each other and returns their files; prints a line for each failure or missing matplotlib.
 
-    Figures come after the work, so no error in one is an error of the command; they are drawn when it is given again.
+    Figures come last, so a failed figure does not make the command fail; it is drawn again when the command is repeated.
     """
     files: list[Path] = []
     for draw in draws:
@@ -57,7 +57,7 @@ def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Pat
 
 
 def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
-    """Those that `sape2 report` compares, and the warnings in words; False if the measure has none."""
+    """Prints the numbers that `sape2 report` compares and the warnings in words; False if the measure has none."""
     from sape2.evaluation.report import print_table
     from sape2.studies.compare.groups import Group
     from sape2.studies.compare.headlines import Run

@@ -14,7 +14,7 @@ PLAIN = {
 
 
 def plainly(error: UnicodeError) -> tuple[str, int]:
-    """For characters that an encoding lacks: what stands for them here, else their code as "\\u732b"."""
+    """Error handler for characters that an encoding lacks: a replacement, else their code as "\\u732b"."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lost = error.object[error.start : error.end]

@@ -94,7 +94,7 @@ class ModelConfig:
 
     @property
     def least_bytes(self) -> float:
-        """Of the weights of the blocks, in float32."""
+        """Bytes of the weights of the blocks, in float32."""
         return 4.0 * self.depth * (4 + 2 * self.mlp_ratio) * float(self.dim) ** 2
 
     @property

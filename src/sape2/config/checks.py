@@ -98,7 +98,7 @@ def check_types(config: Any) -> None:
 
 
 def _as_float(value: Any, where: str) -> Any:
-    """Of a number; everything else, which may be None or a tuple of numbers, as it is."""
+    """A number as float; other values, such as None or a tuple of numbers, unchanged."""
     for number in value if isinstance(value, tuple) else (value,):
         small = not isinstance(number, int) or number.bit_length() < 1024
         require(small, f"{where} is larger than any float; got {shown(number)}")
@@ -106,7 +106,7 @@ def _as_float(value: Any, where: str) -> Any:
 
 
 def shown(value: Any) -> str:
-    """At most 100 characters of it."""
+    """The value as text, at most 100 characters."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # an int of more digits than Python writes, or too deep

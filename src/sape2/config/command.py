@@ -12,7 +12,7 @@ from sape2.config.recipes import get_recipe
 
 
 def train_command(config: RunConfig, out: Path | None = None) -> str:
-    """Its recipe, and what differs from that; raises ValueError for a recipe or a model that is not known here."""
+    """The command with the recipe and all changed settings; raises ValueError for an unknown recipe or model."""
     base, words = get_recipe(config.recipe), ["sape2", "train", config.recipe]
     if config.model.name != base.model.name:
         base = replace(base, model=resized(base.model, config.model.name))

@@ -164,7 +164,7 @@ class TrainStream(Dataset):
         return self.data.images.device if isinstance(self.data, ImageData) else torch.device("cpu")
 
     def where_augmented(self) -> str:
-        """For people."""
+        """Device or workers that augment, in words."""
         if self.device.type != "cpu":
             return f"{self.device}, which keeps the images"
         workers = self.train.workers
@@ -270,7 +270,7 @@ def draw(config: AugmentConfig, seed: int, places: Int[Tensor, " batch"], size: 
 
 
 def augment(images: UInt8[Tensor, "batch channels height width"], draws: Draws) -> UInt8[Tensor, "batch channels height width"]:
-    """The same on every device; waits for none."""
+    """Applies the draws to the images; the result is the same on every device, and no device is waited for."""
     if draws.corner is not None:
         images = crop(images, draws.padding, draws.corner)
     if draws.flipped is not None:

@@ -71,7 +71,7 @@ class ImageFiles:
         return math.prod(self.shape)
 
     def kept_on(self, device: torch.device) -> ImageFiles:
-        """These: they do not leave their files."""
+        """Returns the images unchanged, since they stay in their files."""
         return self
 
     @property
@@ -202,5 +202,5 @@ class _threads:
 
 
 def processors() -> int:
-    """Those that this process may use."""
+    """Number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

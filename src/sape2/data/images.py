@@ -45,7 +45,7 @@ class ImageData:
         return math.prod(self.shape)
 
     def kept_on(self, device: torch.device) -> ImageData:
-        """The same on a CUDA device if they take at most a quarter of its free memory; else these."""
+        """The images on a CUDA device if they take at most a quarter of its free memory; else unchanged."""
         if device.type != "cuda" or self.images.nbytes > torch.cuda.mem_get_info(device)[0] // 4:
             return self
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

@@ -82,7 +82,7 @@ def find_data(data: DataConfig) -> DataConfig:
 
 
 def _check_classes(train: Source, test: Source) -> tuple[str, ...]:
-    """Their names. Raises ValueError if there are too few, or a class has too few images to be split."""
+    """Names of the classes. Raises ValueError if there are too few, or a class has too few images to be split."""
     counts = Counter(train.labels)
     classes = tuple(train.classes) or tuple(map(str, range(min(max(counts, default=-1) + 1, len(train.labels)))))
     if not counts:

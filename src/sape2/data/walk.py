@@ -80,7 +80,7 @@ def lying(root: Path, paths: Iterable[str]) -> dict[str, str]:
 
 
 def _entries(folder: str) -> list[os.DirEntry[str]]:
-    """In order of name, links last, so that what lies there goes before what leads there."""
+    """Entries of a folder in order of name, links last, so that files come before links to them."""
     with os.scandir(folder) as entries:
         seen = [entry for entry in entries if not (entry.name.startswith(".") or entry.name in LEFT_BY_SYSTEMS)]
     return sorted(seen, key=lambda entry: (entry.is_symlink(), entry.name))

@@ -60,7 +60,7 @@ class ShardImages:
         return {"bytes": data}
 
     def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        """By position, so that processes which share the open file do not disturb each other."""
+        """Reads bytes at a position, so that processes which share the open file do not disturb each other."""
         with READING:
             try:
                 return os.pread(self._opened(shard).fileno(), size, offset)
@@ -230,7 +230,7 @@ def read(files: Files) -> dict[str, Source]:
 
 
 def _class_names(files: Files) -> tuple[str, ...]:
-    """Those in classes.txt, one a line."""
+    """The class names in classes.txt, one per line."""
     path = files.root / "classes.txt"
     if "classes.txt" not in files.real:
         return ()

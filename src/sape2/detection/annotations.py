@@ -223,7 +223,7 @@ def _read_box(where: str, entry: Entry) -> Box:
 
 
 def _read_crowd(where: str, entry: Entry) -> bool:
-    """Nothing and null say that it is no crowd."""
+    """True for a crowd; a missing value or null means that it is none."""
     value = entry.get("iscrowd")
     if value is None:
         return False

@@ -60,7 +60,7 @@ def is_number(value: Any) -> bool:
 
 
 def beyond(polygons: list[list[float]], size: Grid) -> float:
-    """By how many pixels points of polygons lie outside of an image."""
+    """Number of pixels by which points of polygons lie outside an image."""
     height, width = size
     x, y = ([value for part in polygons for value in part[axis::2]] for axis in (0, 1))
     return max(0.0, -min(x), -min(y), max(x) - width, max(y) - height)

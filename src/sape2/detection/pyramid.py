@@ -27,7 +27,7 @@ class SimpleFeaturePyramid(nn.Module):
 
     @property
     def names(self) -> list[str]:
-        """Of the levels that boxes are read from; "pool" serves proposals only."""
+        """Names of the levels that boxes are read from; "pool" serves proposals only."""
         return [str(index) for index in range(len(self.levels))]
 
     def forward(self, x: Float[Tensor, "batch dim rows columns"]) -> OrderedDict[str, Tensor]:

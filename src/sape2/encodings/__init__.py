@@ -204,7 +204,7 @@ def _changed(options: Any, default: Any) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    """As a name takes it: true, none, 0.5, 100."""
+    """A value in the form used in names: true, none, 0.5, 100."""
     if isinstance(value, float):
         return f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
@@ -251,7 +251,7 @@ def create_encodings(
 
 
 def _in_order(parts: list[Part]) -> list[Part]:
-    """However a name was written, its parts are made in one order, so that a seed gives the same parameters."""
+    """Sorts the parts of a name, so that a seed gives the same parameters however the name is written."""
     return sorted(parts, key=lambda part: part.name)
 
 

@@ -27,7 +27,7 @@ MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token 
 
 @dataclass(frozen=True)
 class NoOptions:
-    """For encodings that have nothing to choose."""
+    """Options of encodings that have none."""
 
 
 Term = Matrix | Factors | Places | Distances

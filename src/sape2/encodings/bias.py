@@ -108,7 +108,7 @@ class Places:
         return Places(scale * self.by_row, scale * self.by_column)
 
     def factors(self) -> Pair | None:
-        """Dotted with one-hot vectors of the key's row and column."""
+        """The bias as a dot product with one-hot vectors of the key's row and column."""
         grid = self._grid()
         hot = [F.one_hot(line_coordinate(grid, a, self.by_row.device), line_length(grid, a)) for a in PLACE_AXES]
         return torch.cat(self.tensors(), dim=-1), torch.cat(hot, dim=-1).to(self.by_row.dtype)
@@ -275,7 +275,7 @@ def _squares(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead to
 
 
 def _traced_distances(s: Float[Tensor, "*lead tokens places"]) -> Float[Tensor, "*lead tokens tokens"]:
-    """In operations that a compiler differentiates and that have a form in ONNX; gradient 0 where the distance is 0."""
+    """Distances by operations that compilers can differentiate and ONNX supports; gradient 0 where the distance is 0."""
     squares = _squares(s)
     apart = squares > 0
     return torch.where(apart, torch.where(apart, squares, 1).sqrt(), 0)

@@ -48,7 +48,7 @@ def count_positions(gates: Float[Tensor, "*lead length length"], count: Count) -
 
 
 class CountedVectors(torch.autograd.Function):
-    """From the scores within lines to interpolated products in one step, with its gradient by hand.
+    """Computes interpolated products from the scores within lines in one step, with a hand-written gradient.
 
     g = sigmoid(scores), p_m = sum of g_j over j >= m (suffix) or j <= m (prefix), clamped to the last position, and
     `interpolate`. Places come first and tokens last: scores (B, h, S, N), products (B, h, P, N) -> (B, h, S, N).

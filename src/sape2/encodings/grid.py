@@ -115,7 +115,7 @@ def from_lines(lines: Shaped[Tensor, "*lead lines length features"], axis: Axis)
 def own_line(
     pairs: Shaped[Tensor, "*lead tokens tokens"], grid: Grid, axis: Axis
 ) -> Shaped[Tensor, "*lead length height width"]:
-    """Of a map over all pairs (i, n) of grid tokens those with n in i's own line of `axis`, as a view.
+    """The part of a map over all pairs (i, n) of grid tokens in which n is in i's own line of `axis`, as a view.
 
     The place of n in the line comes first, then the row and the column of i.
     """

@@ -19,7 +19,7 @@ def name_once(model: nn.Module) -> list[Any]:
 
 
 def names_of_one(module: nn.Module) -> list[list[str]]:
-    """For every parameter of several names, these names, in the order of the modules."""
+    """The names of every parameter that has several, in the order of the modules."""
     names: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)

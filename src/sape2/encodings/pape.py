@@ -108,5 +108,5 @@ class PaPE(TokenReader):
 
 
 def _uniform(bound: float, *shape: int) -> nn.Parameter:
-    """As PyTorch starts a linear layer."""
+    """A parameter initialised as PyTorch initialises a linear layer."""
     return nn.Parameter(torch.empty(*shape).uniform_(-bound, bound))

@@ -177,7 +177,7 @@ class Rotary(Rotation):
         return [x, y] if self.options.order == "xy" else [y, x]
 
     def _moved(self, coordinates: list[Tensor]) -> list[Tensor]:
-        """In training, all places shifted, and each axis and both together stretched by random factors: DINOv3's order."""
+        """Random augmentation of places in training: a shift, then a stretch of each axis and of both, in DINOv3's order."""
         o = self.options
         if not self.training:
             return coordinates
@@ -286,7 +286,7 @@ class PoPE(AttentionEncoding):
     def rotate(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
-        """The same: what turns is in the bias, and this says that no other rotation goes with it."""
+        """Returns q and k unchanged: the bias contains the rotation. Overridden so that no other rotation can be joined."""
         return q, k
 
     def bias(

@@ -170,7 +170,7 @@ class Drawn:
         return self.data.labels[self.index]
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """From a set that takes an index only what was drawn is read, from others everything."""
+        """Batches of the drawn images. A set that takes an index reads only these; other sets are read completely."""
         if hasattr(self.data, "__getitem__"):
             yield from self.data[self.index].batches(batch_size)
             return
@@ -184,7 +184,7 @@ class Drawn:
 
 
 class DrawnMasks(Drawn):
-    """The same of a set with masks."""
+    """Some images of a data set with masks, in its order."""
 
     @property
     def masks(self) -> Tensor:
@@ -197,7 +197,7 @@ def drawn_images(data: LabelledImages, limit: int | None, batch_size: int) -> It
 
 
 def drawn_labels(data: LabelledImages, limit: int | None) -> Tensor:
-    """Their labels, in the same order, on the CPU."""
+    """Labels of the images of `drawn`, in the same order, on the CPU."""
     return drawn(data, limit).labels.cpu()
 
 

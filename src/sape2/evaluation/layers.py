@@ -62,5 +62,5 @@ def layers_of(model: nn.Module, images: Tensor) -> Iterator[Layer]:
 
 
 def double(tensor: Tensor) -> Tensor:
-    """In float64, on the CPU if the device has none."""
+    """The tensor in float64; on the CPU if the device has no float64."""
     return (tensor.cpu() if tensor.device.type == "mps" else tensor).detach().double()

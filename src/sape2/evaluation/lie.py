@@ -49,7 +49,7 @@ def lie_difference(
     border: Border,
     step_px: float = 1e-4,
 ) -> Float[Tensor, "batch classes"]:
-    """The same by a central difference along the same line; model and images should be in float64."""
+    """`lie_derivative` by a central difference along the same line; model and images should be in float64."""
     step = step_px * shift_derivative(images, axis, border)
     return (model(images + step).softmax(-1) - model(images - step).softmax(-1)) / (2 * step_px)
 

@@ -145,7 +145,7 @@ def feature_distance(tokens: Float[Tensor, "batch tokens dim"]) -> Float[Tensor,
 
 
 def _mean(values: PairMap, mask: PairMask) -> Float[Tensor, "batch heads 1"]:
-    """Over the pairs of the mask; NaN if there are none."""
+    """Mean over the pairs of the mask; NaN if there are none."""
     number = mask.sum((-1, -2))[:, None]
     return ((values * mask[:, None]).sum((-1, -2)) / number)[..., None]
 

@@ -33,7 +33,7 @@ class Predictions:
     unlike: dict[str, list[Unlike]] = field(default_factory=dict)
 
     def kinds(self) -> dict[str, int]:
-        """In what they are unlike, with the number of images, the most frequent first."""
+        """The kinds of difference from the training images, with the number of images, most frequent first."""
         return dict(Counter(found.kind for each in self.unlike.values() for found in each).most_common())
 
 

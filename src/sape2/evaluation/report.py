@@ -16,7 +16,7 @@ Row = dict[str, Any]
 
 
 def format_value(value: Any) -> str:
-    """Numbers with as many digits as say something; everything else as text."""
+    """Formats numbers with a sensible number of digits, everything else as text."""
     if value is None:
         return "not measured"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -64,7 +64,7 @@ def print_json(rows: Iterable[Row]) -> None:
 
 
 def markdown_table(rows: Iterable[Row], columns: list[str]) -> str:
-    """The same table for a page."""
+    """The table of `print_table` in Markdown."""
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(format_value(row[c])) if c in row else "" for c in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"

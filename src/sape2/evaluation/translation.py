@@ -94,7 +94,7 @@ class ShiftRange:
         return rows * columns
 
     def __str__(self) -> str:
-        """For protocols: "dy in 0..3, dx in 0..3 px"."""
+        """Text for protocols: "dy in 0..3, dx in 0..3 px"."""
         axes = zip(("dy", "dx"), self.low, self.high, self.step, strict=True)
         return ", ".join(f"{n} in {'' if step == 1 else f'{step} * '}{low}..{high}" for n, low, high, step in axes) + " px"
 

@@ -40,7 +40,7 @@ class View:
         return on_canvas(images, self.size, "mean" if self.border == "none" else self.border)
 
     def __str__(self) -> str:
-        """For protocols."""
+        """Text for protocols."""
         if self.transform == "scaled":
             return "image resized, bicubic with antialiasing, no border"
         surround = {"reflect": "reflected border", "mean": "border of the mean colour", "none": "cut out, no border"}

@@ -327,7 +327,7 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: Description | Non
 
 
 def _write_hub(model: nn.Module, folder: Path, run: Path, weights: str, license: str | None) -> list[Row]:
-    """Into a folder beside it first; config.json, without which nothing is loaded, is put in place last."""
+    """Writes to a temporary folder first and moves config.json last, because nothing is loaded without it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         save_pretrained(model, scratch, run, weights, license)
@@ -353,7 +353,7 @@ def needed(format: Format) -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress and the warnings of the exporter, which are for its developers."""
+    """Suppresses the progress output and warnings of the exporter, which are meant for its developers."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -37,7 +37,7 @@ def load_run_model(folder: Path, weights: str = "last") -> ViT:
 
 
 def names_of_classes(folder: Path) -> list[str]:
-    """Of a run, in the order of the logits; numbers where nothing in its folder names them."""
+    """Class names of a run, in the order of the logits; numbers if its folder has no names."""
     number = read_config(folder).model.num_classes
     return class_names(folder, number) or [str(label) for label in range(number)]
 

@@ -181,7 +181,7 @@ class ViT(nn.Module):
         return hub.load_pretrained(cls, source, revision)
 
     def maps(self, images: Float[Tensor, "batch channels height width"]) -> list[dict[str, Tensor]]:
-        """For every layer a dict: `tokens` that leave it, (B, T, D), `attention`, (B, h, T, T), and the encoding's maps."""
+        """A dict for every layer: its output `tokens`, (B, T, D), `attention`, (B, h, T, T), and the encoding's maps."""
         x, grid = self.embed(images)
         layers = []
         for index, block in enumerate(self.layers()):

@@ -104,7 +104,7 @@ class StepMemory:
         self.known: Row = {}
 
     def after_step(self, step: int) -> Row:
-        """To be called after every step; what is known by then. What is measured is never an epoch's end."""
+        """Called after every step; returns the memory measured so far. The measured step is never the last of an epoch."""
         self.seen += 1
         if self.meter is not None:
             self.known = {"step_memory_mib": self.meter.stop() / MIB}

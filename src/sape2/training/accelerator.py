@@ -63,7 +63,7 @@ def prepare(accelerator: Any, *objects: Any) -> Any:
 
 @contextmanager
 def config_alone(hide: tuple[str, ...] = ()) -> Iterator[None]:
-    """Without the variables of the environment that accelerate reads; `hide` names more."""
+    """Hides the environment variables that accelerate reads, and those in `hide`."""
     hidden = {name: value for name, value in os.environ.items() if name.startswith(PREFIXES) or name in hide}
     for name in hidden:
         del os.environ[name]

@@ -41,7 +41,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def count_tokens(model: ModelConfig) -> int:
-    """Of one image at the training size, class and register tokens included."""
+    """Number of tokens of one image at the training size, including class and register tokens."""
     height, width = model.grid
     return height * width + model.num_registers + (model.pool == "class")
 

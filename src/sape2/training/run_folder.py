@@ -82,7 +82,7 @@ def _parts(rows: list[Row]) -> dict[tuple, list[Row]]:
 
 
 def _reach(rows: list[Row]) -> float:
-    """Over how many images a measurement went; infinite for all there are. Older rows say so by the n of their first number."""
+    """Number of images of a measurement; infinite for all images. Older rows give it by the n of their first number."""
     first = rows[0]
     if "limit" in first:
         return math.inf if first["limit"] is None else first["limit"]
@@ -113,7 +113,7 @@ def is_whole(folder: Path, row: Row) -> bool:
 
 
 def class_names(folder: Path, num_classes: int) -> list[str] | None:
-    """In the order of the logits: of data.json, else of results that measured every class; None if neither tells."""
+    """Class names in the order of the logits, from data.json or from results that measured every class; None if unknown."""
     known = read_seen(folder).get("classes")
     if isinstance(known, list) and len(known) == num_classes:
         return list(map(str, known))
@@ -128,7 +128,7 @@ def class_names(folder: Path, num_classes: int) -> list[str] | None:
 
 
 def canonical(config: Config) -> Config:
-    """The same run with its encoding under its one name, so that no spelling of it counts as another run."""
+    """The config with the canonical name of its encoding, so that another spelling does not count as another run."""
     return replace(config, model=replace(config.model, encoding=canonical_name(config.model.encoding)))
 
 
@@ -198,7 +198,7 @@ NEW_RUN = "choose another --out for a new run"
 
 
 def check_data(folder: Path, fingerprint: Row | None) -> None:
-    """Before a run goes on: `check_images`, and a ValueError if it read its images by another rule than now.
+    """Runs `check_images` before a run resumes; raises ValueError if it read its images by another rule than now.
 
     A finished run of another rule may still be measured, with a note (`models.trained.note_of_rule`).
     """
@@ -241,7 +241,7 @@ def other_rule(before: Row, now: int | None) -> int | None:
 
 
 def how_images_differ(first: Row, second: Row) -> str | None:
-    """In what two runs saw other images, by their data.json (`read_seen`); None if they did not, or it cannot be told."""
+    """Describes how the images of two runs differ, by their data.json (`read_seen`); None if equal or unknown."""
     try:
         found = _other_images(first, second)
         rule = None if second.get("layout") == "arrays" else second.get("reading_rule", 1)

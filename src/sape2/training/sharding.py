@@ -62,7 +62,7 @@ def _divided_like(value: Any, parameter: Tensor) -> Any:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """All of it, if it is a DTensor."""
+    """The whole tensor, gathered if it is a DTensor."""
     together: Any = getattr(tensor, "full_tensor", None)
     return together() if together else tensor
 

@@ -34,7 +34,7 @@ class Weights:
         return [self.model] if self.average is None else [self.model, self.average]
 
     def whole(self) -> list[nn.Module]:
-        """The same, undivided. All processes must call it.
+        """`parts`, undivided. All processes must call it.
 
         Putting divided weights together waits for every process, so it begins only where none has failed.
         """
@@ -46,7 +46,7 @@ class Weights:
         return self.undivided
 
     def are_finite(self) -> bool:
-        """In all processes."""
+        """True if all parameters are finite in all processes."""
         finite = all(here(parameter).isfinite().all() for parameter in self.model.parameters())
         return not self.processes.largest(int(not finite))
 

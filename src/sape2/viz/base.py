@@ -42,7 +42,7 @@ def pyplot() -> Any:
 
 
 def picture(draw: Callable[Given, Made]) -> Callable[Given, Made]:
-    """For a function that draws and saves a figure: names in it are text, whatever they hold and whatever the user's settings.
+    """Decorates a function that draws a figure: names are drawn as plain text, whatever they contain and the user's settings.
 
     Without this "A$^$B" is a formula that cannot be read, "$a$" is shown as another name, and usetex gives all to LaTeX.
     Characters that the font lacks are drawn as boxes, without a warning for each.
@@ -124,7 +124,7 @@ def put_title(figure: Any, about: str) -> None:
 
 
 def whole_ticks(panel: Any) -> None:
-    """For an axis of epochs or layers, of which there are no fractions."""
+    """Puts ticks at whole numbers, for an axis of epochs or layers."""
     from matplotlib.ticker import MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True, min_n_ticks=1))

@@ -122,7 +122,7 @@ def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, notes: Notes = PL
 
 
 def _start_at_zero(axis: Any, shown: Sequence[dict[str, list[Point]]]) -> None:
-    """So that what is small looks small, unless something is negative; zeros lie at the bottom of 0 to 1."""
+    """Starts the axis at zero unless a value is negative, so that small values look small; if all are zero it ends at 1."""
     points = [point for curves in shown for curve in curves.values() for point in curve]
     top = 1.08 * max(point.high for point in points) or 1.0
     if min(point.low for point in points) >= 0:

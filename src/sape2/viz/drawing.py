@@ -149,7 +149,7 @@ class Drawing:
     label: str = ""
 
     def svg(self, standalone: bool = False) -> str:
-        """For use inside an HTML page, or as a file of its own."""
+        """SVG text, for use inside an HTML page or as a file of its own."""
         space = " xmlns='http://www.w3.org/2000/svg'" if standalone else ""
         size = f"viewBox='0 0 {self.width:g} {self.height:g}' width='{self.width:g}' height='{self.height:g}'"
         ground = f"<rect width='{self.width:g}' height='{self.height:g}' fill='#fff'/>"
@@ -167,7 +167,7 @@ class Drawing:
         return bytes(image)
 
     def save(self, path: Path) -> None:
-        """As PNG or SVG, by the ending of the name; the file appears whole or not at all."""
+        """Writes PNG or SVG, by the ending of the name; the file appears complete or not at all."""
         data = self.svg(standalone=True).encode() if path.suffix.lower() == ".svg" else self.png()
         write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
@@ -214,7 +214,7 @@ DIVERGING = ("#00476f", "#0072b2", "#7fb8d8", "#f7f7f7", "#eeb089", "#d55e00", "
 
 
 def colour(share: float | np.ndarray, colours: str | Sequence[str] = SEQUENTIAL) -> np.ndarray:
-    """From 0 (the first colour) to 1 (the last), linear between; (..., 3) uint8. A name is one of matplotlib's maps."""
+    """Colours of values from 0 (first colour) to 1 (last), interpolated; (..., 3) uint8. A name is one of matplotlib's maps."""
     stops = _stops(colours if isinstance(colours, str) else tuple(colours))
     places = np.linspace(0, 1, len(stops))
     channels = [np.interp(share, places, stops[:, channel]) for channel in range(3)]

@@ -63,7 +63,7 @@ class Choice:
                 raise ValueError(f"--patch is ROW,COLUMN from 0,0 to {height - 1},{width - 1}; got {y},{x}")
 
     def named_patches(self, grid: Grid) -> dict[str, Patch]:
-        """By default the patch in the middle, where photographs have their object, and the first, where they have none."""
+        """The chosen patches by name; by default the one in the middle, where photographs have their object, and the first."""
         if not self.patches:
             return {"the centre": (grid[0] // 2, grid[1] // 2), "the corner": (0, 0)}
         return {f"row {y}, column {x}": (y, x) for y, x in self.patches}
@@ -120,7 +120,7 @@ class Explanation:
         return values[0].mean(0).cpu() if self.choice.head is None else values[0, self.choice.head - 1].cpu()
 
     def counting_layer(self) -> Layer | None:
-        """Of the layers shown that count positions, the one whose bias makes up most of its logits."""
+        """The layer, of those shown that count positions, whose bias makes up the largest part of its logits."""
         counting = [layer for layer in self.shown if any(name.startswith("positions") for name in layer.maps)]
         return max(counting, key=lambda layer: self.number("bias_variance_share", layer.number) or 0.0, default=None)
 

@@ -114,7 +114,7 @@ def even_columns(number: int, most: int) -> int:
 
 
 def as_one(title: str, about: str, first: Sequence[Drawing], drawings: Sequence[Drawing]) -> Drawing:
-    """For a file: a heading, the first drawings beside each other, and below them the others in even rows of at most six."""
+    """One drawing for a file: a heading, the first drawings in a row, and below them the others in even rows of at most six."""
     columns = even_columns(len(drawings), 6)
     top, below = flow(first, 1e9), flow(drawings, columns * (max(d.width for d in drawings) + 16))
     width = max(top.width, below.width)

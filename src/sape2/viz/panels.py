@@ -51,7 +51,7 @@ class Mark:
 
 
 def number(value: Length, digits: int = 3) -> str:
-    """For people: 0.123, 12.3, 1.2e-05."""
+    """A number as text for people: 0.123, 12.3, 1.2e-05."""
     if value and not 1e-3 <= abs(value) < 1e5:
         return f"{value:.{max(digits - 1, 1)}g}"
     return f"{value:.{max(0, digits - max(0, len(str(int(abs(value)))) - 1))}f}"
@@ -151,7 +151,7 @@ def heading(title: str, note: str) -> tuple[Shape, ...]:
 
 
 def limits_of(values: Sequence[np.ndarray] | np.ndarray, signed: bool = False) -> Limits:
-    """From the smallest to the largest value; around 0 for differences. Rounding alone is not stretched over all colours."""
+    """Limits of the colour scale: smallest and largest value, symmetric for differences; rounding noise is not stretched."""
     low, high = min(float(v.min()) for v in values), max(float(v.max()) for v in values)
     if signed:
         low, high = -max(abs(low), abs(high)), max(abs(low), abs(high))

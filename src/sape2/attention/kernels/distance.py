@@ -82,7 +82,7 @@ def attend_with_distances(
 
 
 def _dtype(q: Tensor) -> torch.dtype:
-    """That of the products: autocast's, where it is switched on."""
+    """The dtype of the products: that of autocast if it is active."""
     device = q.device.type
     autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocast else q.dtype

@@ -62,7 +62,7 @@ def empty_pack(vectors: Sequence[Tensor]) -> Tensor:
 
 
 def _places(vectors: Sequence[Tensor]) -> int:
-    """Of all axes: a power of two, and at least what a product takes."""
+    """Padded length of the vectors of all axes: a power of two, and at least the minimum of a matrix product."""
     return _padded(max(t.shape[-1] for t in vectors))
 
 

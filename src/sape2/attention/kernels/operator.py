@@ -62,7 +62,7 @@ def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
 
 
 def _differentiable_gradients(grad: Tensor, inputs: tuple[Tensor, ...], num_prefix: int, scale: float) -> tuple[Any, ...]:
-    """By the readable form, whole maps at once; views stand for the inputs, which depend on each other before this call."""
+    """Differentiable gradients by the readable form, with whole maps; uses views, because inputs may depend on each other."""
     q, k, v, gain, *vectors = wanted = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in inputs]
     output = readable_attention(q, k, v, tuple(vectors), gain, num_prefix, scale)
     dq, dk, dv, dgain, *ds = torch.autograd.grad(output, wanted, grad, create_graph=True)

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _encoding_tables(rows: list[Row]) -> dict[str, list[Row]]:
-    """The same for people: encodings, variants, and options by encoding."""
+    """The rows as tables for people: encodings, variants, and options by encoding."""
     plain = [row for row in rows if "options" in row]
     return {
         "encodings": [{key: row[key] for key in ("name", "slot", "summary", "source")} for row in plain],

@@ -63,7 +63,7 @@ def _draw_examples(task: str, path: Path) -> int:
 
 
 def _probe_cells(arguments: argparse.Namespace) -> list[Cell]:
-    """Seed by seed, so that a stop leaves whole comparisons."""
+    """The cells, seed by seed, so that an interrupted command leaves complete comparisons."""
     from sape2.studies.probing import Cell
 
     steps = None if arguments.steps is None else whole_number("--steps", arguments.steps)

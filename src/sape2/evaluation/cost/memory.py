@@ -39,7 +39,7 @@ def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 class PeakMeter:
-    """The same for what happens between `start` and `stop`."""
+    """Measures `peak_bytes` of the code that runs between `start` and `stop`."""
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
@@ -108,7 +108,7 @@ def predicted_peak(
 
 
 def _without_memory(like: Tensor, device: torch.device | str) -> Tensor:
-    """Inside a FakeTensorMode: a tensor of this shape that believes to be on `device`."""
+    """A fake tensor of this shape that reports `device`; for use inside a FakeTensorMode."""
     fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
     return nn.Parameter(fake, like.requires_grad) if isinstance(like, nn.Parameter) else fake.requires_grad_(like.requires_grad)
 

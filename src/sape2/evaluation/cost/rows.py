@@ -60,7 +60,7 @@ def _spread(values: list[float]) -> Row:
 
 
 def growth_rows(rows: list[Row]) -> list[Row]:
-    """For every encoding and phase the exponents of time and memory in N, over the grids that were measured."""
+    """Rows with the growth exponents of time and memory in N, for every encoding and phase, over the measured grids."""
     groups: dict[tuple, list[Row]] = {}
     same = ("name", "encoding", "level", "dtype", "batch")
     for row in rows:

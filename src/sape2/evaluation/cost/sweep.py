@@ -62,7 +62,7 @@ class Sweep:
                     create_encodings(encoding, config.num_heads, config.head_dim, grid, config.depth)
 
     def cells(self) -> list[Cell]:
-        """In the order in which they are measured."""
+        """The cells, in the order in which they are measured."""
         return [
             Cell(level, self.model, dtype, batch, grid, self.device)
             for level in self.levels
@@ -72,7 +72,7 @@ class Sweep:
         ]
 
     def settings(self) -> dict[str, Any]:
-        """All of it as plain JSON values."""
+        """All settings as plain JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return json.loads(json.dumps(values | {"device": self.device.type}))
 
@@ -151,7 +151,7 @@ def _about(cell: Cell) -> Row:
 
 
 def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_round: Callable[[], None]) -> dict[str, Row]:
-    """For every subject `seconds`, `bytes` and `path`, or a `note` on why there are none."""
+    """Measures `seconds`, `bytes` and `path` of every subject, or gives a `note` on why it was not run."""
     results: dict[str, Row] = {}
     for name, subject in subjects.items():
         note = _too_large(subject, phase) or _out_of_memory(subject, phase)

@@ -32,7 +32,7 @@ class Group:
         return ", ".join(str(run.config.seed) for run in self.runs)
 
     def images(self, measure: str | None) -> int | None:
-        """Over how many images each number of a measure is; None for what is no number of images, or not measured."""
+        """Number of images behind each number of a measure; None if it was not measured or has no such number."""
         return None if measure in (None, "cost") else max(run.images(measure) for run in self.runs) or None
 
     def numbers(self, column: Column) -> list[float]:
@@ -64,7 +64,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def _over_as_many(runs: list[Run]) -> tuple[list[Run], tuple[str, ...]]:
-    """Of each measure only the runs that were measured on most images: a mean over seeds is of like numbers."""
+    """Drops runs that were measured on fewer images than others of the group, so that a mean over seeds is of like numbers."""
     left_out: list[str] = []
     for measure in sorted({measure for run in runs for measure in run.measures()}):
         most = max(run.images(measure) for run in runs)
@@ -99,7 +99,7 @@ def shared_in_words(groups: list[Group]) -> str:
 
 
 def _all_settings(runs: list[Run]) -> list[dict[str, Any]]:
-    """Of each run its settings, the precision it was trained in, and whose images it saw: the first run that saw the same."""
+    """Settings, training precision and images of each run; images are identified by the first run that saw the same."""
     known: list[Run] = []
     found = []
     for run in runs:

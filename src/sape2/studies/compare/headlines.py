@@ -29,15 +29,15 @@ class Run:
 
     @property
     def precision(self) -> str | None:
-        """Of its training, as the machine had it; None where that is not known."""
+        """Precision of the training, as chosen on its machine; None if unknown."""
         return self.epochs[-1].get("precision") if self.epochs else None
 
     def images(self, measure: str) -> int:
-        """Over how many images a measure went: the n of its first number; 0 where it was not measured."""
+        """Number of images of a measure: the n of its first number; 0 if it was not measured."""
         return next((row.get("n") or 0 for row in self.rows if row["measure"] == measure), 0)
 
     def value(self, name: str, measure: str, **where: Any) -> float | None:
-        """Of the first row with this name and these conditions; None where there is none."""
+        """Value of the first row with this name and these conditions; None if there is none."""
         found = (
             row["value"]
             for row in self.rows
@@ -77,7 +77,7 @@ def _unseen_drop(run: Run, side: str) -> float | None:
 
 
 def step_ms(run: Run) -> float | None:
-    """Median over the epochs."""
+    """Milliseconds per training step, median over the epochs."""
     speeds = [row["images_per_s"] for row in run.epochs if row.get("images_per_s")]
     return 1000 * run.config.train.batch_size / statistics.median(speeds) if speeds else None
 

@@ -52,7 +52,7 @@ class Launcher(Protocol):
 
 
 def jobs_folder(study: Study, cell: Cell) -> Path:
-    """Logs and job files of a cell; hidden, so not a part of what the study gave."""
+    """Folder of the logs and job files of a cell; hidden, so that it is not part of the results."""
     return study.folder / ".jobs" / cell.folder.name
 
 
@@ -82,7 +82,7 @@ class CellJob:
                 write_text(_reason_file(self.study, self.cell), reason_of(error))
 
     def checkpoint(self) -> Any:
-        """For submitit: the same again, since a run goes on from its folder."""
+        """Called by submitit on requeueing: submits the same job, since a run resumes from its folder."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
@@ -154,7 +154,7 @@ class Slurm:
         return self._in_queue(folder) or self._executor(folder, _job_name(cell)).submit(CellJob(study, cell))
 
     def stop(self, jobs: Sequence[Job]) -> None:
-        """Nothing: the queue goes on by itself."""
+        """Does nothing: jobs in the queue continue."""
 
     def _executor(self, folder: Path, name: str) -> Any:
         try:
@@ -265,7 +265,7 @@ class _Jobs:
         return [cell for cell in self.study.cells() if cell.digest not in settled]
 
     def _is_given_up(self, cell: Cell) -> bool:
-        """After a job that is over without its run. Notes the failure if it was one too many."""
+        """Handles a job that ended before its run did; True, and the failure is recorded, after too many of them."""
         reason = _reason_file(self.study, cell)
         if reason.exists():
             raise OSError(f"the job of {cell.name} stopped: {reason.read_text(encoding='utf-8')}; logs: {reason.parent}")

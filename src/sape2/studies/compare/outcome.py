@@ -70,7 +70,7 @@ class Outcome:
         return {encoding: paired for encoding, paired in found if paired is not None}
 
     def rows(self) -> Iterator[Row]:
-        """For programs: accuracy and its like with differences, then costs, then one row a failed run."""
+        """Rows for programs: accuracy and similar numbers with differences, then costs, then one row for each failed run."""
         for name in self.names():
             for weights in WEIGHTS:
                 yield from self._compared(name, weights)
@@ -138,7 +138,7 @@ class Outcome:
 
 
 def outcome(rows: list[Row], baseline: str | None = None) -> Outcome:
-    """From raw rows; the baseline is the first encoding unless named.
+    """The outcome of raw rows; the baseline is the first encoding unless named.
 
     Raises ValueError for rows of several studies, and for a baseline that no run is of.
     """
@@ -155,7 +155,7 @@ def outcome(rows: list[Row], baseline: str | None = None) -> Outcome:
 
 
 def accuracy_table(found: Outcome, weights: str) -> list[Row]:
-    """For people: accuracy with its paired difference; what one seed cannot tell is empty."""
+    """Table for people: accuracy with its paired difference; cells that need several seeds are empty for one."""
     return [
         {"encoding": row["encoding"], "accuracy": format_spread(row["mean"], row["std"], 4), "n": row["n"]}
         | ({f"minus {found.baseline}": f"{row['difference']:+.4f}", "pairs": row["pairs"]} if row["pairs"] else {})

@@ -55,12 +55,12 @@ class Study:
             )
 
     def cells(self) -> list[Cell]:
-        """Seed by seed, so that a study that is stopped has about as many seeds of every encoding."""
+        """The cells, seed by seed, so that an interrupted study has about equally many seeds of every encoding."""
         return list(self._cells)
 
     @cached_property
     def _cells(self) -> tuple[Cell, ...]:
-        """Made once: progress asks for them every second, and each checks its settings when made."""
+        """The cells, created once: progress asks for them every second, and each checks its settings when created."""
         return tuple(self._cell(encoding, seed) for seed in range(self.seeds) for encoding in self.encodings)
 
     def _cell(self, encoding: str, seed: int) -> Cell:

@@ -69,13 +69,13 @@ class StudyProgress:
         return f"{cell.name}: accuracy {accuracy:.4f}, {duration(row['training_s'])} ({done}{self._left()})"
 
     def _look_back(self, cell: Cell) -> None:
-        """At a run that this process did from its first step to its end."""
+        """Learns the overhead besides training from a run that this process did from its first step to its end."""
         took = next((row["training_s"] for row in self.rows if row["digest"] == cell.digest and "failed" not in row), None)
         if took is not None and self.first_step == 1:
             self.besides = max(0.0, time.monotonic() - self.began - took)
 
     def step(self, progress: Progress, total: int) -> None:
-        """After each step of the present run; shown once a second."""
+        """Called after each step of the current run; updates the display once a second."""
         if self.first_step < 0:
             self.start, self.first_step = time.monotonic(), progress.step
         now = time.monotonic()
@@ -93,7 +93,7 @@ class StudyProgress:
         return len({row["digest"] for row in self.rows} & {cell.digest for cell in self.study.cells()})
 
     def _left(self, at: tuple[int, int] = (0, 1)) -> str:
-        """Shared by as many processes as hold runs."""
+        """Text of the time left, if the work is shared by all processes that hold a run."""
         held = sum((cell.folder / NAME).exists() for cell in self.study.cells())
         present = None
         if self.cell is not None and at[0] > self.first_step:

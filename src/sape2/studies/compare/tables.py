@@ -38,7 +38,7 @@ class Comparison:
         return any(len(group.runs) > 1 for group in self.groups)
 
     def columns(self) -> list[Column]:
-        """Those of the measures shown that any run has a number for."""
+        """The columns of the shown measures for which any run has a number."""
         return [
             column
             for column in COLUMNS
@@ -46,7 +46,7 @@ class Comparison:
         ]
 
     def rows(self) -> Iterator[Row]:
-        """For programs: one row a group and headline number; `mean` is None and n 0 where it was not measured."""
+        """Rows for programs, one for each group and headline number; `mean` is None and n 0 where it was not measured."""
         for group in self.groups:
             for column in self.columns():
                 values = group.numbers(column)
@@ -58,7 +58,7 @@ class Comparison:
                 yield about | number | {"measure": column.measure, "runs": [str(run.folder) for run in group.runs]}
 
     def table(self) -> list[Row]:
-        """For people: one line a group, "mean ± std" over seeds; cells that were not measured are left out."""
+        """Table for people: one line for each group, "mean ± std" over seeds; cells that were not measured are left out."""
         return [
             {"encoding": group.label, "seeds": group.seeds}
             | {column.heading: text for column in self.columns() if (text := _cell(column, group))}
@@ -178,7 +178,7 @@ def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
 
 
 def _shown_rows(group: Group, as_means: bool) -> list[Row]:
-    """As measured, with intervals over images; or means over seeds, with one standard deviation where there are several."""
+    """Rows as measured, with intervals over images; or means over seeds, with one standard deviation if there are several."""
     return list(mean_rows([run.rows for run in group.runs])) if as_means else group.runs[0].rows
 
 

@@ -87,13 +87,13 @@ def _attempt(cell: Cell, lock: Lock, run: Run) -> str | None:
 
 
 def reason_of(error: Exception) -> str:
-    """One line."""
+    """The reason in one line."""
     text = " ".join(str(error).split())
     return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"[:500]
 
 
 def forget_failures(study: Study) -> None:
-    """So that failed runs are tried again, from their last checkpoint."""
+    """Deletes the records of failures, so that failed runs are tried again from their last checkpoint."""
     for cell in study.cells():
         (cell.folder / FAILED).unlink(missing_ok=True)
 
@@ -101,7 +101,7 @@ def forget_failures(study: Study) -> None:
 def seconds_left(
     study: Study, rows: list[Row], workers: int, present: tuple[Cell, float, float] | None, besides: float = 0.0
 ) -> float | None:
-    """From the training time of finished runs: the mean of the same encoding, else of all; None if nothing is known.
+    """Estimate from the training times of finished runs: the mean of the same encoding, else of all; None if there are none.
 
     `present` is the run under way, the share of it that is done, and the seconds that its whole training takes at this
     pace; `besides` is what a run takes besides its training. `workers` share the rest evenly.

@@ -121,7 +121,7 @@ class ColumnProfile(Profile):
 
 
 def _order(split: ProfileSplit, number: int, generator: torch.Generator) -> Int[Tensor, "batch rows"]:
-    """For every row of the board which row it shows; rows 0 and 1, the twins, stand as far apart as the split says."""
+    """The order of the rows on each board; rows 0 and 1, the twins, stand as far apart as the split says."""
     distance = (torch.arange(split.rows)[:, None] - torch.arange(split.rows)).abs()
     allowed = (distance >= split.apart[0]) & (distance <= split.apart[1])
     pair = pick(allowed.flatten().expand(number, -1), 1, generator)  # (B, 1)

@@ -62,7 +62,7 @@ class View:
     notes: str
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: every number that is drawn."""
+        """Every number that is drawn, for JSON."""
         return {
             "state": {field.name: getattr(self.state, field.name) for field in fields(State)},
             "image": self.notes,

@@ -85,5 +85,5 @@ def _products(encoding: SaPE2 | CoPE, q: Tensor, k: Tensor) -> dict[str, np.ndar
 
 
 def _array(tensor: Tensor) -> np.ndarray:
-    """Without the batch, in float64."""
+    """The tensor without its batch dimension, in float64."""
     return tensor[0].detach().cpu().double().numpy()

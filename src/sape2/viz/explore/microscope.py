@@ -57,7 +57,7 @@ class Microscope:
 
     @functools.cached_property
     def start(self) -> State:
-        """Of the first image the patch in the middle, in the last layer, at the size trained at."""
+        """The initial state: the middle patch of the first image, in the last layer, at the training size."""
         config = self.subject.config.model
         height, width = config.grid
         beside = "run" if self.against else "nothing"

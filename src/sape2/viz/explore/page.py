@@ -99,7 +99,7 @@ class Desk:
 
 
 def status(view: View) -> str:
-    """For those who do not see the panels."""
+    """A description of the view for people who do not see the panels."""
     column = view.columns[0]
     (name, probability), (y, x) = column.prediction[0], column.patch
     other = "" if column.other is None else f", n at row {column.other[0]}, column {column.other[1]}"
@@ -198,7 +198,7 @@ SET = {  # what each control changes; both shifts stand in one pair
 
 
 def _controls(gradio: Any, microscope: Microscope, state: State) -> dict[str, Any]:
-    """In the order of `controls` in page.js."""
+    """The controls, in the order of `controls` in page.js."""
     config = microscope.subject.config.model
     heads = [("mean", 0), *((str(head), head) for head in range(1, config.num_heads + 1))]
     (height, width), last = config.image_size, len(microscope.samples) - 1
@@ -271,7 +271,7 @@ def open_socket(host: str, port: int | None) -> socket.socket:
 
 
 def serve(microscope: Microscope, host: str, port: int | None, say: Callable[[str], None]) -> None:
-    """Until it is interrupted. The page is told to `say` once it can be opened."""
+    """Serves the page until interrupted; calls `say` with its address once it can be opened."""
     with open_socket(host, port) as listening:
         app = build_app(microscope)
         import uvicorn

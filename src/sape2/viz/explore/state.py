@@ -33,7 +33,7 @@ class State:
     opacity: int = 60
 
     def query(self) -> str:
-        """As it stands in the address."""
+        """The state as a query string for the address."""
         texts = {
             "image": self.image,
             "layer": str(self.layer),

@@ -211,7 +211,7 @@ def _change(value: float) -> str:
 
 
 def to_html(view: View) -> tuple[str, str]:
-    """For the page: image and answer, and all that follows; panels keep what a click and a pointer need."""
+    """HTML of the view in two parts: the first section, and all others; panels keep the data for clicks and pointers."""
     first, *rest = (_section_html(section, view) for section in sections(view))
     return first, "".join(rest)
 
