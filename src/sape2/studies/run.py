@@ -38,10 +38,10 @@ def run_to_end(
     watch: Callable[[Progress], None] = lambda progress: None,
     processes: Processes = ALONE,
 ) -> list[Row]:
-    """Trains on from where the run in the locked folder stands, unless it is finished, and measures the test set.
+    """Resumes training of the run in the locked folder, unless it is finished, and measures the test set.
 
-    Nothing is saved once the lock is lost. `watch` hears where the run stands after each step. Raises what `train` and
-    `Lock.check` raise, and OutOfMemory. The other `processes` must call `help_to_train`; they are let go when the
+    Nothing is saved once the lock is lost. `watch` is called with the progress after each step. Raises what `train` and
+    `Lock.check` raise, and OutOfMemory. The other `processes` must call `help_to_train`; they end when the
     training is done.
     """
     folder = lock.folder
@@ -81,7 +81,7 @@ def help_to_train(config: RunConfig, processes: Processes) -> int:
 
 
 def validation_of(splits: Splits, processes: Processes) -> Callable[[nn.Module], tuple[float, float]]:
-    """`shared_accuracy` on the validation set, as `train` wants it."""
+    """`shared_accuracy` on the validation set, in the form that `train` takes."""
     return lambda trained: shared_accuracy(trained, splits.validation, processes)
 
 

@@ -28,7 +28,7 @@ def save_weights(path: Path, model: nn.Module) -> None:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Raises ValueError naming the first difference if the file holds another model or is damaged."""
+    """Loads weights in place. Raises ValueError naming the first difference if the file holds another model or is damaged."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     try:
@@ -52,7 +52,7 @@ class Progress:
 def save_checkpoint(
     folder: Path, progress: Progress, model: nn.Module, ema: nn.Module | None, optimizer_state: dict[str, Any]
 ) -> None:
-    """Writes checkpoint/step-N beside the last one, then removes that."""
+    """Writes checkpoint/step-N, then removes the previous checkpoint."""
     parent = folder / "checkpoint"
     final = parent / f"step-{progress.step:08d}"
     if final.exists():  # the same step again: what it holds is the same
@@ -73,7 +73,7 @@ def save_checkpoint(
 
 
 def keep_only(checkpoint: Path) -> None:
-    """Removes the others, each under a hidden name: a kill in between leaves no half of one that looks like a whole one."""
+    """Removes all other checkpoints, renaming each first, so that an interrupted removal leaves none that looks complete."""
     for other in checkpoint.parent.iterdir():
         if other == checkpoint:
             continue
@@ -98,7 +98,7 @@ def standing(folder: Path) -> str:
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tuple[Progress, dict[str, Any]]:
     """Loads the weights in place; returns the progress and the optimiser's state.
 
-    Raises ValueError if it is damaged, or of a version that kept other things.
+    Raises ValueError if it is damaged, or written by a version with another format.
     """
     load_weights(path / "model.safetensors", model)
     if ema is not None:

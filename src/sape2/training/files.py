@@ -19,13 +19,13 @@ WRITER = re.compile(r"StreamWriter|inline_container|iostream|writing|write faile
 
 
 def safe_name(encoding: str) -> str:
-    """ "ape+sape2:count=cyclic" -> "ape+sape2_count=cyclic": a part of a path, not too long for one."""
+    """ "ape+sape2:count=cyclic" -> "ape+sape2_count=cyclic": a valid and not too long part of a path."""
     name = re.sub(r"[^\w+=.-]+", "_", encoding)
     return name if len(name) <= 120 else f"{name[:100]}-{digest_of({'encoding': encoding})}"
 
 
 def digest_of(settings: dict[str, Any]) -> str:
-    """Sixteen digits that tell settings apart."""
+    """A digest of sixteen digits that identifies settings."""
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
@@ -72,7 +72,7 @@ def holds_files(folder: Path) -> bool:
 def check_writable(folder: Path, way_out: str = "choose another --out") -> None:
     """Raises OSError in one line, before any work, if no file can be made in a folder that is there or is to be made.
 
-    By making one: who may write is also a matter of how a disk is mounted. Nothing is left behind.
+    It creates and removes a file, because write access also depends on how a disk is mounted.
     """
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     if not there.is_dir():
@@ -88,7 +88,7 @@ def check_writable(folder: Path, way_out: str = "choose another --out") -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed writers left half-written in the folder; for a process that holds it alone."""
+    """Removes files that killed processes left incomplete in the folder; only for a process that holds its lock."""
     for path in folder.glob(".*"):
         if re.fullmatch(r"\..+\.\d+-[0-9a-f]{8}", path.name) and path.is_file():
             path.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ class TrainingStopped(Exception):
 
 @contextmanager
 def catch_signals(patient: bool = False) -> Iterator[list[int]]:
-    """A list that receives the first SIGINT or SIGTERM, instead of its ending the process in the middle of a step.
+    """A list that receives the first SIGINT or SIGTERM, which then does not end the process in the middle of a step.
 
     A second one ends it, unless it is `patient`.
     """

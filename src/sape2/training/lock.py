@@ -61,7 +61,7 @@ class Lock:
             raise LockLost(f"the lock of this process on {self.folder} was removed or replaced; nothing more is written there")
 
     def release(self) -> None:
-        """Gives the folder back, and removes what was made for the lock alone if nothing has come into it."""
+        """Releases the lock, and removes folders that were created only for it if they are still empty."""
         with contextlib.suppress(OSError):
             self.check()
             (self.folder / NAME).unlink()  # first: one that opened it meanwhile sees that it is no file any more
@@ -77,7 +77,7 @@ class Lock:
 
 
 def hold(folder: Path, note: str = "") -> Lock:
-    """The lock on the folder, which is made if need be. Raises Held at once if it is taken, OSError if it cannot be written."""
+    """Locks the folder, which is created if necessary. Raises Held at once if it is taken, OSError if it cannot be written."""
     made, path = _make(folder), folder / NAME
     file = _acquire(folder)
     before = _read(path)

@@ -55,7 +55,7 @@ def train(
 ) -> None:
     """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
 
-    What could stop the first step is found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
+    Problems that would stop the first step are found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
     events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising,
     and so does `check_folder`, which is called before anything is written there. Raises ValueError when the loss is no
     longer finite, TrainingStopped on SIGINT and SIGTERM. Of several `processes` all must call it; the folder is that of
@@ -105,7 +105,7 @@ class Trainer:
         self.pending: list[tuple[int, Tensor]] = []  # losses not yet looked at
 
     def run(self, watch: Watch = lambda progress: None) -> None:
-        """Batch, step, look, say; at an epoch's end measure and save; at a signal save and stop."""
+        """The training loop. It measures and saves at the end of each epoch, and saves and stops on a signal."""
         stream, progress = self.stream, self.progress
         self.record.begin(progress, stream.data.fingerprint)
         for line in passed_over():
@@ -149,7 +149,7 @@ class Trainer:
         return bool(done == 0 or stop or (every and self.progress.step % every == 0))
 
     def _step(self, images: Tensor, labels: Tensor) -> None:
-        """One update from one batch of this process, in `accumulation` equal parts. Waits for no device.
+        """One update from one batch of this process, in `accumulation` equal parts, without synchronising with the device.
 
         Shapes are the same in every step.
         """
@@ -182,7 +182,7 @@ class Trainer:
     # --- what the steps gave ------------------------------------------------------------------------------------------
 
     def _look_at_losses(self) -> None:
-        """Adds up what the last steps gave in all processes; raises ValueError at the first loss that is not finite."""
+        """Adds up the losses of the last steps in all processes; raises ValueError at the first loss that is not finite."""
         pending, self.pending = self.pending, []
         if not pending:
             return
@@ -194,7 +194,7 @@ class Trainer:
             self._add(loss=loss * count, correct=correct, images=count)
 
     def _check_weights(self) -> None:
-        """A step with a finite loss can still break the weights; such weights are never saved."""
+        """Raises if the weights are not finite, which can happen after a finite loss, so that such weights are never saved."""
         if not self.weights.are_finite():
             self._diverged(self.progress.step - 1, "the weights are no longer finite")
 
@@ -232,7 +232,7 @@ class Trainer:
         self.record.epoch(self._row(epoch, sums, waited, accuracy, loss), weights if best else None)
 
     def _row(self, epoch: int, sums: dict[str, float], waited: float, accuracy: float, loss: float) -> dict[str, Any]:
-        """The line of an epoch."""
+        """The row of an epoch for metrics.jsonl."""
         return {
             "epoch": epoch,
             "step": self.progress.step,

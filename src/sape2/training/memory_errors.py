@@ -24,7 +24,7 @@ class OutOfMemory(ValueError):
 
 @contextmanager
 def told_in_one_line(what: Callable[[], str]) -> Iterator[None]:
-    """Turns the errors with which PyTorch and NumPy say that memory is short into OutOfMemory with the line `what()`."""
+    """Turns out-of-memory errors of PyTorch and NumPy into OutOfMemory with the message `what()`."""
     try:
         yield
     except OutOfMemory:
@@ -47,7 +47,7 @@ def count_tokens(model: ModelConfig) -> int:
 
 
 def in_training(config: RunConfig, size: int = 1) -> str:
-    """The batch as `size` processes share it, its tokens, and what makes it smaller."""
+    """Message for out-of-memory errors in training: batch and tokens of each of `size` processes, and how to reduce them."""
     train, model = config.train, config.model
     share = train.batch_size // size
     part = share // train.accumulation
@@ -116,7 +116,7 @@ def available_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def _system_available() -> int:
-    """With what the system would give back from its caches, where it says that; else the free pages."""
+    """Available memory including reclaimable caches if the system reports it; else the free pages."""
     if MEMORY_INFO.exists():
         for line in MEMORY_INFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):

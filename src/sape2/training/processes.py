@@ -31,7 +31,7 @@ class Elsewhere(ValueError):
 
 
 class Dismissed(Exception):
-    """Another process has left in good order: there is nothing more to do together."""
+    """Another process has left normally: there is no more work to do together."""
 
 
 class Processes:
@@ -117,7 +117,7 @@ ALONE = Processes()
 
 @contextmanager
 def lost_is_an_os_error() -> Iterator[None]:
-    """A connection that broke, which torch reports as a RuntimeError, as a ConnectionError in one line."""
+    """Turns the RuntimeError that torch raises for a broken connection into a ConnectionError with a one-line message."""
     try:
         yield
     except RuntimeError as error:
@@ -151,7 +151,7 @@ def refuse_launcher(command: str) -> None:
 def joined() -> Iterator[Processes]:
     """All processes that the launcher started, from here to the end of the block; `ALONE` if it is this one only.
 
-    An error in one of them ends the block in all: as Elsewhere in the others, as soon as they exchange something.
+    An error in one process ends the block in all: the others raise Elsewhere at their next exchange.
     """
     if launched() == 1:
         yield ALONE
@@ -167,7 +167,7 @@ def joined() -> Iterator[Processes]:
 
 
 def connect() -> Processes:
-    """gloo between CPUs, and beside it what the accelerator has (NCCL on CUDA); address and numbers from the environment.
+    """Connects the processes: gloo for CPUs, and the accelerator's backend (NCCL on CUDA); addresses come from the environment.
 
     Raises ConnectionError if the others have not come within a minute (`SAPE2_JOIN_SECONDS`), and says after a few seconds
     that it waits for them: a WORLD_SIZE that is left over from something else has no partners.

@@ -17,9 +17,9 @@ CONDITIONS = {"epoch", "step", "precision", "device", "processes"}  # of an epoc
 
 
 class Record:
-    """The run folder in the hands of the main process; in the others every method does nothing.
+    """Writes the run folder in the main process; in other processes every method does nothing.
 
-    `check_folder` is called before anything is written; it raises if the folder is another's by now.
+    `check_folder` is called before anything is written; it raises if another process holds the folder by now.
     """
 
     def __init__(self, folder: Path, config: RunConfig, is_main: bool, quiet: bool, check_folder: Callable[[], None]) -> None:
@@ -28,7 +28,7 @@ class Record:
         self.board: Any = None
 
     def begin(self, progress: Progress, fingerprint: Row | None) -> None:
-        """Makes the folder, or takes it up at a step: lines of epochs that will be run again are dropped."""
+        """Creates the folder, or prepares it to resume at a step: lines of epochs that will be repeated are removed."""
         if self.is_main:
             start_run(self.folder, self.config, fingerprint)
             self.board = open_board(self.folder)
@@ -56,7 +56,7 @@ class Record:
             save_checkpoint(self.folder, progress, model, average, state)
 
     def finish(self, weights: nn.Module) -> None:
-        """The file that says that the run is finished."""
+        """Writes the final weights, whose file marks the run as finished."""
         self.check()
         if self.is_main:
             save_weights(self.folder / "model.safetensors", weights)

@@ -59,8 +59,8 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 def update_results(folder: Path, rows: list[Row]) -> None:
     """Puts rows into results.jsonl in place of what the same measures gave on the same split and weights before.
 
-    Rows over more images than these stay: a look at a few never replaces what was measured on all (`own_results` gives the
-    latter). Raises FileNotFoundError if the folder is gone.
+    Rows over more images than these stay: a measurement on a few images never replaces one on all (`own_results` returns
+    the latter). Raises FileNotFoundError if the folder is gone.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} was removed while it was being measured; nothing is written there")
@@ -147,7 +147,7 @@ def check_run(folder: Path, config: RunConfig) -> None:
 
 
 def how_it_differs(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """Between two identities of configs, and what to do about it.
+    """Describes how two identities of configs differ, and what to do about it.
 
     Of the recipe `images`, which takes its mean and std from the images, other ones mean that those in the folder changed.
     """
@@ -167,7 +167,7 @@ def _but_for_epochs(config: RunConfig) -> dict[str, Any]:
 
 
 def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -> None:
-    """Makes the run folder, or takes it up if it holds this run on these images (see `check_run`, `check_data`)."""
+    """Creates the run folder, or checks that it holds this run on these images (see `check_run`, `check_data`)."""
     check_run(folder, config)
     check_data(folder, fingerprint)
     if last := last_checkpoint(folder):
@@ -180,7 +180,7 @@ def start_run(folder: Path, config: RunConfig, fingerprint: Row | None = None) -
 
 
 def keep_fingerprint(folder: Path, fingerprint: Row) -> None:
-    """data.json, which images a run saw, unless it is there."""
+    """Writes data.json, the fingerprint of the images, unless it exists."""
     if not (folder / "data.json").exists():
         write_text(folder / "data.json", json.dumps(fingerprint, indent=2) + "\n")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def shard(model: nn.Module, device: torch.device) -> None:
-    """Divides the model in place: each of its blocks, then what is left."""
+    """Divides the model in place: each of its blocks, then all other parameters."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

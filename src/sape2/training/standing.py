@@ -11,14 +11,14 @@ from sape2.training.run_folder import is_finished, read_config, read_rows
 
 
 def check_finished(folder: Path) -> None:
-    """Raises ValueError that says where the run stands, and the command that goes on. Changes nothing."""
+    """Raises ValueError with the progress of an unfinished run and the command that resumes it. Changes nothing."""
     config = read_config(folder)
     if not is_finished(folder):
         raise ValueError(f"the run in {folder} is not finished: {where(folder, config)}; {_go_on(folder, config)}")
 
 
 def where(folder: Path, config: RunConfig) -> str:
-    """ "at step 40 of 60, in epoch 2 of 3"; how many steps there are is known once an epoch is done."""
+    """ "at step 40 of 60, in epoch 2 of 3"; the total is known after the first epoch."""
     last = last_checkpoint(folder)
     if last is None:
         return f"no checkpoint yet of its {config.train.epochs} epochs"

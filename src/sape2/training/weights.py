@@ -30,7 +30,7 @@ class Weights:
         return None if self.ema is None else self.ema.module
 
     def parts(self) -> list[nn.Module]:
-        """The model and, where there is one, its average, as they lie in this process."""
+        """The model and its average, if there is one, as stored in this process."""
         return [self.model] if self.average is None else [self.model, self.average]
 
     def whole(self) -> list[nn.Module]:
@@ -51,7 +51,7 @@ class Weights:
         return not self.processes.largest(int(not finite))
 
     def follow(self, step: int) -> None:
-        """Moves the average after a step."""
+        """Updates the moving average after a step."""
         if self.ema is not None:
             self.ema.update(self.model, step=step)
 
@@ -86,9 +86,9 @@ class Weights:
         return wrapped
 
     def state_of(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """The optimiser's state, whole."""
+        """The optimiser's state, undivided."""
         return whole_state(optimizer) if self.undivided else optimizer.state_dict()
 
     def give_state(self, state: dict[str, Any], optimizer: torch.optim.Optimizer) -> None:
-        """The other way round, in place. Raises KeyError, TypeError or ValueError for a state of another version."""
+        """The inverse of `state_of`, in place. Raises KeyError, TypeError or ValueError for a state of another version."""
         optimizer.load_state_dict(divided_state(state, optimizer) if self.undivided else state)

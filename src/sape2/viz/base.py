@@ -34,7 +34,7 @@ def import_optional(name: str) -> Any:
 
 
 def pyplot() -> Any:
-    """matplotlib without a window."""
+    """Imports matplotlib with a backend that opens no window."""
     import_optional("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
 
@@ -67,7 +67,7 @@ def as_text(name: str) -> str:
 
 
 def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], **about: Any) -> None:
-    """A legend under the panels, long names in several lines; the figure grows by it, so that the panels keep their size.
+    """A legend under the panels, with long names in several lines; the figure is enlarged, so that the panels keep their size.
 
     Where that would take more than half the height of the panels, names are shortened to a line and stand in more columns.
     """
@@ -118,7 +118,7 @@ def legend_names(names: Sequence[str]) -> dict[str, str]:
 
 
 def put_title(figure: Any, about: str) -> None:
-    """Above all panels, in as many lines as it takes."""
+    """Puts the title above all panels, in as many lines as needed."""
     if about:
         figure.suptitle(fill(as_text(about), int(13 * figure.get_size_inches()[0])), fontsize=9)
 

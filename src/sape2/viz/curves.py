@@ -68,7 +68,7 @@ def plot_curves(runs: Runs, path: Path, about: str = "") -> None:
 
 
 class NothingToDraw(ValueError):
-    """No row has what a picture would show."""
+    """Raised if no row has the numbers that a picture shows."""
 
 
 class Panel(NamedTuple):

@@ -53,7 +53,7 @@ class Choice:
     patches: tuple[Patch, ...] = ()
 
     def check(self, config: ModelConfig) -> None:
-        """Raises ValueError for what the model does not have."""
+        """Raises ValueError for a layer, head or patch that the model does not have."""
         for name, value, number in (("layer", self.layer, config.depth), ("head", self.head, config.num_heads)):
             if value is not None and not 1 <= value <= number:
                 raise ValueError(f"--{name} must be from 1 to {number}, which the model has; got {value}")
@@ -159,7 +159,7 @@ def explain(
 def look(
     model: nn.Module, config: RunConfig, picture: Picture, image_path: Path, choice: Choice, classes: list[str]
 ) -> Explanation:
-    """Runs the model on the picture and takes down what its layers did."""
+    """Runs the model on the picture and records its layers."""
     one = ImageData(picture.pixels[None], torch.zeros(1, dtype=torch.long), tuple(classes), config.data.mean, config.data.std)
     images, _ = next(one.batches(1))
     device = next(model.parameters()).device
@@ -345,7 +345,7 @@ def _figures(found: Explanation) -> Iterator[str]:
 
 
 def _figure(panels: list[Drawing], caption: str) -> str:
-    """The panels in rows that are full, or nearly: the page chooses among these numbers of columns by its width."""
+    """The panels in rows that are full or nearly full; the page chooses the number of columns by its width."""
     shown = "".join(f"<div>{panel.svg()}</div>" for panel in panels)
     kind = "wide" if panels[0].width > 300 else "narrow"
     columns = "; ".join(f"--{most}: {even_columns(len(panels), most)}" for most in FITTING[kind])

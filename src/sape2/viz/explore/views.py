@@ -203,7 +203,7 @@ def _moved_table(view: View) -> Iterator[dict[str, Any]]:
 
 
 def _change(value: float) -> str:
-    """Rounding of single precision is nothing."""
+    """Formats a change; differences within single-precision rounding count as none."""
     return "0 (rounding)" if value < 1e-5 else f"{value:.3f}"
 
 
