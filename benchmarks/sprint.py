@@ -102,8 +102,9 @@ def search() -> Iterator[Trial]:
 
 def tuning(encodings: Iterable[str], recipe: str = "cifar10_sprint") -> Iterator[Trial]:
     """Every encoding at the same pairs of rates. `none` has no rate of its own, and so each rate of the blocks once."""
+    names = list(encodings)
     for rates in RATES:
-        for encoding in encodings:
+        for encoding in names:
             if encoding != "none" or rates in RATES[:3]:
                 yield Trial(recipe, encoding, 0, QUARTER, _settings(rates))
 

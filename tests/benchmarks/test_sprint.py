@@ -55,6 +55,14 @@ def test_every_encoding_has_the_same_search():
     assert len({tuple(settings) for settings in searched.values()}) == 1
 
 
+@pytest.mark.parametrize("stage", ["tuning", "tuning_controls", "tuning_forms"])
+def test_a_stage_of_tuning_has_every_pair_of_rates_for_every_encoding(stage):
+    pairs = {}
+    for trial in sprint.STAGES[stage]([]):
+        pairs.setdefault(trial.encoding, set()).add(trial.settings)
+    assert {len(found) for name, found in pairs.items() if name != "none"} == {len(sprint.RATES)}
+
+
 def test_the_tables_show_what_is_kept():
     trials = list(sprint.tuning(["rope"]))
     table = sprint.tuning_table([row_of(trial, 0.25 + 0.01 * i) for i, trial in enumerate(trials)])
