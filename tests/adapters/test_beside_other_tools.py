@@ -15,6 +15,7 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
 from sape2.adapters.attached import Attached
+from sape2.encodings import AttentionEncoding, TokenEncoding
 
 HOSTS = ["timm.vit.dinov2", "timm.eva.dinov3", "torchvision", "transformers.ViT.sdpa", "sape2.ape"]
 SHARED = "sape2:share=true+rpe"
@@ -41,6 +42,23 @@ def test_timm_s_factory_decays_nothing_of_an_encoding(case):
     decayed = {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
     assert decayed
     assert not theirs & decayed
+
+
+@pytest.mark.parametrize("make_model", [lambda: attach(make("timm.vit.class"), "rpe+cope"), lambda: create_model(
+    "vit_nano", encoding="ape+rpe+cope", image_size=16, depth=2, dim=16, num_heads=2)])  # fmt: skip
+def test_names_of_a_wrapped_model_decay_no_table_either(make_model):
+    peft = pytest.importorskip("peft")
+    for wrap in (
+        lambda model: torch.compile(model, backend="eager"),
+        lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["qkv"])),
+    ):
+        model = make_model()
+        theirs = {
+            id(p) for part in model.modules() if isinstance(part, (TokenEncoding, AttentionEncoding)) for p in part.parameters()
+        }
+        wrapped = wrap(model).requires_grad_(True)
+        groups = create_optimizer_v2(wrapped, opt="adamw", lr=1e-3, weight_decay=0.05).param_groups
+        assert not theirs & {id(p) for group in groups if group["weight_decay"] > 0 for p in group["params"]}
 
 
 def test_what_the_host_does_not_decay_stays_so_and_copies_speak_for_themselves():
@@ -74,6 +92,23 @@ def test_shared_tables_have_one_name_and_load_under_any(case):
         other = attach(make(case), SHARED)
         other.load_state_dict(given)
         assert torch.equal(outputs(other, x), outputs(model, x))
+
+
+@pytest.mark.parametrize("case", ["transformers.ViT.sdpa", "timm.vit.class"])
+def test_a_part_of_a_model_has_one_name_for_each_too(case, tmp_path):
+    model = opened(case, SHARED)
+    tower = model.vit if case.startswith("transformers") else model.blocks
+    state = tower.state_dict()
+    assert len({tensor.data_ptr() for tensor in state.values()}) == len(state)
+    other = attach(make(case), SHARED)
+    (other.vit if case.startswith("transformers") else other.blocks).load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(encoding_parameters(model), encoding_parameters(other), strict=True))
+    if case.startswith("transformers"):
+        tower.save_pretrained(tmp_path)  # refuses a tensor of two names
+        assert (tmp_path / "model.safetensors").exists()
+    assert tower.state_dict().keys() == state.keys()
+    hooks = [part._state_dict_hooks for part in detach(model).modules()]
+    assert not any(hooks)
 
 
 @pytest.mark.parametrize("make_model", [lambda: opened("timm.vit.class", SHARED), lambda: create_model(
@@ -167,6 +202,13 @@ def test_a_jit_trace_computes_the_same_on_other_images(case):
         traced = torch.jit.trace(model, x, check_trace=False)
         other = torch.randn_like(x)
         torch.testing.assert_close(traced(other), model(other), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", ["timm.vit.class", "torchvision", "transformers.ViT.sdpa", "sape2.ape"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_script_is_refused_with_what_does_the_same(case):
+    with pytest.raises(ValueError, match=r"use torch\.jit\.trace or torch\.export, or detach first"):
+        torch.jit.script(attach(make(case), "sape2"))
 
 
 @pytest.mark.parametrize("case", HOSTS)
@@ -279,9 +321,18 @@ def test_an_encoding_that_lora_froze_is_told_once_in_training_and_when_saved(tmp
         save_adapter(host, tmp_path)
 
 
-def test_an_encoding_among_modules_to_save_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("encoding", "options"),
+    [
+        ("sape2", {"modules_to_save": ["sape2"]}),
+        ("sape2", {"modules_to_save": ["inner"]}),
+        ("rpe_contextual+cope", {"modules_to_save": ["parts.0"]}),
+        ("rpe", {"target_parameters": ["inner.table"]}),
+    ],
+)
+def test_an_encoding_that_peft_wraps_whole_or_in_part_is_refused(encoding, options, tmp_path):
     host, x = make("transformers.ViT.sdpa"), images("transformers")
-    both = lora(attach(host, "sape2"), modules_to_save=["sape2"])
+    both = lora(attach(host, encoding), **options)
     for act in (lambda: outputs(both, x), lambda: save_adapter(host, tmp_path)):
         with pytest.raises(ValueError, match="leave sape2 out of them and attach after get_peft_model"):
             act()

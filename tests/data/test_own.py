@@ -107,6 +107,7 @@ def test_a_training_set_without_a_test_set_is_split(tmp_path):
         (lambda folder: fill(folder, {"": 5}), "holds images but no folder for each class: put them into DIR/CLASS/*.jpg"),
         (lambda folder: fill(folder, {"cat": 5}), "has the one class 'cat'; at least two are needed"),
         (lambda folder: fill(folder, {"cat": 5, "dog": 2}), "the class 'dog' has 2 images; training, validation and test"),
+        (lambda folder: fill(folder, {"cat": 1, "dog": 1}), "the class 'cat' has 1 image; training, validation and test"),
         (lambda folder: fill(folder, {"cat": 5, "dog": 0}), "the class 'dog' has 0 images"),
         (lambda folder: folder.write_text(""), "is a file"),
     ],

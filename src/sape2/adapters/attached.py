@@ -23,7 +23,7 @@ from sape2.adapters.start import Start, looks_beyond_pairs, prepare, rotates
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import create_encodings
-from sape2.encodings.base import AttentionEncoding, NoEncoding, bias_of, encoding_names
+from sape2.encodings.base import AttentionEncoding, NoEncoding, bias_of, names_without_decay
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
 
@@ -43,6 +43,13 @@ class Attached:
     def __init_subclass__(cls) -> None:
         if "forward" in vars(cls):
             cls.forward = _one_node(cls.forward)  # pyrefly: ignore
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Where torch.jit.script begins, at every module of a model."""
+        raise ValueError(
+            "torch.jit.script compiles source, and that of an attached encoding is not in its language; "
+            "use torch.jit.trace or torch.export, or detach first"
+        )
 
     def attend(
         self,
@@ -92,11 +99,26 @@ class Attached:
 def encoding_of(module: Any) -> AttentionEncoding:
     """Raises ValueError if another library has put something in its place."""
     if not isinstance(module.sape2, AttentionEncoding):
-        raise ValueError(
-            f"a {type(module.sape2).__name__} stands in the place of the attached encoding, as peft puts one there for "
-            "modules_to_save; leave sape2 out of them and attach after get_peft_model, which trains both"
-        )
+        raise _replaced(module.sape2)
     return module.sape2
+
+
+def check_parts(attachment: Attachment) -> None:
+    """Raises ValueError if peft has put something in the place of an encoding or of a part of one.
+
+    Tables in such a part would be left out of the bias, or written under names that no model has.
+    """
+    parts = (part for module in attachment.attentions.values() for part in module.sape2.modules())  # pyrefly: ignore
+    if (strange := next((part for part in parts if type(part).__module__.startswith("peft.")), None)) is not None:
+        raise _replaced(strange)
+
+
+def _replaced(strange: nn.Module) -> ValueError:
+    return ValueError(
+        f"a {type(strange).__name__} stands in the place of the attached encoding or of a part of it, as peft puts one there "
+        "for modules_to_save and for whatever its targets match; leave sape2 out of them and attach after get_peft_model, "
+        "which trains both"
+    )
 
 
 def _one_node(forward: Callable) -> Callable:
@@ -180,7 +202,7 @@ class NoWeightDecay:
 
     def __call__(self) -> set[str]:
         own: Any = getattr(type(self.model), "no_weight_decay", None)
-        return encoding_names(self.model) | (set(own(self.model)) if own else set())
+        return names_without_decay(self.model) | (set(own(self.model)) if own else set())
 
 
 def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grid: Grid | None) -> None:
@@ -254,9 +276,12 @@ def _swap(
 
 
 def _look_whether_it_learns(model: nn.Module, inputs: Any) -> None:
-    """At a call in training, once."""
+    """And, before that, whether it is what was attached. Told once, at a call in training."""
     attachment: Any = model.sape2_attachment
-    if model.training and torch.is_grad_enabled() and not torch.compiler.is_compiling() and not attachment.told:
+    if torch.compiler.is_compiling():
+        return
+    check_parts(attachment)
+    if model.training and torch.is_grad_enabled() and not attachment.told:
         attachment.tell_if_frozen()
 
 
@@ -292,7 +317,9 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 def attached_encodings(model: nn.Module) -> dict[int, AttentionEncoding]:
     """The attached encodings by layer, counted from 0; layers without one are left out."""
-    return {index: encoding_of(module) for index, module in attachment_of(model).attentions.items()}
+    attachment = attachment_of(model)
+    check_parts(attachment)
+    return {index: encoding_of(module) for index, module in attachment.attentions.items()}
 
 
 def encoding_parameters(model: nn.Module) -> Iterator[nn.Parameter]:

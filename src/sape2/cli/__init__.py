@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     if others:
         getattr(arguments, "parser", parser).refuse(others)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line about the profiler at every measurement of memory
-    os.environ.pop("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None)  # some containers set it: float32 with the digits of half types
+    for name in ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE"):
+        os.environ.pop(name, None)  # some containers set them: float32 with the digits of half types
     if not sys.stderr.isatty():  # the bars of libraries; ours look themselves
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")

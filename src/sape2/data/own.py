@@ -85,11 +85,11 @@ def _check_classes(train: Source, test: Source) -> tuple[str, ...]:
     """Names of the classes. Raises ValueError if there are too few, or a class has too few images to be split."""
     counts = Counter(train.labels)
     classes = tuple(train.classes) or tuple(map(str, range(min(max(counts, default=-1) + 1, len(train.labels)))))
-    if not counts:
+    own = not isinstance(test, Part)
+    if not counts and (own or not test.labels):  # a drawn test set may have taken the one image of every class
         raise ValueError(f"{train.where} holds no images")
     if len(classes) < 2:
         raise ValueError(f"{train.where} has the one class {classes[0]!r}; at least two are needed, a folder for each")
-    own = not isinstance(test, Part)
     for label, name in enumerate(classes):
         if counts[label] < 2:
             n = counts[label] + (0 if own else test.labels.count(label))

@@ -213,6 +213,12 @@ def encoding_names(model: nn.Module) -> set[str]:
     }
 
 
+def names_without_decay(model: nn.Module) -> set[str]:
+    """These names, and as patterns of timm, `*.NAME`, for a model that `torch.compile` or peft gives longer names."""
+    names = encoding_names(model)
+    return names | {f"*.{name}" for name in names}
+
+
 class TokenReader(AttentionEncoding):
     """An attention encoding whose bias reads, besides q and k, what they are projected from: the normed input of the block.
 

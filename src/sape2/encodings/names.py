@@ -11,11 +11,17 @@ from torch import Tensor, nn
 
 
 def name_once(model: nn.Module) -> list[Any]:
-    """Leaves all names but the first out of the model's state dicts, and takes any of them when one is loaded.
+    """Leaves all names but the first out of the state dicts of the model and its parts, and takes any when one is loaded.
 
-    Returns the handles of the hooks, which hold for copies of the model too.
+    A part may be saved alone, as the tower of a classifier is. Returns the handles of the hooks, which hold for copies of
+    the model too.
     """
-    return [model.register_state_dict_post_hook(_leave_out), model.register_load_state_dict_pre_hook(_fill_in)]
+    parts = [part for part in model.modules() if part is model or names_of_one(part)]
+    return [
+        handle
+        for part in parts
+        for handle in (part.register_state_dict_post_hook(_leave_out), part.register_load_state_dict_pre_hook(_fill_in))
+    ]
 
 
 def names_of_one(module: nn.Module) -> list[list[str]]:

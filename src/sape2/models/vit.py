@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
-from sape2.encodings.base import encoding_names, full_precision
+from sape2.encodings.base import full_precision, names_without_decay
 from sape2.encodings.grid import Grid, as_grid
 from sape2.encodings.names import name_once
 from sape2.models import hub
@@ -131,7 +131,7 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of what must not decay besides norms and biases: tokens and everything of an encoding."""
-        return {"cls_token", "reg_token", *encoding_names(self)}
+        return {"cls_token", "reg_token", *names_without_decay(self)}
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         return self.head(self.pool(self.features(images)))
