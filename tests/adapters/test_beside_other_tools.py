@@ -7,7 +7,7 @@ import warnings
 import pytest
 import timm
 import torch
-from host_cases import TIMM, images, make, open_gains, outputs
+from host_cases import CASES, TIMM, images, make, open_gains, outputs, randomised
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -204,6 +204,24 @@ def test_a_jit_trace_computes_the_same_on_other_images(case):
         torch.testing.assert_close(traced(other), model(other), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.startswith("transformers")])
+@pytest.mark.usefixtures("as_users_call_it")
+def test_attached_models_of_transformers_export(case):
+    """There the host makes a mask that keeps all, and none in an ordinary call."""
+    model, x = opened(case), images(case)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    other = torch.randn(3, *x.shape[1:], dtype=x.dtype)
+    torch.testing.assert_close(program.module()(other).logits, model(other).logits)
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_a_padding_mask_is_refused_in_an_export_too():
+    model, x = opened("transformers.ViT.sdpa"), images("transformers")
+    mask = torch.ones(2, 10, dtype=torch.bool)
+    with pytest.raises(ValueError, match="also those that a padding mask hides"):
+        torch.export.export(model, (x,), {"attention_mask": mask}, strict=False)
+
+
 @pytest.mark.parametrize("case", ["timm.vit.class", "torchvision", "transformers.ViT.sdpa", "sape2.ape"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_script_is_refused_with_what_does_the_same(case):
@@ -238,6 +256,19 @@ def test_a_host_of_quantized_layers_takes_an_encoding(case):
     open_gains(model)
     assert (outputs(model, x) - expected).abs().max() > 1e-3
     assert torch.equal(outputs(detach(model), x), expected)
+
+
+@pytest.mark.parametrize("encoding", ["sape2", "fire+log_cpb", "rpe_contextual+forget"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantizing_after_attach_leaves_the_encoding_as_it_is(encoding):
+    model, x = opened("timm.vit.class", encoding).float(), images("timm").float()
+    quantized = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert [type(part) for part in quantized.blocks[0].attn.sape2.modules()] == [
+        type(part) for part in model.blocks[0].attn.sape2.modules()
+    ]
+    open_gains(model, std=0.0)
+    without = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert (outputs(quantized, x) - outputs(without, x)).abs().max() > 1e-3
 
 
 class Whole(nn.Linear):
@@ -281,6 +312,17 @@ def fit(model, x):
         outputs(model.train(), x).square().sum().backward()
         optimizer.step()
     return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+def test_lora_in_the_network_of_an_encoding_takes_part():
+    peft = pytest.importorskip("peft")
+    model = randomised(create_model("vit_nano", encoding="log_cpb", image_size=16, depth=1, dim=16, num_heads=2)).eval()
+    x = torch.randn(1, 3, 16, 16)
+    tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
+    with_it = tuned(x)
+    with tuned.disable_adapter():
+        assert not torch.allclose(tuned(x), with_it, atol=1e-6)
+    torch.testing.assert_close(tuned.merge_and_unload()(x), with_it)
 
 
 @pytest.mark.parametrize("order", ["lora first", "attach first"])

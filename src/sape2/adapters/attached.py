@@ -234,7 +234,7 @@ def _listen(model: nn.Module, projection: nn.Module, tokens: Tokens) -> list[Any
     """The hooks that tell `tokens` of every call."""
     patches = next(module for module in model.modules() if any(part is projection for part in module.children()))
     hooks = [
-        model.register_forward_pre_hook(tokens.enter),
+        model.register_forward_pre_hook(tokens.enter, with_kwargs=True),
         model.register_forward_hook(tokens.leave, always_call=True),
         projection.register_forward_hook(tokens),
     ]

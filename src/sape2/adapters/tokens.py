@@ -17,6 +17,7 @@ class _Place:
     def __init__(self) -> None:
         self.grid: Grid | None = None
         self.task = -1  # the backward pass in which the grid was read, -1 outside of any
+        self.masked = False  # whether the call was given a mask of padded patches
         self.outer: list[tuple[Grid | None, int]] = []  # of the calls around this one, where a hook calls the model again
 
 
@@ -64,10 +65,12 @@ class Tokens:
 
     # Hooks. Of the model: `enter`, `leave`; of the module that makes the patches: `forget`; of its projection: `__call__`.
 
-    def enter(self, model: nn.Module, inputs: Any) -> None:
+    def enter(self, model: nn.Module, inputs: Any, keywords: Any) -> None:
         if not torch.compiler.is_compiling():  # a graph would be made again for every grid that was there before
             self.running.outer.append((self.running.grid, self.running.task))
         self._read(None)
+        others = (*inputs[1:], keywords.get("attention_mask"))
+        self._place().masked = any(isinstance(each, Tensor) for each in others)
 
     def leave(self, model: nn.Module, inputs: Any, output: Any) -> None:
         """After a call inside another one, its grid again."""
@@ -124,6 +127,10 @@ class Tokens:
                 "before this backward pass; call backward between images of different shapes and equally many patches"
             )
         return next(iter(fitting), None)
+
+    def given_mask(self, mask: Tensor | None) -> Tensor | None:
+        """The mask that attention got; None for one that the host makes itself, as transformers does when it is exported."""
+        return None if torch.compiler.is_exporting() and not self._place().masked else mask
 
     def check_padding(self, mask: Tensor | None) -> None:
         """Raises ValueError for a mask of padded keys if the encoding would count the patches behind it all the same."""

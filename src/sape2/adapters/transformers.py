@@ -37,6 +37,7 @@ class _Attached(Attached):
 
     def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> tuple:
         check_backend(self.config._attn_implementation)
+        attention_mask = self.sape2_tokens.given_mask(attention_mask)
         self.sape2_tokens.check_padding(attention_mask)
         projections = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
         q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projections)

@@ -20,6 +20,13 @@ MAX_WIDTH = 2**16
 EPSILON = 1e-6  # FIRE's
 
 
+class Layer(nn.Linear):
+    """In float32 or better; of a class of its own, which `quantize_dynamic` leaves as it is."""
+
+    def forward(self, x: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead outputs"]:
+        return F.linear(x, full_precision(self.weight), None if self.bias is None else full_precision(self.bias))
+
+
 class OffsetNetwork(nn.Module):
     """Two linear layers with a ReLU between, of two coordinates for each offset, in float32 or better.
 
@@ -28,12 +35,11 @@ class OffsetNetwork(nn.Module):
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.first = nn.Linear(2, width)
-        self.last = nn.Linear(width, num_heads, bias=False)
+        self.first = Layer(2, width)
+        self.last = Layer(width, num_heads, bias=False)
 
     def forward(self, offsets: Float[Tensor, "rows columns 2"]) -> Float[Tensor, "rows columns heads"]:
-        hidden = F.relu(F.linear(offsets, full_precision(self.first.weight), full_precision(self.first.bias)))
-        return F.linear(hidden, full_precision(self.last.weight))
+        return self.last(F.relu(self.first(offsets)))
 
 
 class OffsetFunction(AttentionEncoding):
