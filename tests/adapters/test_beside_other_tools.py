@@ -7,7 +7,8 @@ import warnings
 import pytest
 import timm
 import torch
-from host_cases import CASES, TIMM, images, make, open_gains, outputs, randomised
+from export_cases import tiny
+from host_cases import CASES, TIMM, images, make, open_gains, outputs
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -316,7 +317,7 @@ def fit(model, x):
 
 def test_lora_in_the_network_of_an_encoding_takes_part():
     peft = pytest.importorskip("peft")
-    model = randomised(create_model("vit_nano", encoding="log_cpb", image_size=16, depth=1, dim=16, num_heads=2)).eval()
+    model = tiny("fire")
     x = torch.randn(1, 3, 16, 16)
     tuned = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["first"], init_lora_weights=False))
     with_it = tuned(x)
