@@ -23,8 +23,8 @@ EPSILON = 1e-6  # FIRE's
 class Layer(nn.Linear):
     """In float32 or better; of a class of its own, which `quantize_dynamic` leaves as it is."""
 
-    def forward(self, x: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead outputs"]:
-        return F.linear(x, full_precision(self.weight), None if self.bias is None else full_precision(self.bias))
+    def forward(self, input: Float[Tensor, "*lead inputs"]) -> Float[Tensor, "*lead outputs"]:
+        return F.linear(input, full_precision(self.weight), None if self.bias is None else full_precision(self.bias))
 
 
 class OffsetNetwork(nn.Module):
