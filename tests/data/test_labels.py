@@ -94,6 +94,8 @@ def test_labels_are_renumbered_by_name_and_missing_ones_stay():
         ("a b", "a\u00a0b"),
         ("a", "\u200e a"),
         ("x", "\u200b"),
+        ("cat", "c\u0430t"),
+        ("a", "a"),
     ],
 )
 def test_names_that_look_alike_are_refused_with_their_code_points(names):

@@ -226,3 +226,15 @@ def test_hidden_files_and_notes_are_left_out(tmp_path):
         ("meta.json", b'{"made": 1}'),
     ]
     assert index_shard(labelled(tmp_path, *files))[0][0::3] == ("a", None)
+
+
+def test_one_key_written_in_two_ways_is_one_sample(tmp_path):
+    files = [("a.png", png(1)), ("a.cls", b"0"), ("./a.png", png(2))]
+    assert "two images, a.png and ./a.png" in refusal(write_shard(tmp_path / "train.tar", files))
+    assert keys_of(write_shard(tmp_path / "one.tar", [("./a.png", png(1)), ("a.cls", b"\xef\xbb\xbf1")])) == ["./a"]
+
+
+def test_images_of_kinds_that_are_not_read_are_told_unless_another_stands_for_them(tmp_path, caplog):
+    files = [("a.png", png(1)), ("a.cls", b"0"), ("a.gif", b"x"), ("b.avif", b"x")]
+    assert keys_of(write_shard(tmp_path / "train.tar", files)) == ["a"]
+    assert "train.tar: 1 image is left out, b.avif; read are .jpg" in caplog.text

@@ -139,7 +139,13 @@ def tell_missing(where: str, files: Sequence[Path]) -> None:
         if found := NUMBERED.fullmatch(file.name):
             before, number, total, ending = found.groups()
             series.setdefault((file.parent, before, total, ending), {})[int(number)] = file.name
-    for (_, _, total, _), names in series.items():
+    totals: dict[tuple, set[str]] = {}
+    for (folder, before, total, ending), names in series.items():
+        known = totals.setdefault((folder, before, ending), set())
+        known |= {total} if total else set()
+        if len(known) > 1:
+            numbers = " and of ".join(sorted(known))
+            tell(f"{where}: files like {names[min(names)]} are numbered of {numbers}, as if written twice; all are read")
         first = min(names)
         wanted = range(int(total)) if total else range(first, (max(names) if first <= 1 else first) + 1)
         missing = [number for number in wanted if number not in names]

@@ -15,7 +15,7 @@ import torch
 from sape2.data.base import IMAGE_ENDINGS, Part, Source, plain_name, tell, waiting_for
 from sape2.data.images import class_split
 from sape2.data.labels import near_name, numbers_of
-from sape2.data.splits import by_split, open_labelled, split_of, splits_in
+from sape2.data.splits import by_split, check_card, open_labelled, split_of, splits_in
 from sape2.data.walk import Files, is_image, listed, tell_left_out
 
 KNOWN = f"taken are images in folders of their classes ({', '.join(IMAGE_ENDINGS)})"
@@ -164,6 +164,7 @@ def has_test(files: Files) -> bool:
 def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dict[str, Source]:
     """{"train": ..., "test": ...}; where there is no test set, `test_fraction` of each class is taken as one, with `seed`."""
     splits, where = split_folders(files), plain_name(files.root)
+    check_card(files, splits)
     if splits:
         tell_left_out(where, [name for name in files.real if _class_of(name) not in splits.values()], "they are of no split")
     if test_fraction is not None and not {*splits} - {"train"}:

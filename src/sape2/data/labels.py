@@ -10,6 +10,8 @@ from typing import Any
 from sape2.data.base import Source, tell
 
 NO_WIDTH = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10)}  # beside Unicode's category Cf
+# Cyrillic and Greek letters that have the shape of Latin ones.
+ALIKE = str.maketrans("АВЕЗІЈКМНОРЅТХаеіјорсухѕԁΑΒΕΖΗΙΚΜΝΟΡΤΥΧοѴѵ", "ABE3IJKMHOPSTXaeijopcyxsdABEZHIKMNOPTYXoVv")  # noqa: RUF001
 
 
 def check_names(names: Sequence[str], where: str) -> None:
@@ -18,9 +20,8 @@ def check_names(names: Sequence[str], where: str) -> None:
     for name in names:
         if not _looks(name):
             raise ValueError(f"{where} names a class {name!a}, which shows nothing; give it a name")
-        first = seen.setdefault(_looks(name), name)
-        if first is not name:
-            raise ValueError(f"{where} names two classes {_both(first, name)}; give each a name of its own")
+        if _looks(name) in seen:
+            raise ValueError(f"{where} names two classes {_both(seen[_looks(name)], name)}; give each a name of its own")
         seen[_looks(name)] = name
 
 
@@ -93,16 +94,16 @@ def as_numbers(source: Any) -> None:
             raise ValueError(f"{source.name(row)} has no label")
         if not isinstance(label, (bool, float, Decimal)) or label != label or label % 1:
             way_out = "; classes.txt can number names in shards, ClassLabel in parquet" if isinstance(label, str) else ""
-            raise ValueError(f"{source.name(row)}: label {label!r} is no whole number{way_out}")
+            raise ValueError(f"{source.name(row)}: label {repr(label)[:80]} is no whole number{way_out}")
         source.labels[row] = int(label)
 
 
 def _looks(name: str) -> str:
-    """A name without what does not show: marks of no width, kinds of spaces, composed or decomposed letters."""
+    """A name without what does not show: marks of no width, kinds of spaces, composed or decomposed letters, the alphabet."""
     shown = (
         sign for sign in unicodedata.normalize("NFC", name) if unicodedata.category(sign) != "Cf" and ord(sign) not in NO_WIDTH
     )
-    return " ".join("".join(shown).split())
+    return " ".join("".join(shown).translate(ALIKE).split())
 
 
 def _both(one: str, other: str) -> str:

@@ -115,17 +115,17 @@ def _fit_model(model: ModelConfig, source: Source, looked: list[int], classes: i
 
 def _look(source: Source, looked: list[int]) -> Look:
     """Reads the headers. Raises ValueError if none of them is an image."""
-    sizes, grey = [], True
+    sizes, grey, reason = [], True, ""
     for index in looked:
         try:
             name = source.name(index)
             with named(name), opened(file_in(source.read(index), name)) as image:
                 sizes.append(upright_size(image))
                 grey = grey and is_grey(image)
-        except ValueError:
-            continue
+        except ValueError as error:
+            reason = reason or str(error)
     if not sizes:
-        raise ValueError(f"{source.where}: none of the {len(looked)} images looked at can be read")
+        raise ValueError(f"{source.where}: none of the {len(looked)} images looked at can be read; the first: {reason}")
     return Look(sizes, grey)
 
 

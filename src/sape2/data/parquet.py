@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
+import posixpath
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
@@ -16,10 +17,10 @@ from typing import IO, Any
 import numpy as np
 
 from sape2.config import DataConfig
-from sape2.data.base import READING, Source, plain_name, tell_missing, waiting_for
+from sape2.data.base import READING, Source, plain_name, tell, tell_missing, waiting_for
 from sape2.data.labels import renumber, tell_unnamed
 from sape2.data.splits import by_split, files_by_split, open_labelled
-from sape2.data.walk import Files, lying, tell_left_out
+from sape2.data.walk import Files, listed, lying, tell_left_out
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
@@ -37,9 +38,9 @@ class ParquetImages:
         tell_missing(where, files)
         self.labels: list[Any] = []
         self.classes: tuple[str, ...] = ()
-        self.by_path: dict[str, str] = {}  # the images that rows name by their paths: where each lies -> its name there
         groups: list[tuple[int, int, int, int]] = []  # file, row group, rows, bytes
         named: dict[Path, tuple[str, ...]] = {}
+        paths: list[str] = []
         for number, file in enumerate(files):
             try:
                 with waiting_for(plain_name(file), lambda file=file: file.open("rb")) as stream, opened(stream) as found:
@@ -52,7 +53,9 @@ class ParquetImages:
                         groups.append((number, group, metadata.num_rows, metadata.total_byte_size))
                     labels = found.read(columns=[self._label]).column(self._label).to_pylist()
                     named[file] = _class_names(found.schema_arrow, self._label)
-                    self.by_path |= lying(root, paths_in(found, self._image))
+                    paths += paths_in(found, self._image)
+                if not labels:
+                    tell(f"{where} {plain_name(file.name)} holds no rows")
                 self._add(labels, file, named)
             except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
                 if str(error).startswith(where):
@@ -61,6 +64,9 @@ class ParquetImages:
         for file, names in named.items():
             if self.classes and not names:
                 tell_unnamed(f"{where} {plain_name(file.name)}")
+        self.by_path = lying(root, paths)  # the images that rows name by their paths: where each lies -> its name there
+        if again := [path for path, times in Counter(map(posixpath.normpath, paths)).items() if times > 1]:
+            tell(f"{where}: {len(again)} image{'s' * (len(again) > 1)} named by more than one row, {listed(sorted(again))}")
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self._starts = np.concatenate([[0], self._groups[:, 2].cumsum()])
         self._cache: OrderedDict[int, Any] = OrderedDict()
@@ -200,7 +206,8 @@ def _class_names(schema: Any, label: str) -> tuple[str, ...]:
     """The names that `datasets` keeps in the metadata of the file."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
-        return tuple(map(str, features[label]["names"])) if features[label]["_type"] == "ClassLabel" else ()
+        names = features[label]["names"] if features[label]["_type"] == "ClassLabel" else ()
+        return tuple("" if name is None else str(name) for name in names)
     except (ValueError, KeyError, TypeError):
         return ()
 
@@ -259,8 +266,9 @@ def read(files: Files, config: DataConfig) -> dict[str, Source]:
     def open_split(split: str) -> tuple[ParquetImages, dict[str, str]]:
         paths = [files.root / name for name in groups[split]]
         source = ParquetImages(f"{where} {split}", files.root, paths, config)
-        lies = {files.real[name]: name for name in groups[split]} | source.by_path
-        seen.update(source.by_path)
+        by_path = {files.real.get(posixpath.normpath(path), lies): path for lies, path in source.by_path.items()}
+        lies = {files.real[name]: name for name in groups[split]} | by_path
+        seen.update(by_path)
         source.by_path = {}
         return source, lies
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from sape2.data.base import NUMBERED, Source, plain_name, tell
-from sape2.data.walk import Files, listed, tell_left_out
+from sape2.data.walk import Files, is_image, listed, tell_left_out
 
 WORDS = {"train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev"}
 WHOLE = {split: re.compile(f"({words})(sets?|data|images?|imgs?|files?|splits?)?") for split, words in WORDS.items()}
@@ -86,8 +86,12 @@ def files_by_split(files: Files, ending: str) -> dict[str, list[str]]:
     if config.get("data_files") is None:
         inside = [name for name in names if folder == "./" or name.startswith(folder)]
         tell_left_out(where, {*names} - {*inside}, f"README.md has the folder {folder}")
-        return by_split(where, inside)
-    declared = {split: _matching(files, folder, wanted) for split, wanted in _wanted(config["data_files"]).items()}
+        groups = by_split(where, inside)
+        for split, own in groups.items():
+            if len(folders := sorted({posixpath.dirname(name) or "." for name in own})) > 1:
+                tell(f"{where}: the split {split} is what lies in {len(folders)} folders, {listed(folders)}")
+        return _once(where, files, groups)
+    declared = {split: _matching(files, folder, wanted) for split, wanted in _wanted(where, config["data_files"]).items()}
     found: dict[str, str] = {}
     for split, own in declared.items():
         for name in own:
@@ -97,7 +101,41 @@ def files_by_split(files: Files, ending: str) -> dict[str, list[str]]:
                 raise ValueError(f"--data {where}: README.md has {plain_name(name)} in two splits, {found[name]} and {split}")
     groups = {split: declared[own[0]] for split, own in by_split(where, declared, "split").items()}
     tell_left_out(where, {*names} - {*found}, "README.md does not name them")
+    return _once(where, files, groups)
+
+
+def _once(where: str, files: Files, groups: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Each file once in its split, whatever links lead there."""
+    for split, own in groups.items():
+        first: dict[str, str] = {}
+        for name in own:
+            first.setdefault(files.real[name], name)
+        tell_left_out(where, {*own} - {*first.values()}, "links to files that are taken already")
+        groups[split] = list(first.values())
     return groups
+
+
+def check_card(files: Files, folders: dict[str, str]) -> None:
+    """Raises ValueError where `configs:` of a README.md has an image in another split than its folder."""
+    where = plain_name(files.root)
+    try:
+        config = _config(files) if "README.md" in files.real else {}
+    except ValueError as error:
+        tell(f"{error}; folders say what the splits are")
+        return
+    wanted = _wanted(where, config["data_files"]) if config.get("data_files") is not None else {}
+    kinds = {name: split for name in wanted if (split := split_of(name))}
+    if not folders and {*kinds.values()} <= {"train"}:
+        return
+    inside = posixpath.join(posixpath.normpath(str(config.get("data_dir") or ".")), "")
+    for name, split in kinds.items():
+        images = [path for path in _matched_by(files, inside, wanted[name]) if is_image(path)]
+        other = next((path for path in images if path.partition("/")[0] != folders.get(split)), None)
+        if other is not None:
+            raise ValueError(
+                f"--data {where}: README.md has {plain_name(other)} in the split {name}, and its folder says something else; "
+                "put images into DIR/train/CLASS and DIR/test/CLASS as it says, or remove its configs"
+            )
 
 
 def _config(files: Files) -> dict[str, Any]:
@@ -116,17 +154,33 @@ def _config(files: Files) -> dict[str, Any]:
     return (chosen or configs or [{}])[0]
 
 
-def _wanted(data_files: Any) -> dict[str, list[str]]:
+def _wanted(where: str, data_files: Any) -> dict[str, list[str]]:
     """Split -> patterns, of the ways in which `data_files` can be written; a list alone is the training set."""
-    if isinstance(data_files, list) and all(isinstance(entry, dict) for entry in data_files):
-        data_files = {entry.get("split"): entry.get("path") for entry in data_files}
-    if not isinstance(data_files, dict):
-        data_files = {"train": data_files}
-    return {str(split): list(map(str, [own] if isinstance(own, str) else own or [])) for split, own in data_files.items()}
+    if isinstance(data_files, dict):
+        pairs = list(data_files.items())
+    elif isinstance(data_files, list) and data_files and all(isinstance(entry, dict) for entry in data_files):
+        pairs = [(entry.get("split"), entry.get("path")) for entry in data_files]
+    else:
+        pairs = [("train", data_files)]
+    wanted: dict[str, list[str]] = {}
+    for split, own in pairs:
+        patterns = [own] if isinstance(own, str) else own
+        if not isinstance(split, str) or not isinstance(patterns, list) or not all(isinstance(path, str) for path in patterns):
+            raise ValueError(f"--data {where}: README.md needs data_files as split and path; got {split!r} and {own!r}")
+        wanted[split] = wanted.get(split, []) + patterns
+    return wanted
 
 
 def _matching(files: Files, folder: str, patterns: list[str]) -> list[str]:
-    """The files that patterns of the hub name. They are matched with what the walk found, so they lead nowhere else."""
+    """The files that patterns of the hub name. Raises ValueError if there are none."""
+    own = _matched_by(files, folder, patterns)
+    if not own:
+        raise ValueError(f"--data {plain_name(files.root)}: README.md names {', '.join(patterns)}, and there is no such file")
+    return own
+
+
+def _matched_by(files: Files, folder: str, patterns: list[str]) -> list[str]:
+    """Patterns are matched with what the walk found, so they lead nowhere else."""
     from fsspec.utils import glob_translate
 
     own: list[str] = []
@@ -134,8 +188,6 @@ def _matching(files: Files, folder: str, patterns: list[str]) -> list[str]:
         path = posixpath.normpath(folder + pattern)
         whole = re.compile(glob_translate(path))
         own += [path] if path in files.real else sorted(name for name in files.real if whole.match(name))
-    if not own:
-        raise ValueError(f"--data {plain_name(files.root)}: README.md names {', '.join(patterns)}, and there is no such file")
     return list(dict.fromkeys(own))
 
 

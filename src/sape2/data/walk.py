@@ -14,7 +14,8 @@ from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, plain_name, tell
 from sape2.data.labels import first_of
 
 LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders that hold copies or nothing
-NOTES = (".md", ".txt", ".rst", ".pdf", ".html", "license", "licence", "readme", "thumbs.db", "desktop.ini")  # ends of names
+NOTES = (".md", ".rst", ".pdf", ".html", "thumbs.db", "desktop.ini")  # ends of names
+NOTES += tuple(name + ending for name in ("license", "licence", "readme", "notes") for ending in ("", ".txt"))
 NAMED = 3  # files that a line names; of more, the number
 
 
@@ -23,7 +24,7 @@ class Files:
     """The files below `root`. Names are relative to it, with "/" between folders, in order of name folder by folder."""
 
     root: Path
-    real: dict[str, str]  # file -> where it really lies
+    real: dict[str, str]  # file -> where it really lies; of hard links, which are one file, where the first lies
     folders: list[str]
 
     def ending(self, *endings: str) -> list[str]:
@@ -38,14 +39,18 @@ def walk(root: Path) -> Files:
     """
     real, folders, odd = {}, [], []
     waiting, entered = [("", os.path.realpath(root))], set()
+    numbered: dict[tuple[int, int], str] = {}  # by device and number of the file
     while waiting:
         inside, here = waiting.pop()
-        below = []
+        below, device = [], os.stat(here).st_dev
         for entry in _entries(here):
             name, link = inside + entry.name, entry.is_symlink()
             lies = os.path.realpath(entry.path) if link else entry.path
             if not (os.path.isdir(lies) if link else entry.is_dir()):
-                if entry.is_file(follow_symlinks=False) or (link and (os.path.isfile(lies) or not os.path.lexists(lies))):
+                if entry.is_file(follow_symlinks=False):
+                    first = numbered.setdefault((device, entry.inode()), lies)
+                    real[name] = first if first is not lies and os.path.samefile(first, lies) else lies
+                elif link and (os.path.isfile(lies) or not os.path.lexists(lies)):
                     real[name] = lies
                 else:
                     odd.append(name)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import posixpath
 import re
 import tarfile
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +20,8 @@ from typing import IO, Any
 
 import numpy as np
 
-from sape2.data.base import IMAGE_ENDINGS, READING, Source, plain_name, tell_missing, waiting_for
-from sape2.data.splits import files_by_split, open_labelled
+from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, READING, Source, plain_name, tell, tell_missing, waiting_for
+from sape2.data.splits import files_by_split, open_labelled, splits_in
 from sape2.data.walk import Files, tell_left_out
 
 MAX_OPEN = 64  # shards held open by one process
@@ -39,11 +39,25 @@ class ShardImages:
         tell_missing(where, shards)
         numbers = {name: number for number, name in enumerate(classes)}
         indices = [waiting_for(plain_name(shard), lambda shard=shard: index_shard(shard, numbers)) for shard in shards]
+        for shard, index in zip(shards, indices, strict=True):
+            if not index:
+                tell(f"{plain_name(shard)} holds no samples")
         self.labels: list[Any] = [label for index in indices for *_, label in index]
         self._keys = np.array([os.fsencode(key) for index in indices for key, *_ in index], dtype=bytes)
         self._places = np.array([place[1:3] for index in indices for place in index], dtype=np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *map(len, indices)])
         self._open: dict[int, io.FileIO] = {}
+
+    def check_split(self, split: str) -> None:
+        """Raises ValueError where the folders in the shards name another split; one among others may be a class."""
+        folders = {key.rpartition(b"/")[0] for key in self._keys.tolist() if b"/" in key}
+        named = {name: splits_in(f"{name}/")[0] for name in map(os.fsdecode, folders)}
+        other = [name for name, found in named.items() if len(found) == 1 and ("train" in found) != (split == "train")]
+        if other and all(named.values()):
+            raise ValueError(
+                f"{self.where}: the shards hold images in {plain_name(min(other))}/; a test image must not be trained on, so "
+                "give each split shards of its own"
+            )
 
     def _shard(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -91,10 +105,12 @@ Place = tuple[str, int, int, Any]  # key, first byte, number of bytes, label
 class Sample:
     """The files of a shard with one key, each with the name of its member."""
 
+    key: str
     images: list[tuple[str, int, int]] = field(default_factory=list)  # first byte, number of bytes
     labels: list[tuple[str, Any]] = field(default_factory=list)
     links: list[str] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)  # KEY.x.cls, which is no label
+    others: list[str] = field(default_factory=list)  # images of kinds that are not read
 
 
 def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Place]:
@@ -102,19 +118,22 @@ def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Pl
 
     Raises ValueError if the shard is damaged, has members that would be left out, or is ambiguous.
     """
-    samples: dict[str, Sample] = defaultdict(Sample)
+    samples: dict[str, Sample] = {}  # ./KEY is KEY
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 _add(samples, tar, member, numbers or {})
             _check_end(file, tar.offset)
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
-        last = next((f" after sample {plain_name(key)}" for key in reversed(samples) if samples[key].images), "")
+        last = next((f" after sample {plain_name(each.key)}" for each in reversed(samples.values()) if each.images), "")
         raise ValueError(f"the shard {plain_name(path)} cannot be read{last}: {error}; fetch it again, or remove it") from error
     try:
-        return [_place(key, sample) for key, sample in samples.items() if sample.images or sample.labels or sample.links]
+        found = [_place(each.key, each) for each in samples.values() if each.images or each.labels or each.links]
     except ValueError as error:
         raise ValueError(plain_name(f"{path}: {error}")) from error
+    others = [name for each in samples.values() if not (each.images or each.labels or each.links) for name in each.others]
+    tell_left_out(plain_name(path), others, f"read are {', '.join(IMAGE_ENDINGS)}", "image")
+    return found
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
@@ -134,17 +153,21 @@ def _add(samples: dict[str, Sample], tar: tarfile.TarFile, member: tarfile.TarIn
     """Takes down what a member is to its sample; hidden files, and what is neither image nor label, are left out."""
     key, ending = _key(member.name)
     is_image, last = f".{ending}".endswith(IMAGE_ENDINGS), ending.rpartition(".")[2]
-    if key == "" or key.endswith("/") or member.isdir() or not (is_image or last in LABEL_ENDINGS):
+    is_other = f".{last}" in OTHER_ENDINGS
+    if key == "" or key.endswith("/") or member.isdir() or not (is_image or is_other or last in LABEL_ENDINGS):
         return
-    if not member.isfile() or member.issparse():
-        samples[key].links.append(member.name)
+    sample = samples.setdefault(posixpath.normpath(key), Sample(key))
+    if is_other:
+        sample.others.append(member.name)
+    elif not member.isfile() or member.issparse():
+        sample.links.append(member.name)
     elif is_image:
-        samples[key].images.append((member.name, member.offset_data, member.size))
+        sample.images.append((member.name, member.offset_data, member.size))
     elif last != ending:
-        samples[key].dotted.append(member.name)
+        sample.dotted.append(member.name)
     else:
         for label in _labels(_content(tar, member), ending):
-            samples[key].labels.append((member.name, numbers.get(label, label) if isinstance(label, str) else label))
+            sample.labels.append((member.name, numbers.get(label, label) if isinstance(label, str) else label))
 
 
 def _key(member: str) -> tuple[str, str]:
@@ -194,7 +217,7 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
 
 def _labels(content: bytes, ending: str) -> list[Any]:
     """The number in a .cls file, or every "label" of a .json file; what cannot be understood is returned as it is."""
-    text = content.decode("utf-8", "replace").strip()
+    text = content.decode("utf-8-sig", "replace").strip()
     if ending == "cls":
         return [int(text) if re.fullmatch(r"-?\d{1,9}", text) else text]
     try:
@@ -220,11 +243,13 @@ def read(files: Files) -> dict[str, Source]:
         found = "no .tar file" if packed is None else plain_name(packed)
         raise ValueError(f"--data {where} needs webdataset shards that are not compressed (.tar); found {found}")
     groups, classes = files_by_split(files, ".tar"), _class_names(files)
-    tell_left_out(where, {*files.real} - {*files.ending(".tar")}, "samples in shards are taken")
+    tell_left_out(where, {*files.real} - {*files.ending(".tar"), "classes.txt"}, "samples in shards are taken")
 
     def open_split(split: str) -> tuple[ShardImages, dict[str, str]]:
         shards = [files.root / name for name in groups[split]]
-        return ShardImages(f"{where} {split}", shards, classes), {files.real[name]: name for name in groups[split]}
+        source = ShardImages(f"{where} {split}", shards, classes)
+        source.check_split(split)
+        return source, {files.real[name]: name for name in groups[split]}
 
     return open_labelled(groups, where, open_split)
 
