@@ -10,6 +10,7 @@ from coco_cases import write_coco
 
 from sape2.detection import open_split
 from sape2.detection.coco import count_objects
+from sape2.detection.masks import encode_segmentation
 
 mask_library = pytest.importorskip("faster_coco_eval.core.mask")
 HUGE = 10**400
@@ -111,6 +112,8 @@ REFUSED = {
     "width negative number": (image(width=-64), "image 3 .* needs height and width"),
     "more pixels than are read": (image(width=10**7), "image 3 .* too many pixels"),
     "categories of one id": (category(id=1), "categories has id 1 twice: box and cup"),
+    "categories that look alike": (category(name="box\u200b"), "look alike"),
+    "a category whose name shows nothing": (category(name="\u200b"), "shows nothing"),
     "categories of one name": (category(name="box"), "categories 1 and 2 both have the name 'box'"),
     "category id a string": (category(id="2"), "category number 2 needs id"),
     "category id null": (category(id=None), "category number 2 needs id"),
@@ -188,6 +191,16 @@ TOLD = {
         "category and the box of another one.*: 1, the first: annotation 99",
         5,
     ),
+    "mask beside its box": (
+        outline([50, 50, 60, 50, 60, 60, 50, 60]),
+        "not those of their segmentation.*: 1, .*annotation 3",
+        4,
+    ),
+    "corners that stay inside": (
+        both(item(bbox=[12, 12, 36, 32]), outline([12, 12, 36, 12, 36, 32, 12, 32])),
+        "not those of their segmentation.*: 1, .*annotation 3",
+        4,
+    ),
     "crowds alone": (item(iscrowd=1), "crowds alone.*: 1 of 4", 3),
     "an image without objects": (lambda values: values["annotations"].pop(2), "without an object: 1 of 4", 3),
     "a category that is never used": (
@@ -203,7 +216,7 @@ OF_MASKS = {
     "polygon outside": (outline([70, 50, 90, 50, 90, 60]), "masks without a pixel.*: 1, .*annotation 3", 3),
     "polygon of no area": (outline([12, 12, 12, 12, 12, 12]), "masks without a pixel.*: 1, .*annotation 3", 3),
     "run lengths of nothing": (rle(counts=[4096]), "masks without a pixel.*: 1, .*annotation 3", 3),
-    "mask beside its box": (outline([50, 50, 60, 50, 60, 60, 50, 60]), "masks that lie beside their box: 1, .*annotation 3", 4),
+    "run lengths beside their box": (rle(counts=[64, 64, 3968]), "not those of their segmentation.*: 1, .*annotation 3", 4),
 }
 
 
@@ -220,7 +233,8 @@ def test_what_is_changed_or_left_out_is_told_with_a_count_and_an_example(tmp_pat
 def test_a_box_over_the_border_is_cut_there_and_the_border_itself_is_inside(tmp_path):
     images = open_split(write_coco(tmp_path, {"test": item(bbox=[50, 50, 20, 10], area=200)}), "test")
     assert images[2][1]["boxes"].tolist() == [[50, 50, 64, 60]]
-    write_coco(tmp_path, {"test": item(bbox=[40.0, 40, 24.009, 24], area=576)})  # hundredths that were rounded
+    rounded = both(item(bbox=[40.0, 40, 24.009, 24], area=576), outline([40, 40, 64, 40, 64, 64, 40, 64]))  # to hundredths
+    write_coco(tmp_path, {"test": rounded})
     assert open_split(tmp_path, "test").notes == []
 
 
@@ -325,3 +339,18 @@ def test_one_split_in_two_layouts_is_refused(tmp_path):
     assert open_split(tmp_path, "train")
     with pytest.raises(ValueError, match="are both there"):
         open_split(tmp_path, "test")
+
+
+def test_images_that_the_annotations_do_not_list_are_told(tmp_path):
+    write_coco(tmp_path)
+    (tmp_path / "test" / "images" / "more").mkdir()
+    (tmp_path / "test" / "images" / "more" / "9.png").write_bytes((tmp_path / "test" / "images" / "1.png").read_bytes())
+    (tmp_path / "test" / "images" / "notes.txt").write_text("x")
+    [note] = open_split(tmp_path, "test").notes
+    assert "annotations.json does not list, left out: 1, more/9.png" in note
+    assert open_split(tmp_path, "test", limit=2).notes == []
+
+
+def test_the_size_of_run_lengths_may_be_written_with_a_point():
+    wanted = encode_segmentation({"size": [4, 3], "counts": [2, 5, 5]}, (4, 3))
+    assert encode_segmentation({"size": [4.0, 3.0], "counts": [2, 5, 5]}, (4, 3)) == wanted

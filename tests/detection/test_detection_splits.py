@@ -183,9 +183,10 @@ def test_what_is_told_of_both_splits_stands_before_the_first_epoch(tmp_path, cap
     first = next(number for number, line in enumerate(lines) if "epoch 1/1" in line)
     for split in ("train", "test"):
         told = [line for line in lines[:first] if line.startswith(str(tmp_path / "data" / split))]
-        assert len(told) == 2
+        assert len(told) == 3
         assert "annotation 1" in told[0]
-        assert "annotation 2" in told[1]
+        assert "annotation 1" in told[1]
+        assert "annotation 2" in told[2]
 
 
 # --- one image, one split ----------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sape2.data.labels import first_of
+from sape2.data.labels import check_names, first_of
 from sape2.data.pixels import MAX_PIXELS
-from sape2.detection.masks import RunLengths, area_and_box, beyond, encode_segmentation, is_number
+from sape2.detection.masks import RunLengths, area_and_box, beyond, encode_segmentation, extent, is_number, is_outline
 from sape2.encodings.grid import Grid
 
 LISTS = {"images": "image", "annotations": "annotation", "categories": "category"}
@@ -113,6 +113,7 @@ class Annotations:
             found[entry["id"]] = text
         if not found:
             raise ValueError(f"{self.where} has no categories")
+        check_names(list(found.values()), str(self.where))
         return dict(sorted(found.items()))
 
     def _read_image(self, name: str, entry: Entry) -> Entry:
@@ -156,8 +157,10 @@ class Annotations:
             return None
         if max(box[0] - x, box[1] - y, x + width - box[2], y + height - box[3]) > ROUNDING:
             notes.add("boxes (x, y, width, height) that end outside of their image, cut off at its border", told)
-        if mask is not None and not self._is_seen(mask, box, outline, size, told, notes):
+        if mask is not None and not self._is_seen(mask, outline, size, told, notes):
             return None
+        if not _is_box_of(box, outline, mask, size):
+            notes.add("boxes (x, y, width, height) that are not those of their segmentation, taken as they are", told)
         if min(box[2] - box[0], box[3] - box[1]) < 1:
             notes.add("boxes less than one pixel wide or high, measured but not trained on", told)
         if area is None:
@@ -177,17 +180,13 @@ class Annotations:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
-    def _is_seen(self, mask: RunLengths, box: Box, outline: Any, size: Grid, told: str, notes: Notes) -> bool:
-        """True if the mask has a pixel; notes an empty mask, an outline that leaves the image, or a mask beside its box."""
-        pixels, (left, top, width, height) = area_and_box(mask)
-        if pixels == 0:
+    def _is_seen(self, mask: RunLengths, outline: Any, size: Grid, told: str, notes: Notes) -> bool:
+        """True if the mask has a pixel; notes an empty mask, or an outline that leaves the image."""
+        if area_and_box(mask)[0] == 0:
             notes.add("masks without a pixel inside their image, left out with their objects", told)
             return False
         if isinstance(outline, list) and beyond(outline, size) > ROUNDING:
             notes.add("polygons that end outside of their image, cut off at its border", told)
-        x, y = left + width / 2, top + height / 2
-        if not (box[0] - 1 <= x <= box[2] + 1 and box[1] - 1 <= y <= box[3] + 1):
-            notes.add("masks that lie beside their box", told)
         return True
 
     # --- the whole ---------------------------------------------------------------------------------------------------
@@ -245,6 +244,20 @@ def _is_area_of(area: float, width: float, height: float, exact: bool) -> bool:
     """True if an area fits a box, up to a pixel on each side; `exact` without a segmentation."""
     least = max(width - 1, 0) * max(height - 1, 0) if exact else 0
     return 0 < area <= (width + 1) * (height + 1) and area >= least
+
+
+def _is_box_of(box: Box, outline: Any, mask: RunLengths | None, size: Grid) -> bool:
+    """Whether each side lies where that of the segmentation does, but for two pixels and a tenth of the box."""
+    if is_outline(outline):
+        x1, y1, x2, y2 = _inside(extent(outline), size)
+    elif mask is not None:
+        x1, y1, width, height = area_and_box(mask)[1]
+        x2, y2 = x1 + width, y1 + height
+    else:
+        return True
+    near_x, near_y = 2 + (box[2] - box[0]) / 10, 2 + (box[3] - box[1]) / 10
+    near = (near_x, near_y, near_x, near_y)
+    return all(abs(own - other) <= most for own, other, most in zip(box, (x1, y1, x2, y2), near, strict=True))
 
 
 def _inside(corners: Box, size: Grid) -> Box:

@@ -7,6 +7,7 @@ What the fields of the annotations may be is in `detection.annotations`.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torchvision import tv_tensors
 from sape2.data.fingerprint import digest
 from sape2.data.labels import near_name
 from sape2.data.pixels import named, read_image
+from sape2.data.walk import is_image, listed, walk
 from sape2.detection.annotations import Annotations, Entry
 from sape2.detection.masks import decode_run_lengths
 from sape2.encodings.grid import Grid
@@ -59,6 +61,8 @@ class CocoImages(Dataset):
         self.labels = {category: label for label, category in enumerate(read.categories, start=1)}
         self.sizes: list[Grid] = [(entry["height"], entry["width"]) for entry in self.images]
         self.files = self._find_files()
+        if limit is None or len(self) < limit:
+            self.notes = [*self.notes, *self._unlisted()]
 
     def match_classes(self, train: CocoImages) -> None:
         """Labels in the order of the training names, whatever the ids. Raises ValueError if the names are not the same."""
@@ -117,6 +121,17 @@ class CocoImages(Dataset):
                 )
             first[file] = entry
         return list(first)
+
+    def _unlisted(self) -> list[str]:
+        """A note of images in the folder that the annotations do not have."""
+        known = set(map(str, self.files))
+        left = [name for name, real in walk(self.folder).real.items() if is_image(name) and real not in known]
+        left = sorted(name for name in left if os.path.realpath(self.folder / name) not in known)
+        return (
+            [f"{self.folder}: images that {self.where.name} does not list, left out: {len(left)}, {listed(left)}"]
+            if left
+            else []
+        )
 
     def _find_file(self, entry: Entry, folder: Path) -> Path:
         name, what = entry["file_name"], f"{self.where}: image {entry['id']}"

@@ -20,7 +20,8 @@ def encode_segmentation(segmentation: Any, size: Grid) -> RunLengths:
     if isinstance(segmentation, list):
         return _encode_polygons(segmentation, size)
     height, width = size
-    if not isinstance(segmentation, dict) or segmentation.get("size") != [height, width]:
+    run_lengths = {"size": [height, width], "counts": None}
+    if not isinstance(segmentation, dict) or segmentation.get("size") != run_lengths["size"]:
         raise ValueError(
             f"a segmentation is polygons or run lengths of an image of {height}x{width}; got {str(segmentation)[:80]}"
         )
@@ -28,10 +29,10 @@ def encode_segmentation(segmentation: Any, size: Grid) -> RunLengths:
     if isinstance(counts, list):
         if not all(type(n) is int and n >= 0 for n in counts) or sum(counts) != height * width:
             raise ValueError(f"run lengths must be whole numbers that add up to the {height * width} pixels of the image")
-        return _library().frPyObjects(segmentation, height, width)
+        return _library().frPyObjects(run_lengths | {"counts": counts}, height, width)
     if not isinstance(counts, (str, bytes)):
         raise ValueError(f"counts of a segmentation must be a list of run lengths or a string; got {str(counts)[:80]}")
-    return _check_compressed({"size": [height, width], "counts": counts})
+    return _check_compressed(run_lengths | {"counts": counts})
 
 
 def decode_mask(segmentation: Any, size: Grid) -> np.ndarray:
@@ -59,16 +60,27 @@ def is_number(value: Any) -> bool:
         return False
 
 
+def extent(polygons: list[list[float]]) -> tuple[float, float, float, float]:
+    """x1, y1, x2, y2 of the box around all points."""
+    x, y = ([value for part in polygons for value in part[axis::2]] for axis in (0, 1))
+    return min(x), min(y), max(x), max(y)
+
+
 def beyond(polygons: list[list[float]], size: Grid) -> float:
     """Number of pixels by which points of polygons lie outside an image."""
     height, width = size
-    x, y = ([value for part in polygons for value in part[axis::2]] for axis in (0, 1))
-    return max(0.0, -min(x), -min(y), max(x) - width, max(y) - height)
+    left, top, right, bottom = extent(polygons)
+    return max(0.0, -left, -top, right - width, bottom - height)
+
+
+def is_outline(segmentation: Any) -> bool:
+    """Whether it is a list of polygons."""
+    return isinstance(segmentation, list) and bool(segmentation) and all(map(_is_polygon, segmentation))
 
 
 def _encode_polygons(polygons: list[Any], size: Grid) -> RunLengths:
     height, width = size
-    if not polygons or not all(_is_polygon(part) for part in polygons):
+    if not is_outline(polygons):
         raise ValueError(
             f"a segmentation by polygons is a list of lists x, y, x, y, … of three points or more, as finite numbers; "
             f"got {str(polygons)[:80]}"
