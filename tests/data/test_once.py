@@ -8,7 +8,7 @@ from layout_cases import MODEL, file_of, picture, shard_of, write_parquet
 from pyarrow import parquet
 
 from sape2.config import DataConfig
-from sape2.data import open_sources
+from sape2.data import load_data, open_sources
 
 PNG = file_of(picture(0, (8, 8)))
 WRITE = {
@@ -79,6 +79,17 @@ def test_an_image_that_two_rows_name_is_told_and_one_of_two_splits_refused(tmp_p
     assert "share 1 file, the first: img/5.png is img/0.png" in refusal(tmp_path)
 
 
+def test_the_same_bytes_in_two_splits_are_told_where_images_stay_in_their_files(tmp_path, caplog):
+    images(tmp_path, *(f"train/{name}/{number}" for name in ("cat", "dog", "eel") for number in range(3)))
+    images(tmp_path, "test/cat/x", "test/dog/y", "test/eel/z")
+    (tmp_path / "test/cat/x.png").write_bytes(file_of(picture(100, (8, 8))))
+    for split, number in (("train/cat", 2), ("test/dog", 2)):  # what cannot be read is like no other
+        (tmp_path / split / f"lost{number}.png").symlink_to("nowhere")
+    config = DataConfig("tiny", str(tmp_path), in_memory=False, validation_fraction=0.3, max_bad_samples=2)
+    load_data(config, MODEL)
+    assert "test: 2 of 4 images have the bytes of an image that is trained or validated on: " in caplog.text
+
+
 # --- what is told ----------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +123,14 @@ def test_lists_in_text_files_are_told_and_notes_are_not(tmp_path, caplog):
         (tmp_path / name).write_text("x")
     assert sizes(tmp_path) == {"train": 1, "test": 1}
     assert "1 file is left out, train.txt" in caplog.text
+
+
+def test_every_ending_of_many_files_is_told(tmp_path, caplog):
+    images(tmp_path, "train/cat/1", "test/cat/2")
+    for name in ("a.gif", "b.gif", "c.gif", "d.HEIC", "e"):
+        (tmp_path / "train" / "cat" / name).write_bytes(b"x")
+    sizes(tmp_path)
+    assert "5 files are left out, cat/a.gif, cat/b.gif, cat/c.gif, … (.gif 3, .heic 1, no ending 1); taken are" in caplog.text
 
 
 # --- folders in shards -----------------------------------------------------------------------------------------------

@@ -39,6 +39,7 @@ LAYOUTS: dict[str, tuple[Callable[[Files], bool], Callable[[Files, DataConfig], 
     "webdataset": (webdataset.find, lambda files, _: webdataset.read(files)),
 }
 MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
+COMPARED = 10_000  # images of which the files are compared where they are not decoded: some seconds
 
 
 def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = ()) -> Splits:
@@ -67,10 +68,18 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     if config.train_limit is not None and config.train_limit < len(train):
         train = limit_by_class(train, config.train_limit, config.split_seed)
     splits = {"train": train, "validation": validation, "test": test}
-    if not keep_in_memory(sum(map(len, splits.values())), config, model):
+    number = sum(map(len, splits.values()))
+
+    def name(split: str, place: int) -> str:
+        return splits[split].name(place)
+
+    if not keep_in_memory(number, config, model):
+        if number <= COMPARED:
+            files = {split: images.encoded() for split, images in splits.items() if isinstance(images, ImageFiles)}
+            tell_twins("bytes", files, name)
         return Splits(**splits)
     decoded = {split: images.decoded() if isinstance(images, ImageFiles) else images for split, images in splits.items()}
-    tell_twins(decoded, lambda split, place: splits[split].name(place))
+    tell_twins("pixels", {split: (image.tobytes() for image in data.images.numpy()) for split, data in decoded.items()}, name)
     return Splits(**decoded)
 
 

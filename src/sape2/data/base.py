@@ -63,6 +63,17 @@ def digest(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
+def encoded(source: Source, index: int) -> bytes:
+    """An image as its file holds it; nothing where it cannot be read."""
+    try:
+        entry = source.read(index) or {}
+    except ValueError:
+        return b""
+    if entry.get("bytes") is None and entry.get("path") is not None and Path(entry["path"]).is_file():
+        return Path(entry["path"]).read_bytes()
+    return entry.get("bytes") or b""
+
+
 @cache
 def tell(line: str) -> None:
     """Logs a warning once per process, because a command may open a folder several times."""

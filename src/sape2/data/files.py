@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from sape2.config import DataConfig, ModelConfig
-from sape2.data.base import Source, UnreadableImages
+from sape2.data.base import Source, UnreadableImages, encoded
 from sape2.data.decoding import Crop, RandomCrop, decode, evaluation_crop
 from sape2.data.images import ImageData, normalize
 from sape2.data.picture import Picture, take_picture
@@ -60,6 +60,10 @@ class ImageFiles:
 
     def name(self, place: int) -> str:
         return self.source.name(int(self.rows[place]))
+
+    def encoded(self) -> Iterator[bytes]:
+        """The bytes of each file, in order; none of what cannot be read."""
+        return (encoded(self.source, row) for row in self.rows.tolist())
 
     @property
     def shape(self) -> tuple[int, ...]:

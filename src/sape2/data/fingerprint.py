@@ -6,13 +6,12 @@ It also stores facts that later commands show: the names of the classes and the 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sape2.data.arrays import ArrayImages
-from sape2.data.base import Source, digest
+from sape2.data.base import Source, digest, encoded
 from sape2.data.pixels import RULE, named, opened, upright_size
 
 PROBES = 16  # images of a split whose bytes are looked at
@@ -33,7 +32,7 @@ def fingerprint(sources: dict[str, Source] | dict[str, ArrayImages]) -> dict[str
 def _describe(source: Source | ArrayImages) -> dict[str, Any]:
     labels, arrays = source.labels, isinstance(source, ArrayImages)
     probes = np.unique(np.linspace(0, len(labels) - 1, PROBES).round().astype(int)).tolist() if labels else []
-    read = [source.images[index].tobytes() if isinstance(source, ArrayImages) else _bytes(source, index) for index in probes]
+    read = [source.images[index].tobytes() if isinstance(source, ArrayImages) else encoded(source, index) for index in probes]
     about = {
         "images": len(labels),
         "labels": digest(str(labels).encode()),
@@ -50,14 +49,3 @@ def _sizes(files: list[bytes]) -> list[tuple[int, int]]:
         with contextlib.suppress(ValueError), named("image"), opened(data) as image:
             sizes.add(upright_size(image))
     return sorted(sizes)
-
-
-def _bytes(source: Source, index: int) -> bytes:
-    """The encoded image; nothing where it cannot be read."""
-    try:
-        entry = source.read(index) or {}
-    except ValueError:
-        return b""
-    if entry.get("bytes") is None and entry.get("path") is not None and Path(entry["path"]).is_file():
-        return Path(entry["path"]).read_bytes()
-    return entry.get("bytes") or b""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -101,16 +101,20 @@ def split_by_class(data: Set, fraction: float, seed: int) -> tuple[Set, Set]:
     return data[rest], data[part]
 
 
-def tell_twins(splits: dict[str, ImageData], name: Callable[[str, int], str]) -> None:
-    """Warns where a later split has images with the pixels of an earlier one, as the test set of what was trained on."""
+def tell_twins(what: str, splits: dict[str, Iterable[bytes]], name: Callable[[str, int], str]) -> None:
+    """Warns where a later split has images with the pixels, or bytes, of an earlier one, as the test set of what is trained on.
+
+    Images of no bytes, which cannot be read, are like no other.
+    """
     known: dict[str, tuple[str, int]] = {}
-    for split, data in splits.items():
-        own = {digest(image.tobytes()): (split, place) for place, image in enumerate(data.images.numpy())}
+    for split, images in splits.items():
+        digests = [digest(data) if data else "" for data in images]
+        own = {key: (split, place) for place, key in enumerate(digests) if key}
         both = [key for key in own if key in known]
         if both:
             first = f"{name(*own[both[0]])} is {name(*known[both[0]])}"
-            count = f"{len(both)} of {len(data)} images"
-            log.warning("%s: %s have the pixels of an image that is trained or validated on: %s", split, count, first)
+            count = f"{len(both)} of {len(digests)} images"
+            log.warning("%s: %s have the %s of an image that is trained or validated on: %s", split, count, what, first)
         known = own | known
 
 

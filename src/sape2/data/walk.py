@@ -6,6 +6,7 @@ Links are followed, but never in a cycle. Hidden files and files left by operati
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,13 @@ def tell_left_out(where: str, names: Iterable[str], reason: str, what: str = "fi
     left = sorted(name for name in names if not name.lower().endswith(NOTES))
     if left:
         number = f"1 {what} is" if len(left) == 1 else f"{len(left)} {what}s are"
-        tell(f"{where}: {number} left out, {listed(left)}; {reason}")
+        tell(f"{where}: {number} left out, {listed(left)}{endings(left) if len(left) > NAMED else ''}; {reason}")
+
+
+def endings(names: list[str]) -> str:
+    """ " (.gif 20, .heic 1)": every ending, the most frequent first."""
+    found = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    return f" ({first_of([f'{plain_name(ending)} {number}' for ending, number in found.most_common()])})"
 
 
 def listed(names: list[str]) -> str:
