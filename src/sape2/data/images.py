@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol, TypeVar, runtime_checkable
@@ -101,7 +101,7 @@ def split_by_class(data: Set, fraction: float, seed: int) -> tuple[Set, Set]:
     return data[rest], data[part]
 
 
-def tell_twins(what: str, splits: dict[str, Iterable[bytes]], name: Callable[[str, int], str]) -> None:
+def tell_twins(what: str, splits: Mapping[str, Iterable[bytes]], name: Callable[[str, int], str]) -> None:
     """Warns where a later split has images with the pixels, or bytes, of an earlier one, as the test set of what is trained on.
 
     Images of no bytes, which cannot be read, are like no other.
