@@ -61,7 +61,7 @@ class Trial:
     @cached_property
     def digest(self) -> str:
         """Of all that decides the result, as in the raw rows of `sape2 compare`."""
-        return digest_of(json.loads(json.dumps(self.config.identity())))
+        return digest_of(self.config.identity())
 
 
 TABLE = ("none", "ape", "rope", "ape+rope", "ape+cope", "sape2", "ape+sape2")  # the paper's table 1
@@ -97,26 +97,30 @@ RATES = ((0.01, 0.002), (0.005, 0.0005), (0.02, 0.0005), (0.005, 0.008), (0.02, 
 
 def search() -> Iterator[Trial]:
     for settings in CANDIDATES.values():
-        yield from (Trial("cifar10_sprint", name, 0, SEARCH_EPOCHS, BEFORE + settings) for name in SEARCH_ENCODINGS)
+        yield from (_candidate(name, settings) for name in SEARCH_ENCODINGS)
 
 
-def tuning(encodings: Iterable[str], recipe: str = "cifar10_sprint") -> Iterator[Trial]:
+def _candidate(encoding: str, settings: tuple[str, ...]) -> Trial:
+    return Trial("cifar10_sprint", encoding, 0, SEARCH_EPOCHS, BEFORE + settings)
+
+
+def tuning(encodings: Iterable[str]) -> Iterator[Trial]:
     """Every encoding at the same pairs of rates. `none` has no rate of its own, and so each rate of the blocks once."""
     names = list(encodings)
     for rates in RATES:
         for encoding in names:
             if encoding != "none" or rates in RATES[:3]:
-                yield Trial(recipe, encoding, 0, QUARTER, _settings(rates))
+                yield Trial("cifar10_sprint", encoding, 0, QUARTER, _settings(rates))
 
 
 def _settings(rates: tuple[float, float]) -> tuple[str, ...]:
     return (f"train.muon_lr={rates[0]}", f"train.encoding_lr={rates[1]}")
 
 
-def chosen_rates(rows: list[Row], encoding: str, recipe: str = "cifar10_sprint") -> tuple[str, ...]:
+def chosen_rates(rows: list[Row], encoding: str) -> tuple[str, ...]:
     """The rates that were best on the validation split. Raises ValueError while the search of this encoding is not done."""
     found = {row["digest"]: row for row in rows}
-    trials = list(tuning([encoding], recipe))
+    trials = list(tuning([encoding]))
     left = [trial for trial in trials if trial.digest not in found]
     if left:
         raise ValueError(f"the rates of {encoding} are not searched yet: {len(left)} runs of stage tuning are left")
@@ -138,20 +142,21 @@ def tuned(
             yield Trial(recipe, name, seed, settings=chosen_rates(rows, name), **changes)
 
 
-CONTROLS = (
+_CONTROLS = (
     *(f"{base}{DIRECT}{gates}" for base in BASES for gates in GATES),
     *(f"ape+key_table{options}" for options in ("", ":by=token", ":to=both", ":heads=shared")),
     "rope+key_table",
     "cpe+key_table",
     "ape:every_layer=true",
 )
+CONTROLS = tuple(name for name in _CONTROLS if name not in (*TABLE, *BEYOND))  # the others are run with the table
 STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "search": lambda rows: search(),
     "one_rate": lambda rows: (Trial("cifar10_sprint", e, s, QUARTER, _settings(RATES[0])) for s in SEEDS for e in FIRST),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
-    "tuning_controls": lambda rows: tuning(name for name in CONTROLS if name not in (*TABLE, *BEYOND)),
-    "controls": lambda rows: tuned(rows, (name for name in CONTROLS if name not in (*TABLE, *BEYOND))),
+    "tuning_controls": lambda rows: tuning(CONTROLS),
+    "controls": lambda rows: tuned(rows, CONTROLS),
     "cifar100": lambda rows: tuned(rows, (*TABLE, *BEYOND), recipe="cifar100_sprint"),
     "tuning_forms": lambda rows: tuning(f"ape+sape2:{form}" for form in FORMS),
     "forms": lambda rows: tuned(rows, (f"ape+sape2:{form}" for form in FORMS)),
@@ -227,7 +232,7 @@ def search_table(rows: list[Row]) -> str:
     for name, settings in CANDIDATES.items():
         line: Row = {"candidate": name}
         for encoding in SEARCH_ENCODINGS:
-            trial = Trial("cifar10_sprint", encoding, 0, SEARCH_EPOCHS, BEFORE + settings)
+            trial = _candidate(encoding, settings)
             if trial.digest in found:
                 line[encoding] = f"{validation(found[trial.digest]):.4f}"
         if len(line) > len(SEARCH_ENCODINGS):
