@@ -22,9 +22,9 @@ from sape2.data import ImageData
 from sape2.data.augment import TrainStream, derive_seed, epoch_order
 from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accuracy
 from sape2.evaluation.cost.measure import count_macs, count_parameters
+from sape2.machine import precision_of
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
-from sape2.training.accelerator import mixed_precision
 from sape2.training.checkpoint import Progress, keep_only, last_checkpoint, load_weights, save_checkpoint, save_weights
 from sape2.training.interruption import TrainingStopped
 from sape2.training.loop import Trainer, train
@@ -266,14 +266,14 @@ def test_the_schedule_warms_up_and_falls_to_the_minimum():
 
 
 def test_precision_auto_is_bf16_or_fp32():
-    assert mixed_precision("auto") in ("bf16", "no")
-    assert [mixed_precision(name) for name in ("fp32", "bf16")] == ["no", "bf16"]
+    assert precision_of("auto") in ("bf16", "fp32")
+    assert [precision_of(name) for name in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works on an accelerator")
 def test_fp16_without_an_accelerator_is_refused_rather_than_ignored():
     with pytest.raises(ValueError, match="needs an accelerator"):
-        mixed_precision("fp16")
+        precision_of("fp16")
 
 
 @pytest.mark.parametrize("ema", [False, True], ids=["plain", "ema"])

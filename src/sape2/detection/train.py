@@ -12,8 +12,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ from sape2.detection.metrics import Row, evaluate_detector, make_metric
 from sape2.detection.models import build_detector, no_weight_decay
 from sape2.detection.pyramid import strides
 from sape2.detection.splits import check_goes_on, check_sizes, fingerprint, open_images, read_all, same_content
-from sape2.evaluation.runs import hardware
-from sape2.training.accelerator import make_accelerator, mixed_precision, passed_over, prepare
+from sape2.machine import find_device, hardware, precision_of
+from sape2.progress import progress_bar
+from sape2.training.accelerator import make_accelerator, passed_over, prepare
 from sape2.training.checkpoint import (
     Progress,
     last_checkpoint,
@@ -96,8 +97,7 @@ def measure(config: DetectionConfig, images: CocoImages, lock: Lock, quiet: bool
     """The rows of the trained detector on the test images, written into the locked folder."""
     model = new_detector(config)  # without what accelerate puts around one that is trained
     load_weights(lock.folder / "model.safetensors", model)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
+    model = model.to(find_device())
     with progress_bar("measuring", len(images), quiet) as show, memory_named(config):
         rows = evaluate_detector(model, images, config, show)
     rows = [row | describe(config) for row in rows]
@@ -161,7 +161,7 @@ def describe(config: DetectionConfig) -> Row:
         "changed": changed_in_words(config),
         "split": "test",
         "weights": "last",
-        "precision": mixed_precision(config.training.precision).replace("no", "fp32"),
+        "precision": precision_of(config.training.precision),
         "torch": torch.__version__,
         "hardware": hardware(),
     }
@@ -289,7 +289,7 @@ class DetectionTrainer:
             **{name: value / self.steps_per_epoch for name, value in sums.items()},
             "images_per_s": self.steps_per_epoch * self.config.training.batch_size / seconds,
             "seconds": seconds,
-            "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
+            "precision": precision_of(self.config.training.precision),
             "device": str(self.accelerator.device),
         }
 
@@ -329,15 +329,3 @@ def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig, st
         return CosineLRScheduler(optimizer, **decay, **shared)
     milestones = [math.ceil(total * 8 / 9), math.ceil(total * 26 / 27)]
     return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, warmup_prefix=False, **shared)
-
-
-@contextmanager
-def progress_bar(title: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A function of how much is done, which moves a bar on standard error; none if that is no terminal."""
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    console = Console(stderr=True)
-    with Bar(console=console, transient=True, disable=quiet or not console.is_terminal) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda done: bar.update(task, completed=done)

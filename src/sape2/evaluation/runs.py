@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import os
-import platform
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -21,6 +20,7 @@ from sape2.data.labels import first_of
 from sape2.encodings.grid import Grid
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.evaluation.measures import MEASURES, images_taken
+from sape2.machine import hardware
 from sape2.models.trained import WEIGHTS, load_run_model
 from sape2.models.vit import ViT
 from sape2.training.files import safe_name
@@ -119,10 +119,6 @@ def describe(folder: Path) -> Row:
         "torch": torch.__version__,
         "hardware": hardware(),
     }
-
-
-def hardware() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"
 
 
 def pictures(folder: Path, load: Callable[[], Splits]) -> dict[Path, Callable[[], Path]]:

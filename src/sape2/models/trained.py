@@ -9,6 +9,7 @@ import torch
 from sape2.config import RunConfig
 from sape2.data.augment import derive_seed
 from sape2.data.pixels import RULE
+from sape2.machine import find_device
 from sape2.models.vit import ViT
 from sape2.training.checkpoint import load_weights
 from sape2.training.memory_errors import OutOfMemory, available_bytes, in_building, told_in_one_line
@@ -32,8 +33,7 @@ def load_run_model(folder: Path, weights: str = "last") -> ViT:
     check_finished(folder)
     model = ViT(read_config(folder).model)
     load_weights(folder / WEIGHTS[weights], model)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    return model.to(device).eval()
+    return model.to(find_device()).eval()
 
 
 def names_of_classes(folder: Path) -> list[str]:

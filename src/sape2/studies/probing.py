@@ -24,10 +24,9 @@ from sape2.config import ModelConfig, TrainConfig
 from sape2.data.augment import derive_seed
 from sape2.encodings import AttentionEncoding, TokenEncoding, canonical_name
 from sape2.evaluation.report import format_spread, summarize
-from sape2.evaluation.runs import hardware
+from sape2.machine import autocast, find_device, hardware, precision_of
 from sape2.models.vit import ViT
 from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
-from sape2.training.accelerator import mixed_precision
 from sape2.training.optimisation import make_optimizer, make_schedule
 from sape2.training.run_folder import read_rows, write_rows
 
@@ -104,7 +103,7 @@ def answer(model: ViT, cells: Float[Tensor, "batch channels height width"], task
 def run_cell(cell: Cell, on_step: Callable[[], None] = lambda: None) -> list[Row]:
     """Trains and measures; a row for every split. Raises ValueError when the loss is no longer finite."""
     start = time.perf_counter()
-    task, precision, device = find_task(cell.task), mixed_precision("auto"), _device()
+    task, precision, device = find_task(cell.task), precision_of("auto"), find_device()
     model = build_model(cell).to(device)
     for module in model.modules():
         if isinstance(module, AttentionEncoding):
@@ -113,7 +112,7 @@ def run_cell(cell: Cell, on_step: Callable[[], None] = lambda: None) -> list[Row
     about = {
         "train_loss": loss,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "precision": precision.replace("no", "fp32"),
+        "precision": precision,
         "torch": torch.__version__,
         "hardware": hardware(),
     }
@@ -134,7 +133,7 @@ def train(model: ViT, task: Task, cell: Cell, device: torch.device, on_step: Cal
     for step in range(steps):
         schedule.step_update(step)
         scenes = training_batch(task, cell.task, cell.seed, step)
-        with _autocast(device):
+        with autocast(device):
             logits = answer(model, scenes.cells.to(device), task).float()
         loss = F.cross_entropy(logits.flatten(0, -2), scenes.labels.flatten().to(device), ignore_index=NOT_ASKED)
         optimizer.zero_grad()
@@ -162,7 +161,7 @@ def measure(model: ViT, task: Task, name: str, split: str, device: torch.device)
     height, width = task.splits[split].grid
     correct = asked = 0
     for scenes in measured_scenes(task, name, split):
-        with _autocast(device):
+        with autocast(device):
             predicted = answer(model, scenes.cells.to(device), task).argmax(-1).cpu()
         correct += int((predicted == scenes.labels).sum())
         asked += int((scenes.labels != NOT_ASKED).sum())
@@ -198,15 +197,6 @@ def _size_rule(model: ViT, grid: tuple[int, int]) -> str:
     return "another grid than in training, the encoding's own rule" + (f" ({told})" if told else "")
 
 
-def _device() -> torch.device:
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return accelerator or torch.device("cpu")
-
-
-def _autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision("auto") == "bf16")
-
-
 # --- many cells ------------------------------------------------------------------------------------------------------
 
 
@@ -223,7 +213,7 @@ def run_cells(cells: list[Cell], folder: Path, on_step: Callable[[], None] = lam
 
 def finished(rows: list[Row], cell: Cell) -> list[Row]:
     """The rows of a cell, trained in the precision of this machine; [] unless every split is there."""
-    now = mixed_precision("auto").replace("no", "fp32")  # seeds of one line are trained in one precision
+    now = precision_of("auto")  # seeds of one line are trained in one precision
     found = [row for row in map(_under_one_name, rows) if row.items() >= cell.key.items() and row.get("precision", now) == now]
     return found if {row["split"] for row in found} >= set(measured_splits(find_task(cell.task))) else []
 

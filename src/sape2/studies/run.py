@@ -14,6 +14,7 @@ from sape2.data import ImageData, ImageFiles, Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.evaluation.cost.memory import PeakMeter
 from sape2.evaluation.runs import measure
+from sape2.machine import find_device
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT
 from sape2.training.checkpoint import Progress
@@ -110,9 +111,9 @@ class StepMemory:
             self.known = {"step_memory_mib": self.meter.stop() / MIB}
             self.meter = None
         elif not self.known and self.seen >= WARM_UP and step % self.steps_per_epoch:
-            device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-            if device is not None and device.type in ("cpu", "cuda"):
-                self.meter = PeakMeter(device)
+            place = find_device()
+            if place.type in ("cpu", "cuda"):
+                self.meter = PeakMeter(place)
                 self.meter.start()
         return self.known
 

@@ -11,8 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-
+from sape2.machine import find_device, precision_of
 from sape2.training.processes import ALONE, Processes, refuse_launcher
 
 PREFIXES = ("ACCELERATE_", "FSDP_", "MEGATRON_LM_", "PARALLELISM_CONFIG_", "FP8_")  # of what accelerate reads
@@ -42,8 +41,8 @@ def make_accelerator(precision: str, processes: Processes = ALONE, command: str 
         accelerator = Accelerator(
             device_placement=True,
             split_batches=False,
-            mixed_precision=mixed_precision(precision),
-            cpu=not torch.accelerator.is_available(),
+            mixed_precision=precision_of(precision).replace("fp32", "no"),
+            cpu=find_device().type == "cpu",
             dataloader_config=DataLoaderConfiguration(),
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             dynamo_plugin=TorchDynamoPlugin(
@@ -78,18 +77,3 @@ def passed_over() -> list[str]:
     values = {name: os.environ.get(f"ACCELERATE_{name}", "") for name in DECIDING}
     set_to = {name: value for name, value in values.items() if value.lower() not in NEUTRAL and (name, value) != STEPS_OF_ONE}
     return [f"ACCELERATE_{name}={value} has no effect: a run is decided by its config alone" for name, value in set_to.items()]
-
-
-def mixed_precision(precision: str) -> str:
-    """accelerate's name for a precision; auto is bf16 where the machine computes in it, else fp32."""
-    if precision == "auto":
-        return "bf16" if _has_bf16() else "no"
-    if precision == "fp16" and not torch.accelerator.is_available():
-        raise ValueError("train.precision=fp16 needs an accelerator, and there is none; choose bf16, fp32 or auto")
-    return "no" if precision == "fp32" else precision
-
-
-def _has_bf16() -> bool:
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()

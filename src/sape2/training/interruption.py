@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sape2.progress import bars
 from sape2.training.checkpoint import Progress
 
 
@@ -47,20 +48,10 @@ def catch_signals(patient: bool = False) -> Iterator[list[int]]:
 @contextmanager
 def progress_bar(total: int, start: int, quiet: bool) -> Iterator[Callable[[Progress, int, int], None]]:
     """A bar on standard error with epoch, loss, accuracy, images/s and time left."""
-    from rich.console import Console
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    console = Console(stderr=True)
-    with Bar(
-        *columns,
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        disable=quiet or not console.is_terminal,
-    ) as bar:
+    with bars(*columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), quiet=quiet) as bar:
         task = bar.add_task("training", total=total, completed=start)
 
         def show(progress: Progress, epoch: int, epochs: int) -> None:

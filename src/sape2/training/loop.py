@@ -26,6 +26,7 @@ from sape2.data import ImageData, ImageFiles, normalize
 from sape2.data.augment import TrainStream, derive_seed
 from sape2.data.mixing import BatchMixer
 from sape2.encodings import AttentionEncoding
+from sape2.machine import precision_of
 from sape2.training.accelerator import make_accelerator, passed_over, prepare
 from sape2.training.checkpoint import Progress, last_checkpoint
 from sape2.training.interruption import TrainingStopped, catch_signals, progress_bar
@@ -244,7 +245,7 @@ class Trainer:
             "images_per_s": sums["images"] / sums["seconds"],
             "wait_fraction": min(1.0, waited / sums["seconds"]),
             "seconds": sums["seconds"],
-            "precision": self.accelerator.mixed_precision.replace("no", "fp32"),
+            "precision": precision_of(self.config.train.precision),
             "device": self.accelerator.device.type,
             "processes": self.processes.size,
         } | self.known

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sape2.machine import find_device
+
 ALONE_OR_LONGER = "To train in one process, unset WORLD_SIZE; to wait longer, set SAPE2_JOIN_SECONDS"
 TOLD_AFTER_S = 5.0  # that the others have not come yet
 HEARD_WITHIN_S = 10.0  # how long a process that failed waits for the others to come and hear why
@@ -172,8 +174,8 @@ def connect() -> Processes:
     Raises ConnectionError if the others have not come within a minute (`SAPE2_JOIN_SECONDS`), and says after a few seconds
     that it waits for them: a WORLD_SIZE that is left over from something else has no partners.
     """
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    beside = "" if accelerator is None else f",{accelerator.type}:{dist.get_default_backend_for_device(accelerator)}"
+    place = find_device()
+    beside = "" if place.type == "cpu" else f",{place.type}:{dist.get_default_backend_for_device(place)}"
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")  # of patches of one channel; harmless
     seconds = join_seconds()
     told = threading.Timer(TOLD_AFTER_S, _tell_that_it_waits, [seconds])

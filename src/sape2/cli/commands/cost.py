@@ -64,8 +64,8 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
     import torch
 
     from sape2.evaluation.cost.sweep import LEVELS, Sweep, parse_grid
+    from sape2.machine import find_device
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if arguments.threads is not None:
         torch.set_num_threads(whole_number("--threads", arguments.threads))
     return Sweep(
@@ -76,7 +76,7 @@ def _sweep(arguments: argparse.Namespace) -> Sweep:
         model=arguments.model,
         levels=LEVELS[:1] if arguments.attention_only else LEVELS,
         repeats=whole_number("--repeats", arguments.repeats),
-        device=accelerator or torch.device("cpu"),
+        device=find_device(),
     )
 
 
@@ -111,20 +111,17 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
 def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list[Row]]]:
     """The rows of the sweep as they come, with a progress bar on standard error; without a terminal, a line for each cell."""
     import torch
-    from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
 
     from sape2.evaluation.cost.sweep import run_sweep
-    from sape2.evaluation.runs import hardware
+    from sape2.machine import hardware
+    from sape2.progress import bars
 
     conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with bars() as progress:
         task = progress.add_task("measuring", total=sweep.rounds)
         for cell, rows in run_sweep(sweep, path, conditions, lambda: progress.advance(task)):
             progress.update(task, description=f"measured {cell}" if cell else "done")
-            if cell is not None and not console.is_terminal:
+            if cell is not None and progress.disable:
                 say(f"measured {cell}")
             yield cell, rows
 

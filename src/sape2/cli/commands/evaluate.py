@@ -103,19 +103,19 @@ def _for_others(config: RunConfig, folder: str | None, name: str) -> RunConfig:
 @contextlib.contextmanager
 def _watching() -> Iterator[Callable[[str, int, bool], None]]:
     """Progress on standard error: in a terminal a line a measure that counts its rows, elsewhere one when it is done."""
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
+    from sape2.progress import bars
+
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} rows"), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with bars(*columns) as progress:
         tasks: dict[str, Any] = {}
 
         def watch(name: str, rows: int, finished: bool) -> None:
             if name not in tasks:
                 tasks[name] = progress.add_task(name, total=None)
             progress.update(tasks[name], completed=rows, total=rows if finished else None)
-            if finished and not console.is_terminal:
+            if finished and progress.disable:
                 say(f"{name}: {rows} rows, {progress.tasks[tasks[name]].elapsed:.0f} s")
 
         yield watch

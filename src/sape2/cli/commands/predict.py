@@ -102,11 +102,8 @@ def _tell_unreadable(reasons: list[str], tried: int) -> None:
 @contextlib.contextmanager
 def _watching(files: int) -> Iterator[Callable[[int], None]]:
     """A bar on standard error, in a terminal only."""
-    from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
+    from sape2.progress import bars
 
-    console = Console(stderr=True)
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with bars() as progress:
         bar = progress.add_task("images", total=files)
         yield lambda tried: progress.update(bar, completed=tried)

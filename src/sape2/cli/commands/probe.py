@@ -77,14 +77,11 @@ def _probe_cells(arguments: argparse.Namespace) -> list[Cell]:
 
 def _run_probes(cells: list[Cell], folder: Path) -> list[Row]:
     """All rows, with a progress bar on standard error; where there is no terminal, a line for each cell."""
-    from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
-
+    from sape2.progress import bars
     from sape2.studies.probing import run_cells
 
-    console, rows = Console(stderr=True), []
-    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    rows: list[Row] = []
+    with bars() as progress:
         bar = progress.add_task("training", total=sum(cell.key["steps"] for cell in cells))
         done = 0
         for number, (cell, found) in enumerate(run_cells(cells, folder, lambda: progress.advance(bar)), start=1):
@@ -92,6 +89,6 @@ def _run_probes(cells: list[Cell], folder: Path) -> list[Row]:
             done += cell.key["steps"]
             text = f"{number}/{len(cells)} {cell.encoding}, seed {cell.seed}, {cell.layers} layers: {found[0]['value']:.3f}"
             progress.update(bar, completed=done, description=text)
-            if not console.is_terminal:
+            if progress.disable:
                 say(text)
     return rows

@@ -99,7 +99,7 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
     from sape2.evaluation.accuracy import quick_accuracy
     from sape2.evaluation.cost.measure import count_macs, count_parameters
     from sape2.evaluation.cost.timing import median_seconds
-    from sape2.training.accelerator import mixed_precision
+    from sape2.machine import precision_of
     from sape2.training.loop import Trainer
 
     stream = TrainStream(splits.train, config.augment, config.train, config.seed)
@@ -122,7 +122,7 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
         "test_images": len(splits.test),
         "steps_per_epoch": stream.steps_per_epoch,
         "steps": stream.total_steps,
-        "precision": mixed_precision(config.train.precision).replace("no", "fp32"),
+        "precision": precision_of(config.train.precision),
         "device": str(device),
         "augmentation": trainer.stream.where_augmented(),
         "seconds_per_step": step_s,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sape2.progress import bars
 from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import Row
 from sape2.studies.compare.work import seconds_left
@@ -16,15 +17,12 @@ from sape2.training.lock import NAME
 
 @contextmanager
 def study_progress(study: Study) -> Iterator[StudyProgress]:
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-    from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
     left = TextColumn("{task.fields[left]}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), left)
-    with Bar(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield StudyProgress(study, bar, console)
+    with bars(*columns) as bar:
+        yield StudyProgress(study, bar, bar.console)
 
 
 class StudyProgress:

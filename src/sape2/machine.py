@@ -1,0 +1,42 @@
+"""The machine: its accelerator, its name, and the precision in which it trains."""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import torch
+
+
+def find_device() -> torch.device:
+    """The accelerator if there is one, else the CPU."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def hardware() -> str:
+    """What result rows call this machine: the name of its GPU, or the kind and number of its CPU cores."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"
+
+
+def precision_of(setting: str) -> str:
+    """fp32, bf16 or fp16 for a `train.precision`; auto is bf16 if the machine computes in it, else fp32.
+
+    Raises ValueError for fp16 without an accelerator.
+    """
+    if setting == "fp16" and not torch.accelerator.is_available():
+        raise ValueError("train.precision=fp16 needs an accelerator, and there is none; choose bf16, fp32 or auto")
+    if setting == "auto":
+        return "bf16" if _has_bf16() else "fp32"
+    return setting
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """Computes in the precision that a training with `train.precision=auto` would take."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision_of("auto") == "bf16")
+
+
+def _has_bf16() -> bool:
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not torch.accelerator.is_available() and torch.cpu._is_avx512_bf16_supported()

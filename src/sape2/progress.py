@@ -1,0 +1,28 @@
+"""Progress bars on standard error, shown in a terminal only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+def bars(*columns: Any, quiet: bool = False, transient: bool = False) -> Any:
+    """A `rich.progress.Progress` on standard error, disabled if `quiet` or without a terminal.
+
+    Without `columns`: description, bar, per cent, time left and elapsed time.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = columns or (*Progress.get_default_columns(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=transient, disable=quiet or not console.is_terminal)
+
+
+@contextmanager
+def progress_bar(title: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """One bar, moved by a function that takes how much is done; it goes away at the end."""
+    with bars(quiet=quiet, transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda done: bar.update(task, completed=done)
