@@ -5,7 +5,7 @@ VENV ?= .venv
 TORCH ?= torch==2.14.1 torchvision==0.29.1
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow shapes browser leaderboard tables docs notebooks lint clean
+.PHONY: demo test slow shapes browser leaderboard tables docs notebooks lint release clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
 	@echo "Training on the digits that come with scikit-learn, 60 epochs: about 45 s on two free CPU cores."
@@ -41,6 +41,18 @@ lint: $(VENV)/.lint  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check
+
+release: $(VENV)/.demo  ## the wheel, checked in a fresh environment outside the checkout (docs/releasing.md)
+	rm -rf build/dist build/fresh build/lib
+	$(BIN)/python -m pip install -q build twine
+	$(BIN)/python -m build -o build/dist .
+	$(BIN)/python -m twine check --strict build/dist/*
+	$(PYTHON) -m venv build/fresh
+	build/fresh/bin/python -m pip install -q $(TORCH)
+	build/fresh/bin/python -m pip install -q build/dist/*.whl
+	cd build/fresh && bin/python -I $(CURDIR)/tests/cases/installed_wheel.py base
+	build/fresh/bin/python -m pip install -q "$$(echo build/dist/*.whl)[train,data,viz,explore]"
+	cd build/fresh && bin/python -I $(CURDIR)/tests/cases/installed_wheel.py extras
 
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit("sape2 needs Python 3.11 or newer; %s is %s. Try make PYTHON=python3.12" % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 11) else 0)'
