@@ -113,6 +113,13 @@ def tuning(encodings: Iterable[str]) -> Iterator[Trial]:
                 yield Trial("cifar10_sprint", encoding, 0, QUARTER, _settings(rates))
 
 
+def one_rate(encodings: Iterable[str]) -> Iterator[Trial]:
+    """A quarter of the length with the first pair of rates for all, seed by seed."""
+    names = list(encodings)
+    for seed in SEEDS:
+        yield from (Trial("cifar10_sprint", name, seed, QUARTER, _settings(RATES[0])) for name in names)
+
+
 def _settings(rates: tuple[float, float]) -> tuple[str, ...]:
     return (f"train.muon_lr={rates[0]}", f"train.encoding_lr={rates[1]}")
 
@@ -152,7 +159,8 @@ _CONTROLS = (
 CONTROLS = tuple(name for name in _CONTROLS if name not in (*TABLE, *BEYOND))  # the others are run with the table
 STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "search": lambda rows: search(),
-    "one_rate": lambda rows: (Trial("cifar10_sprint", e, s, QUARTER, _settings(RATES[0])) for s in SEEDS for e in FIRST),
+    "one_rate": lambda rows: one_rate(FIRST),
+    "one_rate_rivals": lambda rows: one_rate(RIVALS),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
     "tuning_controls": lambda rows: tuning(CONTROLS),
@@ -168,6 +176,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "more_seeds": lambda rows: tuned(rows, (*TABLE, *BEYOND), (3, 4)),
 }
 FIRST = ("none", "ape", "rope", "ape+sape2", *BEYOND, f"rope+{DIRECT},gates=constant", "rope+key_table")
+RIVALS = ("pape", "rope:preset=dinov3", "rope:directions=4", "pope", "log_cpb", "fire", "forget")
 LENGTHS = ("ape", "rope", "ape+sape2", f"rope+{DIRECT}", f"rope+{DIRECT},gates=constant")
 
 
