@@ -21,7 +21,7 @@ shapes: $(VENV)/.test  ## all tests but the slow ones, with the annotated shape 
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q --jaxtyping-packages=sape2,beartype.beartype
 
 browser: $(VENV)/.browser  ## pages of explore and explain, and the site if built, in a Chromium of the system
-	$(BIN)/python -m pytest -q -m browser tests/viz tests/docs
+	$(BIN)/python -m pytest -q -m browser tests/inspect tests/docs
 
 leaderboard: $(VENV)/.demo  ## the table of docs/leaderboard.md, from the rows in benchmarks/results/leaderboard
 	$(BIN)/python benchmarks/leaderboard.py

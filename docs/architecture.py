@@ -46,8 +46,8 @@ def modules() -> list[tuple[str, ast.AST]]:
 
 
 def room_of(module: str) -> str:
-    """ "training" for "training.loop"; explain and explore, which show what others measure, are a room beside viz."""
-    return "viz: explain, explore" if module.startswith(("viz.explain", "viz.explore")) else module.split(".")[0]
+    """ "training" for "training.loop"."""
+    return module.split(".")[0]
 
 
 def edges() -> Counter[tuple[str, str]]:
@@ -57,7 +57,7 @@ def edges() -> Counter[tuple[str, str]]:
         (room_of(module), room_of(name))
         for module, tree in modules()
         for name in imports(tree)
-        if {module.split(".")[0], name.split(".")[0]} <= rooms
+        if {room_of(module), room_of(name)} <= rooms
     )
     return Counter({pair: count for pair, count in found.items() if pair[0] != pair[1]})
 

@@ -26,6 +26,7 @@ WHY = {
     "scikit-learn": "the digits and two photographs that come with it",
     "matplotlib": "figures",
     "resvg-py": "pixels of SVG",
+    "jinja2": "HTML of explain and explore",
     "transformers": "its ViTs as hosts",
     "faster-coco-eval": "COCO masks and metrics",
     "gradio": "the page of sape2 explore",

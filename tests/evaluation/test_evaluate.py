@@ -130,7 +130,7 @@ def test_of_many_rows_a_reader_gets_headlines_and_warnings_unless_all_are_asked_
         yield row("health", "warnings", 1.0, "warnings", 1, "protocol")
 
     monkeypatch.setitem(evaluation.MEASURES, "health", health)
-    monkeypatch.setattr("sape2.evaluation.runs.draw_measures", lambda *_: [])
+    monkeypatch.setattr("sape2.inspect.pictures.draw_measures", lambda *_: [])
     assert main(["evaluate", str(run), "--measures", "health", *(["--all"] if everything else [])]) == 0
     out = capfd.readouterr().out
     assert ("gate_mean" in out) == everything

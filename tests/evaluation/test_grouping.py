@@ -11,7 +11,7 @@ from sape2 import create_model
 from sape2.data import ImageData
 from sape2.evaluation import pairs
 from sape2.evaluation.grouping import grouping
-from sape2.evaluation.layers import embedded, layers_of, mapped
+from sape2.evaluation.layers import layers_of, mapped
 from sape2.evaluation.scenes import make_scenes
 
 GRID = (3, 4)
@@ -333,10 +333,9 @@ def test_what_a_layer_is_seen_to_do_is_what_the_model_does():
     """Against the model's own maps: prefix tokens dropped, rows scaled to 1, tokens in and out."""
     model, batch = small("ape+sape2", num_registers=1), torch.randn(2, 3, 16, 8)
     maps = model.maps(batch)
-    tokens, grid = embedded(model, batch)
-    assert grid == (4, 2)
-    torch.testing.assert_close(tokens, model.embed(batch)[0][:, 2:].double())
     first, second = layers_of(model, batch)
+    assert first.grid == second.grid == (4, 2)
+    torch.testing.assert_close(first.entering, model.embed(batch)[0][:, 2:].double())
     expected = maps[1]["attention"][:, :, 2:, 2:].double()
     torch.testing.assert_close(second.attention, expected / expected.sum(-1, keepdim=True))
     torch.testing.assert_close(first.leaving, second.entering)

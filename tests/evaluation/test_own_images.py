@@ -37,7 +37,7 @@ def command(tmp_path, mine):
 @pytest.fixture
 def evaluate(tmp_path, command, monkeypatch):
     """`sape2 evaluate` of that run with a measure that counts its calls."""
-    monkeypatch.setattr("sape2.evaluation.runs.draw_measures", lambda *_: [])
+    monkeypatch.setattr("sape2.inspect.pictures.draw_measures", lambda *_: [])
     calls = []
 
     def measure(model, data, limit=None):

@@ -14,7 +14,7 @@ from torch import nn
 
 from sape2.evaluation import MEASURES
 from sape2.evaluation.base import bootstrap_interval, drawn
-from sape2.evaluation.equivariance import biases_by_layer
+from sape2.evaluation.layers import layers_of
 from sape2.evaluation.lie import lie_derivative_error
 from sape2.evaluation.resolution import bias_size, fall_interval, predict_view, resolution, size_at_fall
 from sape2.evaluation.views import View, oblong_sizes, on_canvas, plain_sizes, rules, scaled, views, with_beyond
@@ -246,9 +246,9 @@ def test_a_rule_changes_the_bias_beyond_the_training_grid_and_not_on_it(encoding
     assert {name: p.tolist() for name, p in model.named_parameters()} == {n: p.tolist() for n, p in other.named_parameters()}
     for size, changes in ((8, False), (16, True)):
         images = torch.randn(2, 3, size, size).double()
-        first, second = (biases_by_layer(m, images)[1] for m in (model, other))
+        first, second = (next(layers_of(m, images)).bias for m in (model, other))
         assert ((first - second).abs().max() > 1e-3) == changes
-        assert torch.equal(first, biases_by_layer(model, images)[1])  # the model itself is as it was
+        assert torch.equal(first, next(layers_of(model, images)).bias)  # the model itself is as it was
 
 
 def test_rescaling_is_what_an_encoding_built_so_does():

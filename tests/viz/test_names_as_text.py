@@ -4,11 +4,13 @@ import warnings
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from sape2 import viz
+from sape2.inspect.figures import answer_figure, as_one
 from sape2.viz import base, confusion, curves
 from sape2.viz.base import as_text
 
@@ -36,13 +38,13 @@ def texts(monkeypatch):
 def test_every_picture_takes_every_name(tmp_path, settings):
     points = {name: {"a": [0.5], "b": [0.6]} for name in NAMES}
     by_seed = {name: {0: 0.5, 1: 0.6} for name in NAMES}
-    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    answer = answer_figure(np.zeros((1, 8, 8), np.uint8), (4, 4), [], {}, [(name, 0.5) for name in NAMES])
     draws = {
         "curves": lambda path: viz.plot_curves(dict.fromkeys(NAMES, EPOCHS), path, NAMES[0]),
         "confusion": lambda path: viz.plot_confusion(torch.eye(len(NAMES), dtype=torch.long), NAMES, path),
         "shift": lambda path: viz.plot_shift(dict.fromkeys(NAMES, ROWS), path, notes=viz.Notes(about=NAMES[0])),
         "seeds": lambda path: viz.plot_seeds(by_seed, {}, {}, NAMES[0], path, NAMES[-1]),
-        "bias": lambda path: viz.plot_bias(image, [torch.rand(1, 16, 16)], (4, 4), (1, 1), path, ["layer 1"], " ".join(NAMES)),
+        "answer": lambda path: as_one(" ".join(NAMES), "", answer, answer).save(path),
         "probe": lambda path: viz.plot_probe(points, {"a": 0.1, "b": 0.1}, path),
         "growth": lambda path: viz.plot_growth({NAMES[0]: {name: [(4, 1.0), (16, 2.0)] for name in NAMES}}, path, "ms"),
     }

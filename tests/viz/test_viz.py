@@ -27,7 +27,6 @@ def drawn(monkeypatch):
     figures = []
     monkeypatch.setattr("sape2.viz.confusion.save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("sape2.viz.curves.save", lambda figure, path: figures.append(figure))
-    monkeypatch.setattr("sape2.viz.maps.save", lambda figure, path: figures.append(figure))
     monkeypatch.setattr("sape2.viz.growth.save", lambda figure, path: figures.append(figure))
     yield figures
     plt.close("all")
@@ -274,15 +273,6 @@ def test_growth_has_plain_numbers_and_no_legend_of_what_is_not_drawn(drawn):
     assert {"16", "64", "256", "10", "20"} <= set(texts)
     assert not any("10^" in text for text in texts)
     assert [text.get_text() for text in drawn[1].legends[0].get_texts()] == ["sape2"]
-
-
-def test_all_layers_of_a_bias_share_one_scale_and_the_title_says_what_was_predicted(drawn):
-    layers = [torch.arange(32.0).view(2, 4, 4), torch.arange(32.0).view(2, 4, 4) * 3]
-    image = torch.zeros(1, 8, 8, dtype=torch.uint8)
-    viz.plot_bias(image, layers, (2, 2), (1, 1), UNUSED, ["layer 1", "layer 2"], "class 3, predicted 5")
-    limits = [panel.images[0].get_clim() for panel in drawn[0].axes[1:3]]
-    assert limits[0] == limits[1] == (20.0, 69.0)
-    assert "class 3, predicted 5" in drawn[0].get_suptitle()
 
 
 def test_more_runs_than_colours_differ_in_their_dashes(drawn):

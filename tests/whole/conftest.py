@@ -10,7 +10,7 @@ import pytest
 def as_users_run_it(as_users_run_it):
     """Also without what takes seconds and writes nothing but figures and a number."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sape2.evaluation.runs.pictures", lambda *_: {})
+        patch.setattr("sape2.inspect.pictures.pictures", lambda *_: {})
         patch.setattr("sape2.studies.run.StepMemory.after_step", lambda *_: {})
         yield
 

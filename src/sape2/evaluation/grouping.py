@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
 from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, image_size, mean_row
-from sape2.evaluation.layers import Layer, embedded, layers_of, mapped
+from sape2.evaluation.layers import Layer, grid_of, layers_of, mapped
 from sape2.evaluation.masks import MaskedImages, colour_clusters, masked_batches
 from sape2.evaluation.scenes import make_scenes
 
@@ -85,7 +85,7 @@ def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, b
     number = count_images(data, limit, LIMIT)
     data = drawn(data, number)
     images, _ = next(data.batches(1))
-    _, grid = embedded(model, images)
+    grid = grid_of(model, images)
     masks = "given" if isinstance(data, MaskedImages) else "colour clusters"
     yield from _rows(_collect(model, _labelled(data, grid, batch_size)), grid, masks)
     if min(grid) >= 3:
@@ -108,34 +108,33 @@ def _collect(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], labels_
     """Layer number -> every statistic of every image and head."""
     found: dict[int, dict[Key, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
     for images, labels in batches:
-        _, grid = embedded(model, images)
         for layer in layers_of(model, images):
-            statistics = with_labels(layer, grid, labels.to(layer.attention.device))
+            statistics = with_labels(layer, labels.to(layer.attention.device))
             if not labels_only:
-                statistics |= without_labels(layer, grid)
+                statistics |= without_labels(layer)
             for key, values in statistics.items():
                 found[layer.number][key].append(values.cpu())
     return {number: {key: torch.cat(values) for key, values in layer.items()} for number, layer in found.items()}
 
 
-def without_labels(layer: Layer, grid: Grid) -> Statistics:
+def without_labels(layer: Layer) -> Statistics:
     """Statistics that need no labels: distance and entropy of attention, agreement of the bias with the features."""
     statistics = {
-        Key("attention_distance"): pairs.attention_distance(layer.attention, grid),
+        Key("attention_distance"): pairs.attention_distance(layer.attention, layer.grid),
         Key("attention_entropy"): pairs.attention_entropy(layer.attention),
     }
     if layer.bias is not None:
-        apart = pairs.distances(grid, layer.bias.device)
+        apart = pairs.distances(layer.grid, layer.bias.device)
         features = pairs.feature_distance(layer.entering)
         correlation = pairs.partial_correlation(layer.bias, features, apart, apart > 0)
         statistics[Key("bias_feature_correlation")] = correlation
     return statistics
 
 
-def with_labels(layer: Layer, grid: Grid, labels: Int[Tensor, "batch tokens"]) -> Statistics:
+def with_labels(layer: Layer, labels: Int[Tensor, "batch tokens"]) -> Statistics:
     """Statistics that need labels of patches; pairs of a patch with itself are never counted."""
     same, labelled = pairs.label_pairs(labels)
-    strata = {name: labelled & stratum for name, stratum in pairs.distance_strata(grid, labels.device).items()}
+    strata = {name: labelled & stratum for name, stratum in pairs.distance_strata(layer.grid, labels.device).items()}
     statistics = {
         Key("same_label_lift", name): pairs.same_label_lift(layer.attention, same, counted) for name, counted in strata.items()
     }

@@ -8,7 +8,7 @@ only the position probe. Definitions: docs/evaluation/health.md.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -53,7 +53,8 @@ def health(model: nn.Module, data: LabelledImages, limit: int | None = None, bat
     """
     mapped(model, "health")
     number = count_images(data, limit, LIMIT)
-    rows = [*layer_rows(model, data, number, batch_size), *parameter_rows(model, data, number)]
+    batches = (layers_of(model, images) for images, _ in drawn_images(data, number, batch_size))
+    rows = [*layer_rows(batches, encodings_of(model)), *parameter_rows(model, data, number)]
     yield from rows
     yield from position_content("health", model, data, number, batch_size)
     if rows:
@@ -63,13 +64,15 @@ def health(model: nn.Module, data: LabelledImages, limit: int | None = None, bat
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-def layer_rows(model: nn.Module, data: LabelledImages, limit: int, batch_size: int) -> Iterator[Row]:
-    """Rows about the maps of every layer, means over images; and about the tables, which of their rows are read."""
+def layer_rows(batches: Iterable[Iterable[Layer]], encodings: Mapping[int, nn.Module]) -> Iterator[Row]:
+    """Rows about the maps of every layer, means over images; and about the tables, which of their rows are read.
+
+    `batches` are the layers of each batch of images, `encodings` those of the layers by number (`encodings_of`).
+    """
     found: dict[tuple, list[Tensor]] = defaultdict(list)
     tables: dict[tuple, TableUse] = {}
-    encodings = encodings_of(model)
-    for images, _ in drawn_images(data, limit, batch_size):
-        for layer in layers_of(model, images):
+    for layers in batches:
+        for layer in layers:
             encoding = encodings.get(layer.number)
             for (name, axis), values in layer_statistics(layer, encoding).items():
                 found[layer.number, axis, name].append(values.cpu())

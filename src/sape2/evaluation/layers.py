@@ -1,30 +1,56 @@
-"""The attention, biases and tokens of every layer for a batch of images, the input of measurements of attention.
+"""The attention, biases and tokens of every layer for a batch of images, from one pass through the model.
 
-Only the N grid tokens are kept: prefix tokens (class, registers) are dropped and the rest of each attention row is
-scaled to sum to 1 again (ViT, arXiv:2010.11929, does so before it measures distances). All in float64.
+All that looks into layers comes through here: measures batch by batch, `inspect.look` with a single image. Only the N grid
+tokens are measured: prefix tokens (class, registers) are dropped and the rest of each attention row is scaled to sum to 1
+again (ViT, arXiv:2010.11929, does so before it measures distances). All in float64.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.grid import Grid
+from sape2.encodings.grid import Grid, num_prefix_tokens
 from sape2.evaluation.base import MappedModel, as_mapped, evaluating
 
 
-class Layer(NamedTuple):
-    """One layer, counted from 1. `bias` is None where the encoding adds none; `maps` is all that the model gave."""
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """One layer, counted from 1: all tokens `before` it, (B, T, D), and all that the model gave (`maps`).
+
+    What is measured of it is made in float64 when it is first asked for.
+    """
 
     number: int
-    entering: Float[Tensor, "batch tokens dim"]
-    leaving: Float[Tensor, "batch tokens dim"]
-    attention: Float[Tensor, "batch heads tokens tokens"]
-    bias: Float[Tensor, "batch heads tokens tokens"] | None
+    grid: Grid
+    before: Float[Tensor, "batch all_tokens dim"]
     maps: dict[str, Tensor]
+
+    @property
+    def num_prefix(self) -> int:
+        return num_prefix_tokens(self.before.shape[1], self.grid)
+
+    @cached_property
+    def entering(self) -> Float[Tensor, "batch tokens dim"]:
+        return double(self.before[:, self.num_prefix :])
+
+    @cached_property
+    def leaving(self) -> Float[Tensor, "batch tokens dim"]:
+        return double(self.maps["tokens"][:, self.num_prefix :])
+
+    @cached_property
+    def attention(self) -> Float[Tensor, "batch heads tokens tokens"]:
+        among_all = double(self.maps["attention"][:, :, self.num_prefix :, self.num_prefix :])
+        return among_all / among_all.sum(-1, keepdim=True)
+
+    @cached_property
+    def bias(self) -> Float[Tensor, "batch heads tokens tokens"] | None:
+        """None where the encoding adds none."""
+        return double(self.maps["bias"]) if "bias" in self.maps else None
 
 
 def mapped(model: nn.Module, measure: str = "this measurement") -> MappedModel:
@@ -38,27 +64,25 @@ def mapped(model: nn.Module, measure: str = "this measurement") -> MappedModel:
     return found
 
 
-def embedded(model: nn.Module, images: Tensor) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
-    """The grid tokens that enter the first layer, and their grid."""
-    seen = mapped(model)
+def grid_of(model: nn.Module, images: Tensor) -> Grid:
+    """The grid of tokens that the model makes of these images."""
     with evaluating(model) as device:
-        tokens, grid = seen.embed(images.to(device))
-    return double(tokens[:, seen.num_prefix_tokens :]), grid
+        return mapped(model).embed(images.to(device))[1]
 
 
 def layers_of(model: nn.Module, images: Tensor) -> Iterator[Layer]:
     """The layers one after the other; only one at a time is held in float64."""
-    entering, _ = embedded(model, images)
-    seen = mapped(model)
     with evaluating(model) as device:
-        maps = seen.maps(images.to(device))
-    first = seen.num_prefix_tokens
+        tokens, grid = mapped(model).embed(images.to(device))
+        maps = mapped(model).maps(images.to(device))
+    return as_layers(tokens, grid, maps)
+
+
+def as_layers(tokens: Float[Tensor, "batch all_tokens dim"], grid: Grid, maps: Sequence[dict[str, Tensor]]) -> Iterator[Layer]:
+    """The layers of a pass, of which `tokens` are what enters the first, and `maps` what each one gave."""
     for number, layer in enumerate(maps, start=1):
-        attention = double(layer["attention"][:, :, first:, first:])
-        bias = double(layer["bias"]) if "bias" in layer else None
-        leaving = double(layer["tokens"][:, first:])
-        yield Layer(number, entering, leaving, attention / attention.sum(-1, keepdim=True), bias, layer)
-        entering = leaving
+        yield Layer(number, grid, tokens, layer)
+        tokens = layer["tokens"]
 
 
 def double(tensor: Tensor) -> Tensor:

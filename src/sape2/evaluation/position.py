@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid, coordinates
 from sape2.evaluation.base import LabelledImages, Row, count_images, drawn_images, mean_row
-from sape2.evaluation.layers import embedded, layers_of
+from sape2.evaluation.layers import grid_of, layers_of
 
 PENALTY = 1e-4  # of the ridge regression, in units of the variance of a feature
 AXES = ("y", "x")
@@ -123,13 +123,12 @@ def _tokens(
     model: nn.Module, images: Tensor, generator: torch.Generator | None
 ) -> Iterator[tuple[int, Float[Tensor, "batch tokens dim"], Grid]]:
     """(layer, grid tokens, grid): 0 for what enters the first block, then what leaves each layer."""
-    tokens, grid = embedded(model, images)
     if generator is not None:
-        images = shuffle_patches(images, grid, generator)
-        tokens, grid = embedded(model, images)
-    yield 0, tokens, grid
+        images = shuffle_patches(images, grid_of(model, images), generator)
     for layer in layers_of(model, images):
-        yield layer.number, layer.leaving, grid
+        if layer.number == 1:
+            yield 0, layer.entering, layer.grid
+        yield layer.number, layer.leaving, layer.grid
 
 
 def _targets(grid: Grid, like: Tensor) -> Float[Tensor, "tokens 2"]:

@@ -1,29 +1,22 @@
-"""Loads a finished run to measure it: its model, the rows measured on it and its figures, for several commands."""
+"""Loads a finished run to measure it: its model and the rows measured on it, for several commands."""
 
 from __future__ import annotations
 
 import filecmp
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from sape2 import viz
 from sape2.config.recipes.changed import changed_in_words
 from sape2.data import ImageData, ImageFiles, Splits
 from sape2.data.labels import first_of
-from sape2.encodings.grid import Grid
-from sape2.evaluation.accuracy import confusion, predict
 from sape2.evaluation.measures import MEASURES, images_taken
 from sape2.machine import hardware
 from sape2.models.trained import WEIGHTS, load_run_model
-from sape2.models.vit import ViT
-from sape2.training.files import safe_name
 from sape2.training.memory_errors import in_evaluation, told_in_one_line
 from sape2.training.run_folder import check_images, is_whole, own_results, read_config, read_rows, update_results
 
@@ -119,86 +112,3 @@ def describe(folder: Path) -> Row:
         "torch": torch.__version__,
         "hardware": hardware(),
     }
-
-
-def pictures(folder: Path, load: Callable[[], Splits]) -> dict[Path, Callable[[], Path]]:
-    """figures/: training curves, confusion of the test set, and the bias of one patch in every layer that has one.
-
-    Each file with what draws it, apart from the others. `load` gives the images, and is asked once, by the first that needs
-    them.
-    """
-    config, figures = read_config(folder), folder / "figures"
-    about = _about(describe(folder))
-    model = cache(partial(load_run_model, folder))
-
-    @cache
-    def looked() -> tuple[Splits, Tensor]:
-        splits = load()
-        return splits, predict(model(), splits.test, 500)
-
-    def curves(path: Path) -> None:
-        viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, path, about)
-
-    def confused(path: Path) -> None:
-        splits, logits = looked()
-        counts = confusion(logits, splits.test.labels)
-        viz.plot_confusion(counts, splits.test.classes, path, f"{config.model.encoding}, {about}; test set, last weights")
-
-    def bias(path: Path) -> None:
-        splits, logits = looked()
-        title = f"{config.model.encoding}, {about}"
-        _draw_bias(model(), splits.test[:1], logits[:1], config.model.grid, path, title)
-
-    draws = {"curves": curves, "confusion": confused}
-    with torch.device("meta"):
-        made = ViT(config.model)
-    if any(getattr(module, "makes_bias", False) for module in made.modules()):
-        draws["bias"] = bias
-    return {figures / f"{name}.png": partial(_drawn, draw, figures / f"{name}.png") for name, draw in draws.items()}
-
-
-def _drawn(draw: Callable[[Path], None], path: Path) -> Path:
-    draw(path)
-    return path
-
-
-def _draw_bias(
-    model: ViT, image: ImageData | ImageFiles, logits: Float[Tensor, "1 classes"], grid: Grid, path: Path, title: str
-) -> None:
-    layers = model.maps(next(image.batches(1))[0].to(next(model.parameters()).device))
-    biased = {f"layer {i + 1}": maps["bias"][0].detach().float().cpu() for i, maps in enumerate(layers) if "bias" in maps}
-    true, answer = (image.classes[int(label)] for label in (image.labels[0], logits[0].argmax()))
-    about = f"{title}; first test image: class {true}, predicted {answer}"
-    patch = (grid[0] // 2, grid[1] // 2)
-    viz.plot_bias(image.images[0], list(biased.values()), grid, patch, path, list(biased), about)
-
-
-def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
-    """figures/: the curves of the rows just measured; names say which split, weights and images if not test, last, own.
-
-    Those of fewer images than the measure takes by itself have the number in their names, and do not replace the others.
-    """
-    usual = {"split": "test", "weights": "last", "other_data": None}
-    ending = "".join(f"-{safe_name(rows[0][key])}" for key in usual if rows[0].get(key) != usual[key])
-    written = []
-    for measure in dict.fromkeys(row["measure"] for row in rows):
-        some = [row for row in rows if row["measure"] == measure]
-        limit = some[0]["limit"]
-        few = f"-{limit}_images" if limit is not None and limit < images_taken(measure, None, limit + 1) else ""
-        about = f"{_about(some[0])}; {conditions_in_words(some[0])}"
-        written += viz.plot_measures(
-            {some[0]["encoding"]: some}, [measure], folder / "figures", ending + few, viz.Notes(about=about)
-        )
-    return written
-
-
-def conditions_in_words(row: Row) -> str:
-    """Split, weights and images of a row, for a title."""
-    limit = row.get("limit")
-    some = "" if limit is None else f", {limit:,} images drawn by class"
-    return f"{row['split']} set, {row['weights']} weights{some}"
-
-
-def _about(row: Row) -> str:
-    changed = f", {row['changed']}" if row.get("changed") else ""
-    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}{changed}"

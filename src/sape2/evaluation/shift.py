@@ -26,7 +26,7 @@ from sape2.evaluation.base import (
     mean_row,
     patch_size,
 )
-from sape2.evaluation.equivariance import bias_equivariance, feature_equivariance
+from sape2.evaluation.equivariance import equivariance
 from sape2.evaluation.lie import lie_derivative_error
 from sape2.evaluation.translation import (
     Border,
@@ -62,8 +62,7 @@ def shift(model: nn.Module, data: LabelledImages, limit: int | None = None, batc
         for axis in ("x", "y"):
             yield from lie_derivative_error(model, data, axis, border, images["lie"])
     if as_mapped(model) is not None:
-        yield from feature_equivariance(model, data, images["layers"])
-        yield from bias_equivariance(model, data, images["layers"])
+        yield from equivariance(model, data, images["layers"])
 
 
 # --- what a model says about moved images ----------------------------------------------------------------------------

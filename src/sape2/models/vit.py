@@ -182,7 +182,10 @@ class ViT(nn.Module):
 
     def maps(self, images: Float[Tensor, "batch channels height width"]) -> list[dict[str, Tensor]]:
         """A dict for every layer: its output `tokens`, (B, T, D), `attention`, (B, h, T, T), and the encoding's maps."""
-        x, grid = self.embed(images)
+        return self.maps_from(*self.embed(images))
+
+    def maps_from(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> list[dict[str, Tensor]]:
+        """The maps of tokens that enter the first block."""
         layers = []
         for index, block in enumerate(self.layers()):
             maps = block.attn.maps(block.norm1(x), grid)

@@ -1,8 +1,4 @@
-"""Charts and drawings of measured numbers, with units on axes and scales.
-
-`plot_*` take data and a file name and write the file, by matplotlib. `*_figure` and panels give drawings (`viz.drawing`),
-for pages and for files.
-"""
+"""Charts of measured numbers, with units on axes and scales: `plot_*` take data and a file name and write the file."""
 
 from __future__ import annotations
 
@@ -19,9 +15,7 @@ from sape2.viz.curves import (
     plot_rows,
     plot_shift,
 )
-from sape2.viz.figures import as_one, counts_figure, distance_figure, pairs_figure
 from sape2.viz.growth import plot_growth
-from sape2.viz.maps import plot_bias
 from sape2.viz.measures import plot_measures
 from sape2.viz.probes import plot_examples, plot_probe
 from sape2.viz.seeds import plot_seeds
@@ -30,11 +24,6 @@ __all__ = [
     "Notes",
     "NothingToDraw",
     "Panel",
-    "as_one",
-    "counts_figure",
-    "distance_figure",
-    "pairs_figure",
-    "plot_bias",
     "plot_confusion",
     "plot_curves",
     "plot_equivariance",

@@ -60,10 +60,14 @@ def picture(draw: Callable[Given, Made]) -> Callable[Given, Made]:
     return drawn
 
 
+def plain(name: str) -> str:
+    """A name in one line, without what no figure can show: control characters, and bytes that are no UTF-8."""
+    return " ".join(re.split(r"[\x00-\x1f\x7f-\x9f]+", name.encode("utf-8", "backslashreplace").decode("utf-8")))
+
+
 def as_text(name: str) -> str:
-    """A name as a figure can show it: one line, and with no "_" in front, by which a legend would leave it out."""
-    plain = " ".join(re.split(r"[\x00-\x1f\x7f-\x9f]+", name.encode("utf-8", "backslashreplace").decode("utf-8")))
-    return f" {plain}" if plain.startswith("_") else plain
+    """A name as a chart can show it: plain, and with no "_" in front, by which a legend would leave it out."""
+    return f" {plain(name)}" if name.startswith("_") else plain(name)
 
 
 def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], **about: Any) -> None:

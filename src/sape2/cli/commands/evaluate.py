@@ -48,7 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     if other is not None:
         config = _for_others(config, arguments.data, other)
     from sape2.data import load_data
-    from sape2.evaluation.runs import draw_measures, measure, notes_of_others, pictures
+    from sape2.evaluation.runs import measure, notes_of_others
+    from sape2.inspect.pictures import draw_measures, pictures
     from sape2.models.trained import names_of_classes, note_of_rule
 
     if note := note_of_rule(folder):

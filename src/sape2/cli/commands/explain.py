@@ -31,8 +31,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     patches = tuple(_patch(text) for text in arguments.patch)
+    from sape2.inspect.explain import explain
+    from sape2.inspect.explanation import Choice
     from sape2.training.files import check_writable
-    from sape2.viz.explain import Choice, explain
 
     choice = Choice(arguments.layer, arguments.head, patches)
     out = None if arguments.out is None else Path(arguments.out)

@@ -24,7 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     port = None if arguments.port is None else whole_number("--port", arguments.port)
     folder, against = (None if text is None else Path(text) for text in (arguments.folder, arguments.against))
-    from sape2.viz.explore import explore
+    from sape2.inspect.explore import explore
 
     with contextlib.suppress(KeyboardInterrupt):  # the way to end it
         explore(folder, against, arguments.host, port, arguments.data, arguments.weights, say)

@@ -64,7 +64,8 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
         if not is_finished(folder):
             check_writable(folder)
     from sape2.data import fingerprint, load_data, open_sources
-    from sape2.evaluation.runs import is_measured, pictures
+    from sape2.evaluation.runs import is_measured
+    from sape2.inspect.pictures import pictures
     from sape2.models.trained import build_model
 
     load = cache(lambda: load_data(config.data, config.model))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from sape2.encodings.grid import Grid
-from sape2.viz.explore.change import Change
-from sape2.viz.explore.looking import LayerMaps
-from sape2.viz.explore.state import Patch, State
+from sape2.inspect.explore.change import Change
+from sape2.inspect.explore.state import State
+from sape2.inspect.look import LayerLook, Look, Patch, of_head
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,41 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def of_head(values: np.ndarray, head: int) -> np.ndarray:
-    return values.mean(0) if head == 0 else values[head - 1]
+def column(
+    seen: Look, classes: Sequence[str], name: str, encoding: str, state: State, patch: Patch, other: Patch | None
+) -> Column:
+    """What stands in one column: the layer and head of the state, from a patch, perhaps with another."""
+    layer = seen.layers[state.layer - 1]
+    i, n = seen.token(patch), None if other is None else seen.token(other)
+
+    def map_of(values: Tensor) -> np.ndarray:
+        return of_head(values[:, :, i], state.head).reshape(seen.grid)
+
+    return Column(
+        name=name,
+        encoding=encoding,
+        grid=seen.grid,
+        patch=patch,
+        other=other,
+        pixels=seen.pixels.numpy(),
+        prediction=seen.likely(classes),
+        axes={axis: _axis_view(layer, axis, state.head, i, n) for axis in layer.axes},
+        bias=map_of(layer.maps["bias"]) if "bias" in layer.maps else None,
+        attention=map_of(layer.among_all),
+        attention_without_bias=map_of(layer.content),
+        readout=layer.readout,
+    )
 
 
-def axes_of(maps: Mapping[str, np.ndarray]) -> list[str]:
-    """x and y where the encoding counts along lines; raster, or nothing for CoPE, where along the whole sequence."""
-    return [name.removeprefix("gates").removeprefix("_") for name in maps if name.startswith("gates")]
-
-
-def axis_view(layer: LayerMaps, axis: str, head: int, i: int, n: int | None) -> AxisView:
+def _axis_view(layer: LayerLook, axis: str, head: int, i: int, n: int | None) -> AxisView:
     def of(kind: str, token: int | None) -> np.ndarray | None:
-        values = layer.maps.get("_".join(filter(None, (kind, axis))))
-        return None if values is None or token is None else of_head(values, head)[token]
+        values = layer.along(axis, kind)
+        return None if values is None or token is None else of_head(values[:, :, token], head)
 
     gates, positions = of("gates", i), of("positions", i)
     assert gates is not None
     assert positions is not None
-    products = layer.products.get(axis)
-    seen = None if products is None or head == 0 else products[head - 1, i]  # a mean of heads is not read at a mean position
-    return AxisView(gates, positions, of("vectors", i), seen, of("vectors", n))
+    seen = layer.products.get(axis) if head else None  # a mean of heads is not read at a mean position
+    return AxisView(
+        gates, positions, of("vectors", i), None if seen is None else of_head(seen[:, :, i], head), of("vectors", n)
+    )

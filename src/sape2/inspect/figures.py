@@ -9,8 +9,10 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from sape2.viz.drawing import Drawing, Length, Text, flow, framed, stack
-from sape2.viz.panels import (
+from sape2.encodings.grid import Grid
+from sape2.inspect.drawing import Drawing, Length, Text, flow, framed, stack
+from sape2.inspect.look import Patch
+from sape2.inspect.panels import (
     FIRST,
     NARROW,
     SECOND,
@@ -23,10 +25,8 @@ from sape2.viz.panels import (
     map_panel,
     matrix_panel,
 )
-from sape2.viz.plots import by_distance, distance_panel
+from sape2.inspect.plots import bars_panel, by_distance, distance_panel
 
-Grid = tuple[int, int]
-Patch = tuple[int, int]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 COLOURS = (FIRST, SECOND)
 WIDER = 210.0  # of a map where there are few
@@ -38,11 +38,18 @@ def named_marks(patches: dict[str, Patch]) -> tuple[list[Mark], str]:
     return marks, "; ".join(f"{mark.letter}: {name}" for mark, name in zip(marks, patches, strict=True))
 
 
-def overlay_figure(pixels: np.ndarray, grid: Grid, marks: Sequence[Mark], maps: dict[str, Over]) -> list[Drawing]:
-    """Figure 4 of the paper: the image with its marked patches, and what the first of them sees drawn over it, map by map."""
+def answer_figure(
+    pixels: np.ndarray, grid: Grid, marks: Sequence[Mark], maps: dict[str, Over], likely: Sequence[tuple[str, float]]
+) -> list[Drawing]:
+    """Figure 4 of the paper and the answer: the image with its marked patches, what the first of them sees drawn over it,
+
+    map by map, and the most likely classes with their probabilities.
+    """
     height, width = pixels.shape[-2:]
-    shown = [image_panel(pixels, grid, marks, "Image", f"{height}x{width} px, {grid[0]}x{grid[1]} patches")]
-    return shown + [image_panel(pixels, grid, marks, title, over.unit, over=over) for title, over in maps.items()]
+    plain = image_panel(pixels, grid, marks, "Image", f"{height}x{width} px, {grid[0]}x{grid[1]} patches")
+    overlaid = [image_panel(pixels, grid, marks, title, over.unit, over=over) for title, over in maps.items()]
+    names, values = zip(*likely, strict=True)
+    return [plain, *overlaid, bars_panel(names, values, "Prediction", "class probability")]
 
 
 def pairs_figure(

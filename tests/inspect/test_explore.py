@@ -17,14 +17,14 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData
+from sape2.inspect.explore import SHIPPED
+from sape2.inspect.explore.change import changes
+from sape2.inspect.explore.microscope import LARGEST_GRID, Microscope, Subject
+from sape2.inspect.explore.page import Desk, open_socket
+from sape2.inspect.explore.state import State, parse_state
+from sape2.inspect.explore.views import sections, to_html
 from sape2.models.trained import build_model, load_run_model
 from sape2.training.run_folder import read_config
-from sape2.viz.explore import SHIPPED
-from sape2.viz.explore.change import changes
-from sape2.viz.explore.microscope import LARGEST_GRID, Microscope, Subject
-from sape2.viz.explore.page import Desk, open_socket
-from sape2.viz.explore.state import State, parse_state
-from sape2.viz.explore.views import sections, to_html
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -347,10 +347,11 @@ def test_the_package_takes_the_shipped_files_along():
     import tomllib
 
     root = Path(__file__).parents[2]
-    wanted = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["sape2.viz.explore"]
-    folder = root / "src" / "sape2" / "viz" / "explore"
-    taken = {path for pattern in wanted for path in folder.glob(pattern)}
-    others = {path for path in folder.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
+    packages = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    source = root / "src"
+    folders = {source / name.replace(".", "/"): patterns for name, patterns in packages.items()}
+    taken = {path for folder, patterns in folders.items() for each in patterns for path in folder.glob(each)}
+    others = {path for path in (source / "sape2").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")}
     assert taken == others
 
 
@@ -364,9 +365,9 @@ def test_the_package_takes_the_shipped_files_along():
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_line(argv, message, capfd, monkeypatch):
-    monkeypatch.setattr("sape2.viz.explore.import_gradio", lambda: None)
+    monkeypatch.setattr("sape2.inspect.explore.import_gradio", lambda: None)
     if argv != ["nowhere"]:
-        monkeypatch.setattr("sape2.viz.explore.open_microscope", lambda *arguments: None)
+        monkeypatch.setattr("sape2.inspect.explore.open_microscope", lambda *arguments: None)
     assert main(["explore", *argv]) == 2
     out, err = capfd.readouterr()
     assert message in err

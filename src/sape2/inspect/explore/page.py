@@ -19,11 +19,11 @@ from typing import Any
 from sape2.config.recipes.changed import changed_in_words
 from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import read_picture, unlike
-from sape2.viz.drawing import escape
-from sape2.viz.explore.columns import View
-from sape2.viz.explore.microscope import Microscope
-from sape2.viz.explore.state import State, parse_state
-from sape2.viz.explore.views import to_drawing, to_html, to_json
+from sape2.inspect.explore.columns import View
+from sape2.inspect.explore.microscope import Microscope
+from sape2.inspect.explore.state import State, parse_state
+from sape2.inspect.explore.views import to_drawing, to_html, to_json
+from sape2.inspect.templates import template
 
 LARGEST_UPLOAD = "64mb"
 USUAL_PORTS = range(7860, 7960)
@@ -31,6 +31,8 @@ HELP = (
     "Click a patch to make it the query patch i; Shift and click for a second patch n. Arrow keys move i, with Shift n; Escape "
     "removes n. Drag the image to shift it, with Alt by whole patches."
 )
+
+KEYS = "arrow keys move patch i, with Shift patch n"
 
 
 def import_gradio() -> Any:
@@ -152,25 +154,25 @@ def build_app(microscope: Microscope) -> Any:
 
 
 def _text(name: str) -> str:
-    return resources.files("sape2.viz.explore").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("sape2.inspect.explore").joinpath(name).read_text(encoding="utf-8")
 
 
 def build_blocks(gradio: Any, microscope: Microscope, take: Callable[[str | None], str]) -> Any:
     """Controls on the left, the view on the right; on a phone the maps over the image, the controls, the rest of the view."""
-    state, config = microscope.start, microscope.subject.config.model
+    state, config, parts = microscope.start, microscope.subject.config, template("explore.html").module
     with gradio.Blocks(title="sape2 explore", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gradio.HTML(_top(microscope))
+        gradio.HTML(str(parts.top(microscope, changed_in_words(config), HELP)))
         with gradio.Row(elem_id="sape2-page"):
             with gradio.Column(elem_id="sape2-first"):
-                gradio.HTML(_frame(config.patch_size))
+                gradio.HTML(str(parts.view(config.model.patch_size, KEYS)))
             with gradio.Column(elem_id="sape2-controls"):
                 upload = gradio.UploadButton("Upload an image", elem_id="sape2-upload", size="md")
                 controls = _controls(gradio, microscope, state)
                 click = gradio.Radio([("patch i", "patch"), ("patch n", "other")], value="patch", label="A click chooses")
                 click.elem_id = "sape2-click"
-                gradio.HTML(_files(state))
+                gradio.HTML(str(parts.files(state.query())))
             with gradio.Column(elem_id="sape2-others"):
-                gradio.HTML(_rest())
+                gradio.HTML(str(parts.rest(KEYS)))
         told = gradio.Textbox(visible="hidden")
         sync = gradio.Button("sync", visible="hidden", elem_id="sape2-sync")
         outputs = list(controls.values())
@@ -222,37 +224,6 @@ def _beside(microscope: Microscope) -> list[tuple[str, str]]:
     heads = [("mean of heads", "head:0"), *((f"head {n}", f"head:{n}") for n in range(1, config.num_heads + 1))]
     layers = [(f"layer {n}", f"layer:{n}") for n in range(1, config.depth + 1)]
     return [("nothing", "nothing"), *run, ("the image before the shift", "before"), *heads, *layers]
-
-
-def _top(microscope: Microscope) -> str:
-    config = microscope.subject.config
-    about = (
-        f"{microscope.subject.name}: {config.model.label} with {config.model.encoding}, trained on {config.data.name}, "
-        f"{config.train.epochs} epochs, seed {config.seed}{f'; {words}' if (words := changed_in_words(config)) else ''}."
-    )
-    return f"<div class='sape2-top'><h1>Position encodings under the microscope</h1><p>{escape(about)}</p><p>{HELP}</p></div>"
-
-
-def _files(state: State) -> str:
-    query, names = escape(state.query()), {"png": "PNG", "svg": "SVG", "json": "data"}
-    links = "".join(f"<a data-export='{k}' href='microscope/export.{k}?{query}'>{name}</a>" for k, name in names.items())
-    return f"<div class='sape2-files'><p>This view as a file:</p>{links}<p>The address of the page is this view.</p></div>"
-
-
-def _frame(patch_size: int) -> str:
-    return (
-        "<p id='sape2-alert' class='sape2-alert' role='alert' hidden></p>"
-        "<p id='sape2-status' class='sape2-status' role='status'></p>"
-        f"<div id='sape2-view' class='sape2-view' tabindex='0' role='region' data-patch-side='{patch_size}' "
-        f"aria-label='What the model sees; {KEYS}'></div>"
-    )
-
-
-KEYS = "arrow keys move patch i, with Shift patch n"
-
-
-def _rest() -> str:
-    return f"<div id='sape2-rest' class='sape2-view' tabindex='0' role='region' aria-label='From gates to bias; {KEYS}'></div>"
 
 
 # --- server ----------------------------------------------------------------------------------------------------------

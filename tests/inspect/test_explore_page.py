@@ -25,7 +25,7 @@ if find_spec("gradio") is None:  # not imported here: that takes seconds, also o
 @pytest.fixture(scope="module")
 def scope():
     pytest.importorskip("sklearn")
-    from sape2.viz.explore import open_microscope
+    from sape2.inspect.explore import open_microscope
 
     return open_microscope()
 
@@ -33,7 +33,7 @@ def scope():
 @pytest.fixture(scope="module")
 def address(scope):
     """Where the page is served, by a thread."""
-    from sape2.viz.explore.page import build_app, open_socket
+    from sape2.inspect.explore.page import build_app, open_socket
 
     app = build_app(scope)
     import uvicorn

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +20,11 @@ from sape2.data import ImageData, ImageFiles, normalize
 from sape2.data.picture import Picture
 from sape2.evaluation.translation import Border, translate
 from sape2.evaluation.views import plain_sizes, scaled
+from sape2.inspect.explore.change import Change, changes
+from sape2.inspect.explore.columns import Column, View, column
+from sape2.inspect.explore.state import State, whole_number
+from sape2.inspect.look import Look, Patch, look, of_head
 from sape2.models.vit import ViT
-from sape2.viz.explore.change import Change, changes
-from sape2.viz.explore.columns import Column, View, axes_of, axis_view, of_head
-from sape2.viz.explore.looking import Seen, look
-from sape2.viz.explore.state import Patch, State, whole_number
 
 LARGEST_GRID = 32 * 32  # patches: maps of all layers and heads stay in memory
 KEPT = 12  # images that have gone through a model
@@ -51,7 +50,7 @@ class Microscope:
     def __init__(self, subject: Subject, samples: ImageData | ImageFiles, against: Subject | None = None) -> None:
         self.subject, self.samples, self.against = subject, samples, against
         self.uploads: OrderedDict[str, Picture] = OrderedDict()
-        self._seen: OrderedDict[tuple, Seen] = OrderedDict()
+        self._seen: OrderedDict[tuple, Look] = OrderedDict()
         if against is not None:
             _check_alike(subject.config, against.config)
 
@@ -144,40 +143,21 @@ class Microscope:
         return round(state.shift[0] / patch), round(state.shift[1] / patch)
 
     def _changes(self, state: State) -> list[Change]:
-        before, after = self.seen(self.subject, replace(state, shift=(0, 0))), self.seen(self.subject, state)
-        pick = functools.partial(of_head, head=state.head)
+        both = [self.seen(self.subject, replace(state, shift=(0, 0))), self.seen(self.subject, state)]
+        layers = [seen.layers[state.layer - 1] for seen in both]
         tables = [
-            {name: pick(value) for name, value in layer.maps.items()} | {"attention": pick(layer.attention)}
-            for layer in (before.layers[state.layer - 1], after.layers[state.layer - 1])
+            {name: of_head(values, state.head) for name, values in {**layer.encoded, "attention": layer.among_all}.items()}
+            for layer in layers
         ]
-        tokens = [seen.layers[state.layer - 1].leaving for seen in (before, after)]
-        probabilities = [seen.probabilities for seen in (before, after)]
-        return changes(tables, tokens, probabilities, before.grid, self.steps(state), state.border)
+        tokens = [layer.leaving[0].numpy() for layer in layers]
+        probabilities = [seen.probabilities.numpy() for seen in both]
+        return changes(tables, tokens, probabilities, both[0].grid, self.steps(state), state.border)
 
     def _column(self, subject: Subject, state: State, patch: Patch, other: Patch | None, name: str) -> Column:
-        seen = self.seen(subject, state)
-        layer, (height, width) = seen.layers[state.layer - 1], seen.grid
-        pick = functools.partial(of_head, head=state.head)
-        i, n = patch[0] * width + patch[1], None if other is None else other[0] * width + other[1]
-        from_i = {name: pick(values)[i] for name, values in layer.maps.items()}
-        axes = {axis: axis_view(layer, axis, state.head, i, n) for axis in axes_of(layer.maps)}
-        top = np.argsort(-seen.probabilities)[:5]
-        return Column(
-            name=name,
-            encoding=subject.config.model.encoding,
-            grid=seen.grid,
-            patch=patch,
-            other=other,
-            pixels=seen.pixels,
-            prediction=[(self.samples.classes[c], float(seen.probabilities[c])) for c in top],
-            axes=axes,
-            bias=from_i["bias"].reshape(height, width) if "bias" in from_i else None,
-            attention=pick(layer.attention)[i].reshape(height, width),
-            attention_without_bias=pick(layer.content)[i].reshape(height, width),
-            readout=layer.readout,
-        )
+        encoding = subject.config.model.encoding
+        return column(self.seen(subject, state), self.samples.classes, name, encoding, state, patch, other)
 
-    def seen(self, subject: Subject, state: State) -> Seen:
+    def seen(self, subject: Subject, state: State) -> Look:
         """The image through the model, from memory if it has been there."""
         key = (subject.name, state.image, state.size, state.shift, state.border if any(state.shift) else "")
         if key not in self._seen:
@@ -187,14 +167,13 @@ class Microscope:
         self._seen.move_to_end(key)
         return self._seen[key]
 
-    def _look(self, subject: Subject, state: State) -> Seen:
+    def _look(self, subject: Subject, state: State) -> Look:
         data = subject.config.data
         images = normalize(self._pixels(state.image)[None], data.mean, data.std)
         images = translate(scaled(images, state.size), torch.tensor([state.shift], dtype=torch.float32), state.border)
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
         pixels = ((images[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
-        grid = check_image_size(state.size, subject.config.model.patch_size)
-        return Seen(pixels.numpy(), grid, *look(subject.model, images))
+        return look(subject.model, images, pixels)
 
     def _pixels(self, image: str) -> Tensor:
         kind, _, which = image.partition(":")

@@ -11,10 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sape2 import viz
-from sape2.viz.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
-from sape2.viz.figures import even_columns, overlay_figure
-from sape2.viz.panels import (
+from sape2.inspect.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
+from sape2.inspect.figures import answer_figure, as_one, counts_figure, distance_figure, even_columns, pairs_figure
+from sape2.inspect.panels import (
     HEAD,
     OVERLAID,
     Over,
@@ -26,7 +25,7 @@ from sape2.viz.panels import (
     map_panel,
     number,
 )
-from sape2.viz.plots import bars_panel, by_distance, table_panel
+from sape2.inspect.plots import bars_panel, by_distance, table_panel
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -85,10 +84,13 @@ def test_drawings_flow_into_rows_and_stack():
     assert moved(Line(((1, 2), (3, 4))), 1, 1).points == ((2, 3), (4, 5))
 
 
-def test_colours_are_cividis_and_numbers_on_them_can_be_read():
+@pytest.mark.parametrize("name", ["cividis", "RdBu_r"])
+def test_colours_are_those_of_matplotlib(name):
     shares = np.linspace(0, 1, 256)
-    wanted = mpl.colormaps["cividis"](shares)[:, :3] * 255
-    assert np.abs(colour(shares) - wanted).max() < 6
+    assert np.abs(colour(shares, name) - 255 * mpl.colormaps[name](shares)[:, :3]).max() <= 0.5
+
+
+def test_numbers_on_colours_can_be_read():
     assert ink_on(np.array([255, 255, 255])) == "#000"
     assert ink_on(np.array([0, 34, 78])) == "#fff"
 
@@ -135,7 +137,7 @@ def test_the_table_is_read_where_the_positions_are():
 def test_all_pairs_and_each_patch_are_where_they_belong():
     """The map of a patch is its row of the pairs, on the grid; both on one scale."""
     pairs = torch.arange(144.0).view(12, 12)
-    matrix, layer = viz.pairs_figure({"layer 1": pairs}, (3, 4), {"the centre": (1, 2)})
+    matrix, layer = pairs_figure({"layer 1": pairs}, (3, 4), {"the centre": (1, 2)})
     shown = [shape.pixels for shape in matrix.shapes if isinstance(shape, Raster)]
     assert shown[0].shape == (12, 12, 3)
     np.testing.assert_array_equal(shown[0], colour(pairs.numpy() / 143))
@@ -149,8 +151,8 @@ def test_a_map_over_an_image_is_mixed_with_it_in_both_forms(opacity):
     image = np.full((3, 4, 6), 200, np.uint8)
     values = np.array([[0.0, 0.5, 1.0], [0.25, 0.75, 0.5]])
     over = Over(values, "logits", opacity=opacity)
-    plain, panel = overlay_figure(image, (2, 3), [], {"Bias": over})
-    assert plain.label == "Image 4x6 px, 2x3 patches"
+    plain, panel, answer = answer_figure(image, (2, 3), [], {"Bias": over}, [("cat", 0.5)])
+    assert (plain.label, answer.label) == ("Image 4x6 px, 2x3 patches", "Prediction: cat 50.0%")
     cells = [rect for rect in tree(panel).iter(f"{SVG}rect") if rect.get("data-patch")]
     assert {rect.get("fill-opacity") for rect in cells} == {f"{opacity:g}"}
     assert titles(panel)[1] == "row 0, column 1: 0.5 logits"
@@ -203,7 +205,7 @@ def test_the_bias_against_distance_is_mean_and_spread_of_the_pairs():
     apart = (torch.arange(4)[:, None] - torch.arange(4)).abs()
     np.testing.assert_allclose(mean, [maps[:, apart == step].mean().item() for step in range(4)], rtol=1e-5)
     np.testing.assert_allclose(spread, [maps[:, apart == step].std(correction=0).item() for step in range(4)], rtol=1e-5)
-    (panel,) = viz.distance_figure({"layer 1": maps}, (1, 4))
+    (panel,) = distance_figure({"layer 1": maps}, (1, 4))
     assert titles(panel)[2] == f"2 patches: mean {mean[2]:.5g}, standard deviation {spread[2]:.3g}"
 
 
@@ -222,12 +224,12 @@ def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
     column = {"gates": torch.rand(2, 3), "positions": torch.zeros(2, 3)}
     sequence = {"gates": torch.rand(2, 12), "positions": torch.rand(2, 12)}
     figures = {
-        "pairs": viz.pairs_figure({n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}),
-        "distance": viz.distance_figure(layers, (3, 4)),
-        "counts": viz.counts_figure(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2)),
+        "pairs": pairs_figure({n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}),
+        "distance": distance_figure(layers, (3, 4)),
+        "counts": counts_figure(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2)),
     }
     for name, drawings in figures.items():
-        whole = viz.as_one("photo.png: dog, 70.1%", "vit_small with ape", drawings[:1], drawings)
+        whole = as_one("photo.png: dog, 70.1%", "vit_small with ape", drawings[:1], drawings)
         ET.fromstring(whole.svg(standalone=True))
         assert "nan" not in whole.svg()
         assert [text.text for text in whole.shapes[:2]] == ["photo.png: dog, 70.1%", "vit_small with ape"]

@@ -8,8 +8,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from sape2.evaluation.translation import Border
-
-Patch = tuple[int, int]
+from sape2.inspect.look import Patch
 
 
 @dataclass(frozen=True)

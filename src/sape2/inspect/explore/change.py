@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from sape2.encodings.grid import Grid
+from sape2.inspect.look import Patch
 
-Patch = tuple[int, int]
 NAMES = {"gates": "gates", "positions": "positions", "vectors": "position vectors", "bias": "bias", "attention": "attention"}
 WHERE = {"x": " along rows", "y": " along columns", "raster": " along the image", "": ""}
 

@@ -13,11 +13,11 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data.picture import read_picture
+from sape2.inspect.drawing import Text
+from sape2.inspect.explain import explain
 from sape2.models.trained import build_model, load_run_model
 from sape2.training.checkpoint import save_weights
 from sape2.training.run_folder import start_run, write_rows
-from sape2.viz.drawing import Text
-from sape2.viz.explain import explain
 
 RGB = override(
     get_recipe("digits"),
@@ -160,8 +160,8 @@ def test_the_image_is_cut_as_evaluate_cuts_it(photo, tmp_path, capfd):
         assert status_of("explain", folder, photo, "--json") == 0
         pages.append((folder / "figures" / "explain-photo.html").read_text())
         capfd.readouterr()
-    assert "resized to the model&#x27;s 8x8, which changes its proportions" in pages[0]
-    assert "its middle cut out at the model&#x27;s 8x8" in pages[1]
+    assert "resized to the model&#39;s 8x8, which changes its proportions" in pages[0]
+    assert "its middle cut out at the model&#39;s 8x8" in pages[1]
 
 
 def test_classes_are_named_as_the_results_name_them(run, photo, tmp_path, capfd):
@@ -248,7 +248,7 @@ def test_what_breaks_a_limit_is_said_on_the_page(photo, tmp_path, capfd):
 
 def test_the_picture_says_which_image_and_model_and_what_was_predicted(run, photo, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("sape2.viz.drawing.Drawing.save", lambda drawing, path: saved.append(drawing))
+    monkeypatch.setattr("sape2.inspect.drawing.Drawing.save", lambda drawing, path: saved.append(drawing))
     assert status_of("explain", run, photo, "--out", tmp_path / "picture.png") == 0
     texts = [shape.text for shape in saved[0].shapes if isinstance(shape, Text)]
     assert re.fullmatch(r"photo\.png: predicted \d, \d+\.\d%", texts[0])

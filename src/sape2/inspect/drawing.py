@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from sape2.training.files import write_atomic
-from sape2.viz.base import import_optional
+from sape2.viz.base import import_optional, plain
 
 INK, FAINT = "#1a1a1a", "#595959"
 FONT = "DejaVu Sans, Verdana, sans-serif"
@@ -200,7 +200,7 @@ def framed(drawing: Drawing, margin: Length = 16.0) -> Drawing:
 
 
 def escape(text: Any) -> str:
-    return html.escape(str(text), quote=True)
+    return html.escape(plain(str(text)), quote=True)
 
 
 def _title(text: str) -> str:
@@ -210,23 +210,19 @@ def _title(text: str) -> str:
 # --- colours ---------------------------------------------------------------------------------------------------------
 
 SEQUENTIAL = "cividis"  # the same to everyone (Nuñez, Anderton and Renslow, 2018)
-DIVERGING = ("#00476f", "#0072b2", "#7fb8d8", "#f7f7f7", "#eeb089", "#d55e00", "#843a00")
+DIVERGING = "RdBu_r"  # blue and red, which colour-blind readers tell apart (ColorBrewer)
 
 
-def colour(share: float | np.ndarray, colours: str | Sequence[str] = SEQUENTIAL) -> np.ndarray:
-    """Colours of values from 0 (first colour) to 1 (last), interpolated; (..., 3) uint8. A name is one of matplotlib's maps."""
-    stops = _stops(colours if isinstance(colours, str) else tuple(colours))
-    places = np.linspace(0, 1, len(stops))
-    channels = [np.interp(share, places, stops[:, channel]) for channel in range(3)]
+def colour(share: float | np.ndarray, name: str = SEQUENTIAL) -> np.ndarray:
+    """Colours of values from 0 to 1 in one of matplotlib's maps, interpolated; (..., 3) uint8."""
+    stops = _stops(name)
+    channels = [np.interp(share, np.linspace(0, 1, len(stops)), stops[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-@functools.lru_cache(maxsize=8)
-def _stops(colours: str | tuple[str, ...]) -> np.ndarray:
-    if isinstance(colours, tuple):
-        return np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in colours])
-    matplotlib = import_optional("matplotlib")
-    return 255 * matplotlib.colormaps[colours](np.linspace(0, 1, 256))[:, :3]
+@functools.lru_cache(maxsize=2)
+def _stops(name: str) -> np.ndarray:
+    return 255 * import_optional("matplotlib").colormaps[name](np.linspace(0, 1, 256))[:, :3]
 
 
 def code(rgb: np.ndarray) -> str:

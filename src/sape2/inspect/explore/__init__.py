@@ -1,4 +1,4 @@
-"""`sape2 explore`: a local page on which one points at patches. Drawings that other commands use are in `viz`."""
+"""`sape2 explore`: a local page on which one points at patches."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from importlib import resources
 from pathlib import Path
 
 from sape2.data import load_data
+from sape2.inspect.explore.microscope import Microscope, Subject
+from sape2.inspect.explore.page import import_gradio, serve
 from sape2.models.trained import load_run_model, note_of_rule, sizes_trained_on
 from sape2.training.run_folder import check_images, read_config
 from sape2.training.standing import check_finished
-from sape2.viz.explore.microscope import Microscope, Subject
-from sape2.viz.explore.page import import_gradio, serve
 
-SHIPPED = Path(str(resources.files("sape2.viz.explore").joinpath("model")))  # a run folder; how it was made: its README.md
+SHIPPED = Path(str(resources.files("sape2.inspect.explore").joinpath("model")))  # a run folder; how it was made: its README.md
 
 
 def explore(

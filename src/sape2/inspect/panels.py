@@ -1,4 +1,4 @@
-"""Panels about one image under a model, patch by patch; with `viz.plots` they make up `explain` and `explore`. Each is a
+"""Panels about one image under a model, patch by patch; with `plots` they make up `explain` and `explore`. Each is a
 `Drawing` narrow enough for a phone.
 
 Arrays are numpy; a patch is (row, column). i is the patch that attends, n another one, m a place in i's line.
@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from sape2.viz.drawing import (
+from sape2.encodings.grid import Grid
+from sape2.inspect.drawing import (
     DIVERGING,
     FAINT,
     INK,
@@ -27,9 +28,8 @@ from sape2.viz.drawing import (
     colour,
     ink_on,
 )
+from sape2.inspect.look import Patch
 
-Grid = tuple[int, int]
-Patch = tuple[int, int]
 Limits = tuple[Length, Length]
 
 WIDE, NARROW = 340.0, 164.0  # one panel, or two, on a screen of 390 px
@@ -187,7 +187,7 @@ def _cell(patch: Patch, size: Length, fill: str, says: str) -> Rect:
     return Rect(x * size, HEAD + y * size, size + 0.3, size + 0.3, fill, title=f"{place(patch)}: {says}", patch=f"{y},{x}")
 
 
-def _scale(limits: Limits, colours: Sequence[str], y: Length, width: Length, x: Length = 0.0) -> Iterator[Shape]:
+def _scale(limits: Limits, colours: str, y: Length, width: Length, x: Length = 0.0) -> Iterator[Shape]:
     yield Raster(x, y, width, 6, colour(np.linspace(0, 1, 64)[None], colours))
     low, high = ends_of(limits)
     yield Text(x, y + 18, low if high else f"{low} everywhere", 10.5, FAINT)

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sape2.viz.drawing import Drawing, escape, flow, framed, stack
-from sape2.viz.explore.columns import Column, View
-from sape2.viz.figures import overlay_figure, wrapped, written
-from sape2.viz.panels import (
+from sape2.inspect.drawing import Drawing, flow, framed, stack
+from sape2.inspect.explore.columns import Column, View
+from sape2.inspect.figures import answer_figure, wrapped, written
+from sape2.inspect.panels import (
     FIRST,
     OVERLAID,
     SECOND,
@@ -25,7 +25,8 @@ from sape2.viz.panels import (
     number,
     place,
 )
-from sape2.viz.plots import bars_panel, pair_panel, table_panel
+from sape2.inspect.plots import pair_panel, table_panel
+from sape2.inspect.templates import template
 
 BIAS, WEIGHT = "logits", "attention weight"
 AXIS_TITLES = {"x": "Along the row", "y": "Along the column"}
@@ -49,7 +50,7 @@ def sections(view: View) -> list[Section]:
     limits = _shared_limits(columns)
     found = [
         Section("answer", "Bias, attention and prediction", _words(view),
-                [[*_overlaid(c, limits, view.state.opacity / 100), _prediction(c)] for c in columns]),
+                [_answer(c, limits, view.state.opacity / 100) for c in columns]),
         Section("lines", "Gates, positions and position vectors", _line_words(columns), [list(_lines(c)) for c in columns]),
         Section("tables", "Position table, interpolated",
                 "Grey: the product of the query (or key) of patch i with each row of the position table. Orange: its value at "
@@ -77,17 +78,12 @@ def _marks(column: Column) -> list[Mark]:
     return [Mark(column.patch, "i", FIRST), *other]
 
 
-def _overlaid(column: Column, limits: dict[str, Limits], opacity: float) -> list[Drawing]:
-    """The image, and over it the bias and the attention from patch i."""
+def _answer(column: Column, limits: dict[str, Limits], opacity: float) -> list[Drawing]:
+    """The image, over it the bias and the attention from patch i, and the prediction."""
     maps = {"Attention from i": Over(column.attention, WEIGHT, limits["attention"], opacity)}
     if column.bias is not None:
         maps = {"Bias from i": Over(column.bias, BIAS, limits["bias"], opacity)} | maps
-    return overlay_figure(column.pixels, column.grid, _marks(column), maps)
-
-
-def _prediction(column: Column) -> Drawing:
-    names, values = zip(*column.prediction, strict=True)
-    return bars_panel(names, values, "Prediction", "class probability")
+    return answer_figure(column.pixels, column.grid, _marks(column), maps, column.prediction)
 
 
 def _lines(column: Column) -> Iterator[Drawing]:
@@ -212,32 +208,9 @@ def _change(value: float) -> str:
 
 def to_html(view: View) -> tuple[str, str]:
     """HTML of the view in two parts: the first section, and all others; panels keep the data for clicks and pointers."""
-    first, *rest = (_section_html(section, view) for section in sections(view))
+    write, names = template("explore.html").module.section, [column.name for column in view.columns]
+    first, *rest = (str(write(section, names)) for section in sections(view))
     return first, "".join(rest)
-
-
-def _section_html(section: Section, view: View) -> str:
-    columns = []
-    for column, panels in zip(view.columns, section.panels, strict=False):
-        name = f"<h3>{escape(column.name)}</h3>" if len(view.columns) > 1 else ""
-        body = "".join(f"<div class='sape2-panel'>{panel.svg()}</div>" for panel in panels) or "<p>Nothing to show here.</p>"
-        kind = "sape2-narrow" if all(panel.width < 300 for panel in panels) else "sape2-wide"
-        body = f"<div class='sape2-panels {kind}' style='--number: {len(panels)}'>{body}</div>"
-        columns.append(f"<div class='sape2-column'>{name}{body}</div>")
-    columns = columns if any(section.panels) else []
-    body = f"<p>{escape(section.words)}</p>{_table_html(section.table)}<div class='sape2-columns'>{''.join(columns)}</div>"
-    return f"<section class='sape2-section sape2-{section.key}'><h2>{escape(section.title)}</h2>{body}</section>"
-
-
-def _table_html(rows: list[dict[str, Any]] | None) -> str:
-    if not rows:
-        return ""
-    top = "".join(f"<th scope='col'>{escape(name)}</th>" for name in rows[0])
-    cells = (
-        "".join(f"<th scope='row'>{escape(v)}</th>" if not at else f"<td>{escape(v)}</td>" for at, v in enumerate(row.values()))
-        for row in rows
-    )
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(f'<tr>{row}</tr>' for row in cells)}</tbody></table>"
 
 
 def to_drawing(view: View) -> Drawing:

@@ -1,6 +1,6 @@
 """Panels with axes: a table and the positions where it is read, two vectors, shares, values against distance.
 
-Arrays are numpy, as in `viz.panels`.
+Arrays are numpy, as in `panels`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from sape2.encodings.grid import Grid
+from sape2.inspect.drawing import FAINT, INK, Dot, Drawing, Length, Line, Rect, Shape, Text
+from sape2.inspect.panels import FIRST, HEAD, LINE_NAMES, OVERLAID, SECOND, WIDE, Limits, ends_of, heading, limits_of
 from sape2.viz.base import shortened
-from sape2.viz.drawing import FAINT, INK, Dot, Drawing, Length, Line, Rect, Shape, Text
-from sape2.viz.panels import FIRST, HEAD, LINE_NAMES, OVERLAID, SECOND, WIDE, Grid, Limits, ends_of, heading, limits_of
 
 
 class Plot(NamedTuple):

@@ -1,0 +1,88 @@
+"""The files in figures/ of a run folder: its training, its answers, the bias of one test image, and its measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from sape2 import viz
+from sape2.data import Splits
+from sape2.evaluation.accuracy import confusion, predict
+from sape2.evaluation.measures import images_taken
+from sape2.evaluation.runs import Row, describe
+from sape2.inspect.explain import as_picture
+from sape2.inspect.explanation import explained
+from sape2.models.trained import load_run_model
+from sape2.models.vit import ViT
+from sape2.training.files import safe_name
+from sape2.training.run_folder import read_config, read_rows
+
+
+def pictures(folder: Path, load: Callable[[], Splits]) -> dict[Path, Callable[[], Path]]:
+    """figures/: training curves, confusion of the test set, and the bias of one test image in every layer that has one.
+
+    Each file with what draws it, apart from the others. `load` gives the images, and is asked once, by the first that needs
+    them.
+    """
+    config, figures = read_config(folder), folder / "figures"
+    about = _about(describe(folder))
+    model, splits = cache(partial(load_run_model, folder)), cache(load)
+
+    def curves(path: Path) -> None:
+        viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, path, about)
+
+    def confused(path: Path) -> None:
+        test = splits().test
+        counts = confusion(predict(model(), test, 500), test.labels)
+        viz.plot_confusion(counts, test.classes, path, f"{config.model.encoding}, {about}; test set, last weights")
+
+    def bias(path: Path) -> None:
+        first = splits().test[:1]
+        notes = f"the first of the test set, labelled {first.classes[int(first.labels[0])]}"
+        as_picture(explained(model(), config, first.images[0], list(first.classes), "First test image", notes)).save(path)
+
+    draws = {"curves": curves, "confusion": confused}
+    with torch.device("meta"):
+        made = ViT(config.model)
+    if any(getattr(module, "makes_bias", False) for module in made.modules()):
+        draws["bias"] = bias
+    return {figures / f"{name}.png": partial(_drawn, draw, figures / f"{name}.png") for name, draw in draws.items()}
+
+
+def _drawn(draw: Callable[[Path], None], path: Path) -> Path:
+    draw(path)
+    return path
+
+
+def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
+    """figures/: the curves of the rows just measured; names say which split, weights and images if not test, last, own.
+
+    Those of fewer images than the measure takes by itself have the number in their names, and do not replace the others.
+    """
+    usual = {"split": "test", "weights": "last", "other_data": None}
+    ending = "".join(f"-{safe_name(rows[0][key])}" for key in usual if rows[0].get(key) != usual[key])
+    written = []
+    for measure in dict.fromkeys(row["measure"] for row in rows):
+        some = [row for row in rows if row["measure"] == measure]
+        limit = some[0]["limit"]
+        few = f"-{limit}_images" if limit is not None and limit < images_taken(measure, None, limit + 1) else ""
+        about = f"{_about(some[0])}; {_conditions(some[0])}"
+        written += viz.plot_measures(
+            {some[0]["encoding"]: some}, [measure], folder / "figures", ending + few, viz.Notes(about=about)
+        )
+    return written
+
+
+def _conditions(row: Row) -> str:
+    """Split, weights and images of a row, for a title."""
+    limit = row.get("limit")
+    some = "" if limit is None else f", {limit:,} images drawn by class"
+    return f"{row['split']} set, {row['weights']} weights{some}"
+
+
+def _about(row: Row) -> str:
+    changed = f", {row['changed']}" if row.get("changed") else ""
+    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}{changed}"
