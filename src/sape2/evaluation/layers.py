@@ -73,8 +73,9 @@ def grid_of(model: nn.Module, images: Tensor) -> Grid:
 def layers_of(model: nn.Module, images: Tensor) -> Iterator[Layer]:
     """The layers one after the other; only one at a time is held in float64."""
     with evaluating(model) as device:
-        tokens, grid = mapped(model).embed(images.to(device))
-        maps = mapped(model).maps(images.to(device))
+        images = images.to(device)
+        tokens, grid = mapped(model).embed(images)
+        maps = mapped(model).maps(images)
     return as_layers(tokens, grid, maps)
 
 

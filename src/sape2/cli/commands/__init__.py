@@ -9,7 +9,21 @@ from __future__ import annotations
 import argparse
 from typing import Protocol
 
-from sape2.cli.commands import compare, cost, detect, evaluate, explain, explore, export, list, predict, probe, report, train
+from sape2.cli.commands import (
+    compare,
+    cost,
+    detect,
+    evaluate,
+    explain,
+    explore,
+    export,
+    inspect,
+    list,
+    predict,
+    probe,
+    report,
+    train,
+)
 
 
 class Command(Protocol):
@@ -35,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "explain": explain,
     "compare": compare,
     "explore": explore,
+    "inspect": inspect,
     "report": report,
     "probe": probe,
     "cost": cost,
