@@ -90,8 +90,8 @@ def _watch_attention(block: nn.Module, watch: Watched) -> None:
         if isinstance(output, tuple) and len(output) > 1 and isinstance(output[1], Tensor) and output[1].ndim == 4:
             watch.note_attention(output[1])
 
-    module: Any
-    for module in block.modules():
+    modules: list[Any] = list(block.modules())
+    for module in modules:
         if hasattr(module, "fused_attn") and isinstance(getattr(module, "attn_drop", None), nn.Module):
             module.fused_attn = False
             module.attn_drop.register_forward_pre_hook(of_dropout)
