@@ -115,7 +115,7 @@ ALLOWED = {
         "data", "evaluation", "inspect", "models", "training.files", "training.run_folder", "viz",
     },
     "inspect.watched": {"encodings.grid"},
-    "inspect.backbone": {"config", "evaluation.base", "inspect.watched", "models.trained", "training.run_folder"},
+    "inspect.backbone": {"config", "evaluation.base", "inspect.watched", "machine", "models.trained", "training.run_folder"},
     "inspect.positions": {"data", "evaluation", "inspect", "viz.curves"},
     "inspect.explore": {
         "config", "data", "encodings.grid", "evaluation.translation", "evaluation.views", "inspect", "models",

@@ -20,6 +20,7 @@ from torch import nn
 from sape2.config import ModelConfig
 from sape2.evaluation.base import as_mapped
 from sape2.inspect.watched import Watched
+from sape2.machine import find_device
 from sape2.models.trained import load_run_model
 from sape2.training.run_folder import read_config
 
@@ -158,7 +159,7 @@ def _watched(
     size = size or _size_of(model)
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # the others do not show weights
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = find_device()
     model = model.to(device).eval()
     try:
         shown = model if as_mapped(model) else Watched(model, torch.zeros(1, len(mean), *size, device=device))
