@@ -116,7 +116,7 @@ ALLOWED = {
     },
     "inspect.watched": {"encodings.grid"},
     "inspect.backbone": {"config", "evaluation.base", "inspect.watched", "machine", "models.trained", "training.run_folder"},
-    "inspect.positions": {"data", "evaluation", "inspect", "viz.curves"},
+    "inspect.positions": {"config", "data", "evaluation", "inspect", "viz.curves"},
     "inspect.explore": {
         "config", "data", "encodings.grid", "evaluation.translation", "evaluation.views", "inspect", "models",
         "training.run_folder", "training.standing",

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
+from sape2.config import ModelConfig
 from sape2.data.arrays import read_digits
 from sape2.data.base import plain_name
-from sape2.data.decoding import CenterCrop
+from sape2.data.decoding import CenterCrop, to_array
 from sape2.data.images import ImageData
 from sape2.data.picture import take_picture
+from sape2.data.pixels import to_8_bits
 from sape2.data.walk import image_files
 from sape2.evaluation.base import Row
 from sape2.evaluation.equivariance import equivariance
@@ -42,8 +45,10 @@ def read_images(backbone: Backbone, folder: Path | None, limit: int = LIMIT) -> 
     Of a folder the images below it, resized and cut out in the middle; without one the digits that come with scikit-learn.
     """
     if folder is None:
-        pixels = [torch.from_numpy(each).permute(2, 0, 1) for each in read_digits(backbone.reading)["test"].images[:limit]]
-        return _as_data(backbone, pixels), []
+        digits = read_digits(ModelConfig(image_size=(8, 8), in_channels=1, patch_size=8))["test"].images[:limit]
+        images = (to_8_bits(Image.fromarray(digit[..., 0]), backbone.reading.in_channels) for digit in digits)
+        arrays = (to_array(image, backbone.reading).copy() for image in images)
+        return _as_data(backbone, [torch.from_numpy(array).permute(2, 0, 1) for array in arrays]), []
     if not folder.is_dir():
         raise NotADirectoryError(f"--data must be a folder of images; got {plain_name(folder)}")
     files, pixels, unreadable = image_files(folder), [], []
