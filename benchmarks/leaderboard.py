@@ -15,8 +15,8 @@ from pathlib import Path
 
 from timing import RESULTS, ROOT, Row
 
-from sape2.evaluation.report import format_spread, markdown_table
 from sape2.studies.compare.rawrows import check_one_study, read_raw
+from sape2.tables import format_spread, markdown_table
 
 ENTRIES = RESULTS / "leaderboard"
 PAGE = ROOT / "docs" / "leaderboard.md"

@@ -23,7 +23,7 @@ from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig, override, with_epochs
 from sape2.config.recipes import get_recipe
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 from sape2.training.files import digest_of
 from sape2.training.run_folder import read_rows
 

@@ -11,8 +11,9 @@ from PIL import Image
 from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
-from sape2.studies.compare.groups import group_runs, mean_and_std
+from sape2.studies.compare.groups import group_runs
 from sape2.studies.compare.headlines import read_runs, telling_layer
+from sape2.studies.compare.summary import mean_and_std
 from sape2.studies.compare.tables import compare
 from sape2.training.run_folder import read_rows, start_run, write_rows
 

@@ -57,7 +57,7 @@ ALLOWED = {
     "evaluation.predictions": {
         "data", "evaluation", "models.trained", "training.run_folder", "training.memory_errors",
     },
-    "evaluation.report": {"config.names"},
+    "tables": {"config.names"},
     "evaluation.runs": {
         "config", "data", "encodings.grid", "evaluation", "machine", "models.trained", "models.vit",
         "training.run_folder", "training.files", "training.memory_errors",
@@ -70,23 +70,25 @@ ALLOWED = {
     "studies": set(),
     "studies.run": {"config", "data", "evaluation", "machine", "models", "training"},
     "studies.probing": {
-        "config", "data.augment", "encodings", "evaluation", "machine", "models.vit", "studies.probes", "training", "viz",
+        "config", "data.augment", "encodings", "evaluation", "machine", "models.vit", "studies.compare.summary",
+        "studies.probes", "tables", "training", "viz",
     },
     "studies.probes": {"config.names", "encodings.grid", "studies.probes"},
     "studies.compare": set(),
     "studies.compare.headlines": {"config", "training.run_folder"},
-    "studies.compare.groups": {"config", "studies.compare.headlines", "training.run_folder"},
+    "studies.compare.groups": {"config", "studies.compare.headlines", "studies.compare.summary", "training.run_folder"},
     "studies.compare.tables": {
-        "evaluation.report", "studies.compare.groups", "studies.compare.headlines", "training.files", "training.run_folder",
-        "viz",
+        "studies.compare.groups", "studies.compare.headlines", "studies.compare.summary", "tables", "training.files",
+        "training.run_folder", "viz",
     },
     "studies.compare.paired": set(),
+    "studies.compare.summary": {"studies.compare.paired", "tables"},
     "studies.compare.rawrows": {
         "config", "evaluation", "models.vit", "studies.compare.headlines", "training.run_folder", "training.files",
     },
     "studies.compare.outcome": {
-        "evaluation.report", "studies.compare.groups", "studies.compare.paired", "studies.compare.rawrows",
-        "studies.compare.tables", "training.run_folder", "training.files", "viz",
+        "studies.compare.paired", "studies.compare.rawrows", "studies.compare.summary", "studies.compare.tables", "tables",
+        "training.run_folder", "training.files", "viz",
     },
     "studies.compare.plan": {"config", "encodings", "studies.compare.rawrows", "training.run_folder", "training.files"},
     "studies.compare.work": {"studies.compare.plan", "studies.compare.rawrows", "training.checkpoint", "training.lock"},
@@ -110,7 +112,7 @@ ALLOWED = {
         "viz.measures", "viz.panels", "viz.plots", "viz.probes", "viz.seeds",
     },
     "viz.explain": {
-        "config", "data", "encodings.grid", "evaluation", "models.trained", "training.run_folder", "training.files",
+        "config", "data", "encodings.grid", "evaluation", "models.trained", "tables", "training.run_folder", "training.files",
         "training.standing", "viz",
     },
     "viz.explore": {

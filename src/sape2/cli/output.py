@@ -43,7 +43,7 @@ def drawn(*draws: Callable[[], Path | Iterable[Path]]) -> list[Path]:
 
 def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path], everything: bool = False) -> int:
     """Tables, or JSON; of a measure of many rows its headline numbers and warnings, unless `everything` is asked for."""
-    from sape2.evaluation.report import print_json
+    from sape2.tables import print_json
 
     if as_json:
         print_json(rows)
@@ -58,10 +58,10 @@ def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Pat
 
 def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
     """Prints the numbers that `sape2 report` compares and the warnings in words; False if the measure has none."""
-    from sape2.evaluation.report import print_table
     from sape2.studies.compare.groups import Group
     from sape2.studies.compare.headlines import Run
     from sape2.studies.compare.tables import Comparison
+    from sape2.tables import print_table
     from sape2.training.run_folder import read_config
 
     group = Group(folder.name, folder.name, [Run(folder, read_config(folder), rows, [])])
@@ -89,7 +89,7 @@ def _title(row: Row) -> str:
 
 def _print_measure(rows: list[Row]) -> None:
     """One line a number with what it was measured at, one column for the weights it was measured with."""
-    from sape2.evaluation.report import print_table
+    from sape2.tables import print_table
 
     details = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in CONDITIONS]
     table: dict[tuple, Row] = {}
@@ -103,10 +103,7 @@ def _print_measure(rows: list[Row]) -> None:
 
 def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: bool) -> None:
     """Tables and figures of raw rows, into the folder and for the reader."""
-    from sape2.evaluation.report import print_json, print_table
     from sape2.studies.compare.outcome import (
-        COST_HEADINGS,
-        accuracy_columns,
         accuracy_table,
         cost_table,
         draw_outcome,
@@ -114,6 +111,7 @@ def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: b
         write_outcome,
     )
     from sape2.studies.compare.tables import WEIGHTS
+    from sape2.tables import print_json, print_table
 
     found = outcome(rows, baseline)
     files = write_outcome(found, folder)
@@ -123,8 +121,8 @@ def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: b
         print_json(found.rows())
         return
     for weights, title in WEIGHTS.items():
-        print_table(accuracy_table(found, weights), accuracy_columns(found), f"test accuracy, {title}; {found.title}")
-    print_table(cost_table(found), ["encoding", *COST_HEADINGS.values()], "cost")
+        print_table(*accuracy_table(found, weights), f"test accuracy, {title}; {found.title}")
+    print_table(*cost_table(found), "cost")
     for note in found.notes():
         print(note)
     for row in found.failed:

@@ -36,7 +36,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sape2.evaluation.cost.rows import count_table, time_table
-    from sape2.evaluation.report import print_json, print_table
+    from sape2.tables import print_json, print_table
 
     sweep, folder = _sweep(arguments), Path(arguments.out)
     _take_up(folder, sweep)

@@ -35,9 +35,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.baseline is not None:
         raise ValueError("--baseline is for the rows.jsonl of sape2 compare; run folders are not compared in pairs")
     measures = None if arguments.measures is None else chosen_measures(arguments.measures)
-    from sape2.evaluation.report import print_json, print_table
     from sape2.studies.compare.headlines import read_runs
     from sape2.studies.compare.tables import compare, write_figures, write_tables
+    from sape2.tables import print_json, print_table
 
     runs, unfinished = read_runs(map(Path, arguments.folders), arguments.split, arguments.weights)
     comparison = compare(runs, measures, arguments.split, arguments.weights)

@@ -12,6 +12,7 @@ from typing import Any
 
 from sape2.config.recipes.changed import changed_settings, value_in_words
 from sape2.studies.compare.headlines import Column, Row, Run, telling_layer
+from sape2.studies.compare.summary import mean_and_std
 from sape2.training.run_folder import how_images_differ
 
 
@@ -174,8 +175,3 @@ def mean_epochs(runs: list[list[Row]]) -> list[Row]:
     """Mean losses and accuracies of every epoch that all runs have."""
     names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
     return [{name: statistics.mean(row[name] for row in rows) for name in names} for rows in zip(*runs, strict=False)]
-
-
-def mean_and_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for the latter of one value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

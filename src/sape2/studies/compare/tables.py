@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sape2 import viz
-from sape2.evaluation.report import csv_table, format_spread, markdown_table
-from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows, shared_in_words
+from sape2.studies.compare.groups import Group, group_runs, mean_epochs, mean_rows, shared_in_words
 from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, Row, Run
+from sape2.studies.compare.summary import mean_and_std
+from sape2.tables import csv_table, format_spread, markdown_table
 from sape2.training.files import write_text
 from sape2.training.run_folder import how_images_differ
 
