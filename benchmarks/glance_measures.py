@@ -17,7 +17,7 @@ from kept import keep_and_print, last_test_rows, ranked_table, six_digits
 from timing import RESULTS, Row
 
 from sape2.studies.compare.outcome import outcome
-from sape2.studies.compare.summary import Summary, grouped, interval, summarize
+from sape2.studies.compare.summary import Summary, difference, grouped, summarize
 from sape2.tables import markdown_table
 from sape2.training.run_folder import read_config, read_rows
 
@@ -92,10 +92,7 @@ def _mean(summary: Summary | None, name: str) -> str:
 
 
 def _difference(summary: Summary | None, name: str) -> str:
-    if summary is None or summary.pair is None:
-        return ""
-    within = interval(summary.pair, _digits(name))
-    return f"{summary.pair.difference:+.{_digits(name)}f}" + (f" ({within})" if within else "")
+    return difference(summary.pair, _digits(name)) if summary and summary.pair else ""
 
 
 def _digits(name: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 from sape2.config.names import cell
 
 Row = dict[str, Any]
+Table = tuple[str, list[Row], list[str]]  # title, lines, columns
 
 
 def format_value(value: Any) -> str:

@@ -22,7 +22,7 @@ from study_cases import TINY, finish, tiny_study
 from torch import nn
 
 from sape2.cli import main
-from sape2.studies.compare.outcome import accuracy_table, outcome, page, paired_table, write_outcome
+from sape2.studies.compare.outcome import accuracy_table, outcome, page, paired_table
 from sape2.studies.compare.rawrows import each_once, final_validation_accuracy, raw_row, read_raw
 from sape2.studies.run import StepMemory
 from sape2.training.checkpoint import last_checkpoint, save_weights
@@ -255,7 +255,6 @@ def test_killed_workers_and_two_at_once_give_the_rows_of_one(tmp_path, start_com
         (["compare", "digits", "--encodings", "ape,rope", "--seeds", "1", "--set", "dim=18"], "rope"),
         (["report", "nowhere.jsonl"], "there is no nowhere.jsonl"),
         (["report", "a.jsonl", "run"], "not both"),
-        (["report", "run", "--baseline", "ape"], "--baseline is for the rows.jsonl"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capfd, argv, named):
@@ -314,7 +313,7 @@ def test_one_seed_gives_no_spread_and_empty_cells(raw, tmp_path):
     assert (row["n"], row["pairs"]) == (1, 1)
     assert row["difference"] == pytest.approx(0.83 - 0.805)
     assert [row[key] for key in ("std", "ci_low", "ci_high", "p", "p_holm")] == [None] * 5
-    write_outcome(found, tmp_path / "tables")
+    found.write(tmp_path / "tables")
     lines = list(csv.DictReader((tmp_path / "tables" / "comparison.csv").open()))
     line = next(line for line in lines if (line["name"], line["encoding"]) == ("accuracy", "rope"))
     assert [line[key] for key in ("std", "ci_low", "ci_high", "p")] == [""] * 4

@@ -15,7 +15,7 @@ from sape2.studies.compare.groups import group_runs, mean_rows
 from sape2.studies.compare.headlines import read_runs
 from sape2.studies.compare.outcome import outcome
 from sape2.studies.compare.rawrows import raw_row
-from sape2.studies.compare.tables import compare
+from sape2.studies.compare.report import compare
 from sape2.tables import format_spread
 from sape2.training.run_folder import keep_fingerprint, read_rows, start_run, write_rows
 

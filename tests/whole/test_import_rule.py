@@ -77,7 +77,7 @@ ALLOWED = {
     "studies.compare": set(),
     "studies.compare.headlines": {"config", "training.run_folder"},
     "studies.compare.groups": {"config", "studies.compare.headlines", "studies.compare.summary", "training.run_folder"},
-    "studies.compare.tables": {
+    "studies.compare.report": {
         "studies.compare.groups", "studies.compare.headlines", "studies.compare.summary", "tables", "training.files",
         "training.run_folder", "viz",
     },
@@ -87,7 +87,7 @@ ALLOWED = {
         "config", "evaluation", "models.vit", "studies.compare.headlines", "training.run_folder", "training.files",
     },
     "studies.compare.outcome": {
-        "studies.compare.paired", "studies.compare.rawrows", "studies.compare.summary", "studies.compare.tables", "tables",
+        "studies.compare.paired", "studies.compare.rawrows", "studies.compare.summary", "studies.compare.report", "tables",
         "training.run_folder", "training.files", "viz",
     },
     "studies.compare.plan": {"config", "encodings", "studies.compare.rawrows", "training.run_folder", "training.files"},

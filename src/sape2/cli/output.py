@@ -6,7 +6,11 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sape2.studies.compare.outcome import Outcome
+    from sape2.studies.compare.report import Comparison
 
 Row = dict[str, Any]
 CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
@@ -60,7 +64,7 @@ def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
     """Prints the numbers that `sape2 report` compares and the warnings in words; False if the measure has none."""
     from sape2.studies.compare.groups import Group
     from sape2.studies.compare.headlines import Run
-    from sape2.studies.compare.tables import Comparison
+    from sape2.studies.compare.report import Comparison
     from sape2.tables import print_table
     from sape2.training.run_folder import read_config
 
@@ -101,30 +105,20 @@ def _print_measure(rows: list[Row]) -> None:
     print_table(table.values(), ["name", *details, *used, "unit", "n", "split"], _title(rows[0]))
 
 
-def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: bool) -> None:
-    """Tables and figures of raw rows, into the folder and for the reader."""
-    from sape2.studies.compare.outcome import (
-        accuracy_table,
-        cost_table,
-        draw_outcome,
-        outcome,
-        write_outcome,
-    )
-    from sape2.studies.compare.tables import WEIGHTS
+def show_comparison(found: Outcome | Comparison, folder: Path, as_json: bool) -> None:
+    """Tables and figures of many runs, into the folder and for the reader."""
     from sape2.tables import print_json, print_table
 
-    found = outcome(rows, baseline)
-    files = write_outcome(found, folder)
-    if found.finished:
-        files += drawn(lambda: draw_outcome(found, folder))
+    files = found.write(folder)
+    files += drawn(lambda: found.draw(folder))
     if as_json:
         print_json(found.rows())
         return
-    for weights, title in WEIGHTS.items():
-        print_table(*accuracy_table(found, weights), f"test accuracy, {title}; {found.title}")
-    print_table(*cost_table(found), "cost")
+    for title, lines, columns in found.tables():
+        print_table(lines, columns, title)
     for note in found.notes():
         print(note)
-    for row in found.failed:
-        print(f"failed: {row['encoding']} seed {row['seed']}: {row['failed']}")
+    for row in found.rows():
+        if row["name"] == "failed":
+            print(f"failed: {row['encoding']} seed {row['seed']}: {row['reason']}")
     print(f"in {folder}: {', '.join(path.name for path in files)}")

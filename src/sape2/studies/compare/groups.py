@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sape2.config.recipes.changed import changed_settings, value_in_words
-from sape2.studies.compare.headlines import Column, Row, Run, telling_layer
+from sape2.studies.compare.headlines import Headline, Row, Run, telling_layer
 from sape2.studies.compare.summary import mean_and_std
 from sape2.training.run_folder import how_images_differ
 
@@ -36,11 +36,11 @@ class Group:
         """Number of images behind each number of a measure; None if it was not measured or has no such number."""
         return None if measure in (None, "cost") else max(run.images(measure) for run in self.runs) or None
 
-    def numbers(self, column: Column) -> list[float]:
-        """The values of the runs that have one."""
+    def values(self, column: Headline) -> dict[int, float]:
+        """seed -> the value of the run, for those that have one."""
         layer = telling_layer(self.runs)
-        found = (column.pick(run, layer) for run in self.runs)
-        return [value for value in found if value is not None]
+        found = ((run.config.seed, column.pick(run, layer)) for run in self.runs)
+        return {seed: value for seed, value in found if value is not None}
 
 
 def group_runs(runs: list[Run]) -> list[Group]:

@@ -100,7 +100,7 @@ def telling_layer(runs: list[Run]) -> int | None:
 
 
 @dataclass(frozen=True)
-class Column:
+class Headline:
     """A headline number: its measure (None: from training), unit, meaning, and its value for a run and its telling layer."""
 
     heading: str
@@ -119,72 +119,72 @@ def _of_bias(name: str, distance: str, **where: Any) -> Callable[[Run, int | Non
 
 
 COUNTS = ("number", "warnings")  # units of whole numbers
-COLUMNS = (
-    Column("accuracy", "accuracy", "fraction", "top-1, one view", lambda run, _: run.value("accuracy", "accuracy")),
-    Column(
+HEADLINES = (
+    Headline("accuracy", "accuracy", "fraction", "top-1, one view", lambda run, _: run.value("accuracy", "accuracy")),
+    Headline(
         "consistency",
         "shift",
         "fraction",
         "the same prediction after two random shifts within one patch, circular border; read it beside accuracy",
         lambda run, _: run.value("circular_consistency", "shift", shifts="sub_patch"),
     ),
-    Column(
+    Headline(
         "worst case",
         "shift",
         "fraction",
         "right under every shift within one patch, circular border",
         lambda run, _: run.value("worst_case_accuracy", "shift", shifts="patch"),
     ),
-    Column(
+    Headline(
         "drop, smaller",
         "resolution",
         "fraction",
         "accuracy at the training size less the mean over smaller sizes, images scaled, no fine-tuning",
         lambda run, _: _unseen_drop(run, "below"),
     ),
-    Column(
+    Headline(
         "drop, larger",
         "resolution",
         "fraction",
         "the same over larger sizes, under the model's own rule for positions beyond its tables",
         lambda run, _: _unseen_drop(run, "above"),
     ),
-    Column(
+    Headline(
         "layer",
         "grouping",
         "number",
         "whose bias is furthest from chance (far pairs); the next three are of this layer, chosen by what it shows",
         lambda _, layer: layer,
     ),
-    Column(
+    Headline(
         "AUROC near",
         "grouping",
         "AUROC",
         "negative bias as a score for the same object, neighbouring patches; chance 0.5, above it b is smaller within objects",
         _of_bias("bias_auroc", "near", sign="minus"),
     ),
-    Column(
+    Headline(
         "AUROC far",
         "grouping",
         "AUROC",
         "the same for patches two or more apart",
         _of_bias("bias_auroc", "far", sign="minus"),
     ),
-    Column(
+    Headline(
         "d'",
         "grouping",
         "standard deviations",
         "mean bias across objects less that within, over their spread; chance 0",
         _of_bias("bias_separation", "all"),
     ),
-    Column(
+    Headline(
         "warnings",
         "health",
         "warnings",
         "broken limits of the health report; empty where the layers have no bias to check",
         lambda run, _: run.value("warnings", "health"),
     ),
-    Column(
+    Headline(
         "ms per step",
         None,
         "ms",

@@ -9,9 +9,9 @@ from pathlib import Path
 from sape2 import viz
 from sape2.studies.compare.paired import Paired
 from sape2.studies.compare.rawrows import check_one_study, final_accuracy, of_test_set
-from sape2.studies.compare.summary import Summary, comparison_table, grouped, summarize
-from sape2.studies.compare.tables import WEIGHTS
-from sape2.tables import Row, csv_table, format_spread, format_value, markdown_table
+from sape2.studies.compare.report import WEIGHTS
+from sape2.studies.compare.summary import Summary, comparison_table, grouped, mean_and_std, numbers, summarize
+from sape2.tables import Row, Table, csv_table, format_spread, format_value, markdown_table
 from sape2.training.files import write_text
 from sape2.training.run_folder import write_rows
 
@@ -25,13 +25,21 @@ EXPLAINED = (
     "± is the standard deviation over seeds, not an interval; the 95 % interval is that of the mean difference over the pairs "
     "of one seed, by Student's t. Values or differences that are all alike have none."
 )
-COSTS = {  # name -> (unit, meaning)
-    "parameters": ("parameters", "all"),
-    "macs_per_image": ("MACs", "of one image's forward pass in matrix products and convolutions, attention included"),
-    "step_ms": ("ms", "per training step of one batch, median over epochs of wall-clock time on the machine that trained"),
-    "step_memory_mib": ("MiB", "highest extra memory of one training step at PyTorch's allocator, measured during the run"),
-    "training_s": ("s", "training steps of the whole run, wall clock, without evaluation"),
-}
+COSTS = {  # name -> (heading, unit, meaning)
+    "parameters": ("parameters", "parameters", "all"),
+    "macs_per_image": (
+        "MACs per image", "MACs", "of one image's forward pass in matrix products and convolutions, attention included",
+    ),
+    "step_ms": (
+        "ms per step",
+        "ms",
+        "per training step of one batch, median over epochs of wall-clock time on the machine that trained",
+    ),
+    "step_memory_mib": (
+        "MiB per step", "MiB", "highest extra memory of one training step at PyTorch's allocator, measured during the run",
+    ),
+    "training_s": ("training (s)", "s", "training steps of the whole run, wall clock, without evaluation"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -69,10 +77,9 @@ class Outcome:
                 yield from self._compared(name, weights)
         costs = {name: self.costs(name) for name in COSTS}
         for encoding in self.encodings:
-            for name, (unit, meaning) in COSTS.items():
-                found = costs[name].get(encoding)
-                number = {"mean": found and found.mean, "std": found and found.std, "n": found.n if found else 0}
-                yield {"name": name, "encoding": encoding} | number | {"unit": unit, "protocol": meaning} | self._conditions()
+            for name, (_, unit, meaning) in COSTS.items():
+                number = {"name": name, "encoding": encoding} | numbers(costs[name].get(encoding), paired=False)
+                yield number | {"unit": unit, "protocol": meaning} | self._conditions()
         for row in self.failed:
             yield {"name": "failed", "encoding": row["encoding"], "seed": row["seed"], "reason": row["failed"]}
 
@@ -84,14 +91,9 @@ class Outcome:
         unit = next(row["unit"] for run in self.finished for row in run["rows"] if row["name"] == name)
         values = self.values(lambda row: of_test_set(row, name, weights))
         for encoding, found in self.summaries(name, weights).items():
+            number = {"name": name, "encoding": encoding, "baseline": self.baseline} | numbers(found)
             about = {"seeds": sorted(values[encoding]), "split": "test", "weights": weights, "unit": unit}
-            yield (
-                {"name": name, "encoding": encoding, "baseline": self.baseline}
-                | found.numbers()
-                | about
-                | {"protocol": PROTOCOL}
-                | self._conditions()
-            )
+            yield number | about | {"protocol": PROTOCOL} | self._conditions()
 
     def _conditions(self) -> Row:
         first = self.finished[0]
@@ -105,6 +107,32 @@ class Outcome:
         about = self._conditions()
         changed = f", {about['changed']}" if about["changed"] else ""
         return f"{about['data']}, {about['model']}, {about['epochs']} epoch{'s' * (about['epochs'] != 1)}{changed}"
+
+    def tables(self) -> Iterator[Table]:
+        """For a terminal: accuracy with the weights of each kind, then costs."""
+        for weights, title in WEIGHTS.items():
+            yield f"test accuracy, {title}; {self.title}", *accuracy_table(self, weights)
+        yield "cost", *cost_table(self)
+
+    def write(self, folder: Path) -> list[Path]:
+        """results.jsonl, comparison.csv with every digit, comparison.md."""
+        rows = list(self.rows())
+        write_rows(folder / "results.jsonl", rows)
+        wide = [{key: value for key, value in row.items() if key not in ("protocol", "seeds")} for row in rows]
+        write_text(folder / "comparison.csv", csv_table(wide))
+        write_text(folder / "comparison.md", page(self))
+        return [folder / name for name in ("results.jsonl", "comparison.csv", "comparison.md")]
+
+    def draw(self, folder: Path) -> list[Path]:
+        """comparison.png: every seed, best mean first, and the differences. Raises ImportError without matplotlib."""
+        if not self.finished:
+            return []
+        last, best = (self.values(lambda row, kind=kind: of_test_set(row, "accuracy", kind)) for kind in ("last", "best"))
+        order = sorted(last, key=lambda encoding: -mean_and_std(list(last[encoding].values()))[0])
+        last, best = ({encoding: some.get(encoding, {}) for encoding in order} for some in (last, best))
+        paired = {e: (pair.difference, pair.ci_low, pair.ci_high) for e, pair in self.paired("accuracy", "last").items()}
+        viz.plot_seeds(last, best if best != last else {}, paired, self.baseline, folder / "comparison.png", self.title)
+        return [folder / "comparison.png"]
 
     def notes(self) -> list[str]:
         """Notes on the numbers that a reader of the table must know."""
@@ -159,42 +187,12 @@ def paired_table(
 
 def cost_table(found: Outcome) -> tuple[list[Row], list[str]]:
     lines: dict[str, Row] = {encoding: {"encoding": encoding} for encoding in found.encodings}
-    for name, (unit, _) in COSTS.items():
+    for name, (heading, unit, _) in COSTS.items():
         for encoding, cost in found.costs(name).items():
             whole = unit in ("parameters", "MACs")
-            lines[encoding][COST_HEADINGS[name]] = (
-                format_value(round(cost.mean)) if whole else format_spread(cost.mean, cost.std or None, 1)
-            )
-    return list(lines.values()), ["encoding", *COST_HEADINGS.values()]
-
-
-COST_HEADINGS = {
-    "parameters": "parameters",
-    "macs_per_image": "MACs per image",
-    "step_ms": "ms per step",
-    "step_memory_mib": "MiB per step",
-    "training_s": "training (s)",
-}
-
-
-def write_outcome(found: Outcome, folder: Path) -> list[Path]:
-    """results.jsonl, comparison.csv with every digit, comparison.md."""
-    rows = list(found.rows())
-    write_rows(folder / "results.jsonl", rows)
-    wide = [{key: value for key, value in row.items() if key not in ("protocol", "seeds")} for row in rows]
-    write_text(folder / "comparison.csv", csv_table(wide))
-    write_text(folder / "comparison.md", page(found))
-    return [folder / name for name in ("results.jsonl", "comparison.csv", "comparison.md")]
-
-
-def draw_outcome(found: Outcome, folder: Path) -> list[Path]:
-    """comparison.png: accuracy of every seed, best mean first, and its differences. Raises ImportError without matplotlib."""
-    values = {weights: found.values(lambda row, weights=weights: of_test_set(row, "accuracy", weights)) for weights in WEIGHTS}
-    last = dict(sorted(values["last"].items(), key=lambda item: -sum(item[1].values()) / len(item[1])))
-    best = {encoding: values["best"].get(encoding, {}) for encoding in last}
-    paired = {e: (pair.difference, pair.ci_low, pair.ci_high) for e, pair in found.paired("accuracy", "last").items()}
-    viz.plot_seeds(last, best if best != last else {}, paired, found.baseline, folder / "comparison.png", found.title)
-    return [folder / "comparison.png"]
+            spread = format_spread(cost.mean, cost.std or None, 1)
+            lines[encoding][heading] = format_value(round(cost.mean)) if whole else spread
+    return list(lines.values()), ["encoding", *(heading for heading, _, _ in COSTS.values())]
 
 
 def page(found: Outcome) -> str:
@@ -214,7 +212,7 @@ def page(found: Outcome) -> str:
         f"{PROTOCOL}\n\nWhat one seed cannot tell is empty.\n",
         "".join(f"- {note}\n" for note in found.notes()),
         f"## Cost\n\n{markdown_table(*cost_table(found))}",
-        "".join(f"- {COST_HEADINGS[name]}: {meaning}\n" for name, (_, meaning) in COSTS.items()),
+        "".join(f"- {heading}: {meaning}\n" for heading, _, meaning in COSTS.values()),
     ]
     return "\n".join([*parts, *([_failures(found)] if found.failed else [])])
 

@@ -1,6 +1,6 @@
 """Groups of values over seeds, each as its mean, spread and paired difference to a baseline: what every table shows.
 
-`summarize` makes them; `Summary.numbers` are the columns of a row for programs, `comparison_table` those for people.
+`summarize` makes them; `numbers` are the columns for programs, `comparison_table` has those for people.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from sape2.studies.compare.paired import Paired, holm, paired_difference
 from sape2.tables import Row, format_spread
 
 ALPHA = 0.05
+PAIRED = ("difference", "ci_low", "ci_high", "p", "p_holm")
 Group = TypeVar("Group", bound=Hashable)
 
 
@@ -26,21 +27,6 @@ class Summary:
     n: int
     pair: Paired | None = None
     p_holm: float | None = None
-
-    def numbers(self) -> Row:
-        """Every digit, under the names that rows have."""
-        pair = self.pair or Paired(0, 0.0)
-        return {
-            "mean": self.mean,
-            "std": self.std,
-            "n": self.n,
-            "difference": pair.difference if pair.n else None,
-            "ci_low": pair.ci_low,
-            "ci_high": pair.ci_high,
-            "p": pair.p,
-            "p_holm": self.p_holm,
-            "pairs": pair.n,
-        }
 
     def spread(self, digits: int) -> str:
         return format_spread(self.mean, self.std, digits)
@@ -101,9 +87,16 @@ def grouped(
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def comparison_rows(found: Mapping[Any, Summary], group: str = "encoding") -> list[Row]:
-    """A row for each group with every digit: for a file of commas."""
-    return [{group: name} | summary.numbers() for name, summary in found.items()]
+def numbers(summary: Summary | None, paired: bool = True) -> Row:
+    """Every digit, under the names that rows have; what is not there is None, and n 0."""
+    of_group = {"mean": summary and summary.mean, "std": summary and summary.std, "n": summary.n if summary else 0}
+    if not paired:
+        return of_group
+    pair, adjusted = (summary and summary.pair), (summary and summary.p_holm)
+    if pair is None:
+        return of_group | dict.fromkeys(PAIRED) | {"pairs": 0}
+    told = (pair.difference, pair.ci_low, pair.ci_high, pair.p, adjusted)
+    return of_group | dict(zip(PAIRED, told, strict=True)) | {"pairs": pair.n}
 
 
 def comparison_table(
@@ -124,6 +117,12 @@ def comparison_table(
 def interval(pair: Paired, digits: int = 4) -> str:
     """ "-0.0012 to +0.0120"; "" for none."""
     return "" if pair.ci_low is None else f"{pair.ci_low:+.{digits}f} to {pair.ci_high:+.{digits}f}"
+
+
+def difference(pair: Paired, digits: int = 4) -> str:
+    """ "+0.0123 (-0.0012 to +0.0258)", or without the interval where there is none."""
+    within = interval(pair, digits)
+    return f"{pair.difference:+.{digits}f}" + (f" ({within})" if within else "")
 
 
 def format_p(p: float | None) -> str:

@@ -5,15 +5,15 @@ A cell is empty if its number was not measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sape2 import viz
 from sape2.studies.compare.groups import Group, group_runs, mean_epochs, mean_rows, shared_in_words
-from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, Row, Run
-from sape2.studies.compare.summary import mean_and_std
-from sape2.tables import csv_table, format_spread, markdown_table
+from sape2.studies.compare.headlines import COUNTS, HEADLINES, Headline, Run
+from sape2.studies.compare.summary import PAIRED, Summary, difference, numbers, summarize
+from sape2.tables import Row, Table, csv_table, format_spread, markdown_table
 from sape2.training.files import write_text
 from sape2.training.run_folder import how_images_differ
 
@@ -28,6 +28,7 @@ class Comparison:
     measures: list[str]
     split: str
     weights: str
+    baseline: str | None = None  # the label of a group
 
     @property
     def title(self) -> str:
@@ -38,39 +39,78 @@ class Comparison:
     def has_seeds(self) -> bool:
         return any(len(group.runs) > 1 for group in self.groups)
 
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[Headline]:
         """The columns of the shown measures for which any run has a number."""
         return [
             column
-            for column in COLUMNS
-            if (column.measure is None or column.measure in self.measures) and any(g.numbers(column) for g in self.groups)
+            for column in HEADLINES
+            if (column.measure is None or column.measure in self.measures) and any(g.values(column) for g in self.groups)
         ]
+
+    def summaries(self, column: Headline) -> dict[str, Summary]:
+        """label -> mean and spread over the seeds of a group, in pairs of a seed with the baseline if there is one."""
+        return summarize({group.label: group.values(column) for group in self.groups}, self.baseline)
 
     def rows(self) -> Iterator[Row]:
         """Rows for programs, one for each group and headline number; `mean` is None and n 0 where it was not measured."""
+        found = {column.heading: self.summaries(column) for column in self.columns()}
+        against = {} if self.baseline is None else {"baseline": self.baseline}
         for group in self.groups:
             for column in self.columns():
-                values = group.numbers(column)
-                mean, std = mean_and_std(values) if values else (None, None)
                 about = {"label": group.label, "seeds": group.seeds, "split": self.split, "weights": self.weights}
-                about |= {"conditions": self.title}
-                number = {"name": column.heading, "mean": mean, "std": std, "n": len(values), "unit": column.unit}
-                number |= {"images": group.images(column.measure)}
-                yield about | number | {"measure": column.measure, "runs": [str(run.folder) for run in group.runs]}
+                about |= {"conditions": self.title, "name": column.heading} | against
+                number = numbers(found[column.heading].get(group.label), paired=bool(against))
+                number |= {"unit": column.unit, "images": group.images(column.measure), "measure": column.measure}
+                yield about | number | {"runs": [str(run.folder) for run in group.runs]}
 
     def table(self) -> list[Row]:
         """Table for people: one line for each group, "mean ± std" over seeds; cells that were not measured are left out."""
+        return self._lines(_cell)
+
+    def differences(self) -> list[Row]:
+        """ "+0.0120 (-0.0010 to +0.0250)": mean difference to the baseline in pairs of a seed, and its 95 % interval."""
+        return [line for line in self._lines(_difference) if line["encoding"] != self.baseline]
+
+    def _lines(self, cell: Callable[[Headline, Summary, Group], str]) -> list[Row]:
+        found = {column: self.summaries(column) for column in self.columns()}
         return [
             {"encoding": group.label, "seeds": group.seeds}
-            | {column.heading: text for column in self.columns() if (text := _cell(column, group))}
+            | {
+                column.heading: text
+                for column, summaries in found.items()
+                if group.label in summaries and (text := cell(column, summaries[group.label], group))
+            }
             for group in self.groups
         ]
 
-    def headings(self, most: int = len(COLUMNS)) -> list[list[str]]:
-        """The columns of the table, in parts of at most `most` numbers, each beginning with what tells the lines apart."""
-        numbers = [column.heading for column in self.columns()]
-        parts = range(0, len(numbers), most)
-        return [["encoding", "seeds", *numbers[start : start + most]] for start in parts]
+    def tables(self, most: int = 6) -> Iterator[Table]:
+        """For a terminal: the table in parts of at most `most` numbers, each beginning with what tells the lines apart."""
+        headings = [column.heading for column in self.columns()]
+        shown = [(self.title, self.table())]
+        if self.baseline is not None:
+            shown.append((f"minus {self.baseline}; {self.title}", self.differences()))
+        for title, lines in shown:
+            for start in range(0, len(headings), most):
+                yield title, lines, ["encoding", "seeds", *headings[start : start + most]]
+
+    def write(self, folder: Path) -> list[Path]:
+        """report.md, with what the columns mean, and report.csv, with every digit."""
+        write_text(folder / "report.md", page(self, []))
+        write_text(folder / "report.csv", csv_table(_wide(self)))
+        return [folder / "report.md", folder / "report.csv"]
+
+    def draw(self, folder: Path) -> list[Path]:
+        """The figures, one line a group, and report.md with them in it. Raises ImportError without matplotlib."""
+        epochs = {group.name: mean_epochs([run.epochs for run in group.runs]) for group in self.groups}
+        files = []
+        if all(epochs.values()):
+            files.append(folder / "curves.png")
+            viz.plot_curves(epochs, files[0], shared_in_words(self.groups))
+        band = {"band": "one std over seeds"} if self.has_seeds else {}
+        rows = {group.name: _shown_rows(group, self.has_seeds) for group in self.groups}
+        files += viz.plot_measures(rows, self.measures, folder, notes=viz.Notes(about=self.title, **band))
+        write_text(folder / "report.md", page(self, files))
+        return files
 
     def notes(self) -> list[str]:
         """Notes that a reader must know before comparing."""
@@ -79,6 +119,8 @@ class Comparison:
             notes.append(
                 "± is the standard deviation over seeds, not an interval; (n) where fewer runs than seeds were measured."
             )
+        if self.baseline is not None:
+            notes.append(f"minus {self.baseline}: over the seeds that both have, with the 95 % interval by Student's t.")
         notes += [note for group in self.groups for note in group.left_out]
         notes += self._of_images()
         for measure in self.measures:
@@ -127,11 +169,16 @@ class Comparison:
         return [run for group in self.groups for run in group.runs]
 
 
-def compare(runs: list[Run], measures: list[str] | None, split: str = "test", weights: str = "last") -> Comparison:
-    """Raises ValueError if there are no runs, or none was measured with what is asked for (None: whatever there is)."""
+def compare(
+    runs: list[Run], measures: list[str] | None, split: str = "test", weights: str = "last", baseline: str | None = None
+) -> Comparison:
+    """The baseline is a label, or an encoding that only one group has. Raises ValueError if there is no such group.
+
+    Also if there are no runs, or none was measured with what is asked for (None: whatever there is).
+    """
     if not runs:
         raise ValueError("none of these runs is finished; give their sape2 train commands again to go on")
-    known = [column.measure for column in COLUMNS if column.measure is not None]
+    known = [column.measure for column in HEADLINES if column.measure is not None]
     there = {measure for run in runs for measure in run.measures()}
     wanted = [measure for measure in dict.fromkeys(known) if measure in (there if measures is None else measures)]
     if not there & set(wanted):
@@ -139,43 +186,36 @@ def compare(runs: list[Run], measures: list[str] | None, split: str = "test", we
         raise ValueError(
             f"no run has results of {asked} on the {split} set with weights {weights}; sape2 evaluate measures them"
         )
-    return Comparison(group_runs(runs), wanted, split, weights)
+    groups = group_runs(runs)
+    return Comparison(groups, wanted, split, weights, None if baseline is None else _named(groups, baseline))
 
 
-def _cell(column: Column, group: Group) -> str:
-    """ "0.8121 ± 0.0031", with the number of runs behind it if not all of them have the number; "" if none has."""
-    values = group.numbers(column)
-    if not values:
-        return ""
-    mean, std = mean_and_std(values)
-    digits = int(bool(std)) if column.unit in COUNTS else 4 if abs(mean) < 10 else 1
-    runs = "" if len(values) == len(group.runs) else f" ({len(values)})"
-    return format_spread(mean, std if digits else None, digits) + runs
+def _named(groups: list[Group], baseline: str) -> str:
+    """The label of the only group of this label or encoding."""
+    found = [group.label for group in groups if baseline in (group.label, group.runs[0].config.model.encoding)]
+    if len(found) != 1:
+        known = "; ".join(group.label for group in groups)
+        raise ValueError(f"the baseline must be one line of the table; {baseline!r} is {len(found)} of: {known}")
+    return found[0]
+
+
+def _digits(column: Headline, summary: Summary) -> int:
+    return int(bool(summary.std)) if column.unit in COUNTS else 4 if abs(summary.mean) < 10 else 1
+
+
+def _cell(column: Headline, summary: Summary, group: Group) -> str:
+    """ "0.8121 ± 0.0031", with the number of runs behind it if not all of them have the number."""
+    digits = _digits(column, summary)
+    runs = "" if summary.n == len(group.runs) else f" ({summary.n})"
+    return format_spread(summary.mean, summary.std if digits else None, digits) + runs
+
+
+def _difference(column: Headline, summary: Summary, group: Group) -> str:
+    """ "" for what has no pairs, and for the layer that tells most, a name rather than a number."""
+    return "" if summary.pair is None or column.unit == "number" else difference(summary.pair, _digits(column, summary))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def write_tables(comparison: Comparison, folder: Path) -> list[Path]:
-    """report.md, with what the columns mean, and report.csv, with every digit."""
-    write_text(folder / "report.md", page(comparison, []))
-    write_text(folder / "report.csv", csv_table(_wide(comparison)))
-    return [folder / "report.md", folder / "report.csv"]
-
-
-def write_figures(comparison: Comparison, folder: Path) -> list[Path]:
-    """The figures, one line a group, and report.md with them in it. Raises ImportError without matplotlib."""
-    groups = comparison.groups
-    epochs = {group.name: mean_epochs([run.epochs for run in group.runs]) for group in groups}
-    files = []
-    if all(epochs.values()):
-        files.append(folder / "curves.png")
-        viz.plot_curves(epochs, files[0], shared_in_words(groups))
-    band = {"band": "one std over seeds"} if comparison.has_seeds else {}
-    rows = {group.name: _shown_rows(group, comparison.has_seeds) for group in groups}
-    files += viz.plot_measures(rows, comparison.measures, folder, notes=viz.Notes(about=comparison.title, **band))
-    write_text(folder / "report.md", page(comparison, files))
-    return files
 
 
 def _shown_rows(group: Group, as_means: bool) -> list[Row]:
@@ -184,12 +224,13 @@ def _shown_rows(group: Group, as_means: bool) -> list[Row]:
 
 
 def _wide(comparison: Comparison) -> list[Row]:
-    """One line a group: mean, std and n of every column."""
+    """One line a group: mean, std and n of every column, and its difference to the baseline if there is one."""
     lines: dict[str, Row] = {}
+    kept = ("std", "n") if comparison.baseline is None else ("std", "n", *PAIRED, "pairs")
     for row in comparison.rows():
         line = lines.setdefault(row["label"], {"encoding": row["label"], "seeds": row["seeds"]})
         line["conditions"] = row["conditions"]
-        line |= {row["name"]: row["mean"], f"{row['name']} std": row["std"], f"{row['name']} n": row["n"]}
+        line |= {row["name"]: row["mean"]} | {f"{row['name']} {key}": row[key] for key in kept}
     return list(lines.values())
 
 
@@ -202,10 +243,16 @@ def page(comparison: Comparison, figures: list[Path]) -> str:
         for group in comparison.groups
         for run in group.runs
     ]
+    headings = ["encoding", "seeds", *(column.heading for column in columns)]
     parts = [
         f"# Comparison of {len(folders)} runs\n\n{comparison.title}. An empty cell was not measured, or the model "
         "has nothing to measure there.\n",
-        markdown_table(comparison.table(), *comparison.headings()),
+        markdown_table(comparison.table(), headings),
+        *(
+            [f"## Minus {comparison.baseline}\n", markdown_table(comparison.differences(), headings)]
+            if comparison.baseline
+            else []
+        ),
         "".join(f"- {note}\n" for note in comparison.notes()),
         "## Columns\n",
         markdown_table(meanings, ["column", "measure", "unit", "meaning"]),
