@@ -82,19 +82,15 @@ def step_ms(run: Run) -> float | None:
     return 1000 * run.config.train.batch_size / statistics.median(speeds) if speeds else None
 
 
-def _objects(runs: Iterable[Run]) -> str | None:
-    """Source of the patch labels: true masks, else scenes. Colour clusters are not objects and do not count."""
-    there = {row.get("masks") for run in runs for row in run.rows}
-    return next((masks for masks in ("given", "scenes") if masks in there), None)
+OBJECTS = "scenes"  # the patch labels that count: colour clusters are not objects
 
 
 def telling_layer(runs: list[Run]) -> int | None:
     """The layer whose bias, far pairs, is furthest from chance in either direction, by the mean over the runs."""
     found: dict[int, list[float]] = {}
-    masks = _objects(runs)
     for row in (row for run in runs for row in run.rows if row["name"] == "bias_auroc" and "head" not in row):
         conditions = row["masks"], row["distance"], row["sign"], row["value"] is None
-        if conditions == (masks, "far", "minus", False):
+        if conditions == (OBJECTS, "far", "minus", False):
             found.setdefault(row["layer"], []).append(row["value"])
     return max(found, key=lambda layer: abs(statistics.mean(found[layer]) - 0.5), default=None)
 
@@ -112,7 +108,7 @@ class Headline:
 
 def _of_bias(name: str, distance: str, **where: Any) -> Callable[[Run, int | None], float | None]:
     def pick(run: Run, layer: int | None) -> float | None:
-        place = {"masks": _objects([run]), "distance": distance, "layer": layer, "head": None}
+        place = {"masks": OBJECTS, "distance": distance, "layer": layer, "head": None}
         return None if layer is None else run.value(name, "grouping", **place, **where)
 
     return pick
