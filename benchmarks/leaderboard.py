@@ -16,6 +16,7 @@ from pathlib import Path
 from timing import RESULTS, ROOT, Row
 
 from sape2.studies.compare.rawrows import check_one_study, final_accuracy, read_raw
+from sape2.studies.compare.summary import mean_and_std
 from sape2.tables import format_spread, markdown_table
 
 ENTRIES = RESULTS / "leaderboard"
@@ -88,7 +89,7 @@ def line(rows: list[Row]) -> Row:
         "data": first["data"],
         "encoding": f"`{first['encoding']}`",
         "recipe": f"`{first['recipe']}`",
-        "accuracy": format_spread(statistics.mean(accuracies), statistics.stdev(accuracies), 4),
+        "accuracy": format_spread(*mean_and_std(accuracies), 4),
         "n": len(rows),
         "images seen": f"{images:,}",
         "PFLOP": f"{petaflop(first, images):.2f}",
