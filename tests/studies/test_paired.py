@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from sape2.studies.compare.paired import Paired, holm, paired_difference
-from sape2.studies.compare.summary import Summary, grouped, summarize
+from sape2.studies.compare.summary import Summary, grouped, numbers, summarize
 
 A = {0: 0.812, 1: 0.807, 2: 0.821, 3: 0.809, 4: 0.815}
 B = {0: 0.805, 1: 0.806, 2: 0.811, 3: 0.811, 4: 0.804}
@@ -101,7 +101,7 @@ def test_a_group_is_compared_with_the_baseline_and_p_adjusted_over_the_groups():
     assert found["sape2"].pair == paired_difference(A, B)
     assert found["none"].p_holm == pytest.approx(min(1, 2 * found["none"].pair.p))
     assert (found["rope"].pair, found["ape"].pair, found["rope"].n) == (None, None, 1)
-    assert found["none"].numbers()["std"] == pytest.approx(stats.tstd([0.7, 0.72, 0.69]))
+    assert numbers(found["none"])["std"] == pytest.approx(stats.tstd([0.7, 0.72, 0.69]))
     assert summarize({"ape": B})["ape"].pair is None
 
 

@@ -48,9 +48,9 @@ class Summary:
 def summarize(values: Mapping[Group, Mapping[Any, float]], baseline: Group | None = None) -> dict[Group, Summary]:
     """A summary of each group that has values, {seed: value}; p is adjusted over the groups that are compared."""
     some = {group: found for group, found in values.items() if found}
-    others = some if baseline in some else {}
-    pairs = {group: paired_difference(found, some[baseline]) for group, found in others.items() if group != baseline}
-    adjusted = dict(zip(pairs, holm([pair and pair.p for pair in pairs.values()]), strict=True))
+    base = some.get(baseline, {}) if baseline is not None else {}
+    pairs = {group: paired_difference(found, base) for group, found in some.items() if group != baseline}
+    adjusted = dict(zip(pairs, holm([pair.p if pair else None for pair in pairs.values()]), strict=True))
     return {
         group: Summary(*mean_and_std(list(found.values())), len(found), pairs.get(group), adjusted.get(group))
         for group, found in some.items()
@@ -89,14 +89,14 @@ def grouped(
 
 def numbers(summary: Summary | None, paired: bool = True) -> Row:
     """Every digit, under the names that rows have; what is not there is None, and n 0."""
-    of_group = {"mean": summary and summary.mean, "std": summary and summary.std, "n": summary.n if summary else 0}
+    if summary is None:
+        return {"mean": None, "std": None, "n": 0} | (dict.fromkeys(PAIRED) | {"pairs": 0} if paired else {})
+    found = {"mean": summary.mean, "std": summary.std, "n": summary.n}
     if not paired:
-        return of_group
-    pair, adjusted = (summary and summary.pair), (summary and summary.p_holm)
-    if pair is None:
-        return of_group | dict.fromkeys(PAIRED) | {"pairs": 0}
-    told = (pair.difference, pair.ci_low, pair.ci_high, pair.p, adjusted)
-    return of_group | dict(zip(PAIRED, told, strict=True)) | {"pairs": pair.n}
+        return found
+    pair = summary.pair or Paired(0, 0.0)
+    told = (pair.difference if pair.n else None, pair.ci_low, pair.ci_high, pair.p, summary.p_holm)
+    return found | dict(zip(PAIRED, told, strict=True)) | {"pairs": pair.n}
 
 
 def comparison_table(
