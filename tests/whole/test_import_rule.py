@@ -32,7 +32,9 @@ ALLOWED = {
     "models.hub": {"config", "data.decoding", "training.checkpoint", "training.run_folder", "training.files"},
     "models.frozen": set(),
     "models.trained": {"config", "data", "machine", "models.vit", "training"},
-    "models.export": {"config", "models.trained", "models.frozen", "models.hub", "training.run_folder", "training.files"},
+    "models.export": {
+        "config", "models.trained", "models.frozen", "models.hub", "tables", "training.run_folder", "training.files",
+    },
     "adapters": {"adapters", "attention", "encodings", "training.files"},
     "data": {"config", "data"},
     "training": set(),
@@ -42,7 +44,7 @@ ALLOWED = {
     "training.lock": set(),
     "training.memory_errors": {"config"},
     "training.checkpoint": {"training.files"},
-    "training.run_folder": {"config", "encodings", "training.checkpoint", "training.files"},
+    "training.run_folder": {"config", "encodings", "tables", "training.checkpoint", "training.files"},
     "training.accelerator": {"machine", "training.processes"},
     "training.optimisation": {"config", "encodings.base"},
     "training.interruption": {"progress", "training.checkpoint"},
@@ -53,13 +55,13 @@ ALLOWED = {
     "training.record": {"config", "training.checkpoint", "training.run_folder"},
     "training.loop": {"config", "data", "encodings", "machine", "training"},
     "training.standing": {"config", "training.checkpoint", "training.run_folder"},
-    "evaluation": {"data.images", "encodings.grid", "evaluation", "training.memory_errors"},
+    "evaluation": {"data.images", "encodings.grid", "evaluation", "tables", "training.memory_errors"},
     "evaluation.predictions": {
         "data", "evaluation", "models.trained", "training.run_folder", "training.memory_errors",
     },
     "tables": {"config.names"},
     "evaluation.runs": {
-        "config", "data", "encodings.grid", "evaluation", "machine", "models.trained", "models.vit",
+        "config", "data", "encodings.grid", "evaluation", "machine", "models.trained", "models.vit", "tables",
         "training.run_folder", "training.files", "training.memory_errors",
         "training.standing", "viz",
     },
@@ -75,7 +77,7 @@ ALLOWED = {
     },
     "studies.probes": {"config.names", "encodings.grid", "studies.probes"},
     "studies.compare": set(),
-    "studies.compare.headlines": {"config", "training.run_folder"},
+    "studies.compare.headlines": {"config", "tables", "training.run_folder"},
     "studies.compare.groups": {"config", "studies.compare.headlines", "studies.compare.summary", "training.run_folder"},
     "studies.compare.report": {
         "studies.compare.groups", "studies.compare.headlines", "studies.compare.summary", "tables", "training.files",
@@ -105,7 +107,7 @@ ALLOWED = {
         "training.lock",
     },
     "detection": {
-        "config", "data", "detection", "encodings", "machine", "models.vit", "progress", "training",
+        "config", "data", "detection", "encodings", "machine", "models.vit", "progress", "tables", "training",
     },
     "viz": {
         "training.files", "viz.base", "viz.confusion", "viz.curves", "viz.drawing", "viz.figures", "viz.growth", "viz.maps",
@@ -121,7 +123,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "cli": {"cli.commands", "cli.text", "config.names"},
     "cli.text": set(),
-    "cli.catalogue": {"config.options"},
+    "cli.catalogue": {"config.options", "tables"},
     "cli.options": {"*"},
     "cli.output": {"*"},
     "cli.commands": {"*"},

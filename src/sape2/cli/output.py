@@ -6,13 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sape2.tables import Row
 
 if TYPE_CHECKING:
     from sape2.studies.compare.outcome import Outcome
     from sape2.studies.compare.report import Comparison
 
-Row = dict[str, Any]
 CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
               "data", "recipe", "epochs", "seed", "changed", "limit", "other_data", "precision", "torch",
               "hardware"}  # fmt: skip

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from sape2.data.images import draw_by_class
 from sape2.encodings.grid import Grid
-
-Row = dict[str, Any]
+from sape2.tables import Row
 
 
 @runtime_checkable

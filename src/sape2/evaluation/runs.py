@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,11 +22,11 @@ from sape2.evaluation.measures import MEASURES, images_taken
 from sape2.machine import hardware
 from sape2.models.trained import WEIGHTS, load_run_model
 from sape2.models.vit import ViT
+from sape2.tables import Row
 from sape2.training.files import safe_name
 from sape2.training.memory_errors import ON_CPU, memory_message, told_in_one_line
 from sape2.training.run_folder import check_images, is_whole, own_results, read_config, read_rows, update_results
 
-Row = dict[str, Any]
 MEASURE_OTHERS = "measure these with sape2 evaluate RUN --data DIR --other-data NAME"
 
 

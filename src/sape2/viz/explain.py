@@ -28,7 +28,7 @@ from sape2.evaluation.findings import findings
 from sape2.evaluation.health import layer_rows
 from sape2.evaluation.layers import Layer, layers_of
 from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
-from sape2.tables import format_value
+from sape2.tables import Row, format_value
 from sape2.training.files import write_text
 from sape2.training.run_folder import read_config
 from sape2.training.standing import check_finished
@@ -37,7 +37,6 @@ from sape2.viz.figures import LETTERS, even_columns, named_marks, overlay_figure
 from sape2.viz.panels import Over
 from sape2.viz.plots import bars_panel
 
-Row = dict[str, Any]
 Patch = tuple[int, int]
 
 

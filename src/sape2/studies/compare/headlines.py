@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
+from sape2.tables import Row
 from sape2.training.run_folder import is_finished, own_results, read_config, read_rows, read_seen
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
