@@ -124,9 +124,9 @@ class Comparison:
         notes += [note for group in self.groups for note in group.left_out]
         notes += self._of_images()
         for measure in self.measures:
-            numbers = self._images(measure)
-            if len(numbers) > 1 and measure != "cost":
-                notes.append(f"{measure} was measured on different numbers of images: {', '.join(map(str, numbers))}.")
+            sizes = self._images(measure)
+            if len(sizes) > 1 and measure != "cost":
+                notes.append(f"{measure} was measured on different numbers of images: {', '.join(map(str, sizes))}.")
             lacking = [group.label for group in self.groups if any(measure not in run.measures() for run in group.runs)]
             if lacking:
                 notes.append(f"{measure} is not measured for every run of: {'; '.join(lacking)}.")
@@ -162,8 +162,8 @@ class Comparison:
             found.append({})
             for row in (row for row in run.rows if row["measure"] == measure):
                 found[-1].setdefault(row["name"], row["n"])
-        shared = next((name for name in (found[0] if found else ()) if all(name in numbers for numbers in found)), None)
-        return sorted({numbers[shared] for numbers in found}) if shared else []
+        shared = next((name for name in (found[0] if found else ()) if all(name in sizes for sizes in found)), None)
+        return sorted({sizes[shared] for sizes in found}) if shared else []
 
     def _runs(self) -> list[Run]:
         return [run for group in self.groups for run in group.runs]
