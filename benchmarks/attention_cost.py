@@ -15,7 +15,7 @@ from timing import Row, compare, conditions, parser, save
 
 from sape2.encodings.grid import Grid
 from sape2.evaluation.cost.measure import forward, forward_backward
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 
 SHAPES: list[tuple[int, Grid]] = [(64, (8, 8)), (16, (14, 14)), (4, (24, 24))]
 HEADS, HEAD_DIM = 6, 64

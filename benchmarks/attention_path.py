@@ -15,7 +15,7 @@ import torch
 
 from sape2.attention import module
 from sape2.encodings.base import NoEncoding
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 
 SHAPES = [(128, 3, (8, 8), 32), (64, 6, (8, 8), 64), (16, 6, (14, 14), 64), (4, 6, (24, 24), 64), (1, 6, (48, 48), 64)]
 

@@ -23,7 +23,7 @@ from sape2.config.recipes import RECIPES, get_recipe
 from sape2.data import normalize
 from sape2.data.augment import augment_images
 from sape2.data.mixing import BatchMixer
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 from sape2.training.optimisation import set_seeds
 
 LARGEST = 2**25  # bytes of a batch: of images of 224x224 fewer are taken

@@ -11,7 +11,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 from sape2.training.run_folder import read_config, read_rows, write_rows
 from sape2.viz import plot_curves
 

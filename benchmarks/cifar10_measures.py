@@ -19,7 +19,7 @@ from kept import keep_and_print, last_test_rows, six_digits
 from timing import RESULTS, Row
 
 from sape2 import viz
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 from sape2.training.run_folder import read_config, read_rows
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"

@@ -13,8 +13,8 @@ import io
 from pathlib import Path
 
 from sape2.cli import main as sape2
-from sape2.evaluation.report import markdown_table, summarize
-from sape2.studies.compare.paired import paired_difference
+from sape2.studies.compare.summary import grouped, interval, summarize
+from sape2.tables import markdown_table
 from sape2.training.run_folder import read_rows, write_rows
 
 ROWS = Path(__file__).parent / "results" / "detection_digits.jsonl"
@@ -36,20 +36,11 @@ def run(encoding: str, seed: int, out: Path, settings: list[str]) -> list[dict]:
 
 def summary(rows: list[dict], name: str) -> list[dict]:
     """Mean, spread and n per encoding, and the paired difference to the baseline over the seeds both have."""
-    chosen = [row for row in rows if row["name"] == name]
-    values: dict[str, dict[int, float]] = {}
-    for row in chosen:
-        values.setdefault(row["encoding"], {})[row["seed"]] = row["value"]
     table = []
-    for group in summarize(chosen):
-        encoding = group["encoding"]
-        row = {"measure": name, "encoding": encoding} | {key: group[key] for key in ("mean", "std", "n")}
-        pair = paired_difference(values[encoding], values[BASELINE])
-        if encoding != BASELINE and pair:
-            row[f"minus {BASELINE}"] = pair.difference
-            if pair.ci_low is not None:
-                row["95 % interval"] = f"{pair.ci_low:+.4f} to {pair.ci_high:+.4f}"
-        table.append(row)
+    for encoding, found in summarize(grouped(row for row in rows if row["name"] == name), BASELINE).items():
+        line = {"measure": name, "encoding": encoding, "mean": found.mean, "std": found.std, "n": found.n}
+        paired = {f"minus {BASELINE}": found.pair.difference, "95 % interval": interval(found.pair)} if found.pair else {}
+        table.append(line | paired)
     return table
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from sape2.evaluation.report import print_table
 from sape2.studies.probes import NOT_ASKED, Scenes, find_task
 from sape2.studies.probing import measured_scenes, measured_splits
+from sape2.tables import print_table
 
 
 def majority_accuracy(scenes: Scenes) -> float:

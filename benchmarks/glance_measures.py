@@ -16,9 +16,9 @@ from cifar10_measures import AUROC, BIAS_TO_CONTENT, FEATURES, LIE_DERIVATIVE, L
 from kept import keep_and_print, last_test_rows, ranked_table, six_digits
 from timing import RESULTS, Row
 
-from sape2.evaluation.report import format_spread, markdown_table, summarize
 from sape2.studies.compare.outcome import outcome
-from sape2.studies.compare.paired import paired_difference
+from sape2.studies.compare.summary import Summary, difference, grouped, summarize
+from sape2.tables import markdown_table
 from sape2.training.run_folder import read_config, read_rows
 
 ROWS = RESULTS / "cifar10_glance_measures.jsonl"
@@ -52,11 +52,13 @@ def collect(folders: list[Path]) -> list[Row]:
 
 def tables(rows: list[Row]) -> str:
     """Means and spread over seeds; differences to the baseline in pairs of a seed; strength of the bias and what is lost."""
-    averages = _averages(rows)
-    wide = [name for name, column in averages if column == "lift"]
-    means = [{"encoding": name} | {column: _mean(averages, name, column) for column in COLUMNS} for name in wide]
+    found = _summaries(rows)
+    wide = list(found["lift"])
+    means = [{"encoding": name} | {column: _mean(found[column].get(name), column) for column in COLUMNS} for name in wide]
     others = [name for name in wide if name != BASELINE]
-    differences = [{"encoding": name} | {column: _difference(rows, name, column) for column in COLUMNS} for name in others]
+    differences = [
+        {"encoding": name} | {column: _difference(found[column].get(name), column) for column in COLUMNS} for name in others
+    ]
     shown = [column for column in COLUMNS if any(line[column] for line in differences)]
     return "\n".join(
         [
@@ -69,39 +71,28 @@ def tables(rows: list[Row]) -> str:
 
 def strength_table(rows: list[Row], accuracies: list[Row]) -> str:
     """Forms of SaPE2 from the weakest bias to the strongest, with what they lose or gain, and the rank correlation of both."""
-    averages = _averages(rows)
-    strength = {name: row["mean"] for (name, column), row in averages.items() if column == STRENGTH}
+    found = _summaries(rows)[STRENGTH]
+    strength = {name: summary.mean for name, summary in found.items()}
     gains = outcome(accuracies, BASELINE).paired("accuracy", "last")
     names = sorted((name for name in strength if "sape2" in name), key=lambda name: strength[name])
     gained = f"accuracy minus {BASELINE}"
     lines = [
-        {"encoding": name, STRENGTH: _mean(averages, name, STRENGTH), gained: f"{gains[name].difference:+.4f}"}
-        for name in names
+        {"encoding": name, STRENGTH: _mean(found[name], STRENGTH), gained: f"{gains[name].difference:+.4f}"} for name in names
     ]
     return ranked_table(lines, [strength[name] for name in names], [gains[name].difference for name in names])
 
 
-def _by_seed(rows: list[Row], encoding: str, name: str) -> dict[int, float]:
-    return {row["seed"]: row["value"] for row in rows if (row["encoding"], row["name"]) == (encoding, name)}
+def _summaries(rows: list[Row]) -> dict[str, dict[str, Summary]]:
+    """column -> encoding -> mean and spread over seeds, in pairs with the baseline."""
+    return {column: summarize(grouped(row for row in rows if row["name"] == column), BASELINE) for column in COLUMNS}
 
 
-def _averages(rows: list[Row]) -> dict[tuple[str, str], Row]:
-    """(encoding, column) -> mean and spread over seeds."""
-    return {(row["encoding"], row["name"]): row for row in summarize(rows)}
+def _mean(summary: Summary | None, name: str) -> str:
+    return summary.spread(_digits(name)) if summary else ""
 
 
-def _mean(averages: dict[tuple[str, str], Row], encoding: str, name: str) -> str:
-    row = averages.get((encoding, name))
-    return format_spread(row["mean"], row["std"], _digits(name)) if row else ""
-
-
-def _difference(rows: list[Row], encoding: str, name: str) -> str:
-    paired = paired_difference(_by_seed(rows, encoding, name), _by_seed(rows, BASELINE, name))
-    if paired is None:
-        return ""
-    digits = _digits(name)
-    interval = "" if paired.ci_low is None else f" ({paired.ci_low:+.{digits}f} to {paired.ci_high:+.{digits}f})"
-    return f"{paired.difference:+.{digits}f}{interval}"
+def _difference(summary: Summary | None, name: str) -> str:
+    return difference(summary.pair, _digits(name)) if summary and summary.pair else ""
 
 
 def _digits(name: str) -> int:

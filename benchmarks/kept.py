@@ -8,7 +8,7 @@ from pathlib import Path
 
 from timing import Row
 
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 from sape2.training.run_folder import read_rows, write_rows
 
 

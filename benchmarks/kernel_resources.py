@@ -25,7 +25,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from sape2.attention.kernels import launch, tiles
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 
 KERNELS = {"forward": tiles.forward, "query_gradients": tiles.query_gradients, "key_gradients": tiles.key_gradients}
 CAPABILITIES = (80, 90)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from timing import RESULTS, ROOT, Row
 
-from sape2.evaluation.report import format_spread, markdown_table
-from sape2.studies.compare.rawrows import check_one_study, read_raw
+from sape2.studies.compare.rawrows import check_one_study, final_accuracy, read_raw
+from sape2.studies.compare.summary import mean_and_std
+from sape2.tables import format_spread, markdown_table
 
 ENTRIES = RESULTS / "leaderboard"
 PAGE = ROOT / "docs" / "leaderboard.md"
@@ -27,11 +28,6 @@ TARGETS = (0.70, 0.80, 0.86)
 TRAINING = 3  # operations of a training step over those of a forward pass
 NEEDED = ("command", "processor", "threads", "commit", "torch", "precision", "training_s", "macs_per_image")
 COLUMNS = ["data", "encoding", "recipe", "accuracy", "n", "images seen", "PFLOP", "seconds", "on", "commit"]
-
-
-def test_accuracy(row: Row) -> float:
-    """Of the last epoch."""
-    return next(r["value"] for r in row["rows"] if (r["name"], r["weights"]) == ("accuracy", "last"))
 
 
 def problems(rows: list[Row]) -> Iterator[str]:
@@ -87,13 +83,13 @@ def seconds_to(row: Row, target: float) -> float | None:
 
 def line(rows: list[Row]) -> Row:
     """One entry."""
-    first, accuracies = rows[0], [test_accuracy(row) for row in rows]
+    first, accuracies = rows[0], [final_accuracy(row) for row in rows]
     images = images_seen(first)
     entry: Row = {
         "data": first["data"],
         "encoding": f"`{first['encoding']}`",
         "recipe": f"`{first['recipe']}`",
-        "accuracy": format_spread(statistics.mean(accuracies), statistics.stdev(accuracies), 4),
+        "accuracy": format_spread(*mean_and_std(accuracies), 4),
         "n": len(rows),
         "images seen": f"{images:,}",
         "PFLOP": f"{petaflop(first, images):.2f}",
@@ -117,7 +113,7 @@ def table(entries: dict[str, list[Row]]) -> str:
     for name, rows in entries.items():
         for problem in problems(rows):
             raise ValueError(f"{name}: {problem}")
-    ordered = sorted(entries.values(), key=lambda rows: (rows[0]["data"], -statistics.mean(map(test_accuracy, rows))))
+    ordered = sorted(entries.values(), key=lambda rows: (rows[0]["data"], -statistics.mean(map(final_accuracy, rows))))
     return markdown_table(map(line, ordered), [*COLUMNS[:8], *map(_heading, TARGETS), *COLUMNS[8:]])
 
 

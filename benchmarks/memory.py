@@ -46,7 +46,7 @@ from sape2.attention import module as attention_module
 from sape2.encodings import AttentionEncoding
 from sape2.evaluation.cost.measure import forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.cost.memory import peak_bytes, predicted_peak
-from sape2.evaluation.report import markdown_table
+from sape2.tables import markdown_table
 from sape2.training.memory_errors import available_bytes
 from sape2.training.run_folder import read_rows
 

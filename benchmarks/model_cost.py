@@ -15,8 +15,8 @@ from timing import Row, compare, conditions, parser, save
 
 from sape2 import create_model
 from sape2.evaluation.cost.measure import TrainingStep, infer
-from sape2.evaluation.report import markdown_table
 from sape2.models.vit import ViT
+from sape2.tables import markdown_table
 
 SHAPES = [(16, 32, 4), (4, 224, 16)]  # images, pixels, patch: grids of 8x8 and of 14x14
 BASELINE = "ape"

@@ -16,9 +16,10 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from leaderboard import ENTRIES, problems, test_accuracy
+from leaderboard import ENTRIES, problems
 from sprint import Trial, keep, trained
 
+from sape2.studies.compare.rawrows import final_accuracy
 from sape2.training.files import safe_name
 from sape2.training.lock import hold
 from sape2.training.run_folder import read_rows
@@ -55,7 +56,7 @@ def run(trials: list[Trial], data: Path | None, rows: Path, threads: int) -> Non
 def report(path: Path, target: float) -> str:
     """Whether the target is reached, in which time, and what keeps the rows from being an entry."""
     rows = read_rows(path)
-    mean = statistics.mean(map(test_accuracy, rows))
+    mean = statistics.mean(map(final_accuracy, rows))
     seconds = statistics.median(row["training_s"] for row in rows)
     verdict = "reached" if mean >= target else "missed"
     lines = [f"{target:g} {verdict}: {mean:.4f} in {seconds:.0f} s (median), {len(rows)} seeds, {rows[0]['processor']}"]

@@ -23,7 +23,9 @@ from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig, override, with_epochs
 from sape2.config.recipes import get_recipe
-from sape2.evaluation.report import markdown_table
+from sape2.studies.compare.outcome import paired_table
+from sape2.studies.compare.rawrows import final_validation_accuracy
+from sape2.tables import markdown_table
 from sape2.training.files import digest_of
 from sape2.training.run_folder import read_rows
 
@@ -131,12 +133,7 @@ def chosen_rates(rows: list[Row], encoding: str) -> tuple[str, ...]:
     left = [trial for trial in trials if trial.digest not in found]
     if left:
         raise ValueError(f"the rates of {encoding} are not searched yet: {len(left)} runs of stage tuning are left")
-    return max(trials, key=lambda trial: validation(found[trial.digest])).settings
-
-
-def validation(row: Row) -> float:
-    """Accuracy on the validation split after the last epoch; never the best epoch, which would favour noise."""
-    return row["curve"]["validation_accuracy"][-1]
+    return max(trials, key=lambda trial: final_validation_accuracy(found[trial.digest])).settings
 
 
 def tuned(
@@ -243,7 +240,7 @@ def search_table(rows: list[Row]) -> str:
         for encoding in SEARCH_ENCODINGS:
             trial = _candidate(encoding, settings)
             if trial.digest in found:
-                line[encoding] = f"{validation(found[trial.digest]):.4f}"
+                line[encoding] = f"{final_validation_accuracy(found[trial.digest]):.4f}"
         if len(line) > len(SEARCH_ENCODINGS):
             line["mean"] = f"{sum(float(line[e]) for e in SEARCH_ENCODINGS) / len(SEARCH_ENCODINGS):.4f}"
         if len(line) > 1:
@@ -260,7 +257,9 @@ def tuning_table(rows: list[Row]) -> str:
             if trial.digest in found:
                 train = found[trial.digest]["settings"]["train"]
                 line = lines.setdefault(trial.encoding, {"encoding": f"`{trial.encoding}`"})
-                line[_heading((train["muon_lr"], train["encoding_lr"]))] = f"{validation(found[trial.digest]):.4f}"
+                line[_heading((train["muon_lr"], train["encoding_lr"]))] = (
+                    f"{final_validation_accuracy(found[trial.digest]):.4f}"
+                )
     return markdown_table(list(lines.values()), ["encoding", *map(_heading, RATES)])
 
 
@@ -268,11 +267,34 @@ def _heading(rates: tuple[float, float]) -> str:
     return f"{rates[0]:g} / {rates[1]:g}"
 
 
-TABLES = {"search": search_table, "tuning": tuning_table}
+LEVEL = 0.015  # an interval that holds 0 and ends within ±1.5 points
+
+
+def accuracy_table(rows: list[Row], *stages: str) -> str:
+    """Test accuracy of the kept runs of these stages, in pairs of a seed with the baseline; p is adjusted over the table."""
+    digests = {trial.digest for stage in stages for trial in STAGES[stage](rows)}
+    return markdown_table(*paired_table((row for row in rows if row["digest"] in digests), BASELINE, level=LEVEL))
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "search": search_table,
+    "one_rate": lambda rows: accuracy_table(rows, "one_rate"),
+    "tuning": tuning_table,
+    "cifar10": lambda rows: accuracy_table(rows, "cifar10", "more_seeds"),
+    "controls": lambda rows: accuracy_table(rows, "cifar10", "controls"),
+    "cifar100": lambda rows: accuracy_table(rows, "cifar100"),
+}
 
 
 def tables(rows: list[Row]) -> str:
-    return "\n".join(f"### {name}\n\n{table(rows)}" for name, table in TABLES.items())
+    return "\n".join(f"### {name}\n\n{_made(table, rows)}" for name, table in TABLES.items())
+
+
+def _made(table: Callable[[list[Row]], str], rows: list[Row]) -> str:
+    try:
+        return table(rows)
+    except ValueError as left:  # rates that are not searched, no run of the baseline
+        return f"{left}\n"
 
 
 def progress(rows: list[Row]) -> str:

@@ -18,10 +18,12 @@ import model_cost
 from kept import ranked_table
 from timing import RESULTS, Row
 
-from sape2.evaluation.report import markdown_table, summarize
-from sape2.studies.compare.outcome import Outcome, accuracy_columns, accuracy_table, cost_table, outcome
+from sape2.studies.compare.outcome import Outcome, accuracy_table, cost_table, outcome
+from sape2.studies.compare.paired import paired_difference
+from sape2.studies.compare.summary import grouped, summarize
 from sape2.studies.probes import find_task
 from sape2.studies.probing import table as probe_table
+from sape2.tables import markdown_table
 from sape2.training.run_folder import read_rows
 
 SIZES = ["encoding", "parameters", "MACs per image", "MiB per step"]
@@ -46,9 +48,9 @@ def study_tables(rows: list[Row]) -> str:
     Without its times: other work ran beside these runs. Sizes are those of seed 0: other seeds ran in another precision.
     """
     found = outcome(rows, "ape")
-    accuracy = [markdown_table(accuracy_table(found, weights), accuracy_columns(found)) for weights in ("last", "best")]
+    accuracy = [markdown_table(*accuracy_table(found, weights)) for weights in ("last", "best")]
     first = outcome([row for row in rows if row["seed"] == 0], "ape")
-    return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(first), SIZES)])
+    return "\n".join([*dict.fromkeys(accuracy), markdown_table(cost_table(first)[0], SIZES)])
 
 
 LADDER = [
@@ -95,7 +97,7 @@ def set_tables(rows: list[Row]) -> str:
         some = [row for row in rows if row["encoding"] in [baseline, *encodings]]
         tables.append(f"{title}\n\n{accuracy_tables(baseline)(some)}")
     tables.append(f"order\n\n{order_table(rows, read_rows(RESULTS / 'cifar10_short.jsonl'))}")
-    return "\n".join([*tables, markdown_table(cost_table(outcome(rows, "ape")), SIZES)])
+    return "\n".join([*tables, markdown_table(cost_table(outcome(rows, "ape"))[0], SIZES)])
 
 
 def order_table(rows: list[Row], longer: list[Row]) -> str:
@@ -111,25 +113,26 @@ def order_table(rows: list[Row], longer: list[Row]) -> str:
 
 
 def _means(found: Outcome) -> Row:
-    return {row["encoding"]: row["mean"] for row in found.rows() if (row["name"], row.get("weights")) == ("accuracy", "last")}
+    return {encoding: summary.mean for encoding, summary in found.summaries("accuracy", "last").items()}
 
 
 def accuracy_tables(*baselines: str) -> Callable[[list[Row]], str]:
     """Raw rows of `sape2 compare`: accuracy of the last epoch, against each of the baselines."""
 
     def tables(rows: list[Row]) -> str:
-        found = [outcome(rows, baseline) for baseline in baselines]
-        return "\n".join(markdown_table(accuracy_table(one, "last"), accuracy_columns(one)) for one in found)
+        return "\n".join(markdown_table(*accuracy_table(outcome(rows, baseline), "last")) for baseline in baselines)
 
     return tables
 
 
 def attach_table(rows: list[Row]) -> str:
     """Each arm, and its difference to `without` in pairs of the same run and seed."""
-    without = {(row["run"], row["seed"]): row["value"] for row in rows if row["arm"] == "without"}
-    paired = [row | {"value": row["value"] - without[row["run"], row["seed"]]} for row in rows]
-    lines = zip(summarize(rows, by=("arm",)), summarize(paired, by=("arm",)), strict=True)
-    table = [line | {"difference": pair["mean"], "std of it": pair["std"], "pairs": pair["n"]} for line, pair in lines]
+    arms = grouped(rows, by=["arm"], pair=["run", "seed"])
+    table = []
+    for arm, found in summarize(arms).items():
+        pair = paired_difference(arms[arm], arms["without"])
+        line = {"arm": arm, "mean": found.mean, "std": found.std, "n": found.n}
+        table.append(line | ({"difference": pair.difference, "std of it": pair.std, "pairs": pair.n} if pair else {}))
     return markdown_table(table, list(table[0]))
 
 

@@ -10,16 +10,15 @@ import statistics
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sape2.evaluation.cost.timing import alternate, spread
+from sape2.tables import Row
 from sape2.training.run_folder import write_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-Row = dict[str, Any]
 
 
 def compare(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, Row]:

@@ -14,6 +14,7 @@ WHY = {
     "torchvision": "transforms, its ViT as a host, detectors",
     "timm": "optimiser groups, schedules, moving average, its ViTs as hosts",
     "numpy": "arrays of decoded images",
+    "scipy": "Student's t in comparisons",
     "safetensors": "weights that cannot hold code",
     "jaxtyping": "shapes as types",
     "rich": "tables and progress in a terminal",

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,10 @@ from sape2 import attach, save_adapter
 from sape2.config import RunConfig
 from sape2.data import Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
-from sape2.evaluation.report import print_table, summarize
 from sape2.models.vit import ViT
+from sape2.studies.compare.paired import paired_difference
+from sape2.studies.compare.summary import grouped, summarize
+from sape2.tables import print_table
 from sape2.training.checkpoint import load_weights
 from sape2.training.loop import TrainingStopped, train
 from sape2.training.run_folder import is_finished, read_config, read_rows, write_rows
@@ -102,16 +105,13 @@ def trained(run: Path, config: RunConfig) -> tuple[Splits, float]:
 
 def show(rows: list[dict]) -> None:
     """Each arm, and its difference to `without` in pairs of the same run and seed."""
-    without = {(row["run"], row["seed"]): row["value"] for row in rows if row["arm"] == "without"}
-    pairs = [(row, without[row["run"], row["seed"]]) for row in rows if (row["run"], row["seed"]) in without]
-    differences = summarize([row | {"value": row["value"] - base} for row, base in pairs], by=("arm",))
-    means = {line["arm"]: line for line in summarize(rows, by=("arm",))}
-    table = [
-        {"arm": line["arm"], "test accuracy": means[line["arm"]]["mean"], "std": means[line["arm"]]["std"]}
-        | {"difference to without": line["mean"], "std of it": line["std"], "pairs": line["n"]}
-        for line in differences
-    ]
-    before = summarize([row | {"value": row["before"]} for row in rows], by=("data",))[0]["mean"]
+    arms = grouped(rows, by=["arm"], pair=["run", "seed"])
+    table = []
+    for arm, found in summarize(arms).items():
+        line = {"arm": arm, "test accuracy": found.mean, "std": found.std}
+        if pair := paired_difference(arms[arm], arms.get("without", {})):
+            table.append(line | {"difference to without": pair.difference, "std of it": pair.std, "pairs": pair.n})
+    before = statistics.mean(row["before"] for row in rows)
     print_table(table, list(table[0]), f"{rows[0]['encoding']} in a trained {rows[0]['model']}; before: {before:.4f}")
 
 

@@ -68,3 +68,14 @@ def test_the_tables_show_what_is_kept():
     table = sprint.tuning_table([row_of(trial, 0.25 + 0.01 * i) for i, trial in enumerate(trials)])
     assert all(number in table for number in ("0.2500", "0.2900", "0.01 / 0.002"))
     assert "rope" in table
+
+
+def test_a_stage_is_compared_in_pairs_with_the_baseline_and_the_next_says_what_is_left():
+    rows = []
+    for trial in sprint.STAGES["one_rate"]([]):
+        accuracy = (0.52 if trial.encoding == "rope" else 0.5) + 0.001 * (trial.seed == 1 and trial.encoding == "rope")
+        tested = [{"name": "accuracy", "weights": "last", "value": accuracy}]
+        rows.append(row_of(trial, 0.5) | {"encoding": trial.encoding, "seed": trial.seed, "rows": tested})
+    text = sprint.tables(rows)
+    assert "| rope | 0.5203 ± 0.0006 | 3 | +0.0203 | +0.0189 to +0.0218 | 3 | 0.0003 |" in text
+    assert "runs of stage tuning are left" in text.split("### cifar10\n")[1]

@@ -13,7 +13,7 @@ import pytest
 from sape2.cli import main
 from sape2.cli.output import drawn
 from sape2.cli.text import NAME, print_anything
-from sape2.evaluation.report import csv_table, markdown_table, print_table
+from sape2.tables import csv_table, markdown_table, print_table
 from sape2.training.files import check_writable
 
 

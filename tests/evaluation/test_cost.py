@@ -23,7 +23,7 @@ from sape2.evaluation.cost.measure import count_macs, count_parameters, forward_
 from sape2.evaluation.cost.memory import highest_sum, peak_bytes, predicted_peak
 from sape2.evaluation.cost.operations import count_operations, on_meta
 from sape2.evaluation.cost.rows import count_table, growth_rows, lines_of_growth, time_table
-from sape2.evaluation.cost.subjects import AttentionSubject, Cell, EncodedAttention, ModelSubject, PlainAttention
+from sape2.evaluation.cost.subjects import AttentionSubject, EncodedAttention, ModelSubject, PlainAttention, Point
 from sape2.evaluation.cost.sweep import Sweep, attention_part, measure, parse_grid, run_sweep
 from sape2.evaluation.cost.timing import alternate, median_seconds, spread
 from sape2.training import files, memory_errors
@@ -356,7 +356,7 @@ def small_sweep(**changes):
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory, a_smaller_model):
-    """(cells with their rows, the lines of the file) of a small sweep on both levels."""
+    """(points with their rows, the lines of the file) of a small sweep on both levels."""
     path, rounds = tmp_path_factory.mktemp("cost") / "new" / "results.jsonl", []
     sweep = small_sweep()
     found = [*run_sweep(sweep, path, CONDITIONS, lambda: rounds.append(1))]
@@ -374,7 +374,7 @@ def test_rows_carry_their_conditions_and_are_in_the_file(swept):
     assert rows == written
     assert all(row.keys() >= KEYS for row in rows)
     assert all(isinstance(row["value"], (int, float)) and math.isfinite(row["value"]) for row in rows)
-    assert [cell and (cell.level, cell.grid) for cell, _ in found] == [
+    assert [point and (point.level, point.grid) for point, _ in found] == [
         ("attention", (2, 2)), ("attention", (2, 4)), ("model", (2, 2)), ("model", (2, 4)), None,
     ]  # fmt: skip
 
@@ -442,8 +442,8 @@ def test_figures_have_a_line_for_everything_that_was_timed(swept):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("subject", [AttentionSubject, ModelSubject])
 def test_a_step_leaves_no_memory_behind(subject, dtype):
-    cell = Cell("", "vit_test", dtype, 2, (3, 4), torch.device("cpu"))
-    made = subject("sape2", cell)
+    point = Point("", "vit_test", dtype, 2, (3, 4), torch.device("cpu"))
+    made = subject("sape2", point)
     phase = "forward_backward" if subject is AttentionSubject else "training_step"
     made.run(phase)
     first, second = (peak_bytes(lambda: made.run(phase)) for _ in range(2))
@@ -458,7 +458,7 @@ def test_what_does_not_fit_is_not_tried_and_says_what_it_needs(monkeypatch):
     real = AttentionSubject.run
     monkeypatch.setattr(AttentionSubject, "run", lambda self, phase: (ran.append(self.parameters), real(self, phase)))
     sweep = small_sweep(encodings=("none", "cope"), grids=((6, 6),), levels=("attention",))
-    rows = measure(sweep.cells()[0], sweep, CONDITIONS)
+    rows = measure(sweep.points()[0], sweep, CONDITIONS)
     cope = [row for row in rows if row["encoding"] == "cope" and row["name"].startswith("forward")]
     assert {row["value"] for row in cope} == {None}
     assert all(row["n"] == 0 and "needs about 10.0 GB, 0.0 GB are available" in row["note"] for row in cope)
@@ -474,11 +474,11 @@ def test_running_out_of_memory_is_a_note_and_other_errors_are_not_hidden(monkeyp
     monkeypatch.setattr(AttentionSubject, "run", run)
     sweep = small_sweep(encodings=("none",), grids=((2, 2),), levels=("attention",))
     message = "[enforce fail] DefaultCPUAllocator: can't allocate memory"
-    rows = measure(sweep.cells()[0], sweep, CONDITIONS)
+    rows = measure(sweep.points()[0], sweep, CONDITIONS)
     assert all("out of memory" in row["note"] for row in rows if row["name"].startswith("forward"))
     message = "unsupported memory format: shapes do not fit"
     with pytest.raises(RuntimeError, match="shapes do not fit"):
-        measure(sweep.cells()[0], sweep, CONDITIONS)
+        measure(sweep.points()[0], sweep, CONDITIONS)
 
 
 def test_rows_that_are_there_survive_an_interruption(tmp_path):
@@ -496,15 +496,15 @@ def test_rows_that_are_there_survive_an_interruption(tmp_path):
     assert {row["grid"] for row in rows} == {"2x2"}
 
 
-@pytest.mark.parametrize("cells", [0, 1])
-def test_a_sweep_that_is_killed_while_it_writes_leaves_whole_cells(tmp_path, monkeypatch, cells):
-    """What stands there is the last whole state: that of the sweep before, until the first cell is done."""
+@pytest.mark.parametrize("points", [0, 1])
+def test_a_sweep_that_is_killed_while_it_writes_leaves_whole_cells(tmp_path, monkeypatch, points):
+    """What stands there is the last whole state: that of the sweep before, until the first point is done."""
     path, sync = tmp_path / "results.jsonl", files._sync
     path.write_text('{"grid": "before"}\n')
     synced = []
 
     def killed(temporary):
-        if len(synced) == cells:
+        if len(synced) == points:
             raise KeyboardInterrupt
         synced.append(temporary)
         sync(temporary)
@@ -514,7 +514,7 @@ def test_a_sweep_that_is_killed_while_it_writes_leaves_whole_cells(tmp_path, mon
     with pytest.raises(KeyboardInterrupt):
         list(run_sweep(sweep, path, CONDITIONS))
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert {row["grid"] for row in rows} == ({"2x2"} if cells else {"before"})
+    assert {row["grid"] for row in rows} == ({"2x2"} if points else {"before"})
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

@@ -41,14 +41,6 @@ def test_a_set_that_takes_no_index_gives_the_same_images():
         assert torch.equal(ours[1], theirs[1])
 
 
-def test_masks_follow_their_images():
-    data = Images(torch.randn(20, 3, 4, 4), torch.arange(4).repeat_interleave(5), 4)
-    assert not hasattr(drawn(data, 8), "masks")
-    data.masks = torch.arange(20)[:, None, None].expand(20, 4, 4)
-    some = drawn(data, 8)
-    assert some.masks[:, 0, 0].tolist() == some.index.tolist()
-
-
 @pytest.mark.parametrize("name", [name for name in MEASURES if name not in ("accuracy", "cost")])
 def test_every_measure_sees_all_classes_of_a_sorted_set(name, monkeypatch):
     """Also in the shares that the parts of a measure take."""

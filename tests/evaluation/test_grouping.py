@@ -12,7 +12,6 @@ from sape2.data import ImageData
 from sape2.evaluation import pairs
 from sape2.evaluation.grouping import grouping
 from sape2.evaluation.layers import layers_of, mapped
-from sape2.evaluation.scenes import make_scenes
 
 GRID = (3, 4)
 N = 12
@@ -120,16 +119,6 @@ def test_lift_and_auroc_against_literal_loops(stratum):
         pairs.auroc(ranking, same.flatten(1)[:, None], counts.flatten(1)[:, None]),
         over_images_and_heads(lambda values, b: literal_auroc(values, chosen[b]), bias),
     )
-
-
-def test_auroc_within_rows_against_the_literal_loop():
-    labels, bias = random_labels(), torch.randn(3, 2, N, N, dtype=torch.float64)
-    same, labelled = pairs.label_pairs(labels)
-    counts = labelled & pairs.distance_strata(GRID)["all"]
-    found = pairs.auroc(pairs.rank(bias), same[:, None], counts[:, None])
-    for b, h, i in np.ndindex(3, 2, N):
-        mine = [pair for pair in counted(labels[b].tolist(), 1, 99) if pair[0] == i]
-        agree(found[b, h, i], torch.tensor(literal_auroc(bias[b, h], mine), dtype=torch.float64))
 
 
 def test_separation_and_grouping_index_against_literal_loops():
@@ -299,7 +288,7 @@ def test_rows_of_a_model_are_per_layer_and_say_what_they_were_measured_on():
     heads = [row["head"] for row in find(rows, name="attention_distance", layer=2) if "head" in row]
     assert heads == [1, 2, 3]
     names = {row["name"] for row in rows}
-    assert {"bias_auroc", "bias_auroc_within_rows", "bias_separation", "bias_feature_correlation"} <= names
+    assert {"bias_auroc", "bias_separation", "bias_feature_correlation"} <= names
 
 
 def test_the_two_signs_of_the_bias_add_up_to_one():
@@ -312,12 +301,6 @@ def test_the_two_signs_of_the_bias_add_up_to_one():
 def test_a_model_without_bias_has_rows_of_attention_only():
     names = {row["name"] for row in grouping(small("rope"), labelled_images(6), limit=2)}
     assert names == {"attention_distance", "attention_entropy", "same_label_lift", "grouping_index"}
-
-
-def test_masks_of_the_data_set_are_used_where_there_are_some():
-    rows = list(grouping(small("none"), make_scenes(4, 3, (4, 4), (4, 4)), limit=3))
-    assert {row.get("masks") for row in rows} == {None, "given", "scenes"}
-    assert {row["n"] for row in rows} == {3}
 
 
 def test_numbers_do_not_depend_on_the_batch_size_and_leave_the_mode_alone():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sape2.evaluation.base import LabelledImages
-from sape2.evaluation.masks import MaskedImages, colour_clusters, masked_batches, patch_labels
+from sape2.evaluation.masks import colour_clusters, patch_labels
 from sape2.evaluation.scenes import GAP, NOISE, make_scenes
 
 GRIDS = [(3, 3), (3, 8), (4, 4), (8, 8), (14, 14)]
@@ -77,14 +77,8 @@ def test_a_grid_without_room_is_refused():
         make_scenes(1, 3, (2, 8), (4, 4))
 
 
-def test_scenes_are_a_data_set_with_masks():
-    scenes = make_scenes(5, 3, (4, 4), (2, 2))
-    assert isinstance(scenes, LabelledImages)
-    assert isinstance(scenes, MaskedImages)
-    batches = list(masked_batches(scenes, (4, 4), 3, 2))
-    assert [len(images) for images, _ in batches] == [2, 1]
-    assert torch.equal(torch.cat([images for images, _ in batches]), scenes.images[:3])
-    assert torch.equal(torch.cat([labels for _, labels in batches]), patch_labels(scenes.masks[:3], (4, 4)))
+def test_scenes_are_a_data_set():
+    assert isinstance(make_scenes(5, 3, (4, 4), (2, 2)), LabelledImages)
 
 
 def test_a_patch_has_the_label_of_more_than_half_of_its_pixels():

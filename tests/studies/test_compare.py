@@ -22,8 +22,8 @@ from study_cases import TINY, finish, tiny_study
 from torch import nn
 
 from sape2.cli import main
-from sape2.studies.compare.outcome import accuracy_table, outcome, page, write_outcome
-from sape2.studies.compare.rawrows import each_once, raw_row, read_raw
+from sape2.studies.compare.outcome import accuracy_table, outcome, page, paired_table
+from sape2.studies.compare.rawrows import each_once, final_validation_accuracy, raw_row, read_raw
 from sape2.studies.run import StepMemory
 from sape2.training.checkpoint import last_checkpoint, save_weights
 from sape2.training.lock import hold
@@ -255,7 +255,6 @@ def test_killed_workers_and_two_at_once_give_the_rows_of_one(tmp_path, start_com
         (["compare", "digits", "--encodings", "ape,rope", "--seeds", "1", "--set", "dim=18"], "rope"),
         (["report", "nowhere.jsonl"], "there is no nowhere.jsonl"),
         (["report", "a.jsonl", "run"], "not both"),
-        (["report", "run", "--baseline", "ape"], "--baseline is for the rows.jsonl"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capfd, argv, named):
@@ -314,12 +313,12 @@ def test_one_seed_gives_no_spread_and_empty_cells(raw, tmp_path):
     assert (row["n"], row["pairs"]) == (1, 1)
     assert row["difference"] == pytest.approx(0.83 - 0.805)
     assert [row[key] for key in ("std", "ci_low", "ci_high", "p", "p_holm")] == [None] * 5
-    write_outcome(found, tmp_path / "tables")
+    found.write(tmp_path / "tables")
     lines = list(csv.DictReader((tmp_path / "tables" / "comparison.csv").open()))
     line = next(line for line in lines if (line["name"], line["encoding"]) == ("accuracy", "rope"))
     assert [line[key] for key in ("std", "ci_low", "ci_high", "p")] == [""] * 4
     assert "| rope | 0.8300 | 1 | +0.0250 |  | 1 |  |  |" in (tmp_path / "tables" / "comparison.md").read_text()
-    assert "0.8073 ± 0.0032" in accuracy_table(found, "last")[0]["accuracy"]
+    assert "0.8073 ± 0.0032" in accuracy_table(found, "last")[0][0]["accuracy"]
 
 
 def test_a_run_that_is_there_twice_counts_once(raw, tmp_path):
@@ -351,6 +350,22 @@ def test_rows_of_different_settings_are_refused(raw, tmp_path):
     finish(other)
     with pytest.raises(ValueError, match=r"more than encoding and seed, train.lr \(0.001 there, 0.1 here\)"):
         outcome([*raw, raw_row(other.folder)])
+
+
+def test_any_raw_rows_can_be_compared_in_pairs_with_a_verdict(raw, tmp_path):
+    """Those of rates chosen for each encoding differ in more than the encoding and the seed."""
+    changed = [row | {"settings": row["settings"] | {"train": {}}} if row["encoding"] == "none" else row for row in raw]
+    lines, columns = paired_table(changed, "ape")
+    assert columns == ["encoding", "accuracy", "n", "minus ape", "95 % interval", "pairs", "p", "p, Holm", "verdict"]
+    (line,) = [line for line in lines if line["encoding"] == "none"]
+    assert (line["accuracy"], line["n"], line["minus ape"], line["verdict"]) == ("0.7033 ± 0.0153", 3, "-0.1040", "lower")
+    assert [line["verdict"] for line in lines] == ["", "unresolved", "lower", ""]
+    assert {line["accuracy"] for line in paired_table(raw, "ape", final_validation_accuracy)[0]} == {
+        "0.5000 (all alike)",
+        "0.5000",
+    }
+    with pytest.raises(ValueError, match="no run of the baseline 'cpe'; there are runs of: ape, sape2, none, rope"):
+        paired_table(raw, "cpe")
 
 
 @pytest.mark.parametrize(

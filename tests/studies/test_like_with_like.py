@@ -11,12 +11,12 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.config.recipes.changed import changed_in_words
-from sape2.evaluation.report import format_spread
 from sape2.studies.compare.groups import group_runs, mean_rows
 from sape2.studies.compare.headlines import read_runs
 from sape2.studies.compare.outcome import outcome
 from sape2.studies.compare.rawrows import raw_row
-from sape2.studies.compare.tables import compare
+from sape2.studies.compare.report import compare
+from sape2.tables import format_spread
 from sape2.training.run_folder import keep_fingerprint, read_rows, start_run, write_rows
 
 SPLIT = {"images": 100, "labels": "aa", "bytes": "bb", "names": "cc"}

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from sape2.studies.compare.paired import Paired, holm, paired_difference, student_p, student_quantile
+from sape2.studies.compare.paired import Paired, holm, paired_difference
+from sape2.studies.compare.summary import Summary, grouped, numbers, summarize
 
 A = {0: 0.812, 1: 0.807, 2: 0.821, 3: 0.809, 4: 0.815}
 B = {0: 0.805, 1: 0.806, 2: 0.811, 3: 0.811, 4: 0.804}
@@ -50,15 +51,6 @@ def test_equal_differences_give_no_interval_and_no_p(step):
     assert (found.ci_low, found.ci_high, found.p) == (None, None, None)
 
 
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 12, 29])
-def test_students_distribution_is_that_of_scipy(degrees):
-    for t in (0.0, 0.1, 1.0, 2.5, 7.0):
-        assert student_p(t, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), abs=1e-14)
-        assert student_p(-t, degrees) == student_p(t, degrees)
-    for probability in (0.5, 0.9, 0.975, 0.995):
-        assert student_quantile(probability, degrees) == pytest.approx(stats.t.ppf(probability, degrees), abs=1e-9)
-
-
 def test_holm_by_hand():
     """0.005 x 4, 0.01 x 3, 0.03 x 2, then 0.04 x 1 raised to the one before."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
@@ -94,3 +86,43 @@ def test_exchanging_the_two_turns_the_sign_and_nothing_else(a, b):
         assert one.ci_low < one.difference < one.ci_high
         assert (other.ci_low, other.ci_high) == pytest.approx((-one.ci_high, -one.ci_low))
         assert other.p == pytest.approx(one.p)
+
+
+# --- summaries -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(**values):
+    return [{"encoding": name, "seed": seed, "value": value} for name, some in values.items() for seed, value in some.items()]
+
+
+def test_a_group_is_compared_with_the_baseline_and_p_adjusted_over_the_groups():
+    found = summarize(grouped(rows_of(ape=B, sape2=A, none={0: 0.7, 1: 0.72, 2: 0.69}, rope={7: 0.9})), "ape")
+    assert list(found) == ["ape", "sape2", "none", "rope"]
+    assert found["sape2"].pair == paired_difference(A, B)
+    assert found["none"].p_holm == pytest.approx(min(1, 2 * found["none"].pair.p))
+    assert (found["rope"].pair, found["ape"].pair, found["rope"].n) == (None, None, 1)
+    assert numbers(found["none"])["std"] == pytest.approx(stats.tstd([0.7, 0.72, 0.69]))
+    assert summarize({"ape": B})["ape"].pair is None
+
+
+def test_two_rows_of_one_run_are_no_two_seeds():
+    with pytest.raises(ValueError, match="there are two rows of ape, seed 0"):
+        grouped([*rows_of(ape={0: 0.5}), *rows_of(ape={0: 0.6})])
+
+
+@pytest.mark.parametrize(
+    ("gain", "p_holm", "level", "verdict"),
+    [
+        ((0.02, 0.01, 0.03), 0.04, None, "higher"),
+        ((-0.02, -0.03, -0.01), 0.04, 0.015, "lower"),
+        ((0.02, 0.019, 0.021), 0.06, 0.05, "unresolved"),  # the interval is without 0, and Holm's p is not below 0.05
+        ((-0.004, 0.0, 0.005), 1.0, 0.015, "level"),
+        ((-0.004, 0.0, 0.005), 1.0, None, "unresolved"),
+        ((-0.02, 0.0, 0.03), 1.0, 0.015, "unresolved"),
+        ((-0.02, 0.0, 0.03), None, 0.015, ""),
+    ],
+)
+def test_a_verdict_is_of_holms_p_and_of_how_narrow_the_interval_is(gain, p_holm, level, verdict):
+    pair = paired_difference(dict(enumerate(gain)), dict.fromkeys(range(3), 0.0))
+    assert Summary(0.5, 0.1, 3, pair, p_holm).verdict(level) == verdict
+    assert Summary(0.5, None, 1, Paired(1, 0.3)).verdict(level) == ""

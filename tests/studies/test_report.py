@@ -11,9 +11,10 @@ from PIL import Image
 from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
-from sape2.studies.compare.groups import group_runs, mean_and_std
+from sape2.studies.compare.groups import group_runs
 from sape2.studies.compare.headlines import read_runs, telling_layer
-from sape2.studies.compare.tables import compare
+from sape2.studies.compare.report import compare
+from sape2.studies.compare.summary import mean_and_std
 from sape2.training.run_folder import read_rows, start_run, write_rows
 
 CONDITIONS = {"split": "test", "weights": "last", "unit": "", "protocol": "p"}
@@ -143,6 +144,25 @@ def test_a_cell_says_how_many_seeds_it_is_of_if_not_all(make):
     assert line["consistency"] == "0.7000 (1)"
 
 
+def test_folders_are_compared_in_pairs_with_a_baseline(make, tmp_path, capfd):
+    """d = 0.1, 0.2: mean 0.15, t(0.975, 1) = 12.706 times 0.05."""
+    values = {"ape": (0.5, 0.6), "rope": (0.6, 0.8), "none": (0.4,)}
+    folders = [make(f"{e}{s}", e, s, results(v)) for e, some in values.items() for s, v in enumerate(some)]
+    argv = ["report", *map(str, folders), "--baseline", "ape", "--out", str(tmp_path / "out")]
+    assert main(argv) == 0
+    assert "minus ape; vit_nano" in capfd.readouterr().out
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "## Minus ape" in page
+    assert "| rope | 0, 1 | +0.1500 (-0.4853 to +0.7853) | +0.1500" in page
+    assert "| none | 0 | -0.1000 | -0.1000" in page
+    assert main([*argv, "--json"]) == 0
+    rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    accuracy = {row["label"]: (row["pairs"], row["difference"]) for row in rows if row["name"] == "accuracy"}
+    assert accuracy == {"ape": (0, None), "rope": (2, pytest.approx(0.15)), "none": (1, pytest.approx(-0.1))}
+    lines = list(csv.DictReader((tmp_path / "out" / "report.csv").open()))
+    assert float(lines[1]["accuracy ci_high"]) == pytest.approx(0.15 + 0.05 * 12.7062, abs=1e-5)
+
+
 def test_lines_are_named_by_what_differs(make):
     runs, _ = read_runs(
         [
@@ -231,6 +251,7 @@ def test_an_unfinished_run_is_left_out_and_told(make, tmp_path, capfd):
         (["begun"], [], "none of these runs is finished"),
         (["a"], ["--measures", "speed"], "unknown measure 'speed'; known measures: accuracy, shift"),
         (["a"], ["--measures", "shift"], "no run has results of shift on the test set with weights last"),
+        (["a"], ["--baseline", "rope"], "the baseline must be one line of the table; 'rope' is 0 of: ape"),
         (["a"], ["--weights", "best"], "with weights best; sape2 evaluate measures them"),
     ],
 )

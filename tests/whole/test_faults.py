@@ -36,7 +36,7 @@ from sape2.training import files
 from sape2.training.checkpoint import last_checkpoint, save_weights
 from sape2.training.files import sweep, write_text
 from sape2.training.loop import Trainer, train
-from sape2.training.memory_errors import OutOfMemory, count_tokens, in_detection, in_evaluation, in_training, told_in_one_line
+from sape2.training.memory_errors import OutOfMemory, count_tokens, in_training, memory_message, told_in_one_line
 from sape2.training.processes import Processes
 from sape2.training.run_folder import read_config, read_rows, write_rows
 
@@ -342,7 +342,12 @@ def test_memory_that_ends_in_a_measure_names_it(run, monkeypatch, line_of):
 
     monkeypatch.setattr(ViT, "forward", raising)
     line = line_of("evaluate", run, "--limit", "40")
-    wanted = ["in the measure accuracy of 40 images, 16 tokens each", "--limit", "CUDA_VISIBLE_DEVICES", "lean path"]
+    wanted = [
+        "in the measure accuracy of 40 images at the training size, 16 tokens each",
+        "--limit",
+        "CUDA_VISIBLE_DEVICES",
+        "lean path",
+    ]
     assert [text for text in wanted if text not in line] == []
 
 
@@ -391,9 +396,9 @@ def test_what_is_said_about_memory_follows_the_settings():
     assert "sape2:readout=direct" in said("model.encoding=ape+sape2")
     assert "sape2:readout=direct" not in said("model.encoding=ape")
     model = get_recipe("digits").model
+    told = memory_message("with 12 images", model, ["fewer"], "rows are kept. Try")
+    assert told.startswith("out of memory with 12 images, 16 tokens each; rows are kept. Try fewer, an encoding without")
     assert count_tokens(model) == ViT(model).embed(torch.zeros(1, 1, *model.image_size))[0].shape[1]
-    assert "batch_size" in in_detection(model, 4)
-    assert "12 images" in in_evaluation("shift", model, 12)
 
 
 def test_a_model_that_fits_nowhere_is_refused_in_one_line(tmp_path, monkeypatch, line_of):
@@ -402,7 +407,7 @@ def test_a_model_that_fits_nowhere_is_refused_in_one_line(tmp_path, monkeypatch,
 
     monkeypatch.setattr("sape2.models.trained.ViT", raising)
     line = line_of(*TRAIN, tmp_path / "run")
-    assert "a model of 1 layers of width 12 for 16 tokens does not fit into memory" in line
+    assert "out of memory in building 1 layers of width 12, 16 tokens each; try a smaller --model" in line
     assert not (tmp_path / "run").exists()
 
 

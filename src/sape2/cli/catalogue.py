@@ -14,8 +14,8 @@ from typing import Any, Literal
 
 import sape2
 from sape2.config.options import describe_option
+from sape2.tables import Row
 
-Row = dict[str, Any]
 Node = ast.ClassDef | ast.FunctionDef | ast.expr
 
 

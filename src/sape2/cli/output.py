@@ -6,9 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-Row = dict[str, Any]
+from sape2.tables import Row
+
+if TYPE_CHECKING:
+    from sape2.studies.compare.outcome import Outcome
+    from sape2.studies.compare.report import Comparison
+
 CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci_high", "split", "weights", "encoding", "model",
               "data", "recipe", "epochs", "seed", "changed", "limit", "other_data", "precision", "torch",
               "hardware"}  # fmt: skip
@@ -43,7 +48,7 @@ def drawn(*draws: Callable[[], Path | Iterable[Path]]) -> list[Path]:
 
 def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path], everything: bool = False) -> int:
     """Tables, or JSON; of a measure of many rows its headline numbers and warnings, unless `everything` is asked for."""
-    from sape2.evaluation.report import print_json
+    from sape2.tables import print_json
 
     if as_json:
         print_json(rows)
@@ -58,10 +63,10 @@ def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Pat
 
 def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
     """Prints the numbers that `sape2 report` compares and the warnings in words; False if the measure has none."""
-    from sape2.evaluation.report import print_table
     from sape2.studies.compare.groups import Group
     from sape2.studies.compare.headlines import Run
-    from sape2.studies.compare.tables import Comparison
+    from sape2.studies.compare.report import Comparison
+    from sape2.tables import print_table
     from sape2.training.run_folder import read_config
 
     group = Group(folder.name, folder.name, [Run(folder, read_config(folder), rows, [])])
@@ -89,7 +94,7 @@ def _title(row: Row) -> str:
 
 def _print_measure(rows: list[Row]) -> None:
     """One line a number with what it was measured at, one column for the weights it was measured with."""
-    from sape2.evaluation.report import print_table
+    from sape2.tables import print_table
 
     details = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in CONDITIONS]
     table: dict[tuple, Row] = {}
@@ -101,32 +106,20 @@ def _print_measure(rows: list[Row]) -> None:
     print_table(table.values(), ["name", *details, *used, "unit", "n", "split"], _title(rows[0]))
 
 
-def show_outcome(rows: list[Row], baseline: str | None, folder: Path, as_json: bool) -> None:
-    """Tables and figures of raw rows, into the folder and for the reader."""
-    from sape2.evaluation.report import print_json, print_table
-    from sape2.studies.compare.outcome import (
-        COST_HEADINGS,
-        accuracy_columns,
-        accuracy_table,
-        cost_table,
-        draw_outcome,
-        outcome,
-        write_outcome,
-    )
-    from sape2.studies.compare.tables import WEIGHTS
+def show_comparison(found: Outcome | Comparison, folder: Path, as_json: bool) -> None:
+    """Tables and figures of many runs, into the folder and for the reader."""
+    from sape2.tables import print_json, print_table
 
-    found = outcome(rows, baseline)
-    files = write_outcome(found, folder)
-    if found.finished:
-        files += drawn(lambda: draw_outcome(found, folder))
+    files = found.write(folder)
+    files += drawn(lambda: found.draw(folder))
     if as_json:
         print_json(found.rows())
         return
-    for weights, title in WEIGHTS.items():
-        print_table(accuracy_table(found, weights), accuracy_columns(found), f"test accuracy, {title}; {found.title}")
-    print_table(cost_table(found), ["encoding", *COST_HEADINGS.values()], "cost")
+    for title, lines, columns in found.tables():
+        print_table(lines, columns, title)
     for note in found.notes():
         print(note)
-    for row in found.failed:
-        print(f"failed: {row['encoding']} seed {row['seed']}: {row['failed']}")
+    for row in found.rows():
+        if row["name"] == "failed":
+            print(f"failed: {row['encoding']} seed {row['seed']}: {row['reason']}")
     print(f"in {folder}: {', '.join(path.name for path in files)}")

@@ -18,7 +18,7 @@ import torch
 from sape2.config import HUB_IDS, DataConfig, ModelConfig
 from sape2.data import folder, parquet, webdataset
 from sape2.data.arrays import TORCHVISION_FOLDERS, ArrayImages, read_digits, read_torchvision
-from sape2.data.base import Part, Source, UnreadableImages, plain_name
+from sape2.data.base import Source, Subset, UnreadableImages, plain_name
 from sape2.data.decoding import decode
 from sape2.data.files import ImageFiles, Splits
 from sape2.data.fingerprint import fingerprint
@@ -53,7 +53,7 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     sources = open_sources(config, model)
     if classes:
         match_model(sources.values(), classes)
-    if config.test_fraction is not None and not isinstance(sources["test"], Part):
+    if config.test_fraction is not None and not isinstance(sources["test"], Subset):
         raise ValueError(f"data.test_fraction is for images without a test set; --data {config.source} has one")
     print_ = fingerprint(sources)
     if config.source is not None and not Path(config.source).expanduser().exists():

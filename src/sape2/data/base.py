@@ -125,7 +125,7 @@ def waiting_for(what: str, attempt: Callable[[], Result]) -> Result:
     raise AssertionError("the last attempt returns or raises")
 
 
-class Part:
+class Subset:
     """Some images of another source, in its order."""
 
     def __init__(self, parent: Source, rows: Sequence[int], split: str) -> None:

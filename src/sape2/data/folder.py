@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from sape2.data.base import IMAGE_ENDINGS, Part, Source, plain_name, tell, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, Source, Subset, plain_name, tell, waiting_for
 from sape2.data.images import class_split
 from sape2.data.labels import near_name, numbers_of
 from sape2.data.splits import by_split, check_card, open_labelled, split_of, splits_in
@@ -170,7 +170,7 @@ def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dic
     if test_fraction is not None and not {*splits} - {"train"}:
         source = _all_filled(FolderImages(files, splits.get("train", "")))
         rest, part = class_split(torch.tensor(source.labels, dtype=torch.long), test_fraction, seed)
-        return {"train": Part(source, rest.tolist(), "train"), "test": Part(source, part.tolist(), "test")}
+        return {"train": Subset(source, rest.tolist(), "train"), "test": Subset(source, part.tolist(), "test")}
     if not splits:
         raise ValueError(
             f"--data {where} needs the splits train and test; found classes only. sape2 train images splits them, "

@@ -18,7 +18,7 @@ import torch
 
 from sape2.config import DataConfig, ModelConfig, RunConfig
 from sape2.data import allowed_unreadable, data_folder, find_layout, folder, keep_in_memory, open_sources
-from sape2.data.base import Part, Source, plain_name
+from sape2.data.base import Source, Subset, plain_name
 from sape2.data.decoding import decode, file_in
 from sape2.data.labels import first_of
 from sape2.data.pixels import is_grey, named, opened, upright_size
@@ -85,7 +85,7 @@ def _check_classes(train: Source, test: Source) -> tuple[str, ...]:
     """Names of the classes. Raises ValueError if there are too few, or a class has too few images to be split."""
     counts = Counter(train.labels)
     classes = tuple(train.classes) or tuple(map(str, range(min(max(counts, default=-1) + 1, len(train.labels)))))
-    own = not isinstance(test, Part)
+    own = not isinstance(test, Subset)
     if not counts and (own or not test.labels):  # a drawn test set may have taken the one image of every class
         raise ValueError(f"{train.where} holds no images")
     if len(classes) < 2:

@@ -11,8 +11,8 @@ from torch import Tensor
 from sape2.config.detection import DetectionConfig
 from sape2.detection.batches import one_size_batches, padded_size, to_unit
 from sape2.detection.coco import CocoImages
+from sape2.tables import Row
 
-Row = dict[str, Any]
 AVERAGE = "mean over classes and IoU 0.50:0.05:0.95"
 NAMES = {
     "map": f"average precision, {AVERAGE}",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from sape2.config.detection import DetectionConfig
 from sape2.data.files import MAX_THREADS, processors
@@ -15,11 +14,11 @@ from sape2.detection.batches import check_jitter, padded_size
 from sape2.detection.coco import CocoImages, open_split
 from sape2.detection.composed import compose
 from sape2.encodings.grid import Grid
+from sape2.tables import Row
 from sape2.training.checkpoint import last_checkpoint
 from sape2.training.run_folder import check_data
 
 COMPOSED = "runs/data/coco_digits"
-Row = dict[str, Any]
 
 
 def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:

@@ -44,7 +44,7 @@ from sape2.training.checkpoint import (
 from sape2.training.files import holds_files, sweep, write_text
 from sape2.training.interruption import TrainingStopped, catch_signals
 from sape2.training.lock import Lock, hold
-from sape2.training.memory_errors import in_detection, told_in_one_line
+from sape2.training.memory_errors import RESUMABLE, memory_message, told_in_one_line
 from sape2.training.run_folder import canonical, keep_fingerprint, read_rows, update_results, write_rows
 
 
@@ -107,7 +107,9 @@ def measure(config: DetectionConfig, images: CocoImages, lock: Lock, quiet: bool
 
 
 def memory_named(config: DetectionConfig) -> AbstractContextManager[None]:
-    return told_in_one_line(lambda: in_detection(config.model, config.training.batch_size))
+    what = f"with a batch of {config.training.batch_size} images"
+    ways = [f"a smaller --set {name}" for name in ("training.batch_size", "detector.window", "model.image_size")]
+    return told_in_one_line(lambda: memory_message(what, config.model, ways, RESUMABLE))
 
 
 def new_detector(config: DetectionConfig) -> Any:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from sape2.data.images import draw_by_class
 from sape2.encodings.grid import Grid
-
-Row = dict[str, Any]
+from sape2.tables import Row
 
 
 @runtime_checkable
@@ -152,7 +151,7 @@ def drawn(data: LabelledImages, limit: int | None) -> LabelledImages:
     if limit is None or limit >= len(data.labels):
         return data
     index = draw_by_class(data.labels.cpu(), limit, DRAW_SEED)
-    return DrawnMasks(data, index) if hasattr(data, "masks") else Drawn(data, index)
+    return Drawn(data, index)
 
 
 class Drawn:
@@ -181,14 +180,6 @@ class Drawn:
             labels.append(named[inside])
             start += len(some)
         yield from zip(torch.cat(images).split(batch_size), torch.cat(labels).split(batch_size), strict=True)
-
-
-class DrawnMasks(Drawn):
-    """Some images of a data set with masks, in its order."""
-
-    @property
-    def masks(self) -> Tensor:
-        return self.data.masks[self.index]
 
 
 def drawn_images(data: LabelledImages, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

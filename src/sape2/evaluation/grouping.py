@@ -21,13 +21,12 @@ from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
 from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, image_size, mean_row
 from sape2.evaluation.layers import Layer, grid_of, layers_of, mapped
-from sape2.evaluation.masks import MaskedImages, colour_clusters, masked_batches
+from sape2.evaluation.masks import colour_clusters, patch_labels
 from sape2.evaluation.scenes import make_scenes
 
 LIMIT = 1000  # images
 SCENES = 256  # synthetic ones, fewer if there are fewer images
 LABELS = {
-    "given": "labels from the masks of the data set",
     "colour clusters": "pseudo-mask, 2-means of patch mean colour: colour clusters, not objects",
     "scenes": "synthetic scenes with true masks, out of distribution for a model trained on other images",
 }
@@ -68,7 +67,6 @@ ABOUT = {
     ),
     "grouping_index": About("index", f"(A_same - A_different) / (A_same + A_different), means over pairs; {PATCHES_ONLY}", 0.0),
     "bias_auroc": About("AUROC", "signed bias as a score for 'same label', over the ordered pairs of an image", 0.5, True),
-    "bias_auroc_within_rows": About("AUROC", "the same within each row, which is all that the softmax sees; mean of rows", 0.5),
     "bias_separation": About("d'", "(mean across labels - mean within) / root mean variance of the bias, ordered pairs", 0.0),
 }
 Statistics = dict[Key, Float[Tensor, "batch heads"]]
@@ -77,8 +75,8 @@ Statistics = dict[Key, Float[Tensor, "batch heads"]]
 def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
     """Attention distance and entropy, same-label lift, what the bias tells of objects; per layer.
 
-    Labels come from the data set's masks if it has them (`MaskedImages`), else from colour clusters; the same once more on
-    synthetic scenes with true masks, where the grid has at least 3x3 patches.
+    Labels come from colour clusters; the same once more on synthetic scenes with true masks, where the grid has at least
+    3x3 patches.
     `limit`: so many images, drawn by class (None: 1,000).
     """
     mapped(model, "grouping")
@@ -86,22 +84,16 @@ def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, b
     data = drawn(data, number)
     images, _ = next(data.batches(1))
     grid = grid_of(model, images)
-    masks = "given" if isinstance(data, MaskedImages) else "colour clusters"
-    yield from _rows(_collect(model, _labelled(data, grid, batch_size)), grid, masks)
+    coloured = ((images, colour_clusters(images, grid)) for images, _ in data.batches(batch_size))
+    yield from _rows(_collect(model, coloured), grid, "colour clusters")
     if min(grid) >= 3:
         height, width = image_size(data)
         patch = height // grid[0], width // grid[1]
         scenes = make_scenes(min(number, SCENES), images.shape[1], grid, patch)
-        found = _collect(model, masked_batches(scenes, grid, None, batch_size), labels_only=True)
+        parts = zip(scenes.images.split(batch_size), scenes.masks.split(batch_size), strict=True)
+        labelled = ((images, patch_labels(masks, grid)) for images, masks in parts)
+        found = _collect(model, labelled, labels_only=True)
         yield from _rows(found, grid, "scenes")
-
-
-def _labelled(data: LabelledImages, grid: Grid, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels of the patches), by true masks where the data set has them."""
-    if isinstance(data, MaskedImages):
-        yield from masked_batches(data, grid, None, batch_size)
-    else:
-        yield from ((images, colour_clusters(images, grid)) for images, _ in data.batches(batch_size))
 
 
 def _collect(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], labels_only: bool = False) -> dict[int, Statistics]:
@@ -151,8 +143,6 @@ def _of_bias(bias: Tensor, same: Tensor, strata: dict[str, Tensor]) -> Statistic
     for name, counted in strata.items():
         minus = pairs.auroc(ranking, same.flatten(1)[:, None], counted.flatten(1)[:, None])
         statistics |= {Key("bias_auroc", name, "minus"): minus, Key("bias_auroc", name, "plus"): 1 - minus}
-    rows = pairs.auroc(pairs.rank(-bias), same[:, None], strata["all"][:, None])
-    statistics[Key("bias_auroc_within_rows", "all", "minus")] = rows.nanmean(-1)
     return statistics
 
 

@@ -1,35 +1,16 @@
-"""Labels that say which patches belong together, from true masks or, where there are none, from colour.
+"""Labels that say which patches belong together, from the masks of scenes or, for photographs, from colour.
 
-A data set may offer true masks (`MaskedImages`). For photographs without them there is a pseudo-mask, two clusters of
-patch colour. A cluster is not an object: a number measured with it says whether attention follows colour.
+Photographs have a pseudo-mask, two clusters of patch colour. A cluster is not an object: a number measured with it says
+whether attention follows colour.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from sape2.encodings.grid import Grid
-from sape2.evaluation.base import LabelledImages
-
-
-@runtime_checkable
-class MaskedImages(LabelledImages, Protocol):
-    """Images with the label of every pixel, -1 where there is none: (images, height, width), in the order of `batches`."""
-
-    @property
-    def masks(self) -> Tensor: ...
-
-
-def masked_batches(data: MaskedImages, grid: Grid, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels of the patches) of the first `limit` images."""
-    masks = data.masks[:limit].split(batch_size)
-    for (images, _), mask in zip(data.batches(batch_size), masks, strict=False):  # the masks end at the limit
-        yield images[: len(mask)], patch_labels(mask, grid)
 
 
 def patch_labels(masks: Int[Tensor, "batch height width"], grid: Grid) -> Int[Tensor, "batch tokens"]:

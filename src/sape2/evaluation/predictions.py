@@ -18,7 +18,7 @@ from sape2.data.walk import image_files
 from sape2.evaluation.accuracy import predict
 from sape2.evaluation.base import Row
 from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
-from sape2.training.memory_errors import in_prediction, told_in_one_line
+from sape2.training.memory_errors import ON_CPU, memory_message, told_in_one_line
 from sape2.training.run_folder import read_config
 
 BATCH = 500  # images, as in `accuracy`; halved where they do not fit into memory
@@ -76,7 +76,7 @@ def predict_files(
             predictions.unlike[plain_name(file)] = found
 
     images = LooseFiles(files, config.data, config.model, look, watch)
-    with told_in_one_line(lambda: in_prediction(config.model)), warnings.catch_warnings():
+    with told_in_one_line(lambda: memory_message("with one image", config.model, [ON_CPU])), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused, and named
         logits = predict(model, images, BATCH)
     predictions.unreadable = {plain_name(file): images.unreadable[file] for file in files if file in images.unreadable}

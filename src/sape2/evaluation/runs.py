@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,10 +16,10 @@ from sape2.data.labels import first_of
 from sape2.evaluation.measures import MEASURES, images_taken
 from sape2.machine import hardware
 from sape2.models.trained import WEIGHTS, load_run_model
-from sape2.training.memory_errors import in_evaluation, told_in_one_line
+from sape2.tables import Row
+from sape2.training.memory_errors import ON_CPU, memory_message, told_in_one_line
 from sape2.training.run_folder import check_images, is_whole, own_results, read_config, read_rows, update_results
 
-Row = dict[str, Any]
 MEASURE_OTHERS = "measure these with sape2 evaluate RUN --data DIR --other-data NAME"
 
 
@@ -64,7 +63,9 @@ def measure(
             watch(name, 0, False)
             found, taken = [], images_taken(name, limit, len(data))
             reach = {"limit": taken if taken < len(data) else None}
-            with told_in_one_line(partial(in_evaluation, name, model.config, taken)):
+            what = f"in the measure {name} of {taken} images at the training size"
+            ways, then = ("--limit with fewer images", ON_CPU), "what was measured before is kept. Try"
+            with told_in_one_line(partial(memory_message, what, model.config, ways, then)):
                 for row in MEASURES[name](model, data, limit):
                     found.append(row | conditions | reach)
                     watch(name, len(found), False)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import read_picture, unlike
-from sape2.evaluation.report import format_value
 from sape2.inspect.drawing import Drawing
 from sape2.inspect.explanation import Choice, Explanation, Row, explained
 from sape2.inspect.figures import (
@@ -31,6 +30,7 @@ from sape2.inspect.look import LayerLook, of_head
 from sape2.inspect.panels import Over
 from sape2.inspect.templates import template
 from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
+from sape2.tables import format_value
 from sape2.training.files import write_text
 from sape2.training.run_folder import read_config
 from sape2.training.standing import check_finished

@@ -41,12 +41,12 @@ from sape2.models.hub import (
     save_pretrained,
 )
 from sape2.models.trained import load_run_model
+from sape2.tables import Row
 from sape2.training.files import write_atomic
 from sape2.training.run_folder import read_config
 
 GraphFormat = Literal["onnx", "pt2"]
 Format = Literal["onnx", "pt2", "safetensors", "hub"]
-Row = dict[str, Any]
 Run = Callable[[Tensor], Tensor]
 Model = TypeVar("Model", bound=nn.Module)
 

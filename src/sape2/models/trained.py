@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from sape2.data.pixels import RULE
 from sape2.machine import find_device
 from sape2.models.vit import ViT
 from sape2.training.checkpoint import load_weights
-from sape2.training.memory_errors import OutOfMemory, available_bytes, in_building, told_in_one_line
+from sape2.training.memory_errors import OutOfMemory, available_bytes, memory_message, told_in_one_line
 from sape2.training.run_folder import class_names, other_rule, read_config, read_seen
 from sape2.training.standing import check_finished
 
@@ -21,10 +22,12 @@ WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoc
 
 def build_model(config: RunConfig) -> ViT:
     """A new model whose weights outside its encodings depend on the seed and on nothing else."""
+    what = f"in building {config.model.depth} layers of width {config.model.dim}"
+    message = partial(memory_message, what, config.model, ["a smaller --model"])
     if config.model.least_bytes > available_bytes():
-        raise OutOfMemory(in_building(config.model))
+        raise OutOfMemory(message())
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    with told_in_one_line(lambda: in_building(config.model)):
+    with told_in_one_line(message):
         return ViT(config.model)
 
 

@@ -23,14 +23,14 @@ from sape2 import viz
 from sape2.config import ModelConfig, TrainConfig
 from sape2.data.augment import derive_seed
 from sape2.encodings import AttentionEncoding, TokenEncoding, canonical_name
-from sape2.evaluation.report import format_spread, summarize
 from sape2.machine import autocast, find_device, hardware, precision_of
 from sape2.models.vit import ViT
+from sape2.studies.compare.summary import grouped, summarize
 from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
+from sape2.tables import Row
 from sape2.training.optimisation import make_optimizer, make_schedule
 from sape2.training.run_folder import read_rows, write_rows
 
-Row = dict[str, Any]
 DIM, NUM_HEADS = 128, 4
 WARMUP_SHARE = 0.1
 CLIP_GRAD = 1.0
@@ -236,12 +236,15 @@ def table(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
     precisions: dict[tuple, set[Any]] = {}
     for row in rows:
         precisions.setdefault((row["encoding"], row["layers"]), set()).add(row.get("precision"))
-    for row in summarize([row for row in rows if row["name"] == "accuracy"], ("encoding", "layers", "precision", "split")):
-        several = len(precisions[row["encoding"], row["layers"]]) > 1  # no seeds of one line
-        name = f"{row['encoding']}, {row['precision']}" if several else row["encoding"]
-        line = lines.setdefault((name, row["layers"]), {"encoding": name, "layers": row["layers"]})
-        line["seeds"] = row["n"]
-        line[headings[row["split"]]] = format_spread(row["mean"], row["std"], 3)
+    values = grouped(
+        (row for row in rows if row["name"] == "accuracy"), by=("encoding", "layers", "precision", "split"), pair=("seed",)
+    )
+    for (encoding, layers, precision, split), found in summarize(values).items():
+        several = len(precisions[encoding, layers]) > 1  # no seeds of one line
+        name = f"{encoding}, {precision}" if several else encoding
+        line = lines.setdefault((name, layers), {"encoding": name, "layers": layers})
+        line["seeds"] = found.n
+        line[headings[split]] = found.spread(3)
     return list(lines.values()), ["encoding", "layers", "seeds", *headings.values()]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +46,15 @@ def count_tokens(model: ModelConfig) -> int:
     return height * width + model.num_registers + (model.pool == "class")
 
 
+ON_CPU = 'the CPU (CUDA_VISIBLE_DEVICES="")'
+RESUMABLE = "the last checkpoint is kept. Try, with another --out,"
+
+
+def memory_message(what: str, model: ModelConfig, ways: Iterable[str], then: str = "try") -> str:
+    """The one line: what did not fit and of how many tokens, what is kept, and the ways out, those of attention last."""
+    return f"out of memory {what}, {count_tokens(model)} tokens each; {then} {', '.join([*ways, *_of_attention(model)])}"
+
+
 def in_training(config: RunConfig, size: int = 1) -> str:
     """Message for out-of-memory errors in training: batch and tokens of each of `size` processes, and how to reduce them."""
     train, model = config.train, config.model
@@ -58,36 +67,7 @@ def in_training(config: RunConfig, size: int = 1) -> str:
         ways.append(f"a smaller --set train.batch_size (now {train.batch_size})")
     if not model.gradient_checkpointing:
         ways.append("--set model.gradient_checkpointing=true")
-    ways += _of_attention(model)
-    return (
-        f"out of memory in training with {part} images at a time{where}, {count_tokens(model)} tokens each; "
-        f"the last checkpoint is kept. Try, with another --out, {', '.join(ways)}"
-    )
-
-
-def in_prediction(model: ModelConfig) -> str:
-    ways = ['the CPU (CUDA_VISIBLE_DEVICES="")', *_of_attention(model)]
-    return f"out of memory with one image of {count_tokens(model)} tokens; try {', '.join(ways)}"
-
-
-def in_evaluation(measure: str, model: ModelConfig, images: int) -> str:
-    ways = ["--limit with fewer images", 'the CPU (CUDA_VISIBLE_DEVICES="")', *_of_attention(model)]
-    return (
-        f"out of memory in the measure {measure} of {images} images, {count_tokens(model)} tokens each at the training size; "
-        f"what was measured before is kept. Try {', '.join(ways)}"
-    )
-
-
-def in_detection(model: ModelConfig, images: int) -> str:
-    return (
-        f"out of memory with a batch of {images} images, {count_tokens(model)} tokens each; the last checkpoint is kept. Try, "
-        "with another --out, a smaller --set training.batch_size, a smaller --set detector.window, or a smaller "
-        "--set model.image_size (the lean path, attention in blocks, is automatic)"
-    )
-
-
-def in_building(model: ModelConfig) -> str:
-    return f"a model of {model.depth} layers of width {model.dim} for {count_tokens(model)} tokens does not fit into memory"
+    return memory_message(f"in training with {part} images at a time{where}", model, ways, RESUMABLE)
 
 
 def _of_attention(model: ModelConfig) -> list[str]:

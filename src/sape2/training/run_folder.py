@@ -18,10 +18,10 @@ import sape2
 from sape2.config import RunConfig
 from sape2.config.detection import DetectionConfig
 from sape2.encodings import canonical_name
+from sape2.tables import Row
 from sape2.training.checkpoint import keep_only, last_checkpoint
 from sape2.training.files import holds_files, write_text
 
-Row = dict[str, Any]
 Config = TypeVar("Config", RunConfig, DetectionConfig)
 FORMAT = 1  # of a run folder, written into its config.json; those that do not say have this one
 

@@ -204,7 +204,7 @@ def _own_rule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """Attention and bias between patches of the same and of other objects, by layer, mean of heads.
 
-    Objects are true masks, else those of generated scenes, else colour clusters.
+    Objects are those of generated scenes, else colour clusters.
     """
     masks = next((m for m in MASKS if any(row.get("masks") == m for rows in runs.values() for row in rows)), MASKS[0])
     kinds = (
@@ -227,7 +227,7 @@ def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     plot_rows(runs, panels, path, notes)
 
 
-MASKS = ("given", "scenes", "colour clusters")  # the first that there is
+MASKS = ("scenes", "colour clusters")  # the first that there is
 PAIRS = {"near": "neighbouring patches", "far": "patches further apart", "all": "all pairs of patches"}
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sape2.cli.options import add_json, one_name, recipe_name, resolve, split_encodings, whole_number
-from sape2.cli.output import say, show_outcome
+from sape2.cli.output import say, show_comparison
 
 if TYPE_CHECKING:
     from sape2.studies.compare.launch import Launcher
@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     jobs = whole_number("--jobs", arguments.jobs) if arguments.jobs else None
     from sape2.data import load_data
     from sape2.models.trained import build_model
+    from sape2.studies.compare.outcome import outcome
     from sape2.studies.compare.progress import study_progress
     from sape2.studies.compare.runner import runner
     from sape2.training.interruption import catch_signals
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
             say(f"sape2: {stopped}")
             rows, status = study.gather(), 128 + stopped.signal_number
     if any(row["encoding"] == baseline for row in rows):
-        show_outcome(rows, baseline, folder, arguments.json)
+        show_comparison(outcome(rows, baseline), folder, arguments.json)
     return status
 
 

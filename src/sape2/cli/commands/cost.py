@@ -12,7 +12,7 @@ from sape2.cli.options import add_json, split_encodings, whole_number
 from sape2.cli.output import Row, drawn, say
 
 if TYPE_CHECKING:
-    from sape2.evaluation.cost.sweep import Cell, Sweep
+    from sape2.evaluation.cost.sweep import Point, Sweep
 
 HELP = "measure operations, time and memory of encodings, and growth with the grid"
 ENCODINGS = "none,rope,rpe,rpe_decomposed,cope,sape2,sape2:readout=squared_distance,sape2:readout=direct"
@@ -36,16 +36,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sape2.evaluation.cost.rows import count_table, time_table
-    from sape2.evaluation.report import print_json, print_table
+    from sape2.tables import print_json, print_table
 
     sweep, folder = _sweep(arguments), Path(arguments.out)
     _take_up(folder, sweep)
     rows, tables = [], {}
-    for cell, found in _with_progress(sweep, folder / "results.jsonl"):
+    for point, found in _with_progress(sweep, folder / "results.jsonl"):
         rows += found
-        if cell is not None:
-            tables[f"{cell}: for one image"] = count_table(found)
-            tables[f"{cell}: measured"] = time_table(found)
+        if point is not None:
+            tables[f"{point}: for one image"] = count_table(found)
+            tables[f"{point}: measured"] = time_table(found)
     files = drawn(*_figures(rows, folder))
     if arguments.json:
         print_json(rows)
@@ -108,8 +108,8 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
         )
 
 
-def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list[Row]]]:
-    """The rows of the sweep as they come, with a progress bar on standard error; without a terminal, a line for each cell."""
+def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Point | None, list[Row]]]:
+    """The rows of the sweep as they come, with a progress bar on standard error; without a terminal, a line for each point."""
     import torch
 
     from sape2.evaluation.cost.sweep import run_sweep
@@ -119,11 +119,11 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Cell | None, list
     conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
     with bars() as progress:
         task = progress.add_task("measuring", total=sweep.rounds)
-        for cell, rows in run_sweep(sweep, path, conditions, lambda: progress.advance(task)):
-            progress.update(task, description=f"measured {cell}" if cell else "done")
-            if cell is not None and progress.disable:
-                say(f"measured {cell}")
-            yield cell, rows
+        for point, rows in run_sweep(sweep, path, conditions, lambda: progress.advance(task)):
+            progress.update(task, description=f"measured {point}" if point else "done")
+            if point is not None and progress.disable:
+                say(f"measured {point}")
+            yield point, rows
 
 
 def _figures(rows: list[Row], folder: Path) -> list[Callable[[], Path]]:

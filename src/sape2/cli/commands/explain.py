@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
     if out is not None:
         check_writable(out.parent)
     written, rows = explain(Path(arguments.folder), Path(arguments.image), out, choice, arguments.weights)
-    from sape2.evaluation.report import print_json, print_table
     from sape2.models.trained import note_of_rule
+    from sape2.tables import print_json, print_table
 
     if note := note_of_rule(Path(arguments.folder)):
         say(note)

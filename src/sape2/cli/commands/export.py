@@ -62,7 +62,7 @@ def _image_size(text: str) -> tuple[int, int]:
 
 def _show_parity(rows: list[Row], arguments: argparse.Namespace) -> None:
     """Prints how far the logits of the file differ from those of the model, for each number and size of images."""
-    from sape2.evaluation.report import print_json, print_table
+    from sape2.tables import print_json, print_table
 
     if arguments.json:
         print_json(row | {"format": arguments.format} for row in rows)

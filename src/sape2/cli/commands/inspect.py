@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
         return [folder / "attention.png"]
 
     files = drawn(partial(draw_layers, rows, folder / "layers.png", f"{backbone.name}, {about}"), draw_attention)
-    from sape2.evaluation.report import print_json, print_table
+    from sape2.tables import print_json, print_table
 
     if arguments.json:
         print_json(rows)

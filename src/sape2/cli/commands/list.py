@@ -22,7 +22,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     tables = {"encodings": encodings, "models": _models, "recipes": _recipes, "measures": measures, "probes": probes}
     rows = tables[arguments.what]()
-    from sape2.evaluation.report import print_json, print_table
+    from sape2.tables import print_json, print_table
 
     if arguments.json:
         print_json(rows)

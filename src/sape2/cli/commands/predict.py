@@ -62,7 +62,7 @@ def _checked(out: Path) -> Path:
 
 
 def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
-    from sape2.evaluation.report import csv_table, print_json, print_table
+    from sape2.tables import csv_table, print_json, print_table
     from sape2.training.files import write_text
 
     if out is not None:

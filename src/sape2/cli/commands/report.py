@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from sape2.cli.options import add_json, chosen_measures, one_name
-from sape2.cli.output import drawn, say, show_outcome
+from sape2.cli.output import say, show_comparison
 
 HELP = "show many runs in one table and one set of figures"
 
@@ -18,7 +18,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="run folders (those that differ in the seed only share a line), or the rows.jsonl of sape2 compare",
     )
-    parser.add_argument("--baseline", metavar="NAME", help="for rows.jsonl: encoding to compare with (default the first)")
+    parser.add_argument(
+        "--baseline", metavar="NAME", help="encoding to compare with (default of rows.jsonl: the first; of run folders: none)"
+    )
     parser.add_argument("--measures", metavar="A,B", help="measures to show (default all that any run has)")
     parser.add_argument("--split", choices=["test", "validation"], default="test", help="(default test)")
     parser.add_argument("--weights", choices=["last", "best"], default="last", help="(default last)")
@@ -32,33 +34,21 @@ def run(arguments: argparse.Namespace) -> int:
     check_writable(Path(arguments.out))
     if any(name.endswith(".jsonl") for name in arguments.folders):
         return _report_raw(arguments)
-    if arguments.baseline is not None:
-        raise ValueError("--baseline is for the rows.jsonl of sape2 compare; run folders are not compared in pairs")
     measures = None if arguments.measures is None else chosen_measures(arguments.measures)
-    from sape2.evaluation.report import print_json, print_table
     from sape2.studies.compare.headlines import read_runs
-    from sape2.studies.compare.tables import compare, write_figures, write_tables
+    from sape2.studies.compare.report import compare
 
     runs, unfinished = read_runs(map(Path, arguments.folders), arguments.split, arguments.weights)
-    comparison = compare(runs, measures, arguments.split, arguments.weights)
+    comparison = compare(runs, measures, arguments.split, arguments.weights, arguments.baseline)
     for folder in unfinished:
         say(f"left out: the run in {folder} is not finished")
-    folder = Path(arguments.out)
-    files = write_tables(comparison, folder)
-    files += drawn(lambda: write_figures(comparison, folder))
-    if arguments.json:
-        print_json(comparison.rows())
-        return 0
-    for part in comparison.headings(most=6):  # what a terminal is wide enough for
-        print_table(comparison.table(), part, comparison.title)
-    for note in comparison.notes():
-        print(note)
-    print(f"in {folder}: {', '.join(path.name for path in files)}")
+    show_comparison(comparison, Path(arguments.out), arguments.json)
     return 0
 
 
 def _report_raw(arguments: argparse.Namespace) -> int:
     """The tables of sape2 compare from raw rows alone."""
+    from sape2.studies.compare.outcome import outcome
     from sape2.studies.compare.rawrows import each_once, read_raw
 
     if not all(name.endswith(".jsonl") for name in arguments.folders):
@@ -67,5 +57,5 @@ def _report_raw(arguments: argparse.Namespace) -> int:
     if not rows:
         raise ValueError(f"there are no rows in {', '.join(arguments.folders)}")
     baseline = None if arguments.baseline is None else one_name(arguments.baseline)
-    show_outcome(rows, baseline, Path(arguments.out), arguments.json)
+    show_comparison(outcome(rows, baseline), Path(arguments.out), arguments.json)
     return 0

@@ -132,7 +132,7 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
         "expected_evaluation_minutes": evaluation_s / 60,  # of the validation set after every epoch, and of the test set
         "expected_minutes": (setup_s + stream.total_steps * step_s + evaluation_s) / 60,  # all, from the command on
     }
-    from sape2.evaluation.report import print_json, print_table
+    from sape2.tables import print_json, print_table
 
     if as_json:
         print_json([{"config": config.to_dict()} | summary])

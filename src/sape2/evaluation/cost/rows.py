@@ -8,8 +8,8 @@ from typing import Any
 from sape2.evaluation.cost.measure import MIB, growth_exponent
 from sape2.evaluation.cost.operations import Operations
 from sape2.evaluation.cost.timing import spread
+from sape2.tables import Row
 
-Row = dict[str, Any]
 LEVELS = ("attention", "model")
 PHASES = {"attention": ("forward", "forward_backward"), "model": ("inference", "training_step")}
 COUNTED = {"macs": "MACs, M", "elementwise": "element-wise, M", "copied": "copied, M"}

@@ -27,7 +27,7 @@ GENEROUS = 64  # N x N maps a head, and arrays of the tokens, that a layer never
 
 
 @dataclass(frozen=True)
-class Cell:
+class Point:
     """The conditions under which subjects are compared; `model` is a named size, of which attention has the heads."""
 
     level: str
@@ -87,53 +87,53 @@ class Autocast(nn.Module):
 class AttentionSubject:
     """q, k, v -> output; under mixed precision q, k, v come in the low precision, as from a projection."""
 
-    def __init__(self, name: str, cell: Cell) -> None:
-        config, self.cell, dtype = model_config(cell.model), cell, DTYPES[cell.dtype]
-        self.attention = PlainAttention() if name == PLAIN else _encoded(name, config.num_heads, config.head_dim, cell.grid)
-        self.module = Autocast(self.attention, dtype).to(cell.device)
-        shape = (cell.batch, config.num_heads, num_tokens(cell.grid), config.head_dim)
+    def __init__(self, name: str, point: Point) -> None:
+        config, self.point, dtype = model_config(point.model), point, DTYPES[point.dtype]
+        self.attention = PlainAttention() if name == PLAIN else _encoded(name, config.num_heads, config.head_dim, point.grid)
+        self.module = Autocast(self.attention, dtype).to(point.device)
+        shape = (point.batch, config.num_heads, num_tokens(point.grid), config.head_dim)
         self.shapes = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=index < 3) for index in range(4)]
         self.inputs: list[Tensor] = []
-        self.ceiling = cell.ceiling
+        self.ceiling = point.ceiling
         self.parameters = count_parameters(self.module)
         shadow, one = on_meta(self.attention), [torch.empty(1, *shape[1:], device="meta") for _ in range(3)]
         self.operations = count_operations(lambda: shadow(*one))
 
     def run(self, phase: str) -> None:
-        self.inputs = self.inputs or _normal(self.shapes, self.cell.device)
+        self.inputs = self.inputs or _normal(self.shapes, self.point.device)
         _set_training(self.module, phase == "forward_backward")
         (forward_backward if phase == "forward_backward" else forward)(self.module, self.inputs)
 
     def predict(self, phase: str) -> int | None:
         step = forward_backward if phase == "forward_backward" else forward
-        return predicted_peak(step, self.module, self.shapes, self.cell.device)
+        return predicted_peak(step, self.module, self.shapes, self.point.device)
 
     def describe(self, phase: str) -> str:
         q, k, v = self.inputs[:3]
-        with torch.set_grad_enabled(phase == "forward_backward"), _autocast(self.cell):
+        with torch.set_grad_enabled(phase == "forward_backward"), _autocast(self.point):
             return self.attention.describe(q, k, v)
 
 
 class ModelSubject:
     """A vision transformer on images of the size that makes the grid; a training step ends with AdamW."""
 
-    def __init__(self, name: str, cell: Cell) -> None:
-        self.cell, size = cell, (cell.grid[0] * PATCH_SIZE, cell.grid[1] * PATCH_SIZE)
+    def __init__(self, name: str, point: Point) -> None:
+        self.point, size = point, (point.grid[0] * PATCH_SIZE, point.grid[1] * PATCH_SIZE)
         torch.manual_seed(0)
-        self.model = create_model(cell.model, encoding=name, image_size=size, patch_size=PATCH_SIZE, num_classes=NUM_CLASSES)
-        self.module = Autocast(self.model, DTYPES[cell.dtype]).to(cell.device)
+        self.model = create_model(point.model, encoding=name, image_size=size, patch_size=PATCH_SIZE, num_classes=NUM_CLASSES)
+        self.module = Autocast(self.model, DTYPES[point.dtype]).to(point.device)
         self.step = TrainingStep(self.module)
-        self.shapes = [torch.empty(cell.batch, 3, *size, device="meta")]
+        self.shapes = [torch.empty(point.batch, 3, *size, device="meta")]
         self.inputs: list[Tensor] = []
-        self.labels = torch.zeros(cell.batch, dtype=torch.long, device=cell.device)
+        self.labels = torch.zeros(point.batch, dtype=torch.long, device=point.device)
         self.moments = 2 * sum(parameter.nbytes for parameter in self.module.parameters())  # what AdamW keeps
-        self.ceiling = cell.ceiling * (self.model.config.depth + 1) + 4 * self.moments
+        self.ceiling = point.ceiling * (self.model.config.depth + 1) + 4 * self.moments
         self.parameters = count_parameters(self.module)
         shadow = on_meta(self.model)
         self.operations = count_operations(lambda: shadow(self.shapes[0][:1]))
 
     def run(self, phase: str) -> None:
-        self.inputs = self.inputs or _normal(self.shapes, self.cell.device)
+        self.inputs = self.inputs or _normal(self.shapes, self.point.device)
         _set_training(self.module, phase == "training_step")
         if phase == "training_step":
             self.step(self.inputs[0], self.labels)
@@ -142,20 +142,25 @@ class ModelSubject:
 
     def predict(self, phase: str) -> int | None:
         if phase == "inference":
-            return predicted_peak(lambda module, inputs: infer(module, inputs[0]), self.module, self.shapes, self.cell.device)
-        needed = predicted_peak(loss_gradients, self.module, [*self.shapes, self.labels], self.cell.device)
+            return predicted_peak(lambda module, inputs: infer(module, inputs[0]), self.module, self.shapes, self.point.device)
+        needed = predicted_peak(loss_gradients, self.module, [*self.shapes, self.labels], self.point.device)
         return None if needed is None else needed + self.moments
 
     def describe(self, phase: str) -> str:
         """The path of every kind of layer that the model has."""
         config, training = self.model.config, phase == "training_step"
-        shape = (self.cell.batch, config.num_heads, self.model.num_prefix_tokens + num_tokens(self.cell.grid), config.head_dim)
+        shape = (
+            self.point.batch,
+            config.num_heads,
+            self.model.num_prefix_tokens + num_tokens(self.point.grid),
+            config.head_dim,
+        )
         kinds = {type(block.attn.encoding): block.attn.encoding for block in self.model.layers()}
-        dtype, device = DTYPES[self.cell.dtype], self.cell.device
+        dtype, device = DTYPES[self.point.dtype], self.point.device
         q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=training) for _ in range(3))
-        with torch.set_grad_enabled(training), _autocast(self.cell):
+        with torch.set_grad_enabled(training), _autocast(self.point):
             tokens = v.transpose(1, 2).flatten(2)
-            return "; ".join(dict.fromkeys(describe_path(q, k, v, self.cell.grid, kind, tokens) for kind in kinds.values()))
+            return "; ".join(dict.fromkeys(describe_path(q, k, v, self.point.grid, kind, tokens) for kind in kinds.values()))
 
 
 Subject = AttentionSubject | ModelSubject
@@ -172,8 +177,8 @@ def _normal(shapes: list[Tensor], device: torch.device) -> list[Tensor]:
     return [torch.randn_like(like, device=device).requires_grad_(like.requires_grad) for like in shapes]
 
 
-def _autocast(cell: Cell) -> torch.autocast:
-    return torch.autocast(cell.device.type, DTYPES[cell.dtype], enabled=cell.dtype != "fp32")
+def _autocast(point: Point) -> torch.autocast:
+    return torch.autocast(point.device.type, DTYPES[point.dtype], enabled=point.dtype != "fp32")
 
 
 def _set_training(module: nn.Module, training: bool) -> None:

@@ -1,6 +1,6 @@
 """Measures the cost of encodings over grids, batches and dtypes, for `sape2 cost`.
 
-In a cell (one level, dtype, batch, grid) all encodings take turns, beside two yardsticks: `none`, the same code without
+In a point (one level, dtype, batch, grid) all encodings take turns, beside two yardsticks: `none`, the same code without
 an encoding, and at the level of attention `plain`, softmax(q k^T / sqrt(d)) v written with matrix products.
 """
 
@@ -21,7 +21,7 @@ from sape2.encodings import canonical_name, create_encodings, parse_encoding
 from sape2.encodings.grid import Grid, check_grid, num_tokens
 from sape2.evaluation.cost.memory import peak_bytes
 from sape2.evaluation.cost.rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
-from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, AttentionSubject, Cell, ModelSubject, Subject
+from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, AttentionSubject, ModelSubject, Point, Subject
 from sape2.evaluation.cost.timing import alternate
 from sape2.training.files import write_text
 from sape2.training.memory_errors import available_bytes, is_out_of_memory
@@ -61,10 +61,10 @@ class Sweep:
                 with torch.device("meta"):  # what cannot be made is found before anything is measured
                     create_encodings(encoding, config.num_heads, config.head_dim, grid, config.depth)
 
-    def cells(self) -> list[Cell]:
-        """The cells, in the order in which they are measured."""
+    def points(self) -> list[Point]:
+        """The points, in the order in which they are measured."""
         return [
-            Cell(level, self.model, dtype, batch, grid, self.device)
+            Point(level, self.model, dtype, batch, grid, self.device)
             for level in self.levels
             for dtype in self.dtypes
             for batch in self.batches
@@ -79,7 +79,7 @@ class Sweep:
     @property
     def rounds(self) -> int:
         """Total number of timing rounds, for a progress bar."""
-        return len(self.cells()) * 2 * (WARMUP + self.repeats)
+        return len(self.points()) * 2 * (WARMUP + self.repeats)
 
 
 def parse_grid(text: str) -> Grid:
@@ -102,51 +102,51 @@ def attention_part(name: str) -> str:
 
 def run_sweep(
     sweep: Sweep, path: Path, conditions: Row, on_round: Callable[[], None] = lambda: None
-) -> Iterator[tuple[Cell | None, list[Row]]]:
-    """The rows of every cell as they come and, last, for None, the growth exponents; all are also written to `path`,
-    which holds the cells so far or, before the first, what it held.
+) -> Iterator[tuple[Point | None, list[Row]]]:
+    """The rows of every point as they come and, last, for None, the growth exponents; all are also written to `path`,
+    which holds the points so far or, before the first, what it held.
     """
     everything: list[Row] = []
-    for cell in (*sweep.cells(), None):
-        rows = growth_rows(everything) if cell is None else measure(cell, sweep, conditions, on_round)
+    for point in (*sweep.points(), None):
+        rows = growth_rows(everything) if point is None else measure(point, sweep, conditions, on_round)
         everything += rows
         write_text(path, "".join(json.dumps(row) + "\n" for row in everything))
-        yield cell, rows
+        yield point, rows
 
 
-def measure(cell: Cell, sweep: Sweep, conditions: Row, on_round: Callable[[], None] = lambda: None) -> list[Row]:
-    """All rows of a cell, the yardsticks first. At the level of attention, names that differ in what acts on the tokens
+def measure(point: Point, sweep: Sweep, conditions: Row, on_round: Callable[[], None] = lambda: None) -> list[Row]:
+    """All rows of a point, the yardsticks first. At the level of attention, names that differ in what acts on the tokens
     alone are one subject, timed once; `timed_as` names it.
     """
     names = dict.fromkeys((NONE, *sweep.encodings))
-    timed_as = {name: attention_part(name) if cell.level == "attention" else name for name in names}
-    if cell.level == "attention":
+    timed_as = {name: attention_part(name) if point.level == "attention" else name for name in names}
+    if point.level == "attention":
         timed_as = {PLAIN: PLAIN} | timed_as
-    subjects = {name: SUBJECTS[cell.level](name, cell) for name in dict.fromkeys(timed_as.values())}
-    results = {phase: _measure_phase(phase, subjects, sweep, on_round) for phase in PHASES[cell.level]}
+    subjects = {name: SUBJECTS[point.level](name, point) for name in dict.fromkeys(timed_as.values())}
+    results = {phase: _measure_phase(phase, subjects, sweep, on_round) for phase in PHASES[point.level]}
     rows = []
     for name, timed in timed_as.items():
-        subject, about = subjects[timed], {"encoding": name, "timed_as": timed} | _about(cell) | conditions
+        subject, about = subjects[timed], {"encoding": name, "timed_as": timed} | _about(point) | conditions
         paths = [result[timed].get("path") for result in results.values()]
         found = counted_rows(subject.parameters, subject.operations, paths[0])
         for phase, result in results.items():
-            found += timed_rows(phase, timed, result, cell.batch)
+            found += timed_rows(phase, timed, result, point.batch)
         rows += [row | about for row in found]
     return rows
 
 
-def _about(cell: Cell) -> Row:
-    config = model_config(cell.model)
+def _about(point: Point) -> Row:
+    config = model_config(point.model)
     return {
-        "level": cell.level,
-        "model": cell.model if cell.level == "model" else None,
+        "level": point.level,
+        "model": point.model if point.level == "model" else None,
         "heads": config.num_heads,
         "head_dim": config.head_dim,
-        "grid": f"{cell.grid[0]}x{cell.grid[1]}",
-        "tokens": num_tokens(cell.grid),
-        "batch": cell.batch,
-        "dtype": cell.dtype,
-        "device": cell.device.type,
+        "grid": f"{point.grid[0]}x{point.grid[1]}",
+        "tokens": num_tokens(point.grid),
+        "batch": point.batch,
+        "dtype": point.dtype,
+        "device": point.device.type,
     }
 
 
@@ -169,7 +169,7 @@ def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_ro
 
 def _too_large(subject: Subject, phase: str) -> str | None:
     """Reason for skipping a phase that would run out of memory and end the process; None if the phase may run."""
-    available = available_bytes(subject.cell.device)
+    available = available_bytes(subject.point.device)
     if subject.ceiling <= available:
         return None
     needed = subject.predict(phase)

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sape2.config.recipes.changed import changed_settings, value_in_words
-from sape2.studies.compare.headlines import Column, Row, Run, telling_layer
+from sape2.studies.compare.headlines import Headline, Row, Run, telling_layer
+from sape2.studies.compare.summary import mean_and_std
 from sape2.training.run_folder import how_images_differ
 
 
@@ -35,11 +36,11 @@ class Group:
         """Number of images behind each number of a measure; None if it was not measured or has no such number."""
         return None if measure in (None, "cost") else max(run.images(measure) for run in self.runs) or None
 
-    def numbers(self, column: Column) -> list[float]:
-        """The values of the runs that have one."""
+    def values(self, column: Headline) -> dict[int, float]:
+        """seed -> the value of the run, for those that have one."""
         layer = telling_layer(self.runs)
-        found = (column.pick(run, layer) for run in self.runs)
-        return [value for value in found if value is not None]
+        found = ((run.config.seed, column.pick(run, layer)) for run in self.runs)
+        return {seed: value for seed, value in found if value is not None}
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
@@ -174,8 +175,3 @@ def mean_epochs(runs: list[list[Row]]) -> list[Row]:
     """Mean losses and accuracies of every epoch that all runs have."""
     names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
     return [{name: statistics.mean(row[name] for row in rows) for name in names} for rows in zip(*runs, strict=False)]
-
-
-def mean_and_std(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation; None for the latter of one value."""
-    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None

@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
+from sape2.tables import Row
 from sape2.training.run_folder import is_finished, own_results, read_config, read_rows, read_seen
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,25 +81,21 @@ def step_ms(run: Run) -> float | None:
     return 1000 * run.config.train.batch_size / statistics.median(speeds) if speeds else None
 
 
-def _objects(runs: Iterable[Run]) -> str | None:
-    """Source of the patch labels: true masks, else scenes. Colour clusters are not objects and do not count."""
-    there = {row.get("masks") for run in runs for row in run.rows}
-    return next((masks for masks in ("given", "scenes") if masks in there), None)
+OBJECTS = "scenes"  # the patch labels that count: colour clusters are not objects
 
 
 def telling_layer(runs: list[Run]) -> int | None:
     """The layer whose bias, far pairs, is furthest from chance in either direction, by the mean over the runs."""
     found: dict[int, list[float]] = {}
-    masks = _objects(runs)
     for row in (row for run in runs for row in run.rows if row["name"] == "bias_auroc" and "head" not in row):
         conditions = row["masks"], row["distance"], row["sign"], row["value"] is None
-        if conditions == (masks, "far", "minus", False):
+        if conditions == (OBJECTS, "far", "minus", False):
             found.setdefault(row["layer"], []).append(row["value"])
     return max(found, key=lambda layer: abs(statistics.mean(found[layer]) - 0.5), default=None)
 
 
 @dataclass(frozen=True)
-class Column:
+class Headline:
     """A headline number: its measure (None: from training), unit, meaning, and its value for a run and its telling layer."""
 
     heading: str
@@ -112,79 +107,79 @@ class Column:
 
 def _of_bias(name: str, distance: str, **where: Any) -> Callable[[Run, int | None], float | None]:
     def pick(run: Run, layer: int | None) -> float | None:
-        place = {"masks": _objects([run]), "distance": distance, "layer": layer, "head": None}
+        place = {"masks": OBJECTS, "distance": distance, "layer": layer, "head": None}
         return None if layer is None else run.value(name, "grouping", **place, **where)
 
     return pick
 
 
 COUNTS = ("number", "warnings")  # units of whole numbers
-COLUMNS = (
-    Column("accuracy", "accuracy", "fraction", "top-1, one view", lambda run, _: run.value("accuracy", "accuracy")),
-    Column(
+HEADLINES = (
+    Headline("accuracy", "accuracy", "fraction", "top-1, one view", lambda run, _: run.value("accuracy", "accuracy")),
+    Headline(
         "consistency",
         "shift",
         "fraction",
         "the same prediction after two random shifts within one patch, circular border; read it beside accuracy",
         lambda run, _: run.value("circular_consistency", "shift", shifts="sub_patch"),
     ),
-    Column(
+    Headline(
         "worst case",
         "shift",
         "fraction",
         "right under every shift within one patch, circular border",
         lambda run, _: run.value("worst_case_accuracy", "shift", shifts="patch"),
     ),
-    Column(
+    Headline(
         "drop, smaller",
         "resolution",
         "fraction",
         "accuracy at the training size less the mean over smaller sizes, images scaled, no fine-tuning",
         lambda run, _: _unseen_drop(run, "below"),
     ),
-    Column(
+    Headline(
         "drop, larger",
         "resolution",
         "fraction",
         "the same over larger sizes, under the model's own rule for positions beyond its tables",
         lambda run, _: _unseen_drop(run, "above"),
     ),
-    Column(
+    Headline(
         "layer",
         "grouping",
         "number",
         "whose bias is furthest from chance (far pairs); the next three are of this layer, chosen by what it shows",
         lambda _, layer: layer,
     ),
-    Column(
+    Headline(
         "AUROC near",
         "grouping",
         "AUROC",
         "negative bias as a score for the same object, neighbouring patches; chance 0.5, above it b is smaller within objects",
         _of_bias("bias_auroc", "near", sign="minus"),
     ),
-    Column(
+    Headline(
         "AUROC far",
         "grouping",
         "AUROC",
         "the same for patches two or more apart",
         _of_bias("bias_auroc", "far", sign="minus"),
     ),
-    Column(
+    Headline(
         "d'",
         "grouping",
         "standard deviations",
         "mean bias across objects less that within, over their spread; chance 0",
         _of_bias("bias_separation", "all"),
     ),
-    Column(
+    Headline(
         "warnings",
         "health",
         "warnings",
         "broken limits of the health report; empty where the layers have no bias to check",
         lambda run, _: run.value("warnings", "health"),
     ),
-    Column(
+    Headline(
         "ms per step",
         None,
         "ms",

@@ -44,39 +44,11 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
     std = statistics.stdev(differences)
     if std <= 1e-12 * max(map(abs, differences)):  # rounding of equal differences
         return Paired(n, mean, std)
+    from scipy.special import stdtr, stdtrit  # a second of import; scipy.stats takes two
+
     error = std / math.sqrt(n)
-    half = student_quantile((1 + CONFIDENCE) / 2, n - 1) * error
-    return Paired(n, mean, std, mean - half, mean + half, student_p(mean / error, n - 1))
-
-
-def student_p(t: float, degrees: int) -> float:
-    """Two-sided tail 1 - A(t | ν) of Student's t for whole degrees of freedom ν; Abramowitz and Stegun 26.7.3, 26.7.4.
-
-    With θ = arctan(t/√ν): A = 2/π (θ + sin θ (cos θ + 2/3 cos³ θ + …)) for odd ν, sin θ (1 + 1/2 cos² θ + …) for even ν.
-    """
-    theta = math.atan2(abs(t), math.sqrt(degrees))
-    odd = degrees % 2
-    term, total = (math.cos(theta), 0.0) if odd else (1.0, 0.0)
-    for index in range(degrees // 2):  # 1 or cos, then cos² times (k-1)/k more
-        total += term
-        step = 2 * index + (2 if odd else 1)
-        term *= step / (step + 1) * math.cos(theta) ** 2
-    inside = math.sin(theta) * total
-    return max(0.0, 1 - (2 / math.pi * (theta + inside) if odd else inside))
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """The t below which `probability` (0.5 to 1) of Student's distribution lies, by bisection."""
-    low, high = 0.0, 1.0
-    while 1 - student_p(high, degrees) / 2 < probability:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        if 1 - student_p(middle, degrees) / 2 < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
+    return Paired(n, mean, std, mean - half, mean + half, 2 * float(stdtr(n - 1, -abs(mean / error))))
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

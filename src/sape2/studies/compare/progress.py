@@ -9,7 +9,7 @@ from typing import Any
 
 from sape2.progress import bars
 from sape2.studies.compare.plan import Cell, Study
-from sape2.studies.compare.rawrows import Row
+from sape2.studies.compare.rawrows import Row, final_accuracy
 from sape2.studies.compare.work import seconds_left
 from sape2.training.checkpoint import Progress
 from sape2.training.lock import NAME
@@ -63,8 +63,7 @@ class StudyProgress:
         done = f"{self._settled()} of {len(self.study.cells())} runs"
         if "failed" in row:
             return f"{cell.name}: failed: {row['failed']} ({done})"
-        accuracy = next(r["value"] for r in row["rows"] if (r["name"], r["weights"]) == ("accuracy", "last"))
-        return f"{cell.name}: accuracy {accuracy:.4f}, {duration(row['training_s'])} ({done}{self._left()})"
+        return f"{cell.name}: accuracy {final_accuracy(row):.4f}, {duration(row['training_s'])} ({done}{self._left()})"
 
     def _look_back(self, cell: Cell) -> None:
         """Learns the overhead besides training from a run that this process did from its first step to its end."""

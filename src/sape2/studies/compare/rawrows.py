@@ -69,6 +69,21 @@ def raw_row(folder: Path) -> Row:
     return row
 
 
+def of_test_set(row: Row, name: str, weights: str) -> float | None:
+    """A number of the test set in a raw row; None if it was not measured."""
+    return next((r["value"] for r in row["rows"] if (r["name"], r["weights"]) == (name, weights)), None)
+
+
+def final_accuracy(row: Row) -> float:
+    """Of the last epoch."""
+    return next(r["value"] for r in row["rows"] if (r["name"], r["weights"]) == ("accuracy", "last"))
+
+
+def final_validation_accuracy(row: Row) -> float:
+    """After the last epoch; never of the best one, which would favour noise."""
+    return row["curve"]["validation_accuracy"][-1]
+
+
 def seen_of(folder: Path) -> Row:
     """The images of a run, by the facts that comparisons between runs use; {} if they are not known."""
     return {key: value for key, value in read_seen(folder).items() if key != "classes"}

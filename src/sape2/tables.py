@@ -6,13 +6,13 @@ import csv
 import io
 import json
 import re
-import statistics
 from collections.abc import Iterable
 from typing import Any
 
 from sape2.config.names import cell
 
 Row = dict[str, Any]
+Table = tuple[str, list[Row], list[str]]  # title, lines, columns
 
 
 def format_value(value: Any) -> str:
@@ -95,19 +95,3 @@ def csv_table(rows: Iterable[Row]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
-
-
-def summarize(rows: Iterable[Row], by: tuple[str, ...] = ("encoding", "name")) -> list[Row]:
-    """Mean, sample standard deviation (None for one value) and n of `value`, for rows that agree in `by`."""
-    groups: dict[tuple, list[float]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(key) for key in by), []).append(row["value"])
-    return [
-        dict(zip(by, key, strict=True))
-        | {
-            "mean": statistics.mean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else None,
-            "n": len(values),
-        }
-        for key, values in groups.items()
-    ]
