@@ -111,7 +111,7 @@ ALLOWED = {
     "viz": {"training.files", "viz"},
     "inspect": {"encodings.grid", "inspect", "training.files", "viz.base"},
     "inspect.look": {"attention", "encodings", "evaluation.base", "evaluation.layers", "models.vit"},
-    "inspect.explanation": {"config", "data", "encodings.grid", "evaluation", "inspect.look", "models.vit"},
+    "inspect.explanation": {"config", "data", "encodings.grid", "evaluation", "inspect.look", "models.vit", "tables"},
     "inspect.explain": {
         "data", "tables", "inspect", "models.trained", "training.files", "training.run_folder", "training.standing",
         "viz.base",

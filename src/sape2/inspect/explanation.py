@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 from torch import Tensor
 
@@ -19,8 +18,7 @@ from sape2.evaluation.findings import findings
 from sape2.evaluation.health import encodings_of, layer_rows
 from sape2.inspect.look import LayerLook, Look, Patch, look
 from sape2.models.vit import ViT
-
-Row = dict[str, Any]
+from sape2.tables import Row
 
 
 @dataclass(frozen=True)
