@@ -14,8 +14,8 @@ from pathlib import Path
 
 from sape2.cli import main as sape2
 from sape2.evaluation.report import markdown_table, summarize
+from sape2.runs.rows import read_rows, write_rows
 from sape2.studies.compare.paired import paired_difference
-from sape2.training.run_folder import read_rows, write_rows
 
 ROWS = Path(__file__).parent / "results" / "detection_digits.jsonl"
 BASELINE = "ape"

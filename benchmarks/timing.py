@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sape2.evaluation.cost.timing import alternate, spread
-from sape2.training.run_folder import write_rows
+from sape2.runs.rows import write_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -46,7 +46,7 @@ def count_tokens(model: ModelConfig) -> int:
     return height * width + model.num_registers + (model.pool == "class")
 
 
-def in_training(config: RunConfig, size: int = 1) -> str:
+def training_message(config: RunConfig, size: int = 1) -> str:
     """Message for out-of-memory errors in training: batch and tokens of each of `size` processes, and how to reduce them."""
     train, model = config.train, config.model
     share = train.batch_size // size
@@ -65,12 +65,12 @@ def in_training(config: RunConfig, size: int = 1) -> str:
     )
 
 
-def in_prediction(model: ModelConfig) -> str:
+def prediction_message(model: ModelConfig) -> str:
     ways = ['the CPU (CUDA_VISIBLE_DEVICES="")', *_of_attention(model)]
     return f"out of memory with one image of {count_tokens(model)} tokens; try {', '.join(ways)}"
 
 
-def in_evaluation(measure: str, model: ModelConfig, images: int) -> str:
+def evaluation_message(measure: str, model: ModelConfig, images: int) -> str:
     ways = ["--limit with fewer images", 'the CPU (CUDA_VISIBLE_DEVICES="")', *_of_attention(model)]
     return (
         f"out of memory in the measure {measure} of {images} images, {count_tokens(model)} tokens each at the training size; "
@@ -78,7 +78,7 @@ def in_evaluation(measure: str, model: ModelConfig, images: int) -> str:
     )
 
 
-def in_detection(model: ModelConfig, images: int) -> str:
+def detection_message(model: ModelConfig, images: int) -> str:
     return (
         f"out of memory with a batch of {images} images, {count_tokens(model)} tokens each; the last checkpoint is kept. Try, "
         "with another --out, a smaller --set training.batch_size, a smaller --set detector.window, or a smaller "
@@ -86,7 +86,7 @@ def in_detection(model: ModelConfig, images: int) -> str:
     )
 
 
-def in_building(model: ModelConfig) -> str:
+def building_message(model: ModelConfig) -> str:
     return f"a model of {model.depth} layers of width {model.dim} for {count_tokens(model)} tokens does not fit into memory"
 
 

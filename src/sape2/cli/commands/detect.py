@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.detection import run_detection
     from sape2.evaluation.report import print_json, print_table
-    from sape2.training.files import check_writable
+    from sape2.runs.files import check_writable
     from sape2.training.interruption import TrainingStopped
 
     check_writable(folder)

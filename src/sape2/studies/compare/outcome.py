@@ -9,12 +9,12 @@ from typing import Any
 
 from sape2 import viz
 from sape2.evaluation.report import csv_table, format_spread, format_value, markdown_table
+from sape2.runs.files import write_text
+from sape2.runs.rows import write_rows
 from sape2.studies.compare.groups import mean_and_std
 from sape2.studies.compare.paired import Paired, holm, paired_difference
 from sape2.studies.compare.rawrows import check_one_study
 from sape2.studies.compare.tables import WEIGHTS
-from sape2.training.files import write_text
-from sape2.training.run_folder import write_rows
 
 Row = dict[str, Any]
 PROTOCOL = (

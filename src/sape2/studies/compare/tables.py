@@ -11,10 +11,10 @@ from pathlib import Path
 
 from sape2 import viz
 from sape2.evaluation.report import csv_table, format_spread, markdown_table
+from sape2.runs.files import write_text
+from sape2.runs.images import how_images_differ
 from sape2.studies.compare.groups import Group, group_runs, mean_and_std, mean_epochs, mean_rows, shared_in_words
-from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, Row, Run
-from sape2.training.files import write_text
-from sape2.training.run_folder import how_images_differ
+from sape2.studies.compare.headlines import COLUMNS, COUNTS, Column, MeasuredRun, Row
 
 WEIGHTS = {"last": "weights of the last epoch", "best": "weights of the best epoch on the validation set"}
 
@@ -122,11 +122,11 @@ class Comparison:
         shared = next((name for name in (found[0] if found else ()) if all(name in numbers for numbers in found)), None)
         return sorted({numbers[shared] for numbers in found}) if shared else []
 
-    def _runs(self) -> list[Run]:
+    def _runs(self) -> list[MeasuredRun]:
         return [run for group in self.groups for run in group.runs]
 
 
-def compare(runs: list[Run], measures: list[str] | None, split: str = "test", weights: str = "last") -> Comparison:
+def compare(runs: list[MeasuredRun], measures: list[str] | None, split: str = "test", weights: str = "last") -> Comparison:
     """Raises ValueError if there are no runs, or none was measured with what is asked for (None: whatever there is)."""
     if not runs:
         raise ValueError("none of these runs is finished; give their sape2 train commands again to go on")
