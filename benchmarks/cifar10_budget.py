@@ -11,8 +11,9 @@ import statistics
 import sys
 from pathlib import Path
 
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 from sape2.tables import markdown_table
-from sape2.training.run_folder import read_config, read_rows, write_rows
 from sape2.viz import plot_curves
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,7 @@ ROWS = ROOT / "benchmarks" / "results" / "cifar10_budget.jsonl"
 
 def collect(folder: Path) -> list[dict]:
     """Epoch lines and result rows of a run, marked with its encoding and seed."""
-    config = read_config(folder)
+    config = Run.open(folder).config
     mark = {"encoding": config.model.encoding, "seed": config.seed}
     return [mark | row for name in ("metrics.jsonl", "results.jsonl") for row in read_rows(folder / name)]
 

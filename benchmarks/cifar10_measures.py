@@ -19,8 +19,9 @@ from kept import keep_and_print, last_test_rows, six_digits
 from timing import RESULTS, Row
 
 from sape2 import viz
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 from sape2.tables import markdown_table
-from sape2.training.run_folder import read_config, read_rows
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 ROWS = RESULTS / "cifar10_measures.jsonl"
@@ -108,7 +109,7 @@ def collect(folders: list[Path]) -> list[Row]:
     """What the runs share, then the rows of each, last epoch, test set; numbers to six digits."""
     rows: list[Row] = []
     for folder in folders:
-        encoding = read_config(folder).model.encoding
+        encoding = Run.open(folder).config.model.encoding
         found = last_test_rows(folder)
         shared = {key: found[0][key] for key in SHARED}
         if rows and rows[0] != shared:

@@ -13,9 +13,9 @@ import io
 from pathlib import Path
 
 from sape2.cli import main as sape2
+from sape2.runs.rows import read_rows, write_rows
 from sape2.studies.compare.summary import grouped, interval, summarize
 from sape2.tables import markdown_table
-from sape2.training.run_folder import read_rows, write_rows
 
 ROWS = Path(__file__).parent / "results" / "detection_digits.jsonl"
 BASELINE = "ape"

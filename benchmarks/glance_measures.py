@@ -16,10 +16,11 @@ from cifar10_measures import AUROC, BIAS_TO_CONTENT, FEATURES, LIE_DERIVATIVE, L
 from kept import keep_and_print, last_test_rows, ranked_table, six_digits
 from timing import RESULTS, Row
 
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.outcome import outcome
 from sape2.studies.compare.summary import Summary, difference, grouped, summarize
 from sape2.tables import markdown_table
-from sape2.training.run_folder import read_config, read_rows
 
 ROWS = RESULTS / "cifar10_glance_measures.jsonl"
 BASELINE = "ape"
@@ -39,7 +40,7 @@ def collect(folders: list[Path]) -> list[Row]:
     """A row for each run and column: what was measured on the test set with the last weights, to six digits."""
     kept = []
     for folder in folders:
-        config = read_config(folder)
+        config = Run.open(folder).config
         found = last_test_rows(folder)
         about = {"encoding": config.model.encoding, "seed": config.seed, "recipe": config.recipe}
         for name, numbers in COLUMNS.items():

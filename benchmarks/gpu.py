@@ -24,8 +24,8 @@ import torch
 from gpu_case import FULL, TINY, Case, NotAvailable
 from timing import RESULTS, Row, conditions
 
+from sape2.runs.rows import read_rows, write_rows
 from sape2.tables import markdown_table
-from sape2.training.run_folder import read_rows, write_rows
 
 PARTS = {
     "correctness": gpu_correctness.cases,

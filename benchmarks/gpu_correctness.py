@@ -23,6 +23,7 @@ from sape2.encodings import list_encodings
 from sape2.encodings.bias import Distances
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
+from sape2.runs.run import Run
 from sape2.training.loop import Trainer
 
 ENCODINGS = [
@@ -139,7 +140,7 @@ def step_rows(recipe: str, options: argparse.Namespace) -> list[Row]:
     config = config_of(recipe, options)
     with tempfile.TemporaryDirectory() as folder:
         data = random_images(config.train.batch_size * 2, 3, 32)
-        trainer = Trainer(build_model(config), data, lambda _: (0.0, 0.0), config, Path(folder), quiet=True)
+        trainer = Trainer(build_model(config), data, lambda _: (0.0, 0.0), Run(Path(folder), config), quiet=True)
         batches = trainer.stream.batches(0)
         trainer._step(*next(batches))  # what is made at the first is kept
         trainer.progress.step += 1

@@ -24,12 +24,10 @@ from sape2.data import ImageData, Splits, load_data, normalize
 from sape2.evaluation.cost.timing import synchronize
 from sape2.models.trained import build_model
 from sape2.models.vit import create_model
+from sape2.runs.run import Run
 from sape2.studies.run import run_to_end
 from sape2.training import record
-from sape2.training.checkpoint import standing
-from sape2.training.lock import hold
 from sape2.training.loop import Trainer
-from sape2.training.run_folder import read_rows
 
 BASELINE, MASK = "ape", "ape+sape2, by mask"
 ENCODINGS = ["none", "ape", "rope", "ape+sape2", MASK, "ape+sape2:readout=direct"]
@@ -144,7 +142,7 @@ def input_rows(recipe: str, options: argparse.Namespace) -> list[Row]:
     config, batches = config_of(recipe, options), options.size.batches
     with tempfile.TemporaryDirectory() as folder:
         data = random_images(options.size.images, 3, 32)
-        trainer = Trainer(build_model(config), data, lambda _: (0.0, 0.0), config, Path(folder), quiet=True)
+        trainer = Trainer(build_model(config), data, lambda _: (0.0, 0.0), Run(Path(folder), config), quiet=True)
         device, stream = trainer.accelerator.device, trainer.stream
 
         def prepared() -> Iterator[list[torch.Tensor]]:
@@ -197,12 +195,12 @@ def table_rows(encoding: str, options: argparse.Namespace) -> list[Row]:
     else:
         config = override(config, [f"data.source={options.data}"])
         splits = load_data(config.data, config.model)
-    folder = options.runs / encoding.replace(":", "-").replace("=", "-")
+    run = Run(options.runs / encoding.replace(":", "-").replace("=", "-"), config)
     no_board = patch.object(record, "open_board", MagicMock())  # so that tensorboard need not be there
-    with hold(folder, standing(folder)) as lock, no_board:
-        rows = run_to_end(build_model(config), splits, config, lock, quiet=True)
+    with run.hold(), no_board:
+        rows = run_to_end(build_model(config), splits, run, quiet=True)
     accuracy = next(row for row in rows if row["name"] == "accuracy" and row["weights"] == "last")
-    epochs = read_rows(folder / "metrics.jsonl")
+    epochs = run.epochs()
     speed = {"images_per_s": epochs[-1]["images_per_s"], "seconds": sum(row["seconds"] for row in epochs)}
     values = {"value": accuracy["value"], "n": accuracy["n"], "epochs": config.train.epochs, "seed": config.seed}
     return [

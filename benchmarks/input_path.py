@@ -26,8 +26,8 @@ from sape2.config.recipes import get_recipe
 from sape2.data import ImageFiles, files, load_data
 from sape2.data.augment import TrainStream, augment_images
 from sape2.data.decoding import CenterCrop, decode
+from sape2.runs.rows import write_rows
 from sape2.tables import print_table
-from sape2.training.run_folder import write_rows
 
 ROWS = Path(__file__).parent / "results" / "input_path.jsonl"
 CLASSES = ["a", "b"]

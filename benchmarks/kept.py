@@ -8,8 +8,8 @@ from pathlib import Path
 
 from timing import Row
 
+from sape2.runs.rows import read_rows, write_rows
 from sape2.tables import markdown_table
-from sape2.training.run_folder import read_rows, write_rows
 
 
 def last_test_rows(folder: Path) -> list[Row]:

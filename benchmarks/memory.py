@@ -46,9 +46,9 @@ from sape2.attention import module as attention_module
 from sape2.encodings import AttentionEncoding
 from sape2.evaluation.cost.measure import forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.cost.memory import peak_bytes, predicted_peak
+from sape2.runs.rows import read_rows
 from sape2.tables import markdown_table
 from sape2.training.memory_errors import available_bytes
-from sape2.training.run_folder import read_rows
 
 SIDES = [8, 16, 24, 32, 48, 64]
 HEADS, HEAD_DIM, PATCH = 6, 64, 16

@@ -17,12 +17,11 @@ import tempfile
 from pathlib import Path
 
 from leaderboard import ENTRIES, problems
-from sprint import Trial, keep, trained
+from sprint import Trial, keep, run_of, trained
 
+from sape2.runs.files import safe_name
+from sape2.runs.rows import read_rows
 from sape2.studies.compare.rawrows import final_accuracy
-from sape2.training.files import safe_name
-from sape2.training.lock import hold
-from sape2.training.run_folder import read_rows
 
 
 def main() -> None:
@@ -49,8 +48,10 @@ def run(trials: list[Trial], data: Path | None, rows: Path, threads: int) -> Non
     torch.set_num_threads(threads)
     for trial in trials:
         if trial.digest not in {row["digest"] for row in read_rows(rows)}:
-            with tempfile.TemporaryDirectory() as folder, hold(Path(folder) / "run") as lock:
-                keep(trained(trial, data, lock), rows)
+            with tempfile.TemporaryDirectory() as folder:
+                run = run_of(trial, data, Path(folder) / "run")
+                with run.hold():
+                    keep(trained(trial, run), rows)
 
 
 def report(path: Path, target: float) -> str:

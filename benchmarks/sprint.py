@@ -17,17 +17,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig, override, with_epochs
 from sape2.config.recipes import get_recipe
+from sape2.runs.files import digest_of
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.outcome import paired_table
 from sape2.studies.compare.rawrows import final_validation_accuracy
 from sape2.tables import markdown_table
-from sape2.training.files import digest_of
-from sape2.training.run_folder import read_rows
 
 ROWS = RESULTS / "sprint.jsonl"
 BASELINE = "ape"
@@ -192,30 +192,34 @@ def run(stages: list[str], data: Path, out: Path, threads: int) -> None:
 
 def train(trial: Trial, stage: str, data: Path | None, out: Path, rows: Path = ROWS) -> None:
     """Does nothing if the run is kept, or if another process has it. Without `data` the recipe's own images are used."""
-    from sape2.training.lock import Held, hold
+    from sape2.runs.lock import Held
 
     if trial.digest in {row["digest"] for row in read_rows(rows)}:
         return
+    run = run_of(trial, data, out / trial.digest)
     try:
-        lock = hold(out / trial.digest)
+        lock = run.hold()
     except Held:
         return
     with lock:
-        keep(trained(trial, data, lock) | {"stage": stage}, rows)
+        keep(trained(trial, run) | {"stage": stage}, rows)
 
 
-def trained(trial: Trial, data: Path | None, lock: Any) -> Row:
-    """Trains to the end in the locked folder; the raw row of the run without its classes, and the conditions."""
+def run_of(trial: Trial, data: Path | None, folder: Path) -> Run[RunConfig]:
+    source = None if data is None else str(data / trial.config.data.name)
+    return Run(folder, replace(trial.config, data=replace(trial.config.data, source=source)))
+
+
+def trained(trial: Trial, run: Run[RunConfig]) -> Row:
+    """Trains a run that is held to its end; its raw row without its classes, and the conditions."""
     from sape2.data import load_data
     from sape2.models.trained import build_model
     from sape2.studies.compare.rawrows import raw_row
     from sape2.studies.run import run_to_end
 
-    source = None if data is None else str(data / trial.config.data.name)
-    config = replace(trial.config, data=replace(trial.config.data, source=source))
-    splits = load_data(config.data, config.model)
-    run_to_end(build_model(config), splits, config, lock)
-    row, about = raw_row(lock.folder), conditions()
+    splits = load_data(run.config.data, run.config.model)
+    run_to_end(build_model(run.config), splits, run)
+    row, about = raw_row(run), conditions()
     row["rows"] = [kept for kept in row["rows"] if "class" not in kept]
     return (
         row | {"command": trial.command, "processor": about["hardware"]} | {k: about[k] for k in ("date", "threads", "commit")}

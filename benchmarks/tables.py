@@ -18,13 +18,13 @@ import model_cost
 from kept import ranked_table
 from timing import RESULTS, Row
 
+from sape2.runs.rows import read_rows
 from sape2.studies.compare.outcome import Outcome, accuracy_table, cost_table, outcome
 from sape2.studies.compare.paired import paired_difference
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.studies.probes import find_task
 from sape2.studies.probing import table as probe_table
 from sape2.tables import markdown_table
-from sape2.training.run_folder import read_rows
 
 SIZES = ["encoding", "parameters", "MACs per image", "MiB per step"]
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sape2.evaluation.cost.timing import alternate, spread
+from sape2.runs.rows import write_rows
 from sape2.tables import Row
-from sape2.training.run_folder import write_rows
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

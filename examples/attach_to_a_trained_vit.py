@@ -33,35 +33,35 @@ from sape2.config import RunConfig
 from sape2.data import Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.vit import ViT
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.paired import paired_difference
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.tables import print_table
-from sape2.training.checkpoint import load_weights
 from sape2.training.loop import TrainingStopped, train
-from sape2.training.run_folder import is_finished, read_config, read_rows, write_rows
 
 LR = {"without": 2e-4, "encoding": 5e-3, "all": 2e-4}  # a tenth of cifar10_budget's for weights that are trained already
 
 
-def fine_tune(run: Path, arm: str, config: RunConfig, encoding: str, splits: Splits, folder: Path) -> ViT:
-    """The model of a run, trained on in one arm; taken up from its folder if that has been done."""
-    model = ViT(config.model)
-    load_weights(run / "model.safetensors", model)
-    torch.manual_seed(config.seed)  # of the new tables
+def fine_tune(run: Run[RunConfig], arm: str, tuned: Run[RunConfig], encoding: str, splits: Splits) -> ViT:
+    """The model of a run, trained on in one arm; taken up from the folder of that if it has been done."""
+    model = ViT(run.config.model)
+    run.load(model)
+    torch.manual_seed(tuned.config.seed)  # of the new tables
     if arm != "without":
         attach(model, encoding, trainable="encoding" if arm == "encoding" else "all")
-    if is_finished(folder):
-        load_weights(folder / "model.safetensors", model)
+    if tuned.state == "finished":
+        tuned.load(model)
     else:
-        train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), config, folder)
+        train(model, splits.train, lambda trained: quick_accuracy(trained, splits.validation), tuned)
     if arm != "without":
-        save_adapter(model, folder / "adapter")
+        save_adapter(model, tuned.folder / "adapter")
     return model
 
 
-def measure(run: Path, arm: str, seed: int, options: argparse.Namespace) -> dict:
+def measure(run: Run[RunConfig], arm: str, seed: int, options: argparse.Namespace) -> dict:
     """One row: test accuracy after fine-tuning, and before."""
-    config = read_config(run)
+    config, name = run.config, run.folder.name
     data = replace(
         config.data, source=options.data or config.data.source, train_limit=options.images or config.data.train_limit
     )
@@ -69,7 +69,7 @@ def measure(run: Path, arm: str, seed: int, options: argparse.Namespace) -> dict
     warmup = min(1.0, options.epochs / 5)
     schedule = replace(config.train, epochs=options.epochs, lr=LR[arm], min_lr=min(1e-5, LR[arm]), warmup_epochs=warmup)
     tuned = replace(config, recipe=f"attach_{arm}", seed=seed, train=schedule, data=data)
-    model = fine_tune(run, arm, tuned, options.encoding, splits, options.out / f"{run.name}-{arm}-s{seed}")
+    model = fine_tune(run, arm, Run(options.out / f"{name}-{arm}-s{seed}", tuned), options.encoding, splits)
     accuracy, loss = quick_accuracy(model, splits.test)
     return {
         "name": "accuracy",
@@ -79,7 +79,7 @@ def measure(run: Path, arm: str, seed: int, options: argparse.Namespace) -> dict
         "protocol": "top-1, one view, last epoch of fine-tuning",
         "loss": loss,
         "before": before,
-        "run": run.name,
+        "run": name,
         "arm": arm,
         "seed": seed,
         "encoding": options.encoding,
@@ -95,11 +95,11 @@ def measure(run: Path, arm: str, seed: int, options: argparse.Namespace) -> dict
 
 
 @functools.cache
-def trained(run: Path, config: RunConfig) -> tuple[Splits, float]:
+def trained(run: Run[RunConfig], config: RunConfig) -> tuple[Splits, float]:
     """The images, and the test accuracy of the run before any fine-tuning."""
     splits = load_data(config.data, config.model)
     model = ViT(config.model)
-    load_weights(run / "model.safetensors", model)
+    run.load(model)
     return splits, quick_accuracy(model, splits.test)[0]
 
 
@@ -126,11 +126,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/attach"), metavar="DIR")
     options = parser.parse_args(arguments)
     path = options.out / "results.jsonl"
-    for run in options.runs:
+    for run in map(Run.open_finished, options.runs):
         for seed in range(options.seeds):
             for arm in LR:
                 rows = read_rows(path)
-                if any((row["run"], row["seed"], row["arm"]) == (run.name, seed, arm) for row in rows):
+                if any((row["run"], row["seed"], row["arm"]) == (run.folder.name, seed, arm) for row in rows):
                     continue
                 try:
                     write_rows(path, [*rows, measure(run, arm, seed, options)])

@@ -6,7 +6,7 @@ from test_tables import lines_of
 from timing import RESULTS
 
 from sape2.config.recipes import RECIPES
-from sape2.training.run_folder import read_rows
+from sape2.runs.rows import read_rows
 
 
 def test_the_table_of_the_page_is_that_of_the_rows():

@@ -9,7 +9,7 @@ from peers import PLAIN, contenders, make_straightforward, random_tokens
 
 from sape2 import create_model, reference
 from sape2.evaluation.cost.measure import forward_backward
-from sape2.training.run_folder import read_rows
+from sape2.runs.rows import read_rows
 
 HEADS, HEAD_DIM = 2, 8
 GRIDS = [(3, 4), (5, 2)]

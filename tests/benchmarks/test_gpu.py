@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu_case import Case, NotAvailable
 
-from sape2.training.run_folder import read_rows
+from sape2.runs.rows import read_rows
 
 ABOUT = {"device": "one", "torch": "2", "tiny": True}
 CONDITIONS = {"date", "hardware", "torch", "torchvision", "timm", "accelerate", "triton", "device", "threads", "commit", "tiny"}

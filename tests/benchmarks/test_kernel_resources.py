@@ -10,7 +10,7 @@ import sys
 import pytest
 from timing import RESULTS, ROOT
 
-from sape2.training.run_folder import read_rows
+from sape2.runs.rows import read_rows
 
 KERNELS = ["forward", "query_gradients", "key_gradients"]
 CODE = """

@@ -8,7 +8,7 @@ import pytest
 import speedrun
 import sprint
 
-from sape2.training.files import digest_of
+from sape2.runs.files import digest_of
 
 TINY = (
     "train.precision=fp32",

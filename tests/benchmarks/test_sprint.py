@@ -3,7 +3,7 @@
 import pytest
 import sprint
 
-from sape2.training.run_folder import read_rows
+from sape2.runs.rows import read_rows
 
 TINY = (
     "train.precision=fp32",

@@ -8,8 +8,9 @@ import pytest
 import tables
 
 from sape2.config.recipes import get_recipe
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.outcome import outcome
-from sape2.training.run_folder import read_rows, start_run, write_rows
 
 DOCS = Path(__file__).parents[2] / "docs"
 KEPT = [name for name in tables.TABLES if (tables.RESULTS / f"{name}.jsonl").exists()]
@@ -68,7 +69,7 @@ def test_an_unknown_table_is_named(monkeypatch):
 
 
 def test_a_measure_of_layers_is_their_mean_on_the_test_set_with_the_last_weights(tmp_path):
-    start_run(tmp_path, get_recipe("cifar10_glance"))
+    Run(tmp_path, get_recipe("cifar10_glance")).start()
     row = {"measure": "health", "name": "bias_to_content", "n": 9, "torch": "2", "split": "test", "weights": "last"}
     rows = [row | {"layer": layer, "value": float(layer)} for layer in (1, 2, 3, 4)]
     write_rows(tmp_path / "results.jsonl", [row | {"layer": 1, "value": 100.0, "weights": "best"}, *rows])

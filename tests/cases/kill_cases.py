@@ -22,12 +22,12 @@ from sape2.config.recipes import get_recipe
 from sape2.data import load_data
 from sape2.evaluation.runs import measure
 from sape2.models.trained import build_model
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.plan import Study
 from sape2.studies.compare.rawrows import read_raw
 from sape2.studies.compare.work import forget_failures, work
 from sape2.studies.run import StepMemory, run_to_end
-from sape2.training.lock import hold
-from sape2.training.run_folder import read_config, read_rows
 
 SETTINGS = [
     "model.dim=12", "model.depth=1", "model.drop_path=0.2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=32",
@@ -50,20 +50,21 @@ class Tasks:
         self.splits = load_data(self.config.data, self.config.model)
 
     def train(self, folder):
-        with hold(folder) as lock:
-            run_to_end(build_model(self.config), self.splits, self.config, lock, quiet=True)
+        run = Run(folder, self.config)
+        with run.hold():
+            run_to_end(build_model(self.config), self.splits, run, quiet=True)
 
     def evaluate(self, folder):
         for split in ("test", "validation"):
-            measure(folder, self.splits, ["accuracy"], split, ["last", "best"])
+            measure(Run.open_finished(folder), self.splits, ["accuracy"], split, ["last", "best"])
 
     def compare(self, folder):
         study = Study(self.config, ("none", "ape"), 1, folder)
         study.start()
         forget_failures(study)  # three kills at one place are taken for a fault of the run; as `--retry-failed`
 
-        def run(cell, lock):
-            run_to_end(build_model(cell.config), self.splits, cell.config, lock, quiet=True)
+        def run(cell):
+            run_to_end(build_model(cell.config), self.splits, cell.run, quiet=True)
 
         work(study, run)
 
@@ -166,7 +167,7 @@ def content(folder):
             rows = sorted(read_raw(path), key=lambda row: (row["encoding"], row["seed"])) if is_study else read_rows(path)
             found[name] = [without_times(row) for row in rows]
         elif path.name == "config.json":
-            found[name] = read_config(path.parent)
+            found[name] = Run.open(path.parent).config
     return found
 
 

@@ -9,8 +9,8 @@ from sape2.cli import build_parser
 from sape2.cli.options import resolve
 from sape2.data import load_data
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import save_weights
-from sape2.training.run_folder import start_run
+from sape2.runs.checkpoint import save_weights
+from sape2.runs.run import Run
 
 
 def fill(folder: Path, counts: dict[str, int], size=(30, 34), mode="RGB") -> Path:
@@ -29,7 +29,7 @@ def finished_run(run: Path, data: Path, *settings: str) -> list[str]:
     given = [word for setting in ("model.depth=1", *settings) for word in ("--set", setting)]
     words = ["train", "images", "--out", str(run), *given, "--data", str(data)]
     config = resolve(build_parser().parse_args(words))
-    start_run(run, config, load_data(config.data, config.model).train.fingerprint)
+    Run(run, config).start(load_data(config.data, config.model).train.fingerprint)
     for name in ("model", "best"):
         save_weights(run / f"{name}.safetensors", build_model(config))
     return words

@@ -2,8 +2,9 @@
 
 from sape2.config import override
 from sape2.config.recipes import get_recipe
+from sape2.runs.rows import write_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.plan import Study
-from sape2.training.run_folder import start_run, write_rows
 
 TINY = [
     "model.dim=12", "model.depth=1", "train.epochs=1", "train.warmup_epochs=0", "train.batch_size=32", "train.precision=fp32",
@@ -17,8 +18,8 @@ def tiny_study(folder, encodings=("none", "ape"), seeds=2, settings=()):
 
 def finish(cell, accuracy=0.5, best=None):
     """What a finished and measured run leaves; the accuracy is any number, the epoch took 2 s."""
-    config, folder = cell.config, cell.folder
-    start_run(folder, config)
+    folder = cell.folder
+    Run(folder, cell.config).start()
     epoch = {"epoch": 1, "loss": 2.0, "accuracy": 0.5, "validation_loss": 1.0, "validation_accuracy": 0.5, "seconds": 2.0}
     write_rows(folder / "metrics.jsonl", [epoch | {"images_per_s": 3200.0, "device": "cpu", "step_memory_mib": 1.5}])
     row = {"measure": "accuracy", "split": "test", "unit": "fraction", "n": 359, "protocol": "p", "torch": "2", "hardware": "h"}

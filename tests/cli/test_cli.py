@@ -24,9 +24,10 @@ from sape2.encodings import find_encoding, list_encodings, options_of, parse_enc
 from sape2.encodings.base import AttentionEncoding
 from sape2.evaluation import MEASURES
 from sape2.models.trained import build_model
+from sape2.runs import run as run_module
+from sape2.runs.checkpoint import Progress, save_checkpoint, save_weights
+from sape2.runs.run import Run
 from sape2.studies.probes import TASKS
-from sape2.training.checkpoint import Progress, save_checkpoint, save_weights
-from sape2.training.run_folder import start_run
 
 QUICK = ["--epochs", "2", "--set", "train.precision=fp32"]  # accelerate keeps one precision for the whole process
 CONDITIONS = {"name", "value", "unit", "n", "protocol", "encoding", "model", "data", "split", "seed"}
@@ -246,8 +247,8 @@ def test_a_run_folder_without_config_is_refused(mistake, run, command):
         (b'{"recipe": "digits", "mod', ["is damaged"]),
         (b"\xff\xfe\x00", ["is damaged"]),
         (b"[1, 2]", ["does not fit", "must be an object"]),
-        (b'{"recipe": "digits"}', ["does not fit", "missing key model"]),
-        (b'{"recipe": "digits", "model": {"depht": 3}, "data": {}}', ["does not fit", "model.depht", "depth"]),
+        (b'{"format": 1, "recipe": "digits"}', ["does not fit", "missing key model"]),
+        (b'{"format": 1, "recipe": "digits", "model": {"depht": 3}, "data": {}}', ["does not fit", "model.depht", "depth"]),
     ],
 )
 def test_a_damaged_config_is_refused(mistake, run, command, text, named):
@@ -290,7 +291,7 @@ def test_evaluate_names_weights_that_are_missing(mistake, run):
 
 def test_train_does_not_go_on_from_a_checkpoint_of_another_model(mistake, tmp_path):
     folder = tmp_path / "run"
-    start_run(folder, config_of("digits", *QUICK))
+    Run(folder, config_of("digits", *QUICK)).start()
     save_checkpoint(folder, Progress(step=20), another_model(), None, {})
     line = mistake("train", "digits", *QUICK, "--out", folder)
     assert missing([f"{folder}/checkpoint/step-00000020", "does not hold the weights of this model"], line) == []
@@ -435,13 +436,21 @@ def test_the_same_command_again_says_that_it_is_finished_and_changes_nothing(cap
     assert tree(run) == before
 
 
-def test_the_same_command_goes_on_to_the_same_weights(capfd, run):
-    """From the checkpoint of the last epoch; resuming in the middle of a run is tested in test_train.py."""
+def test_the_same_command_goes_on_to_the_same_weights(capfd, run, monkeypatch):
+    """From the checkpoint of the last epoch, with one look at whose folder it is and on which images.
+
+    Resuming in the middle of a run is tested in test_train.py.
+    """
+    looks = []
+    for name in ("read_config", "other_images"):
+        call = getattr(run_module, name)
+        monkeypatch.setattr(run_module, name, lambda *given, name=name, call=call: looks.append(name) or call(*given))
     weights, rows = load_file(run / "model.safetensors"), (run / "results.jsonl").read_text()
     for name in ("model.safetensors", "results.jsonl"):
         (run / name).unlink()
     assert main(["train", "digits", *QUICK, "--out", str(run)]) == 0
     assert "going on from step 40" in capfd.readouterr().err
+    assert looks == ["read_config", "other_images"]
     again = load_file(run / "model.safetensors")
     assert all((again[name] == weights[name]).all() for name in weights)
     assert (run / "results.jsonl").read_text() == rows

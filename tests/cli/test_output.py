@@ -13,8 +13,8 @@ import pytest
 from sape2.cli import main
 from sape2.cli.output import drawn
 from sape2.cli.text import NAME, print_anything
+from sape2.runs.files import check_writable
 from sape2.tables import csv_table, markdown_table, print_table
-from sape2.training.files import check_writable
 
 
 @pytest.mark.parametrize("name", ["=1+2", "+1", "-a", "@SUM(A1)", "\tx", "\n=1", " =1+2", "\uff1d1+2"])

@@ -28,6 +28,7 @@ from sape2.data.pixels import MAX_PIXELS
 from sape2.data.webdataset import index_shard
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
+from sape2.runs.run import Run
 from sape2.training.loop import train
 
 AUGMENT = AugmentConfig(crop_padding=1, flip=True, policy="randaugment", policy_group=3)
@@ -130,8 +131,8 @@ def test_a_run_ends_with_the_same_weights_from_every_layout(whole, tmp_path):
     for layout, in_memory in (("parquet", True), ("folder", False), ("webdataset", True)):
         splits = load(whole[layout], name="cifar10", in_memory=in_memory)
         model = build_model(config)
-        folder = tmp_path / f"{layout}{in_memory}"
-        train(model, splits.train, lambda trained, s=splits: quick_accuracy(trained, s.validation), config, folder, quiet=True)
+        run = Run(tmp_path / f"{layout}{in_memory}", config)
+        train(model, splits.train, lambda trained, s=splits: quick_accuracy(trained, s.validation), run, quiet=True)
         weights.append(model.state_dict())
     assert all(torch.equal(one[key], weights[0][key]) for one in weights[1:] for key in one)
 
@@ -527,9 +528,10 @@ def resume(folder, run_folder, whole, **changes):
     settings = ["model.image_size=8", "model.num_classes=3", "train.batch_size=16", "train.workers=0"]
     config = override(get_recipe("cifar10_budget"), settings)
     splits = load(folder, name="cifar10", **changes)
-    from sape2.training.run_folder import start_run
-
-    start_run(run_folder, config, splits.train.fingerprint)
+    run = Run(run_folder, config)
+    run.check_settings()
+    run.check_images(splits.train.fingerprint)
+    run.start(splits.train.fingerprint)
 
 
 def test_a_run_notices_other_images_and_accepts_another_layout_of_the_same(whole, tmp_path):

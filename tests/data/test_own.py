@@ -13,8 +13,8 @@ from sape2.cli.options import default_name, resolve
 from sape2.config import ModelConfig
 from sape2.data import load_data, open_sources
 from sape2.data.images import class_split
+from sape2.runs.run import Run
 from sape2.studies.compare.plan import Study
-from sape2.training.run_folder import read_config, start_run
 
 
 @pytest.fixture(autouse=True)
@@ -172,12 +172,16 @@ def test_the_same_folder_goes_on_with_a_run_and_a_changed_one_does_not(tmp_path)
 
     def start(*settings):
         config = config_of(folder, *settings)
-        start_run(tmp_path / "run", config, load_data(config.data, config.model).train.fingerprint)
+        run = Run(tmp_path / "run", config)
+        run.check_settings()
+        seen = load_data(config.data, config.model).train.fingerprint
+        run.check_images(seen)
+        run.start(seen)
         return config
 
     config = start()
     Study(config, ("ape",), 1, tmp_path / "study").start()
-    assert read_config(tmp_path / "run") == config == start()
+    assert Run.open(tmp_path / "run").config == config == start()
     shutil.copy(folder / "cat" / "0.png", folder / "dog" / "new.png")
     with pytest.raises(
         ValueError, match=r"the images in the folder 'mine' have changed since it began: data\.mean .* Put back"

@@ -13,11 +13,11 @@ from layout_cases import CLASSES, load, write_parquet
 from PIL import Image, ImageOps
 
 from sape2.config import ModelConfig
+from sape2.config.recipes import get_recipe
 from sape2.data import decode
 from sape2.data.picture import read_picture, take_picture
 from sape2.data.pixels import RULE, is_grey, named, opened, read_image, to_8_bits, upright_size
-from sape2.models.trained import note_of_rule
-from sape2.training.run_folder import check_data
+from sape2.runs.run import Run
 
 MODEL = ModelConfig(image_size=(16, 16), patch_size=4, num_classes=3)
 
@@ -365,41 +365,38 @@ def test_detection_reads_the_same_pixels(name, tmp_path):
 
 @pytest.fixture
 def seen(tmp_path):
-    """A run folder in which data.json says what is given; with it, what the same images give now."""
+    """A run whose data.json says what is given; with it, what the same images give now."""
     now = load(write_everywhere(tmp_path / "data", SAME["lying"])["folder"], MODEL).train.fingerprint
 
     def written(**changes):
-        folder = tmp_path / "run"
-        folder.mkdir(exist_ok=True)
         before = {key: value for key, value in (now | changes).items() if value is not None}
-        (folder / "data.json").write_text(json.dumps(before))
-        return folder, now
+        (tmp_path / "run").mkdir(exist_ok=True)
+        (tmp_path / "run" / "data.json").write_text(json.dumps(before))
+        return Run(tmp_path / "run", get_recipe("digits")), now
 
     return written
 
 
 def test_a_run_of_another_rule_does_not_go_on(seen):
-    for before, named_rule in ((None, 1), (RULE + 1, RULE + 1)):
-        folder, now = seen(reading_rule=before)
-        with pytest.raises(ValueError, match=rf"by rule {named_rule}, now it is rule {RULE} .*choose another --out") as error:
-            check_data(folder, now)
-        assert "\n" not in str(error.value)
-    (folder / "data.json").unlink()  # the way out that the message names
-    check_data(folder, now)
+    run, now = seen(reading_rule=RULE + 1)
+    with pytest.raises(ValueError, match=rf"by rule {RULE + 1}, now it is rule {RULE} .*choose another --out") as error:
+        run.check_images(now)
+    assert "\n" not in str(error.value)
+    (run.folder / "data.json").unlink()  # the way out that the message names
+    run.check_images(now)
 
 
 def test_a_run_of_the_same_rule_or_of_arrays_goes_on(seen):
-    check_data(*seen())
-    folder, now = seen(layout="arrays", reading_rule=None)
-    check_data(folder, now)
-    check_data(folder, {key: value for key, value in now.items() if key != "reading_rule"} | {"layout": "arrays"})
+    run, now = seen()
+    run.check_images(now)
+    run, now = seen(layout="arrays", reading_rule=None)
+    run.check_images(now)
 
 
-def test_a_finished_run_of_another_rule_gets_a_note(seen, tmp_path):
-    assert note_of_rule(seen()[0]) is None
-    assert note_of_rule(seen(layout="arrays", reading_rule=None)[0]) is None
-    assert note_of_rule(tmp_path / "nowhere") is None
-    folder, _ = seen(reading_rule=None)
-    assert f"by rule 1; here images are read by rule {RULE}" in str(note_of_rule(folder))
-    (folder / "data.json").write_text("[]")
-    assert note_of_rule(folder) is None
+def test_a_finished_run_of_another_rule_gets_a_note_and_is_measured(seen):
+    assert seen()[0].note_of_rule is None
+    assert seen(layout="arrays", reading_rule=None)[0].note_of_rule is None
+    run, now = seen(reading_rule=RULE + 1)
+    run.weights("last").touch()
+    run.check_images(now)
+    assert f"by rule {RULE + 1}; here images are read by rule {RULE}" in str(run.note_of_rule)

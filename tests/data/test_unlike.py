@@ -10,7 +10,7 @@ from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import load_data
 from sape2.data.picture import COLOUR, Picture, read_picture, unlike
-from sape2.models.trained import names_of_classes, sizes_trained_on
+from sape2.runs.run import Run
 
 DIGITS = get_recipe("digits")
 RGB = override(DIGITS, ["image_size=16", "in_channels=3", "data.mean=[0.5,0.5,0.5]", "data.std=[0.2,0.2,0.2]"])
@@ -107,7 +107,7 @@ def test_a_run_knows_the_sizes_of_its_images_and_shrugs_at_damage(tmp_path, as_u
     fill(tmp_path / "mine" / "train", {"cat": 3, "dog": 3}, (30, 40))
     fill(tmp_path / "mine" / "test", {"cat": 1, "dog": 1}, (90, 20))
     finished_run(tmp_path / "run", tmp_path / "mine")
-    assert sizes_trained_on(tmp_path / "run") == [(40, 30)]
+    assert Run.open(tmp_path / "run").image_sizes == [(40, 30)]
     (tmp_path / "run" / "data.json").write_text('{"train": {"sizes": [[0, 3], 4, ["a", 5]]}, "classes": 3}')
-    assert sizes_trained_on(tmp_path / "run") == [(32, 32)]
-    assert names_of_classes(tmp_path / "run") == ["0", "1"]
+    assert Run.open(tmp_path / "run").image_sizes == [(32, 32)]
+    assert Run.open(tmp_path / "run").classes == ["0", "1"]

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 
 from sape2.cli import main
 from sape2.detection.train import DetectionTrainer
-from sape2.training.checkpoint import last_checkpoint
-from sape2.training.lock import NAME, hold
-from sape2.training.run_folder import read_rows
+from sape2.runs.checkpoint import last_checkpoint
+from sape2.runs.lock import NAME, hold
+from sape2.runs.rows import read_rows
 
 pytest.importorskip("faster_coco_eval")
 

@@ -10,21 +10,21 @@ from safetensors.torch import load_file
 from sape2.cli import main
 from sape2.config import override
 from sape2.config.detection import DetectionConfig, DetectorConfig, TrainingConfig
-from sape2.config.recipes import get_detection_recipe
+from sape2.config.recipes import get_detection_recipe, get_recipe
 from sape2.config.recipes.coco import DETECTION_RECIPES
 from sape2.data.pixels import RULE
 from sape2.detection import compose, create_detector, run_detection
 from sape2.detection.metrics import predict
 from sape2.detection.models import no_weight_decay
-from sape2.detection.splits import check_goes_on, fingerprint, open_images
+from sape2.detection.splits import fingerprint, open_images
 from sape2.detection.train import (
     DetectionTrainer,
-    check_folder,
     make_optimizer,
     make_schedule,
     new_detector,
 )
-from sape2.training.run_folder import read_rows
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 
 pytest.importorskip("faster_coco_eval")
 TINY = [
@@ -140,7 +140,7 @@ def losses_of(trainer, samples, steps):
 def test_a_few_steps_on_two_images_lower_the_loss(tiny, tmp_path):
     config = tiny("masks=true", "batch_size=2", "warmup_steps=0", "epochs=50")
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True, seen={})
+    trainer = DetectionTrainer(new_detector(config), images, Run(tmp_path, config), quiet=True, seen={})
     alike = [i for i in range(len(images)) if images.sizes[i] == images.sizes[0]][:2]
     samples = [(image / 255, target) for image, target in (images[i] for i in alike)]
     found = losses_of(trainer, samples, 12)
@@ -150,7 +150,7 @@ def test_a_few_steps_on_two_images_lower_the_loss(tiny, tmp_path):
 def test_an_image_without_objects_can_be_learned_from(tiny, tmp_path):
     config = tiny("masks=true")
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True, seen={})
+    trainer = DetectionTrainer(new_detector(config), images, Run(tmp_path, config), quiet=True, seen={})
     image, target = images[0]
     empty = {key: value[:0] for key, value in target.items() if key in ("boxes", "labels", "masks")}
     assert torch.isfinite(torch.tensor(losses_of(trainer, [(image / 255, empty)], 2))).all()
@@ -190,14 +190,13 @@ def test_a_run_that_may_have_read_other_pixels_does_not_go_on(tiny, tmp_path):
     published = replace(config, images=replace(config.images, name="coco"))
     seen = fingerprint(published, train, test)
     assert seen["reading_rule"] == RULE
-    check_goes_on(tmp_path, seen)  # nothing to take up
-    (tmp_path / "checkpoint" / "step-00000003").mkdir(parents=True)
-    with pytest.raises(ValueError, match="does not tell by which rule it read its images"):
-        check_goes_on(tmp_path, seen)
-    (tmp_path / "data.json").write_text(json.dumps(seen))
-    check_goes_on(tmp_path, seen)
+    run = Run(tmp_path / "run", config)
+    run.start(seen)
+    run.check_images(seen)
+    with pytest.raises(ValueError, match=rf"by rule {RULE}, now it is rule {RULE + 1}"):
+        run.check_images(seen | {"reading_rule": RULE + 1})
     with pytest.raises(ValueError, match="saw other images: the number of its train images"):
-        check_goes_on(tmp_path, fingerprint(published, test, train))
+        run.check_images(fingerprint(published, test, train))
     for images in (train, test):
         images.images = [entry | {"file_name": "photo.JPG"} for entry in images.images]
     assert "reading_rule" not in fingerprint(published, train, test)
@@ -206,7 +205,7 @@ def test_a_run_that_may_have_read_other_pixels_does_not_go_on(tiny, tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     config = tiny()
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True, seen={})
+    trainer = DetectionTrainer(new_detector(config), images, Run(tmp_path, config), quiet=True, seen={})
     image, target = images[0]
     with pytest.raises(ValueError, match=r"loss is nan at step 0 .* training\.lr"):
         trainer._step([(image / 255 * float("nan"), target)])
@@ -279,8 +278,8 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capfd, argv, named):
 
 def test_a_folder_of_something_else_is_refused(tmp_path, tiny):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not a detection run"):
-        check_folder(tmp_path, tiny())
-    (tmp_path / "config.json").write_text('{"recipe": "digits"}')
-    with pytest.raises(ValueError, match="not the config of a detection run"):
-        check_folder(tmp_path, tiny())
+    with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config\.json"):
+        Run(tmp_path, tiny()).check_settings()
+    Run(tmp_path, get_recipe("digits")).start()
+    with pytest.raises(ValueError, match="does not fit this version of sape2"):
+        Run(tmp_path, tiny()).check_settings()

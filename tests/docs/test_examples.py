@@ -8,8 +8,8 @@ from pathlib import Path
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import save_weights
-from sape2.training.run_folder import start_run
+from sape2.runs.checkpoint import save_weights
+from sape2.runs.run import Run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -24,7 +24,7 @@ def load(name):
 def test_attach_to_a_trained_vit(tmp_path, capsys):
     small = ["model.encoding=ape", "model.dim=12", "model.depth=1", "train_limit=128", "train.precision=fp32", "mixup=0"]
     config = override(get_recipe("digits"), small)
-    start_run(tmp_path / "run", config)
+    Run(tmp_path / "run", config).start()
     save_weights(tmp_path / "run" / "model.safetensors", build_model(config))
     example, out = load("attach_to_a_trained_vit"), tmp_path / "out"
     arguments = [str(tmp_path / "run"), "--epochs", "1", "--seeds", "1", "--out", str(out)]

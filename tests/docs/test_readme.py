@@ -5,7 +5,7 @@ from pathlib import Path
 
 from site_checks import code_blocks
 
-from sape2.training.run_folder import read_rows
+from sape2.runs.rows import read_rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -9,12 +9,12 @@ from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.encodings import canonical_name, create_encodings, find_encoding, list_encodings
 from sape2.evaluation.cost.sweep import Sweep
+from sape2.runs.files import digest_of
+from sape2.runs.run import Run
 from sape2.studies.compare.plan import Study
 from sape2.studies.compare.rawrows import note_failure, read_raw
 from sape2.studies.probes import find_task
 from sape2.studies.probing import Cell, finished, measured_splits
-from sape2.training.files import digest_of
-from sape2.training.run_folder import check_run, read_config, start_run
 
 
 @pytest.mark.parametrize(
@@ -86,18 +86,16 @@ def test_a_sweep_and_a_probe_know_it_under_one_name():
 
 def test_a_run_written_under_another_spelling_is_the_same_run(tmp_path):
     spelled, named = (override(get_recipe("digits"), [f"model.encoding={name}"]) for name in ("sape2+ape", "ape+sape2"))
-    start_run(tmp_path / "run", spelled)
-    path = tmp_path / "run" / "config.json"
-    path.write_text(path.read_text().replace("ape+sape2", "sape2+ape"))  # as an older version wrote it
+    Run(tmp_path / "run", spelled).start()
     for config in (spelled, named):
-        check_run(tmp_path / "run", config)
-    assert read_config(tmp_path / "run").model.encoding == "ape+sape2"
+        Run(tmp_path / "run", config).check_settings()
+    assert Run.open(tmp_path / "run").config.model.encoding == "ape+sape2"
 
 
 def test_a_raw_row_of_before_has_the_digest_of_the_one_name(tmp_path):
     spelled, named = (override(get_recipe("digits"), [f"model.encoding={name}"]) for name in ("sape2+ape", "ape+sape2"))
     (tmp_path / "new").mkdir()
-    note_failure(tmp_path / "new", named, "reason")
+    note_failure(Run(tmp_path / "new", named), "reason")
     new = json.loads((tmp_path / "new" / ".failed.json").read_text())
     settings = json.loads(json.dumps(spelled.identity()))
     old = {"encoding": "sape2+ape", "seed": 0, "settings": settings, "digest": digest_of(settings), "failed": "reason"}

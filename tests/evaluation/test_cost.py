@@ -26,7 +26,8 @@ from sape2.evaluation.cost.rows import count_table, growth_rows, lines_of_growth
 from sape2.evaluation.cost.subjects import AttentionSubject, EncodedAttention, ModelSubject, PlainAttention, Point
 from sape2.evaluation.cost.sweep import Sweep, attention_part, measure, parse_grid, run_sweep
 from sape2.evaluation.cost.timing import alternate, median_seconds, spread
-from sape2.training import files, memory_errors
+from sape2.runs import files
+from sape2.training import memory_errors
 from sape2.training.memory_errors import available_bytes
 
 MEGA = 1_000_000

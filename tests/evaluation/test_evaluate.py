@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -18,8 +19,10 @@ from sape2.data import load_data
 from sape2.evaluation.base import row
 from sape2.evaluation.runs import measure
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import save_weights
-from sape2.training.run_folder import read_config, read_rows, start_run, write_rows
+from sape2.runs import run as run_module
+from sape2.runs.checkpoint import save_weights
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run_it")
 def run(tmp_path):
     """A finished run of one layer, untrained."""
     config = override(get_recipe("digits"), ["model.depth=1", "model.encoding=sape2"])
-    start_run(tmp_path / "run", config)
+    Run(tmp_path / "run", config).start()
     save_weights(tmp_path / "run" / "model.safetensors", build_model(config))
     return tmp_path / "run"
 
@@ -79,9 +82,9 @@ def test_measuring_again_replaces_the_rows_of_that_measure_only(run, monkeypatch
     assert sorted(found) == sorted([("first", "validation", 7.0), *[("first", "test", 5.0), ("second", "test", 2.0)] * 2])
 
 
-@pytest.mark.parametrize(("layout", "lines"), [("folder", 1), ("arrays", 0)])
-def test_a_run_whose_images_were_read_by_another_rule_is_measured_with_a_note(run, monkeypatch, capfd, layout, lines):
-    (run / "data.json").write_text(json.dumps({"layout": layout, "train": {}, "test": {}}))
+@pytest.mark.parametrize(("rule", "lines"), [({"reading_rule": 1}, 1), ({}, 0)])
+def test_a_run_whose_images_were_read_by_another_rule_is_measured_with_a_note(run, monkeypatch, capfd, rule, lines):
+    (run / "data.json").write_text(json.dumps({"layout": "folder", "train": {}, "test": {}} | rule))
     monkeypatch.setitem(evaluation.MEASURES, "first", given("first", 1.0))
     assert main(["evaluate", str(run), "--measures", "first"]) == 0
     assert capfd.readouterr().err.count("read its training images by rule 1") == lines
@@ -101,10 +104,24 @@ def test_what_was_measured_before_a_measure_fails_is_kept(run, monkeypatch, capf
     ]
 
 
+def test_settings_and_images_are_read_once_and_weights_loaded_once(run, monkeypatch):
+    """With a figure of the test set, which needs the model again."""
+    config = Run.open(run).config
+    Run(run, config).start(load_data(config.data, config.model).train.fingerprint)
+    calls = Counter()
+    for name in ("read_config", "other_images", "load_weights"):
+        call = getattr(run_module, name)
+        monkeypatch.setattr(run_module, name, lambda *given, name=name, call=call: calls.update([name]) or call(*given))
+    assert main(["evaluate", str(run)]) == 0
+    assert (run / "figures" / "confusion.png").exists()
+    assert calls == {"read_config": 1, "other_images": 1, "load_weights": 1}
+
+
 @pytest.mark.parametrize(("same", "times"), [(True, 1), (False, 2)])
 def test_weights_that_lie_in_two_files_are_measured_once(run, monkeypatch, same, times):
     """As after a run whose last epoch was the best one."""
-    config, calls = read_config(run), []
+    held, calls = Run.open_finished(run), []
+    config = held.config
     last, best = (run / f"{name}.safetensors" for name in ("model", "best"))
     if same:
         shutil.copy(last, best)
@@ -113,7 +130,7 @@ def test_weights_that_lie_in_two_files_are_measured_once(run, monkeypatch, same,
     monkeypatch.setitem(
         evaluation.MEASURES, "first", lambda model, data, limit: calls.append(1) or given("first", 0.5)(model, data)
     )
-    rows = measure(run, load_data(config.data, config.model), ["first"], "test", ["last", "best"])
+    rows = measure(held, load_data(config.data, config.model), ["first"], "test", ["last", "best"])
     assert len(calls) == times
     assert [(row["weights"], row["name"], row["value"]) for row in rows] == [
         (weights, name, 0.5) for weights in ("last", "best") for name in ("number", "another")

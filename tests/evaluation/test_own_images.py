@@ -8,9 +8,10 @@ from own_cases import fill, finished_run
 from sape2 import evaluation
 from sape2.cli import main
 from sape2.evaluation.base import row
-from sape2.evaluation.runs import is_measured
+from sape2.runs.images import other_images
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.headlines import read_runs
-from sape2.training.run_folder import _other_images, own_results, read_config, read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,7 @@ def test_other_images_under_a_name_have_rows_of_their_own(tmp_path, others, eval
         assert evaluate(*words) == 0
     rows = read_rows(tmp_path / "run" / "results.jsonl")
     assert [(r["data"], r.get("other_data"), r["value"]) for r in rows] == [("mine", None, 3.0), ("garden", "garden", 4.0)]
-    assert own_results(tmp_path / "run") == rows[:1]
+    assert Run.open(tmp_path / "run").results() == rows[:1]
     (run,), _ = read_runs([tmp_path / "run"])
     assert run.rows == rows[:1]
 
@@ -69,7 +70,7 @@ def test_other_images_under_a_name_have_rows_of_their_own(tmp_path, others, eval
 def test_rows_of_other_images_do_not_make_a_run_measured(tmp_path, others, evaluate):
     for weights in ("last", "best"):
         assert evaluate("--data", others, "--other-data", "garden", "--weights", weights) == 0
-    assert not is_measured(tmp_path / "run")
+    assert not Run.open(tmp_path / "run").is_measured
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_a_finished_run_notices_that_the_images_of_its_folder_changed(tmp_path, 
         assert evaluate("--weights", weights) == 0
     assert main(command) == 0
     (mine / "cat" / "0.png").write_bytes((mine / "dog" / "0.png").read_bytes())
-    data = read_config(tmp_path / "run").data
+    data = Run.open(tmp_path / "run").config.data
     settings = [f"data.mean={list(data.mean)}", f"data.std={list(data.std)}"]
     assert evaluate() == 2
     assert main([*command, *(word for setting in settings for word in ("--set", setting))]) == 2
@@ -146,7 +147,5 @@ def test_a_run_notices_that_its_classes_have_other_names(tmp_path, mine, evaluat
     assert evaluate() == 2
     assert "saw other images: the names" in capfd.readouterr().err
     known = {"layout": "a", "classes": ["cat", "dog"], "train": {}, "test": {}}
-    assert (
-        _other_images(known, known | {"layout": "b", "classes": ["dog", "cat"]}) == "the names of its classes, or their order"
-    )
-    assert _other_images(known, known | {"layout": "b", "classes": []}) is None
+    assert other_images(known, known | {"layout": "b", "classes": ["dog", "cat"]}) == "the names of its classes, or their order"
+    assert other_images(known, known | {"layout": "b", "classes": []}) is None

@@ -17,7 +17,7 @@ from sape2.data import load_data
 from sape2.evaluation import accuracy
 from sape2.evaluation.predictions import find_images, predict_files
 from sape2.models.trained import load_run_model
-from sape2.training.run_folder import class_names, read_config, write_rows
+from sape2.runs.run import Run
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -65,12 +65,13 @@ def predicted(run, capfd):
 
 
 def test_a_folder_gets_the_answers_that_evaluate_counts(run, mine):
-    config, files = read_config(run), find_images([mine / "test"])
+    held, files = Run.open_finished(run), find_images([mine / "test"])
+    config = held.config
     assert config.data.center_crop == 0.8
     test = load_data(config.data, config.model).test
     order = sorted(range(len(files)), key=lambda i: (files[i].name, str(files[i])))  # as the folder layout numbers them
-    expected = accuracy.predict(load_run_model(run), test, 500).double().softmax(1)
-    rows = predict_files(run, [files[i] for i in order], top=3).rows
+    expected = accuracy.predict(load_run_model(held), test, 500).double().softmax(1)
+    rows = predict_files(held, [files[i] for i in order], top=3).rows
     found = torch.zeros(len(order), 3, dtype=torch.float64)
     for number, row in enumerate(rows):
         found[number // 3, test.classes.index(row["class"])] = row["probability"]
@@ -111,8 +112,8 @@ def test_more_classes_than_there_are_give_all(predicted, mine):
 
 
 def test_batches_are_halved_until_they_fit(run, mine, monkeypatch):
-    files = find_images([mine / "test"])
-    expected, tried = predict_files(run, files).rows, []
+    held, files = Run.open_finished(run), find_images([mine / "test"])
+    expected, tried = predict_files(held, files).rows, []
 
     def model(images):
         tried.append(len(images))
@@ -120,11 +121,11 @@ def test_batches_are_halved_until_they_fit(run, mine, monkeypatch):
             raise torch.OutOfMemoryError
         return load(images)
 
-    load = load_run_model(run)
+    load = load_run_model(held)
     model.parameters, model.eval, model.train, model.training = load.parameters, load.eval, load.train, False
     monkeypatch.setattr("sape2.evaluation.predictions.load_run_model", lambda *_: model)
     monkeypatch.setattr("sape2.evaluation.predictions.BATCH", 8)
-    found = predict_files(run, files).rows
+    found = predict_files(held, files).rows
     assert tried == [8, 4, 4, 2]
     assert [row["class"] for row in found] == [row["class"] for row in expected]
     assert [row["probability"] for row in found] == pytest.approx([row["probability"] for row in expected], abs=1e-6)
@@ -163,16 +164,6 @@ def test_of_many_images_the_table_counts_classes(run, mine, monkeypatch, capfd):
     assert "every row: --out FILE.csv" in out
     assert "photo.JPG" not in out
     assert err == ""
-
-
-def test_classes_are_named_by_the_images_of_the_run_else_by_results_that_have_them_all(run, tmp_path):
-    assert class_names(run, 3) == ["cat", "dog", "eel"]
-    some = [{"name": "class_accuracy", "split": "test", "weights": "last", "class": name} for name in ("b", "c")]
-    every = [row | {"weights": "best", "class": name} for row, name in zip([some[0]] * 3, "abc", strict=True)]
-    write_rows(tmp_path / "results.jsonl", [*some, *every])
-    assert class_names(tmp_path, 3) == ["a", "b", "c"]
-    write_rows(tmp_path / "results.jsonl", some)
-    assert class_names(tmp_path, 3) is None
 
 
 def test_images_unlike_the_training_images_are_counted(run, mine, tmp_path, predicted):

@@ -22,8 +22,8 @@ from sape2.inspect.backbone import Backbone, open_backbone
 from sape2.inspect.positions import attention_figure, by_line, inspected, note_of_few, read_images, table
 from sape2.inspect.watched import Watched
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import save_weights
-from sape2.training.run_folder import start_run
+from sape2.runs.checkpoint import save_weights
+from sape2.runs.run import Run
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 SIZE = TIMM["img_size"]  # 24x32 pixels, 3x4 patches
@@ -197,7 +197,7 @@ def test_a_folder_of_transformers_is_opened_unless_weights_are_missing(tmp_path)
 
 def test_a_run_is_opened_with_its_size_and_normalisation(tmp_path):
     config = override(get_recipe("digits"), ["model.depth=2"])
-    start_run(tmp_path / "run", config)
+    Run(tmp_path / "run", config).start()
     save_weights(tmp_path / "run" / "model.safetensors", build_model(config))
     found = open_backbone(str(tmp_path / "run"))
     assert (found.name, found.image_size, found.mean) == ("run", config.model.image_size, config.data.mean)

@@ -16,8 +16,8 @@ from sape2.data.picture import read_picture
 from sape2.inspect.drawing import Text
 from sape2.inspect.explain import explain
 from sape2.models.trained import build_model, load_run_model
-from sape2.training.checkpoint import save_weights
-from sape2.training.run_folder import start_run, write_rows
+from sape2.runs.checkpoint import save_weights
+from sape2.runs.run import Run
 
 RGB = override(
     get_recipe("digits"),
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.usefixtures("as_users_run_it")
 def make_run(folder, *settings):
     """A finished run of two layers, untrained: to explain takes weights, not good ones."""
     config = override(get_recipe("digits"), ["model.depth=2", *settings])
-    start_run(folder, config)
+    Run(folder, config).start()
     save_weights(folder / "model.safetensors", build_model(config))
     return folder
 
@@ -115,7 +115,7 @@ def test_the_checker_sees_what_a_page_would_fetch():
 def test_the_numbers_on_the_page_are_those_of_the_model(run, photo, capfd, tmp_path):
     assert status_of("explain", run, photo, "--out", tmp_path / "page.html", "--json") == 0
     rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
-    model = load_run_model(run)
+    model = load_run_model(Run.open_finished(run))
     pixels = read_picture(photo, model.config).pixels
     config = get_recipe("digits").data
     images = ((pixels / 255 - config.mean[0]) / config.std[0])[None]
@@ -164,10 +164,10 @@ def test_the_image_is_cut_as_evaluate_cuts_it(photo, tmp_path, capfd):
     assert "its middle cut out at the model&#39;s 8x8" in pages[1]
 
 
-def test_classes_are_named_as_the_results_name_them(run, photo, tmp_path, capfd):
+def test_classes_have_the_names_of_the_images_as_text(run, photo, tmp_path, capfd):
     folder = make_run(tmp_path / "named")
     names = [f"<class {letter}>" for letter in "abcdefghij"]
-    write_rows(folder / "results.jsonl", ({"name": "class_accuracy", "class": name} for name in names))
+    (folder / "data.json").write_text(json.dumps({"classes": names}))
     assert status_of("explain", folder, photo, "--json") == 0
     rows = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert {row["class"] for row in rows if row["name"] == "probability"} <= set(names)
@@ -215,7 +215,7 @@ def test_the_page_opens_with_bias_and_attention_of_the_first_patch_over_the_imag
     pixels = read_picture(photo, get_recipe("digits").model).pixels
     data = get_recipe("digits").data
     with torch.no_grad():
-        maps = load_run_model(run).maps(((pixels / 255 - data.mean[0]) / data.std[0])[None])[1]
+        maps = load_run_model(Run.open_finished(run)).maps(((pixels / 255 - data.mean[0]) / data.std[0])[None])[1]
     for name, unit in (("bias", "logits"), ("attention", "attention weight")):
         shown = [float(value) for value in re.findall(rf"row \d, column \d: (\S+) {unit}<", opening)]
         assert shown == pytest.approx(maps[name][0].mean(0)[1 * 4 + 2].tolist(), rel=1e-4)
@@ -453,5 +453,5 @@ def test_a_large_image_below_that_is_read_without_a_word(run, photo, tmp_path, m
 
 def test_a_run_that_is_not_there_or_not_finished_is_told_in_one_line(mistake, photo, tmp_path):
     assert "no run folder" in mistake(tmp_path / "nowhere", photo)
-    start_run(tmp_path / "begun", get_recipe("digits"))
+    Run(tmp_path / "begun", get_recipe("digits")).start()
     assert "is not finished" in mistake(tmp_path / "begun", photo)

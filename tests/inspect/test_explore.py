@@ -24,7 +24,7 @@ from sape2.inspect.explore.page import Desk, open_socket
 from sape2.inspect.explore.state import State, parse_state
 from sape2.inspect.explore.views import sections, to_html
 from sape2.models.trained import build_model, load_run_model
-from sape2.training.run_folder import read_config
+from sape2.runs.run import Run
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -332,7 +332,7 @@ def test_an_upload_is_looked_at_as_the_data_set_is(scope, tmp_path):
 
 
 def test_the_shipped_model_is_small_trained_and_says_how_it_was_made():
-    config = read_config(SHIPPED)
+    config = Run.open(SHIPPED).config
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 3_000_000
     assert config.model.encoding == "ape+sape2"
     command = re.search(r"^sape2 (train digits .*)$", (SHIPPED / "README.md").read_text(), flags=re.MULTILINE)[1]
@@ -340,7 +340,7 @@ def test_the_shipped_model_is_small_trained_and_says_how_it_was_made():
     from sape2.cli.options import resolve
 
     assert resolve(build_parser().parse_args(command.split())).identity() == config.identity()
-    load_run_model(SHIPPED)
+    load_run_model(Run.open_finished(SHIPPED))
 
 
 def test_the_package_takes_the_shipped_files_along():

@@ -9,8 +9,8 @@ from sape2.data import ImageData, Splits
 from sape2.inspect.drawing import Text
 from sape2.inspect.pictures import pictures
 from sape2.models.trained import build_model
-from sape2.training.checkpoint import save_weights
-from sape2.training.run_folder import start_run
+from sape2.runs.checkpoint import save_weights
+from sape2.runs.run import Run
 
 pytestmark = pytest.mark.usefixtures("as_users_run_it")
 
@@ -18,11 +18,12 @@ pytestmark = pytest.mark.usefixtures("as_users_run_it")
 def files(folder, encoding):
     """What draws each file, by its name, for an untrained run."""
     config = override(get_recipe("digits"), ["model.depth=2", f"model.encoding={encoding}"])
-    start_run(folder, config)
+    run = Run(folder, config)
+    run.start()
     save_weights(folder / "model.safetensors", build_model(config))
     images = torch.randint(0, 256, (3, 1, 8, 8), dtype=torch.uint8)
     data = ImageData(images, torch.tensor([3, 1, 2]), tuple("abcdefghij"), config.data.mean, config.data.std)
-    return {path.name: draw for path, draw in pictures(folder, lambda: Splits(data, data, data)).items()}
+    return {path.name: draw for path, draw in pictures(run, lambda: Splits(data, data, data)).items()}
 
 
 def test_the_bias_of_the_first_test_image_says_its_label_and_the_prediction(tmp_path, monkeypatch):

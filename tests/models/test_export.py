@@ -19,6 +19,7 @@ from sape2.cli import main
 from sape2.encodings import list_encodings
 from sape2.models.export import ParityError, compare, export_model, load_exported, write_checked
 from sape2.models.vit import ViT
+from sape2.runs.run import Run
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -50,7 +51,7 @@ def run(tmp_path_factory, _as_users_call_it):
 def onnx_file(run):
     """(file, rows) of the command with --normalize."""
     pytest.importorskip("onnxscript")
-    return module.export_run(run[0], "onnx", normalize=True)
+    return module.export_run(Run.open_finished(run[0]), "onnx", normalize=True)
 
 
 # --- ONNX ------------------------------------------------------------------------------------------------------------
@@ -106,7 +107,9 @@ def test_pt2_agrees_on_other_batches_and_sizes(tmp_path):
 
 
 def test_pt2_of_one_size_is_described_and_refuses_others(run, tmp_path):
-    path, rows = module.export_run(run[0], "pt2", tmp_path / "new" / "fixed.pt2", size=(8, 20), weights="best")
+    path, rows = module.export_run(
+        Run.open_finished(run[0]), "pt2", tmp_path / "new" / "fixed.pt2", size=(8, 20), weights="best"
+    )
     assert sizes(rows) == {(8, 20)}
     extra = {"sape2.json": ""}
     loaded = torch.export.load(path, extra_files=extra).module()
@@ -141,7 +144,7 @@ def test_a_host_model_for_one_size_says_so(tmp_path):
 
 
 def test_safetensors_holds_the_model_and_how_to_build_it(run, tmp_path):
-    path, rows = module.export_run(run[0], "safetensors", tmp_path / "model.safetensors")
+    path, rows = module.export_run(Run.open_finished(run[0]), "safetensors", tmp_path / "model.safetensors")
     assert max(row["max_abs_difference"] for row in rows) < 1e-6  # not 0: rounding depends on where tensors lie in memory
     loaded = load_exported(path, ViT)
     assert loaded.config == run[1].config

@@ -13,12 +13,14 @@ import sape2
 from sape2.cli import build_parser
 from sape2.cli.options import resolve
 from sape2.config import HUB_IDS, override
+from sape2.config.command import command
 from sape2.config.names import cell
 from sape2.config.recipes import get_recipe
 from sape2.data import open_sources
-from sape2.models.hub import PUBLISHED, command, find_folder
+from sape2.models.hub import PUBLISHED, find_folder
 from sape2.models.vit import ViT
-from sape2.training.run_folder import read_config, read_rows, write_rows
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 
 
 @pytest.fixture
@@ -72,13 +74,13 @@ def test_the_command_of_the_card_trains_the_run_again_with_every_setting(saved):
     assert "--set" in said
     words = shlex.split(said)
     assert words[:3] == ["sape2", "train", "digits"]
-    assert resolve(build_parser().parse_args(words[1:])) == read_config(saved[0].parent / "run")
+    assert resolve(build_parser().parse_args(words[1:])) == Run.open(saved[0].parent / "run").config
 
 
 def test_the_command_of_the_card_names_no_path_of_this_machine_and_none_of_an_unknown_recipe():
     config = override(get_recipe("cifar10"), ["data.source=/home/me/photographs", "train.lr=0.5"])
-    assert command(config) == "`sape2 train cifar10 --data DIR --set train.lr=0.5`"
-    assert command(replace(config, recipe="mine")) is None
+    assert command(config, data="DIR") == "sape2 train cifar10 --data DIR --set train.lr=0.5"
+    assert command(replace(config, recipe="mine"), data="DIR") is None
 
 
 def test_the_data_set_of_a_recipe_has_its_id_on_the_card_and_in_messages():

@@ -22,13 +22,13 @@ from study_cases import TINY, finish, tiny_study
 from torch import nn
 
 from sape2.cli import main
+from sape2.runs.checkpoint import last_checkpoint, save_weights
+from sape2.runs.lock import hold
+from sape2.runs.rows import read_rows, write_rows
 from sape2.studies.compare.outcome import accuracy_table, outcome, page, paired_table
 from sape2.studies.compare.rawrows import each_once, final_validation_accuracy, raw_row, read_raw
 from sape2.studies.run import StepMemory
-from sape2.training.checkpoint import last_checkpoint, save_weights
-from sape2.training.lock import hold
 from sape2.training.loop import Trainer
-from sape2.training.run_folder import read_rows, write_rows
 
 GRID = ["compare", "digits", "--encodings", "none,ape", "--seeds", "2", "--baseline", "ape"]
 GRID += [text for setting in TINY for text in ("--set", setting)]
@@ -283,7 +283,7 @@ def raw(tmp_path):
         values = LAST[cell.config.model.encoding]
         if cell.config.seed < len(values):
             finish(cell, values[cell.config.seed], best=values[cell.config.seed] - 0.25)
-            rows.append(raw_row(cell.folder))
+            rows.append(raw_row(cell.run))
     return rows
 
 
@@ -349,7 +349,7 @@ def test_rows_of_different_settings_are_refused(raw, tmp_path):
     other = tiny_study(tmp_path / "other", ("ape",), 1, ["train.lr=0.1"]).cells()[0]
     finish(other)
     with pytest.raises(ValueError, match=r"more than encoding and seed, train.lr \(0.001 there, 0.1 here\)"):
-        outcome([*raw, raw_row(other.folder)])
+        outcome([*raw, raw_row(other.run)])
 
 
 def test_any_raw_rows_can_be_compared_in_pairs_with_a_verdict(raw, tmp_path):

@@ -11,13 +11,14 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.config.recipes.changed import changed_in_words
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.groups import group_runs, mean_rows
 from sape2.studies.compare.headlines import read_runs
 from sape2.studies.compare.outcome import outcome
 from sape2.studies.compare.rawrows import raw_row
 from sape2.studies.compare.report import compare
 from sape2.tables import format_spread
-from sape2.training.run_folder import keep_fingerprint, read_rows, start_run, write_rows
 
 SPLIT = {"images": 100, "labels": "aa", "bytes": "bb", "names": "cc"}
 SEEN = {"layout": "parquet", "classes": ["x", "y"], "reading_rule": 2, "train": SPLIT, "test": SPLIT}
@@ -30,9 +31,7 @@ def make(tmp_path):
     def folder_of(seed=0, seen=SEEN, precision="fp32", value=0.5, settings=(), rows=None):
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         config = replace(override(get_recipe("cifar10_budget"), ["model.encoding=ape", *settings]), seed=seed)
-        start_run(folder, config)
-        if seen:
-            keep_fingerprint(folder, seen)
+        Run(folder, config).start(seen)
         write_rows(folder / "metrics.jsonl", [{"epoch": 1, "precision": precision}])
         about = {"measure": "accuracy", "name": "accuracy", "split": "test", "weights": "last", "n": 100, "limit": None}
         write_rows(folder / "results.jsonl", [about | {"value": value} | row for row in rows or [{}]])
@@ -111,7 +110,7 @@ def study_rows(tmp_path, name, seen, seeds=(0, 1)):
     for cell in study.cells():
         finish(cell, 0.5 + 0.1 * cell.config.seed)
         (cell.folder / "data.json").write_text(json.dumps(seen))
-    return [raw_row(cell.folder) for cell in study.cells() if cell.config.seed in seeds]
+    return [raw_row(cell.run) for cell in study.cells() if cell.config.seed in seeds]
 
 
 def test_raw_rows_of_other_images_do_not_stand_in_one_comparison(tmp_path):

@@ -11,11 +11,12 @@ from PIL import Image
 from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 from sape2.studies.compare.groups import group_runs
 from sape2.studies.compare.headlines import read_runs, telling_layer
 from sape2.studies.compare.report import compare
 from sape2.studies.compare.summary import mean_and_std
-from sape2.training.run_folder import read_rows, start_run, write_rows
 
 CONDITIONS = {"split": "test", "weights": "last", "unit": "", "protocol": "p"}
 
@@ -64,7 +65,7 @@ def make(tmp_path):
     def folder_of(name, encoding="ape", seed=0, rows=(), finished=True, settings=()):
         folder = tmp_path / name
         config = replace(override(get_recipe("digits"), [f"model.encoding={encoding}", *settings]), seed=seed)
-        start_run(folder, config)
+        Run(folder, config).start()
         speed = {"images_per_s": 100 * config.train.batch_size, "device": "cpu", "precision": "fp32"}
         losses = {"loss": 2.0, "accuracy": 0.5, "validation_loss": 1.0, "validation_accuracy": 0.5}
         write_rows(folder / "metrics.jsonl", [speed | losses | {"epoch": epoch} for epoch in (1, 2)])

@@ -10,15 +10,15 @@ import pytest
 from study_cases import finish, tiny_study
 
 from sape2.cli.options import default_name
+from sape2.runs.files import safe_name
+from sape2.runs.lock import NAME, Holder, hold
+from sape2.runs.rows import read_rows
 from sape2.studies.compare import progress as progress_module
 from sape2.studies.compare import rawrows
 from sape2.studies.compare import work as working
 from sape2.studies.compare.progress import duration, study_progress
 from sape2.studies.compare.rawrows import digest_of, raw_row, read_raw
 from sape2.studies.compare.work import Stopped, forget_failures, seconds_left, work
-from sape2.training.files import safe_name
-from sape2.training.lock import NAME, Holder, hold
-from sape2.training.run_folder import read_rows
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ class Runner:
     def __init__(self, outcomes=None):
         self.outcomes, self.seen = outcomes or {}, []
 
-    def __call__(self, cell, lock):
+    def __call__(self, cell):
         self.seen.append(cell.name)
         outcome = self.outcomes.get(cell.name, 0.5)
         if isinstance(outcome, BaseException):
@@ -81,7 +81,7 @@ def test_a_study_can_grow_and_keeps_its_lines(tmp_path, study):
 def test_a_stop_between_runs_leaves_the_rest_for_later(study):
     caught = []
 
-    def stopping(cell, lock):
+    def stopping(cell):
         finish(cell)
         caught.append(15)
 
@@ -133,9 +133,9 @@ def test_a_full_disk_stops_the_work_and_loses_no_line(study):
 
 
 def test_a_folder_that_is_deleted_stops_the_work_and_is_not_made_again(study):
-    def deleting(cell, lock):
+    def deleting(cell):
         shutil.rmtree(study.folder)
-        lock.check()
+        cell.run.check_lock()
 
     with pytest.raises(FileNotFoundError, match="none-s0 was removed while it was being written to"):
         work(study, deleting)
@@ -143,11 +143,11 @@ def test_a_folder_that_is_deleted_stops_the_work_and_is_not_made_again(study):
 
 
 def test_a_run_that_was_lost_to_another_worker_is_neither_failed_nor_finished_here(study):
-    def losing(cell, lock):
+    def losing(cell):
         if cell.name == ALL[0] and not (cell.folder / "config.json").exists():
             finish(cell, 0.25)  # by the other one
             (cell.folder / NAME).unlink()
-            lock.check()
+            cell.run.check_lock()
         finish(cell)
 
     rows = work(study, losing)
@@ -207,7 +207,7 @@ def test_lines_written_by_two_at_once_are_all_there_in_the_end(study, monkeypatc
     first, second = study.cells()[:2]
     finish(first)
     finish(second)
-    rows, write = [raw_row(cell.folder) for cell in (first, second)], rawrows.write_rows
+    rows, write = [raw_row(cell.run) for cell in (first, second)], rawrows.write_rows
     interfering = [lambda: write(study.rows, rows[:1])]
 
     def racing(path, new):

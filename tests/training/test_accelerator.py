@@ -18,6 +18,7 @@ from sape2.config.recipes import get_recipe
 from sape2.data import ImageData
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
+from sape2.runs.run import Run
 from sape2.training.accelerator import config_alone, make_accelerator, passed_over, prepare
 from sape2.training.loop import train
 
@@ -74,7 +75,7 @@ def weights(folder):
     pixels = torch.randint(256, (64, 1, 8, 8), generator=generator, dtype=torch.uint8)
     data = ImageData(pixels, torch.arange(64) % 10, tuple("0123456789"), (0.3,), (0.4,))
     config = override(get_recipe("digits"), SETTINGS)
-    train(build_model(config), data, lambda model: quick_accuracy(model, data), config, folder, quiet=True)
+    train(build_model(config), data, lambda model: quick_accuracy(model, data), Run(folder, config), quiet=True)
     return load_file(folder / "model.safetensors")
 
 

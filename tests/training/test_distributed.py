@@ -22,15 +22,16 @@ from sape2.data.augment import share_of
 from sape2.data.mixing import BatchMixer
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
+from sape2.runs.checkpoint import last_checkpoint
+from sape2.runs.lock import hold
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 from sape2.studies.run import NOWHERE, shared_accuracy
 from sape2.training import processes
 from sape2.training.accelerator import make_accelerator
-from sape2.training.checkpoint import last_checkpoint
-from sape2.training.lock import hold
 from sape2.training.loop import Trainer, check_same_run, train
 from sape2.training.processes import ALONE, Processes, joined
 from sape2.training.record import Record
-from sape2.training.run_folder import read_rows
 from sape2.training.weights import Weights
 
 # Everything that is drawn for a batch as a whole; without drop path, which each process draws for its own images.
@@ -58,7 +59,7 @@ def run(folder, assignments=(), sabotage=None):
             writes_are_refused_below(folder.parent)
         where = folder if processes.is_main else NOWHERE
         model = build_model(config)
-        train(model, data, lambda m: shared_accuracy(m, data, processes), config, where, quiet=True, processes=processes)
+        train(model, data, lambda m: shared_accuracy(m, data, processes), Run(where, config), quiet=True, processes=processes)
 
 
 def command(arguments, sabotage=None):
@@ -214,7 +215,7 @@ def trainer_of(processes, folder):
     config = tiny("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0")
     trainer = Trainer.__new__(Trainer)
     trainer.processes, trainer.model = processes, build_model(config)
-    trainer.record = Record(folder, config, processes.is_main, True, lambda: None)
+    trainer.record = Record(Run(folder, config), processes.is_main, True)
     trainer.weights = Weights(trainer.model, config.train, processes)
     return trainer
 
@@ -222,13 +223,13 @@ def trainer_of(processes, folder):
 def test_the_weights_of_a_checkpoint_are_sent_by_the_main_process_alone_and_from_the_cpu(tmp_path):
     run(tmp_path / "run", ("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0"))
     main_one = trainer_of(Sending(0, ()), tmp_path / "run")
-    main_one.weights.take_up(tmp_path / "run")
+    main_one.weights.take_up(last_checkpoint(tmp_path / "run"))
     taken, *sent = main_one.processes.given
     assert [value.device.type for weights in sent for value in weights.values()] == ["cpu"] * 2 * len(
         main_one.model.state_dict()
     )
     helper = trainer_of(Sending(1, [taken, *sent]), NOWHERE)
-    helper.weights.take_up(NOWHERE)
+    helper.weights.take_up(None)
     assert helper.processes.given[1:] == [None, None]
     for mine, theirs in zip(helper.weights.whole(), main_one.weights.whole(), strict=True):
         assert same(mine.state_dict(), theirs.state_dict())

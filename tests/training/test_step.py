@@ -9,6 +9,7 @@ from torch import nn
 
 from sape2.encodings import ATTENTION_ENCODINGS, TOKEN_ENCODINGS
 from sape2.models.trained import build_model
+from sape2.runs.run import Run
 from sape2.training import loop
 from sape2.training.loop import CHECK_EVERY, Trainer
 from sape2.training.optimisation import compiled, make_ema, make_optimizer
@@ -25,7 +26,7 @@ def on_meta(monkeypatch):
 
 def trainer_of(folder, *settings):
     config = tiny(*settings)
-    return Trainer(build_model(config), images(), lambda _: (0.0, 0.0), config, folder, quiet=True)
+    return Trainer(build_model(config), images(), lambda _: (0.0, 0.0), Run(folder, config), quiet=True)
 
 
 def step_on_meta(trainer):

@@ -25,11 +25,12 @@ from sape2.evaluation.cost.measure import count_macs, count_parameters
 from sape2.machine import precision_of
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
-from sape2.training.checkpoint import Progress, keep_only, last_checkpoint, load_weights, save_checkpoint, save_weights
+from sape2.runs.checkpoint import Progress, keep_only, last_checkpoint, load_weights, save_checkpoint, save_weights
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 from sape2.training.interruption import TrainingStopped
 from sape2.training.loop import Trainer, train
 from sape2.training.optimisation import make_optimizer, make_schedule, set_seeds
-from sape2.training.run_folder import check_run, read_rows
 
 TINY = [
     "model.dim=16", "model.depth=1", "model.num_heads=2", "train.epochs=3", "train.warmup_epochs=1", "train.batch_size=16",
@@ -52,7 +53,7 @@ def images(count=80):
 def run(folder, config, evaluate=None):
     data = images()
     model = build_model(config)
-    train(model, data, evaluate or (lambda trained: quick_accuracy(trained, data)), config, folder, quiet=True)
+    train(model, data, evaluate or (lambda trained: quick_accuracy(trained, data)), Run(folder, config), quiet=True)
     return load_file(folder / "model.safetensors")
 
 
@@ -189,7 +190,7 @@ def test_sigterm_saves_a_checkpoint_and_stops(tmp_path, monkeypatch):
 def test_a_run_is_not_continued_with_another_optimiser(tmp_path):
     run(tmp_path, tiny("train.optimizer=muon"))
     with pytest.raises(ValueError, match=r"train\.optimizer"):
-        check_run(tmp_path, tiny())
+        Run(tmp_path, tiny()).check_settings()
 
 
 def test_the_seed_decides_and_another_seed_differs(tmp_path):
@@ -233,7 +234,7 @@ def test_it_learns(tmp_path):
     data = replace(data, images=(data.labels * 25)[:, None, None, None].expand(-1, 1, 8, 8).to(torch.uint8).clone())
     config = tiny("train.epochs=30", "augment.mixup=0", "augment.erase=0", "train.lr=0.02", "model.drop_path=0")
     model = build_model(config)
-    train(model, data, lambda trained: quick_accuracy(trained, data), config, tmp_path, quiet=True)
+    train(model, data, lambda trained: quick_accuracy(trained, data), Run(tmp_path, config), quiet=True)
     assert quick_accuracy(model, data)[0] > 0.8
 
 
@@ -339,7 +340,7 @@ def test_a_dead_table_is_refused_before_the_first_step(tmp_path):
     model = build_model(config)
     nn.init.zeros_(model.blocks[0].attn.encoding.table_y)
     with pytest.raises(ValueError, match="table_y is all zero"):
-        train(model, images(), lambda _: (0.0, 0.0), config, tmp_path, quiet=True)
+        train(model, images(), lambda _: (0.0, 0.0), Run(tmp_path, config), quiet=True)
     assert list(tmp_path.iterdir()) == []
 
 

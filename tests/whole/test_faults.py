@@ -31,14 +31,15 @@ from sape2.data import load_data
 from sape2.evaluation.accuracy import predict
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT
+from sape2.runs import files
+from sape2.runs.checkpoint import last_checkpoint, save_weights
+from sape2.runs.files import sweep, write_text
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 from sape2.studies.run import help_to_train
-from sape2.training import files
-from sape2.training.checkpoint import last_checkpoint, save_weights
-from sape2.training.files import sweep, write_text
 from sape2.training.loop import Trainer, train
-from sape2.training.memory_errors import OutOfMemory, count_tokens, in_training, memory_message, told_in_one_line
+from sape2.training.memory_errors import OutOfMemory, count_tokens, memory_message, told_in_one_line, training_message
 from sape2.training.processes import Processes
-from sape2.training.run_folder import read_config, read_rows, write_rows
 
 SETTINGS = [text for setting in [*TINY, "train.epochs=2", "train.checkpoint_every=2"] for text in ("--set", setting)]
 TRAIN = ["train", "digits", "--encoding", "ape", *SETTINGS, "--out"]
@@ -232,7 +233,7 @@ def test_only_errors_of_writing_are_told_as_such(tmp_path, error, named):
 
 def test_a_read_only_run_is_named_before_it_is_measured(run, monkeypatch, line_of):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr("sape2.evaluation.runs.load_run_model", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(Run, "load", lambda *_: pytest.fail("it measures"))
     line = line_of("evaluate", run)
     assert f"{run} cannot be written to" in line
     assert "measure a copy" in line
@@ -245,7 +246,7 @@ def test_a_folder_that_is_removed_in_the_middle_is_named_and_not_made_again(tmp_
     def removing(self, *batch):
         step(self, *batch)
         if self.progress.step == 2:
-            shutil.rmtree(self.record.folder)
+            shutil.rmtree(self.record.run.folder)
 
     monkeypatch.setattr(Trainer, "_step", removing)
     line = line_of(*argv, folder)
@@ -280,27 +281,22 @@ def test_the_folder_is_looked_at_right_before_the_last_files_are_written(tmp_pat
     splits = load_data(config.data, config.model)
     for name in ("save_checkpoint", "save_weights"):
         monkeypatch.setattr(f"sape2.training.record.{name}", lambda *a, name=name: heard.append(name))
-    train(
-        build_model(config), splits.train, lambda _: (-2.0, 1.0), config, tmp_path / "run", True,
-        check_folder=lambda: heard.append("look"),
-    )  # fmt: skip
+    run = Run(tmp_path / "run", config)
+    run.check_lock = lambda: heard.append("look")
+    train(build_model(config), splits.train, lambda _: (-2.0, 1.0), run, True)
     assert heard[heard.index(writer) - 1] == "look"
 
 
 def test_a_run_that_is_removed_while_it_is_measured_is_not_made_again(run, monkeypatch, line_of):
-    monkeypatch.setattr("sape2.evaluation.runs.update_results", remove_first(run))
+    add = Run.add_results
+
+    def remove_first(self, rows):
+        shutil.rmtree(run)
+        add(self, rows)
+
+    monkeypatch.setattr(Run, "add_results", remove_first)
     assert "was removed while it was being measured" in line_of("evaluate", run)
     assert not run.exists()
-
-
-def remove_first(run):
-    from sape2.training.run_folder import update_results
-
-    def update(folder, rows):
-        shutil.rmtree(run)
-        update_results(folder, rows)
-
-    return update
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -362,8 +358,8 @@ def test_prediction_halves_batches_until_they_fit(finished, monkeypatch):
     from sape2.data import load_data
     from sape2.models.trained import load_run_model
 
-    model, seen = load_run_model(finished), []
-    config = read_config(finished)
+    held, seen = Run.open_finished(finished), []
+    model, config = load_run_model(held), held.config
     images = load_data(config.data, config.model).test[:50]
     expected = predict(model, images, 50)
     forward = ViT.forward
@@ -381,7 +377,7 @@ def test_prediction_halves_batches_until_they_fit(finished, monkeypatch):
 
 def test_what_is_said_about_memory_follows_the_settings():
     def said(*settings, size=1):
-        return in_training(override(get_recipe("digits"), list(settings)), size)
+        return training_message(override(get_recipe("digits"), list(settings)), size)
 
     assert "without which attention cannot take its lean path" in said("model.attention_dropout=0.1")
     assert "gradient_checkpointing" not in said("model.gradient_checkpointing=true")
@@ -456,22 +452,8 @@ def test_the_format_and_the_version_are_written(run):
     assert values["format"] == 1
 
 
-OLDER = {
-    "without a format": lambda values: [values.pop(key) for key in ("format", "sape2_version")],
-    "without later fields": lambda values: [values["train"].pop("shuffle_window"), values["data"].pop("center_crop")],
-}
-
-
-@pytest.mark.parametrize("change", OLDER.values(), ids=OLDER)
-def test_an_older_run_folder_goes_on_and_is_measured(run, change, finished):
-    change_config(run, change)
-    (run / "model.safetensors").unlink()
-    assert main([*TRAIN, str(run)]) == 0
-    assert main(["evaluate", str(run)]) == 0
-    assert same_weights(run, finished)
-
-
 OTHER = {
+    "no format": (lambda values: values.pop("format"), ["it has format None; format 1 is read here"]),
     "an unknown field": (lambda values: values["train"].update(momentum=0.9), ["unknown key train.momentum"]),
     "a missing section": (lambda values: values.pop("model"), ["missing key model"]),
     "a field of another version": (
@@ -480,7 +462,7 @@ OTHER = {
     ),
     "a newer format": (
         lambda values: values.update(format=2, sape2_version="9.1"),
-        ["format 2", "sape2 9.1"],
+        ["format 2", "was written by 9.1"],
     ),
 }
 
@@ -544,16 +526,15 @@ def test_damaged_json_of_any_file_is_one_line(run, line_of, name, text):
     assert str(run) in line_of(*TRAIN, run)
 
 
-def test_a_detection_config_of_another_version_says_what_to_do(tmp_path):
+def test_a_detection_config_that_cannot_be_read_is_named(tmp_path):
     from sape2.config.recipes.coco import coco_digits
-    from sape2.detection.train import check_folder
 
     config = coco_digits()
     assert isinstance(config, DetectionConfig)
     for text in (DEEP, '{"recipe": "coco"}', "[]"):
         write_text(tmp_path / "config.json", text)
-        with pytest.raises(ValueError, match="choose another --out"):
-            check_folder(tmp_path, config)
+        with pytest.raises(ValueError, match=r"config\.json (is damaged|does not fit this version)"):
+            Run(tmp_path, config).check_settings()
 
 
 def test_a_folder_in_which_nothing_can_be_made_is_named(tmp_path):

@@ -26,8 +26,8 @@ from sape2.cli import main
 from sape2.data.webdataset import index_shard
 from sape2.detection.coco import CocoImages
 from sape2.models.vit import ViT, create_model
-from sape2.training.checkpoint import last_checkpoint
-from sape2.training.files import safe_name
+from sape2.runs.checkpoint import last_checkpoint
+from sape2.runs.files import safe_name
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = [text for setting in TINY for text in ("--set", setting)]

@@ -12,7 +12,7 @@ from torch import nn
 
 from sape2.adapters import Model, attach, find_host
 from sape2.adapters.attached import Trainable, attached_encodings, attachment_of, check_free
-from sape2.training.files import write_atomic, write_text
+from sape2.runs.files import write_atomic, write_text
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 SIZES = ("depth", "num_heads", "head_dim")

@@ -66,14 +66,14 @@ def say_once(line: str) -> None:
 
 def default_name(config: RunConfig | DetectionConfig) -> str:
     """The name of the run folder that a command makes where no --out is given."""
-    from sape2.training.files import safe_name
+    from sape2.runs.files import safe_name
 
     return f"{recipe_name(config)}-{config.model.name}-{safe_name(config.model.encoding)}-s{config.seed}"
 
 
 def recipe_name(config: RunConfig | DetectionConfig) -> str:
     """Name of the recipe for a path; for the recipe `images` also the name of the data."""
-    from sape2.training.files import safe_name
+    from sape2.runs.files import safe_name
 
     if isinstance(config, RunConfig) and config.recipe == "images":
         return f"images-{safe_name(config.data.name)}"

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from sape2.tables import Row
 
 if TYPE_CHECKING:
+    from sape2.config import RunConfig
+    from sape2.runs.run import Run
     from sape2.studies.compare.outcome import Outcome
     from sape2.studies.compare.report import Comparison
 
@@ -46,7 +48,7 @@ def drawn(*draws: Callable[[], Path | Iterable[Path]]) -> list[Path]:
     return files
 
 
-def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Path], everything: bool = False) -> int:
+def show_results(rows: list[Row], run: Run[RunConfig], as_json: bool, figures: list[Path], everything: bool = False) -> int:
     """Tables, or JSON; of a measure of many rows its headline numbers and warnings, unless `everything` is asked for."""
     from sape2.tables import print_json
 
@@ -55,21 +57,20 @@ def show_results(rows: list[Row], folder: Path, as_json: bool, figures: list[Pat
         return 0
     for measure in dict.fromkeys(row["measure"] for row in rows):
         some = [row for row in rows if row["measure"] == measure]
-        if everything or len(some) <= MANY or not _print_headlines(measure, some, folder):
+        if everything or len(some) <= MANY or not _print_headlines(measure, some, run):
             _print_measure(some)
-    print(f"in {folder}: {', '.join(['results.jsonl', 'metrics.jsonl', *(f'figures/{path.name}' for path in figures)])}")
+    print(f"in {run.folder}: {', '.join(['results.jsonl', 'metrics.jsonl', *(f'figures/{path.name}' for path in figures)])}")
     return 0
 
 
-def _print_headlines(measure: str, rows: list[Row], folder: Path) -> bool:
+def _print_headlines(measure: str, rows: list[Row], run: Run[RunConfig]) -> bool:
     """Prints the numbers that `sape2 report` compares and the warnings in words; False if the measure has none."""
     from sape2.studies.compare.groups import Group
-    from sape2.studies.compare.headlines import Run
+    from sape2.studies.compare.headlines import MeasuredRun
     from sape2.studies.compare.report import Comparison
     from sape2.tables import print_table
-    from sape2.training.run_folder import read_config
 
-    group = Group(folder.name, folder.name, [Run(folder, read_config(folder), rows, [])])
+    group = Group(run.folder.name, run.folder.name, [MeasuredRun(run, rows, [])])
     compared = Comparison([group], [measure], rows[0]["split"], rows[0]["weights"])
     (line,) = compared.table()
     table = [

@@ -7,13 +7,20 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from sape2.config import RunConfig, resized, with_epochs
-from sape2.config.recipes import get_recipe
+from sape2.config import MODELS, RunConfig, resized, with_epochs
+from sape2.config.recipes import RECIPES
 
 
-def train_command(config: RunConfig, out: Path | None = None) -> str:
-    """The command with the recipe and all changed settings; raises ValueError for an unknown recipe or model."""
-    base, words = get_recipe(config.recipe), ["sape2", "train", config.recipe]
+def command(config: RunConfig, out: Path | None = None, data: str | None = None) -> str | None:
+    """The command with the recipe and all changed settings; None for a recipe or model that is not known here.
+
+    `data` stands in place of the folder of images, as far as the recipe takes one: a path of this machine helps nobody else.
+    """
+    if config.recipe not in RECIPES or config.model.name not in MODELS:
+        return None
+    if data is not None and (config.data.source is not None or config.data.name != "digits"):
+        config = replace(config, data=replace(config.data, source=data))
+    base, words = RECIPES[config.recipe](), ["sape2", "train", config.recipe]
     if config.model.name != base.model.name:
         base = replace(base, model=resized(base.model, config.model.name))
         words += ["--model", config.model.name]

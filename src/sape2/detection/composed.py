@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sape2.training.files import beside, write_text
+from sape2.runs.files import beside, write_text
 
 SIZES = ((96, 96), (64, 96), (96, 64))  # (height, width) of an image
 ITEM_SIDES = (20, 40)  # pixels

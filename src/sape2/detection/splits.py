@@ -15,8 +15,6 @@ from sape2.detection.coco import CocoImages, open_split
 from sape2.detection.composed import compose
 from sape2.encodings.grid import Grid
 from sape2.tables import Row
-from sape2.training.checkpoint import last_checkpoint
-from sape2.training.run_folder import check_data
 
 COMPOSED = "runs/data/coco_digits"
 
@@ -106,13 +104,3 @@ def fingerprint(config: DetectionConfig, train: CocoImages, test: CocoImages) ->
     plain = config.images.name == "coco_digits" or all(name.endswith((".jpg", ".jpeg")) for name in names)
     described = {name: {"images": len(images), "labels": digest(images.where.read_bytes())} for name, images in splits.items()}
     return {"layout": "coco"} | ({} if plain else {"reading_rule": RULE}) | described
-
-
-def check_goes_on(folder: Path, images: Row) -> None:
-    """Raises ValueError if a run to be taken up saw other images, or may have read them by another rule."""
-    check_data(folder, images)
-    if "reading_rule" in images and last_checkpoint(folder) and not (folder / "data.json").exists():
-        raise ValueError(
-            f"{folder} does not tell by which rule it read its images; this version reads by rule {images['reading_rule']} "
-            "(docs/data.md). Finish it with the version that began it, or choose another --out"
-        )

@@ -8,11 +8,9 @@ metrics.jsonl (a line per epoch), results.jsonl. Nothing is selected on the test
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 import time
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -28,24 +26,16 @@ from sape2.detection.coco import CocoImages, count_objects
 from sape2.detection.metrics import Row, evaluate_detector, make_metric
 from sape2.detection.models import build_detector, no_weight_decay
 from sape2.detection.pyramid import strides
-from sape2.detection.splits import check_goes_on, check_sizes, fingerprint, open_images, read_all, same_content
+from sape2.detection.splits import check_sizes, fingerprint, open_images, read_all, same_content
 from sape2.machine import find_device, hardware, precision_of
 from sape2.progress import progress_bar
+from sape2.runs.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from sape2.runs.files import sweep
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
 from sape2.training.accelerator import make_accelerator, passed_over, prepare
-from sape2.training.checkpoint import (
-    Progress,
-    last_checkpoint,
-    load_checkpoint,
-    load_weights,
-    save_checkpoint,
-    save_weights,
-    standing,
-)
-from sape2.training.files import holds_files, sweep, write_text
 from sape2.training.interruption import TrainingStopped, catch_signals
-from sape2.training.lock import Lock, hold
 from sape2.training.memory_errors import RESUMABLE, memory_message, told_in_one_line
-from sape2.training.run_folder import canonical, keep_fingerprint, read_rows, update_results, write_rows
 
 
 def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) -> list[Row]:
@@ -54,27 +44,28 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
     All images are read once before the first step. Raises ValueError, FileNotFoundError or ImportError, in one line, for
     what the user can put right; Held if another process works on the folder; TrainingStopped on SIGINT and SIGTERM.
     """
-    config = canonical(config)
-    check_folder(folder, config)
-    done = read_rows(folder / "results.jsonl")
+    run = Run(folder, config)
+    config = run.config
+    run.check_settings()
+    done = run.results()
     if done and (config.images.name == "coco_digits" or config.images.source is None):
         return done
     make_metric(config.detector.masks)  # what is missing at the end is better known at the beginning
     with torch.device("meta"):  # what is wrong with a model shows before images are composed
         build_detector(config.model, config.detector, config.images)
     train, test = open_images(config)
-    check_goes_on(folder, fingerprint(config, train, test))
+    seen = fingerprint(config, train, test)
+    run.check_images(seen)
     if done:
         return done
-    with hold(folder, standing(folder)) as lock:
-        check_folder(folder, config)
+    with run.hold():
+        run.check_settings()
         sweep(folder)
         check_images(config, train, test, quiet)
-        if not (folder / "model.safetensors").exists():
+        if run.state != "finished":
             with memory_named(config):
-                seen = fingerprint(config, train, test)
-                DetectionTrainer(new_detector(config), train, config, folder, quiet, seen, lock.check).run()
-        return measure(config, test, lock, quiet)
+                DetectionTrainer(new_detector(config), train, run, quiet, seen).train()
+        return measure(run, test, quiet)
 
 
 def check_images(config: DetectionConfig, train: CocoImages, test: CocoImages, quiet: bool) -> None:
@@ -93,16 +84,17 @@ def check_images(config: DetectionConfig, train: CocoImages, test: CocoImages, q
         say(note, quiet)
 
 
-def measure(config: DetectionConfig, images: CocoImages, lock: Lock, quiet: bool) -> list[Row]:
-    """The rows of the trained detector on the test images, written into the locked folder."""
+def measure(run: Run[DetectionConfig], images: CocoImages, quiet: bool) -> list[Row]:
+    """The rows of the trained detector on the test images, written into the folder, which this process holds."""
+    config = run.config
     model = new_detector(config)  # without what accelerate puts around one that is trained
-    load_weights(lock.folder / "model.safetensors", model)
+    run.load(model)
     model = model.to(find_device())
     with progress_bar("measuring", len(images), quiet) as show, memory_named(config):
         rows = evaluate_detector(model, images, config, show)
     rows = [row | describe(config) for row in rows]
-    lock.check()
-    update_results(lock.folder, rows)
+    run.check_lock()
+    run.add_results(rows)
     return rows
 
 
@@ -116,39 +108,6 @@ def new_detector(config: DetectionConfig) -> Any:
     """A detector whose weights outside its encodings depend on the seed and on nothing else."""
     torch.manual_seed(derive_seed(config.seed, "weights"))
     return build_detector(config.model, config.detector, config.images)
-
-
-def check_folder(folder: Path, config: DetectionConfig) -> None:
-    """Raises ValueError if the folder holds another run, or something that is not a detection run. Changes nothing."""
-    path = folder / "config.json"
-    if folder.is_file():
-        raise NotADirectoryError(f"{folder} is a file, not a run folder")
-    if not path.exists():
-        if holds_files(folder):
-            raise ValueError(f"{folder} is not a detection run: it has no config.json; choose another --out")
-        return
-    try:
-        held = canonical(DetectionConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))).identity()
-    except (ValueError, RecursionError) as error:  # JSON errors among them
-        raise ValueError(
-            f"{path} is not the config of a detection run of this version: {error}; choose another --out"
-        ) from error
-    wanted = config.identity()
-    if held != wanted:
-        differing = ", ".join(_differences(held, wanted))
-        raise ValueError(
-            f"{folder} holds another run, which differs in {differing}; choose another --out, or the same settings"
-        )
-
-
-def _differences(held: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    found = []
-    for key in wanted:
-        if isinstance(wanted[key], dict):
-            found += [f"{key}.{name}" for name in _differences(held[key], wanted[key])]
-        elif held[key] != wanted[key]:
-            found.append(key)
-    return found
 
 
 def describe(config: DetectionConfig) -> Row:
@@ -173,20 +132,18 @@ def describe(config: DetectionConfig) -> Row:
 
 
 class DetectionTrainer:
-    """The state of one run: model, optimiser, schedule, progress. `check` is called before anything is written."""
+    """The state of one run: model, optimiser, schedule, progress. Before it writes, it checks that the folder is still held."""
 
     def __init__(
         self,
         model: Any,
         images: CocoImages,
-        config: DetectionConfig,
-        folder: Path,
+        run: Run[DetectionConfig],
         quiet: bool,
         seen: Row,
-        check: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.folder, self.images, self.quiet, self.seen = config, folder, images, quiet, seen
-        self.check = check
+        config = run.config
+        self.run, self.config, self.images, self.quiet, self.seen = run, config, images, quiet, seen
         self.accelerator = make_accelerator(config.training.precision, command="sape2 detect")
         self.model = model.to(self.accelerator.device)
         divisor = model.transform.size_divisible
@@ -196,13 +153,13 @@ class DetectionTrainer:
         self.optimizer = make_optimizer(self.model, config.training)
         self.schedule = make_schedule(self.optimizer, config.training, self.steps_per_epoch)
         self.progress, state = Progress(), None
-        if checkpoint := last_checkpoint(folder):
-            self.progress, state = load_checkpoint(checkpoint, self.model, None)
+        if run.checkpoint:
+            self.progress, state = load_checkpoint(run.checkpoint, self.model, None)
         self.wrapped, self.stepper = prepare(self.accelerator, self.model, self.optimizer)
         if state is not None:
             self.optimizer.load_state_dict(state["optimizer"])
 
-    def run(self) -> None:
+    def train(self) -> None:
         """Epoch by epoch to the end; at a signal saves, and raises TrainingStopped."""
         self._begin()
         with catch_signals() as caught:
@@ -210,23 +167,21 @@ class DetectionTrainer:
                 self._run_epoch(epoch, caught)
                 if self.progress.step % self.steps_per_epoch == 0:
                     self._end_epoch(epoch)
-                self.check()
-                save_checkpoint(self.folder, self.progress, self.model, None, {"optimizer": self.optimizer.state_dict()})
+                self.run.check_lock()
+                save_checkpoint(self.run.folder, self.progress, self.model, None, {"optimizer": self.optimizer.state_dict()})
                 if caught and self.progress.step < self.config.training.epochs * self.steps_per_epoch:
                     raise TrainingStopped(caught[0], self.progress.step)
-        self.check()
-        save_weights(self.folder / "model.safetensors", self.model)
+        self.run.check_lock()
+        save_weights(self.run.weights("last"), self.model)
 
     def _begin(self) -> None:
         """Makes the folder, or takes it up: lines of epochs that will be run again are dropped."""
-        if not (self.folder / "config.json").exists():
-            write_text(self.folder / "config.json", self.config.to_json())
-        keep_fingerprint(self.folder, self.seen)
-        path, step = self.folder / "metrics.jsonl", self.progress.step
+        self.run.start(self.seen)
+        path, step = self.run.folder / "metrics.jsonl", self.progress.step
         write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
         epoch, done = divmod(step, self.steps_per_epoch)
         place = f"going on after epoch {epoch}" + (f" and {done} steps of the next" if done else "")
-        say(f"{self.folder}: {place if step else 'starting'}", self.quiet)
+        say(f"{self.run.folder}: {place if step else 'starting'}", self.quiet)
         counts = sum(count_objects(self.images).values())
         text = f"{len(self.images)} training images with {counts} objects of {len(self.images.classes)} classes"
         say(text, self.quiet)
@@ -256,8 +211,8 @@ class DetectionTrainer:
     def _end_epoch(self, epoch: int) -> None:
         sums, self.progress.sums = self.progress.sums, {}
         row = self._row(epoch, sums.pop("seconds"), sums)
-        self.check()
-        path = self.folder / "metrics.jsonl"
+        self.run.check_lock()
+        path = self.run.folder / "metrics.jsonl"
         write_rows(path, [*read_rows(path), row])
         parts = "  ".join(f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in sums)
         say(f"epoch {epoch + 1}/{self.config.training.epochs}  {parts}  {row['images_per_s']:.1f} images/s", self.quiet)

@@ -11,15 +11,16 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
+from sape2.config import RunConfig
 from sape2.data.base import plain_name
 from sape2.data.files import LooseFiles
 from sape2.data.picture import Picture, Unlike, unlike
 from sape2.data.walk import image_files
 from sape2.evaluation.accuracy import predict
 from sape2.evaluation.base import Row
-from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
+from sape2.models.trained import load_run_model
+from sape2.runs.run import Run
 from sape2.training.memory_errors import ON_CPU, memory_message, told_in_one_line
-from sape2.training.run_folder import read_config
 
 BATCH = 500  # images, as in `accuracy`; halved where they do not fit into memory
 
@@ -56,7 +57,7 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
 
 
 def predict_files(
-    run: str | Path,
+    run: Run[RunConfig],
     files: Sequence[Path],
     top: int = 1,
     weights: str = "last",
@@ -67,9 +68,8 @@ def predict_files(
     Pixels and batches are those of `sape2 evaluate`; images are decoded a batch at a time. Files that cannot be read have no
     rows. `watch` is told how many files were tried. Raises ValueError or OSError if the run cannot be used.
     """
-    folder = Path(run)
-    config, model = read_config(folder), load_run_model(folder, weights)
-    trained, predictions = sizes_trained_on(folder), Predictions()
+    config, model = run.config, load_run_model(run, weights)
+    trained, predictions = run.image_sizes, Predictions()
 
     def look(file: Path, picture: Picture) -> None:
         if found := unlike(picture, config.data, trained):
@@ -81,7 +81,7 @@ def predict_files(
         logits = predict(model, images, BATCH)
     predictions.unreadable = {plain_name(file): images.unreadable[file] for file in files if file in images.unreadable}
     readable = [file for file in files if file not in images.unreadable]
-    predictions.rows = _rows(readable, logits, list(map(plain_name, names_of_classes(folder))), top)
+    predictions.rows = _rows(readable, logits, list(map(plain_name, run.classes)), top)
     return predictions
 
 

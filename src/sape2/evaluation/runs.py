@@ -6,25 +6,25 @@ import filecmp
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 
+from sape2.config import RunConfig
 from sape2.config.recipes.changed import changed_in_words
 from sape2.data import ImageData, ImageFiles, Splits
 from sape2.data.labels import first_of
 from sape2.evaluation.measures import MEASURES, images_taken
 from sape2.machine import hardware
-from sape2.models.trained import WEIGHTS, load_run_model
+from sape2.models.trained import Load, load_run_model
+from sape2.runs.run import Run
 from sape2.tables import Row
 from sape2.training.memory_errors import ON_CPU, memory_message, told_in_one_line
-from sape2.training.run_folder import check_images, is_whole, own_results, read_config, read_rows, update_results
 
 MEASURE_OTHERS = "measure these with sape2 evaluate RUN --data DIR --other-data NAME"
 
 
 def measure(
-    folder: Path,
+    run: Run[RunConfig],
     splits: Splits,
     measures: list[str],
     split: str,
@@ -32,32 +32,34 @@ def measure(
     limit: int | None = None,
     watch: Callable[[str, int, bool], None] = lambda name, rows, finished: None,
     other_data: str | None = None,
+    load: Load | None = None,
 ) -> list[Row]:
     """Rows of the named measures, each with the conditions it was measured under; also put into results.jsonl.
 
     Weights that lie in two files (the last epoch was the best one) are measured once, and have rows under both names.
     `limit` images (None: what each measure takes by default), drawn by class; rows carry it where there are more, and never
     take the place of rows over more images. `watch` is told the measure, how many rows it has given so
-    far, and whether it has finished. `other_data` names images that are not the run's own: their rows say so. Raises
-    PermissionError before it measures if rows could not be written, ValueError for other images without a name, OutOfMemory.
+    far, and whether it has finished. `other_data` names images that are not the run's own: their rows say so. `load` gives the
+    models to a caller that uses them again. Raises PermissionError before it measures if rows could not be written, ValueError
+    for other images without a name, OutOfMemory.
     """
     if other_data is None:
-        check_images(folder, splits.train.fingerprint, MEASURE_OTHERS)
-    if not os.access(folder, os.W_OK):
+        run.check_images(splits.train.fingerprint, MEASURE_OTHERS)
+    if not os.access(run.folder, os.W_OK):
         raise PermissionError(
-            f"{folder} cannot be written to, and rows go into its results.jsonl; measure a copy of the folder"
+            f"{run.folder} cannot be written to, and rows go into its results.jsonl; measure a copy of the folder"
         )
     data: ImageData | ImageFiles = getattr(splits, split)
     rows: list[Row] = []
     for which in weights:
-        twin = next((name for name in weights[: weights.index(which)] if _same_file(folder, name, which)), None)
+        twin = next((name for name in weights[: weights.index(which)] if _same_file(run, name, which)), None)
         if twin is not None:
             found = [row | {"weights": which} for row in rows if row["weights"] == twin]
-            update_results(folder, found)
+            run.add_results(found)
             rows += found
             continue
-        model = load_run_model(folder, which)
-        conditions = describe(folder) | {"split": split, "weights": which}
+        model = load(which) if load else load_run_model(run, which)
+        conditions = describe(run) | {"split": split, "weights": which}
         conditions |= {} if other_data is None else {"data": other_data, "other_data": other_data}
         for name in measures:
             watch(name, 0, False)
@@ -69,7 +71,7 @@ def measure(
                 for row in MEASURES[name](model, data, limit):
                     found.append(row | conditions | reach)
                     watch(name, len(found), False)
-            update_results(folder, found)  # at once, so that a later measure cannot lose it
+            run.add_results(found)  # at once, so that a later measure cannot lose it
             watch(name, len(found), True)
             rows += found
     return rows
@@ -86,21 +88,14 @@ def notes_of_others(data: ImageData | ImageFiles, classes: Sequence[str], name: 
     return notes
 
 
-def _same_file(folder: Path, *weights: str) -> bool:
-    paths = [folder / WEIGHTS[name] for name in weights]
+def _same_file(run: Run[RunConfig], *weights: str) -> bool:
+    paths = [run.weights(name) for name in weights]
     return all(path.is_file() for path in paths) and filecmp.cmp(*paths, shallow=False)
 
 
-def is_measured(folder: Path) -> bool:
-    """True if results.jsonl holds the last rows that `train` writes: test accuracy on all images with both weights."""
-    rows = (row for row in own_results(folder) if (row.get("measure"), row.get("name")) == ("accuracy", "accuracy"))
-    return set(WEIGHTS) <= {row.get("weights") for row in rows if row.get("split") == "test" and is_whole(folder, row)}
-
-
-def describe(folder: Path) -> Row:
+def describe(run: Run[RunConfig]) -> Row:
     """The description of a run that every result row carries; precision is that of the training."""
-    config = read_config(folder)
-    epochs = read_rows(folder / "metrics.jsonl")
+    config, epochs = run.config, run.epochs()
     return {
         "encoding": config.model.encoding,
         "model": config.model.label,

@@ -22,7 +22,7 @@ from sape2.evaluation.base import as_mapped
 from sape2.inspect.watched import Watched
 from sape2.machine import find_device
 from sape2.models.trained import load_run_model
-from sape2.training.run_folder import read_config
+from sape2.runs.run import Run
 
 STANDARD = (0.5, 0.5, 0.5)  # mean and standard deviation where the model does not tell
 
@@ -70,10 +70,11 @@ def _kind_of(folder: Path) -> Callable[[Path, str | None, tuple[int, int] | None
 
 
 def _run(folder: Path, weights: str | None, size: tuple[int, int] | None) -> Backbone:
-    config = read_config(folder)
+    run = Run.open_finished(folder)
+    config = run.config
     if weights not in (None, "last", "best"):
         raise ValueError(f"--weights of a run are last or best; got {weights!r}")
-    data, model = config.data, load_run_model(folder, weights or "last")
+    data, model = config.data, load_run_model(run, weights or "last")
     notes = f"{config.model.label} with {config.model.encoding}, {weights or 'last'} weights"
     return Backbone(folder.name, model, size or config.model.image_size, data.mean, data.std, notes)
 

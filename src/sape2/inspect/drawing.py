@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from sape2.training.files import write_atomic
+from sape2.runs.files import write_atomic
 from sape2.viz.base import import_optional, plain
 
 INK, FAINT = "#1a1a1a", "#595959"

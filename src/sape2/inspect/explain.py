@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from sape2.config import RunConfig
 from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import read_picture, unlike
 from sape2.inspect.drawing import Drawing
@@ -29,32 +30,30 @@ from sape2.inspect.figures import (
 from sape2.inspect.look import LayerLook, of_head
 from sape2.inspect.panels import Over
 from sape2.inspect.templates import template
-from sape2.models.trained import load_run_model, names_of_classes, sizes_trained_on
+from sape2.models.trained import load_run_model
+from sape2.runs.files import write_text
+from sape2.runs.run import Run
 from sape2.tables import format_value
-from sape2.training.files import write_text
-from sape2.training.run_folder import read_config
-from sape2.training.standing import check_finished
 from sape2.viz.base import plain
 
 
 def explain(
-    folder: Path, image_path: Path, out: Path | None = None, choice: Choice | None = None, weights: str = "last"
+    run: Run[RunConfig], image_path: Path, out: Path | None = None, choice: Choice | None = None, weights: str = "last"
 ) -> tuple[Path, list[Row]]:
     """Writes the page (.html) or the picture (.png); returns where, and the numbers on it as rows.
 
-    Raises ValueError or OSError, before anything is written, for a run, an image or a choice that cannot be.
+    Raises ValueError or OSError, before anything is written, for an image or a choice that cannot be.
     """
-    config = read_config(folder)
-    check_finished(folder)
-    out = out or folder / "figures" / f"explain-{image_path.stem}.html"
+    config = run.config
+    out = out or run.folder / "figures" / f"explain-{image_path.stem}.html"
     if out.suffix.lower() not in (".html", ".png"):
         raise ValueError(f"--out must end in .html or .png; got {out}")
     choice = choice or Choice()
     choice.check(config.model)
     picture = read_picture(image_path, config.model, evaluation_crop(config.data))
-    model, classes, name = load_run_model(folder, weights), names_of_classes(folder), plain(image_path.name)
+    model, classes, name = load_run_model(run, weights), run.classes, plain(image_path.name)
     found = explained(model, config, picture.pixels, classes, name, picture.notes, choice)
-    found = replace(found, unlike=unlike(picture, config.data, sizes_trained_on(folder)))
+    found = replace(found, unlike=unlike(picture, config.data, run.image_sizes))
     if out.suffix.lower() == ".png":
         as_picture(found).save(out)
     else:

@@ -9,30 +9,31 @@ from pathlib import Path
 import torch
 
 from sape2 import viz
+from sape2.config import RunConfig
 from sape2.data import Splits
 from sape2.evaluation.accuracy import confusion, predict
 from sape2.evaluation.measures import images_taken
 from sape2.evaluation.runs import Row, describe
 from sape2.inspect.explain import as_picture
 from sape2.inspect.explanation import explained
-from sape2.models.trained import load_run_model
+from sape2.models.trained import Load, load_run_model
 from sape2.models.vit import ViT
-from sape2.training.files import safe_name
-from sape2.training.run_folder import read_config, read_rows
+from sape2.runs.files import safe_name
+from sape2.runs.run import Run
 
 
-def pictures(folder: Path, load: Callable[[], Splits]) -> dict[Path, Callable[[], Path]]:
+def pictures(run: Run[RunConfig], images: Callable[[], Splits], load: Load | None = None) -> dict[Path, Callable[[], Path]]:
     """figures/: training curves, confusion of the test set, and the bias of one test image in every layer that has one.
 
-    Each file with what draws it, apart from the others. `load` gives the images, and is asked once, by the first that needs
-    them.
+    Each file with what draws it, apart from the others. `images` and `load`, which gives the models, are asked once, by the
+    first that needs them.
     """
-    config, figures = read_config(folder), folder / "figures"
-    about = _about(describe(folder))
-    model, splits = cache(partial(load_run_model, folder)), cache(load)
+    config, figures = run.config, run.folder / "figures"
+    about = _about(describe(run))
+    model, splits = cache(partial(load or partial(load_run_model, run), "last")), cache(images)
 
     def curves(path: Path) -> None:
-        viz.plot_curves({config.model.encoding: read_rows(folder / "metrics.jsonl")}, path, about)
+        viz.plot_curves({config.model.encoding: run.epochs()}, path, about)
 
     def confused(path: Path) -> None:
         test = splits().test

@@ -27,7 +27,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from sape2.config import ModelConfig
+from sape2.config import ModelConfig, RunConfig
 from sape2.models.frozen import Size, example, freeze, patch_projection, trace
 from sape2.models.hub import (
     CARD,
@@ -41,13 +41,13 @@ from sape2.models.hub import (
     save_pretrained,
 )
 from sape2.models.trained import load_run_model
+from sape2.runs.files import write_atomic
+from sape2.runs.run import Run
 from sape2.tables import Row
-from sape2.training.files import write_atomic
-from sape2.training.run_folder import read_config
 
 GraphFormat = Literal["onnx", "pt2"]
 Format = Literal["onnx", "pt2", "safetensors", "hub"]
-Run = Callable[[Tensor], Tensor]
+Computed = Callable[[Tensor], Tensor]  # images -> logits
 Model = TypeVar("Model", bound=nn.Module)
 
 TOLERANCE = 1e-4  # of the largest logit, or of 1 if that is smaller; float32 differences are about 1e-6
@@ -127,7 +127,7 @@ def export_model(
 
 
 def export_run(
-    folder: Path,
+    run: Run[RunConfig],
     format: Format,
     out: Path | None = None,
     *,
@@ -136,20 +136,20 @@ def export_run(
     normalize: bool = False,
     license: str | None = None,
 ) -> tuple[Path, list[Row]]:
-    """The model of a run folder as a file (default RUN/export/NAME.onnx) or, for "hub", as a folder: (path, comparison).
+    """The model of a run as a file (default RUN/export/NAME.onnx) or, for "hub", as a folder: (path, comparison).
 
     `normalize` puts the mean and standard deviation of the training images into the graph. `license` is the model's, written
     into the file; None writes none. Raises as `export_model`.
     """
-    config, model = read_config(folder), load_run_model(folder, weights).cpu()
-    described = describe(config.model, folder, weights, license)
-    name = folder.resolve().name
-    path = out or folder / "export" / (f"{name}.{format}" if format != "hub" else f"{name}-hub")
+    config, model = run.config, load_run_model(run, weights).cpu()
+    described = describe(config.model, run, weights, license)
+    name = run.folder.resolve().name
+    path = out or run.folder / "export" / (f"{name}.{format}" if format != "hub" else f"{name}-hub")
     if normalize and format not in get_args(GraphFormat):
         raise ValueError(f"normalisation goes into a graph, and {format} has none; its config says what to do with images")
     if format == "hub":
         _refuse_size(format, size)
-        return path, _write_hub(model, path, folder, weights, license)
+        return path, _write_hub(model, path, run, weights, license)
     described |= {"input": f"{described['normalization']['resize']}; {PIXELS if normalize else NORMALIZED}"}
     module = Normalized(model, config.data.mean, config.data.std).eval() if normalize else model
     return path, export_model(module, path, format, size=size, metadata=described, train_size=config.model.image_size)
@@ -160,7 +160,7 @@ def _refuse_size(format: Format, size: Size | None) -> None:
         raise ValueError(f"a size has no effect on {format}, which holds weights and no graph; leave it out")
 
 
-def write_checked(path: Path, write: Callable[[Path], None], run: Callable[[Path], Run], model: nn.Module,
+def write_checked(path: Path, write: Callable[[Path], None], run: Callable[[Path], Computed], model: nn.Module,
                   cases: list[tuple[int, Size]]) -> list[Row]:  # fmt: skip
     """`write` to a file beside `path`, compare what `run` makes of it, and only then put it in its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -183,7 +183,7 @@ def _check_rows(path: Path, rows: list[Row]) -> None:
         )
 
 
-def compare(model: nn.Module, run: Run, cases: list[tuple[int, Size]]) -> list[Row]:
+def compare(model: nn.Module, run: Computed, cases: list[tuple[int, Size]]) -> list[Row]:
     """The largest difference of any logit between the model and `run`, for every case (number of images, their size)."""
     rows = []
     for number, (batch, size) in enumerate(cases, start=1):
@@ -276,7 +276,7 @@ def _write_pt2(program: ExportedProgram, file: Path, metadata: Description) -> N
     torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata, indent=2)})
 
 
-def _run_pt2(file: Path) -> Run:
+def _run_pt2(file: Path) -> Computed:
     module = torch.export.load(file).module()
 
     def run(images: Tensor) -> Tensor:
@@ -303,7 +303,7 @@ def _write_onnx(program: ExportedProgram, file: Path, metadata: Description) -> 
     onnx_program.save(file, external_data=False)
 
 
-def _run_onnx(file: Path) -> Run:
+def _run_onnx(file: Path) -> Computed:
     onnxruntime = importlib.import_module("onnxruntime")
     importlib.import_module("onnx").checker.check_model(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
@@ -326,7 +326,7 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: Description | Non
     )
 
 
-def _write_hub(model: nn.Module, folder: Path, run: Path, weights: str, license: str | None) -> list[Row]:
+def _write_hub(model: nn.Module, folder: Path, run: Run[RunConfig], weights: str, license: str | None) -> list[Row]:
     """Writes to a temporary folder first and moves config.json last, because nothing is loaded without it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -339,7 +339,7 @@ def _write_hub(model: nn.Module, folder: Path, run: Path, weights: str, license:
     return rows
 
 
-RUNNERS: dict[str, Callable[[Path], Run]] = {"onnx": _run_onnx, "pt2": _run_pt2}
+RUNNERS: dict[str, Callable[[Path], Computed]] = {"onnx": _run_onnx, "pt2": _run_pt2}
 
 
 def needed(format: Format) -> None:

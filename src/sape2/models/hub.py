@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,13 +15,13 @@ from torch import nn
 
 import sape2
 from sape2.config import HUB_IDS, ModelConfig, RunConfig, model_config
-from sape2.config.command import train_command
+from sape2.config.command import command
 from sape2.config.names import cell
 from sape2.config.recipes.changed import changed_in_words
 from sape2.data.decoding import in_words
-from sape2.training.checkpoint import load_weights, save_weights
-from sape2.training.files import write_text
-from sape2.training.run_folder import class_names, own_results, read_config, read_seen
+from sape2.runs.checkpoint import load_weights, save_weights
+from sape2.runs.files import write_text
+from sape2.runs.run import Run
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PAPER = "arXiv:2505.09466"
@@ -40,9 +40,9 @@ SHOWN = ("accuracy", "top5_accuracy", "loss", "calibration_error")
 
 
 def describe(
-    config: ModelConfig, run: str | Path | None = None, weights: str = "last", license: str | None = None
+    config: ModelConfig, run: Run[RunConfig] | None = None, weights: str = "last", license: str | None = None
 ) -> Description:
-    """All that is needed to build a model and to give it images; from a run folder also what it was trained on.
+    """All that is needed to build a model and to give it images; from a run also what it was trained on.
 
     `license` is that of the model, which only its owner can name: without one none is written.
     """
@@ -53,13 +53,14 @@ def describe(
     description |= {"paper": PAPER, "encoding": config.encoding, "model": asdict(config)}
     if run is None:
         return description
-    trained = read_config(Path(run))
+    trained = run.config
     images = {"resize": in_words(trained.data, config)}
     images |= {"mean": list(trained.data.mean), "std": list(trained.data.std), "formula": "(pixel / 255 - mean) / std"}
     training = {"recipe": trained.recipe, "epochs": trained.train.epochs, "seed": trained.seed, "weights": weights}
     training |= {"changed settings": words} if (words := changed_in_words(trained)) else {}
-    classes = class_names(Path(run), config.num_classes)
-    return description | {"data": trained.data.name, "normalization": images, "classes": classes, "training": training}
+    return description | {
+        "data": trained.data.name, "normalization": images, "classes": run.class_names, "training": training
+    }  # fmt: skip
 
 
 def read_description(text: str, where: str) -> Description:
@@ -87,11 +88,11 @@ def read_description(text: str, where: str) -> Description:
 def save_pretrained(
     model: nn.Module,
     folder: str | Path,
-    run: str | Path | None = None,
+    run: Run[RunConfig] | None = None,
     weights: str = "last",
     license: str | None = None,
 ) -> None:
-    """Writes config.json, model.safetensors and a model card; `run`, a run folder, fills the card with what was measured.
+    """Writes config.json, model.safetensors and a model card; `run` fills the card with what was measured.
 
     `weights` says which of the run the model has, "last" or "best"; the card shows what was measured with these. `license`
     is the model's, by its identifier (None: the card names none).
@@ -103,7 +104,7 @@ def save_pretrained(
         raise NotADirectoryError(f"{folder} is a file; give a folder")
     description = describe(config, run, weights, license)
     save_weights(folder / WEIGHTS, model)
-    write_text(folder / CARD, model_card(description, None if run is None else Path(run)))
+    write_text(folder / CARD, model_card(description, run))
     write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
 
 
@@ -161,9 +162,8 @@ def find_folder(source: str | Path, revision: str | None = None) -> Path:
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
-def model_card(description: Description, run: Path | None) -> str:
+def model_card(description: Description, run: Run[RunConfig] | None) -> str:
     """README.md of a model: front matter for the hub, use, what it is, what was measured, licence, citation."""
-    config = RunConfig if run is None else read_config(run)
     rows = [] if run is None else _shown_rows(run, description["training"]["weights"])
     parts = [
         _front_matter(description, rows, public_dataset(run)),
@@ -171,21 +171,22 @@ def model_card(description: Description, run: Path | None) -> str:
         _use(description),
         _table("Model", description["model"]),
     ]
-    if isinstance(config, RunConfig):
-        training = {"data": config.data.name} | description["training"] | {"command": command(config)}
+    if run is not None:
+        words = command(run.config, data="DIR")
+        training = {"data": run.config.data.name} | description["training"] | {"command": words and f"`{words}`"}
         parts += [_table("Training", training), _results(rows), _classes(description)]
     return "\n".join([*parts, _licence(description), _CITATION])
 
 
-def public_dataset(run: Path | None) -> str | None:
+def public_dataset(run: Run[RunConfig] | None) -> str | None:
     """The hub id of the data set that a run saw: by what its images are, never by the name of their folder. None for others.
 
     The files of the hub by their digests, torchvision's by the hashes that it checks, others by the id they were loaded by.
     """
-    seen = {} if run is None else read_seen(run)
+    seen = {} if run is None else run.seen
     if isinstance(seen.get("hub_id"), str):
         return seen["hub_id"]
-    name = None if run is None else read_config(run).data.name
+    name = None if run is None else run.config.data.name
     if seen.get("layout") == "arrays":
         return HUB_IDS.get(str(name))
     splits = [seen.get(split) for split in ("train", "test")]
@@ -193,18 +194,8 @@ def public_dataset(run: Path | None) -> str | None:
     return next((HUB_IDS[known] for known, there in PUBLISHED.items() if there == digests), None)
 
 
-def command(config: RunConfig) -> str | None:
-    """The `sape2 train` command in Markdown, with DIR for the folder of images; None for a recipe that is not known here."""
-    if config.data.source is not None or config.data.name != "digits":  # a path of this machine helps nobody
-        config = replace(config, data=replace(config.data, source="DIR"))
-    try:
-        return f"`{train_command(config)}`"
-    except ValueError:
-        return None
-
-
-def _shown_rows(run: Path, weights: str) -> list[dict[str, Any]]:
-    return [row for row in own_results(run) if row.get("name") in SHOWN and row.get("weights") == weights]
+def _shown_rows(run: Run[RunConfig], weights: str) -> list[dict[str, Any]]:
+    return [row for row in run.results() if row.get("name") in SHOWN and row.get("weights") == weights]
 
 
 def _front_matter(description: Description, rows: list[dict[str, Any]], public: str | None) -> str:

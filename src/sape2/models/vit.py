@@ -26,6 +26,7 @@ from sape2.encodings.base import full_precision, names_without_decay
 from sape2.encodings.grid import Grid, as_grid
 from sape2.encodings.names import name_once
 from sape2.models import hub
+from sape2.runs.run import Run
 
 
 class PatchEmbed(nn.Module):
@@ -173,7 +174,7 @@ class ViT(nn.Module):
         self, folder: str | Path, run: str | Path | None = None, weights: str = "last", license: str | None = None
     ) -> None:
         """Writes config.json, model.safetensors and a model card, filled from a run folder and one of its weights if given."""
-        hub.save_pretrained(self, folder, run, weights, license)
+        hub.save_pretrained(self, folder, None if run is None else Run.open(run), weights, license)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, revision: str | None = None) -> ViT:

@@ -25,11 +25,11 @@ from sape2.data.augment import derive_seed
 from sape2.encodings import AttentionEncoding, TokenEncoding, canonical_name
 from sape2.machine import autocast, find_device, hardware, precision_of
 from sape2.models.vit import ViT
+from sape2.runs.rows import read_rows, write_rows
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
 from sape2.tables import Row
 from sape2.training.optimisation import make_optimizer, make_schedule
-from sape2.training.run_folder import read_rows, write_rows
 
 DIM, NUM_HEADS = 128, 4
 WARMUP_SHARE = 0.1

@@ -17,13 +17,13 @@ from sape2.evaluation.runs import measure
 from sape2.machine import find_device
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT
-from sape2.training.checkpoint import Progress
-from sape2.training.files import sweep
-from sape2.training.lock import Lock
+from sape2.runs.checkpoint import Progress
+from sape2.runs.files import sweep
+from sape2.runs.run import Run
+from sape2.tables import Row
 from sape2.training.loop import TrainingStopped, train
-from sape2.training.memory_errors import in_training, told_in_one_line
+from sape2.training.memory_errors import told_in_one_line, training_message
 from sape2.training.processes import ALONE, Dismissed, Processes
-from sape2.training.run_folder import Row, check_images, check_run, is_finished
 
 MIB = 2**20
 NOWHERE = Path(os.devnull)  # no file can be made in it
@@ -33,23 +33,22 @@ WARM_UP = 2  # steps before the one whose memory is measured: the optimiser's st
 def run_to_end(
     model: ViT,
     splits: Splits,
-    config: RunConfig,
-    lock: Lock,
+    run: Run[RunConfig],
     quiet: bool = False,
     watch: Callable[[Progress], None] = lambda progress: None,
     processes: Processes = ALONE,
 ) -> list[Row]:
-    """Resumes training of the run in the locked folder, unless it is finished, and measures the test set.
+    """Resumes training of a run that this process holds, unless it is finished, and measures the test set.
 
-    Nothing is saved once the lock is lost. `watch` is called with the progress after each step. Raises what `train` and
-    `Lock.check` raise, and OutOfMemory. The other `processes` must call `help_to_train`; they end when the
-    training is done.
+    Nothing is saved once the lock is lost. `watch` is called with the progress after each step. Raises ValueError if the
+    folder holds another run, or one on other images; what `train` and `Lock.check` raise; OutOfMemory. The other `processes`
+    must call `help_to_train`; they end when the training is done.
     """
-    folder = lock.folder
-    check_run(folder, config)
-    check_images(folder, splits.train.fingerprint)
-    sweep(folder)
-    if not is_finished(folder):
+    run.check_settings()
+    run.check_images(splits.train.fingerprint)
+    sweep(run.folder)
+    if run.state != "finished":
+        config = run.config
         memory = StepMemory(len(splits.train) // config.train.batch_size)
 
         def look(progress: Progress) -> Row:
@@ -57,14 +56,14 @@ def run_to_end(
             return memory.after_step(progress.step)
 
         try:
-            with told_in_one_line(lambda: in_training(config, processes.size)):
+            with told_in_one_line(lambda: training_message(config, processes.size)):
                 validate = validation_of(splits, processes)
-                train(model, splits.train, validate, config, folder, quiet, look, processes, lock.check)
+                train(model, splits.train, validate, run, quiet, look, processes)
         finally:
             memory.close()
     processes.leave()
-    lock.check()
-    return measure(folder, splits, ["accuracy"], "test", ["last", "best"])
+    run.check_lock()
+    return measure(run, splits, ["accuracy"], "test", ["last", "best"])
 
 
 def help_to_train(config: RunConfig, processes: Processes) -> int:
@@ -72,8 +71,8 @@ def help_to_train(config: RunConfig, processes: Processes) -> int:
     try:
         splits = load_data(config.data, config.model)
         model, validate = build_model(config), validation_of(splits, processes)
-        with told_in_one_line(lambda: in_training(config, processes.size)):
-            train(model, splits.train, validate, config, NOWHERE, processes=processes)
+        with told_in_one_line(lambda: training_message(config, processes.size)):
+            train(model, splits.train, validate, Run(NOWHERE, config), processes=processes)
     except TrainingStopped as stopped:
         return 128 + stopped.signal_number
     except Dismissed:  # the main process found nothing to train

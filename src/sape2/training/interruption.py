@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sape2.progress import bars
-from sape2.training.checkpoint import Progress
+from sape2.runs.checkpoint import Progress
 
 
 class TrainingStopped(Exception):

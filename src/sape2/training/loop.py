@@ -14,7 +14,6 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -27,13 +26,14 @@ from sape2.data.augment import TrainStream, derive_seed
 from sape2.data.mixing import BatchMixer
 from sape2.encodings import AttentionEncoding
 from sape2.machine import precision_of
+from sape2.runs.checkpoint import Progress
+from sape2.runs.run import Run
+from sape2.runs.settings import difference
 from sape2.training.accelerator import make_accelerator, passed_over, prepare
-from sape2.training.checkpoint import Progress, last_checkpoint
 from sape2.training.interruption import TrainingStopped, catch_signals, progress_bar
 from sape2.training.optimisation import compiled, make_optimizer, make_schedule, set_seeds
 from sape2.training.processes import ALONE, Processes
 from sape2.training.record import Record
-from sape2.training.run_folder import check_data, difference
 from sape2.training.weights import Weights
 
 # model -> (accuracy, loss) on the validation set; called in every process, and the same in each
@@ -47,22 +47,19 @@ def train(
     model: nn.Module,
     images: ImageData | ImageFiles,
     evaluate: Evaluate,
-    config: RunConfig,
-    folder: Path,
+    run: Run[RunConfig],
     quiet: bool = False,
     watch: Watch = lambda progress: None,
     processes: Processes = ALONE,
-    check_folder: Callable[[], None] = lambda: None,
 ) -> None:
-    """Trains from the last checkpoint in `folder`, or from the start, to the end of the last epoch.
+    """Trains from the last checkpoint of the run, or from the start, to the end of the last epoch.
 
     Problems that would stop the first step are found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
-    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising,
-    and so does `check_folder`, which is called before anything is written there. Raises ValueError when the loss is no
-    longer finite, TrainingStopped on SIGINT and SIGTERM. Of several `processes` all must call it; the folder is that of
-    the main one.
+    events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising. Raises
+    ValueError when the loss is no longer finite, OSError once a lock on the folder is lost, TrainingStopped on SIGINT and
+    SIGTERM. Of several `processes` all must call it; the folder is that of the main one.
     """
-    Trainer(model, images, evaluate, config, folder, quiet, processes, check_folder).run(watch)
+    Trainer(model, images, evaluate, run, quiet, processes).run(watch)
 
 
 class Trainer:
@@ -73,17 +70,17 @@ class Trainer:
         model: nn.Module,
         images: ImageData | ImageFiles,
         evaluate: Evaluate,
-        config: RunConfig,
-        folder: Path,
+        run: Run[RunConfig],
         quiet: bool,
         processes: Processes = ALONE,
-        check_folder: Callable[[], None] = lambda: None,
     ) -> None:
+        config = run.config
         check_same_run(config, images.fingerprint, processes)
         if processes.is_main:
-            check_data(folder, images.fingerprint)
+            run.check_settings()
+            run.check_images(images.fingerprint)
         self.config, self.evaluate, self.processes = config, evaluate, processes
-        self.record = Record(folder, config, processes.is_main, quiet, check_folder)
+        self.record = Record(run, processes.is_main, quiet)
         self.accelerator = make_accelerator(config.train.precision, processes)
         for module in model.modules():
             if isinstance(module, AttentionEncoding):
@@ -93,7 +90,7 @@ class Trainer:
         self.mixer = BatchMixer(config.augment, config.train.label_smoothing, config.model.num_classes)
         self.model = model.to(self.accelerator.device)
         self.weights = Weights(self.model, config.train, processes)
-        self.progress, optimizer_state = self.weights.take_up(folder)
+        self.progress, optimizer_state = self.weights.take_up(run.checkpoint)
         divided = config.train.parallel == "fsdp"
         self.wrapped = self.weights.divide(self.accelerator) if divided else prepare(self.accelerator, self.model)
         self.called = compiled(self.wrapped) if config.train.compile else self.wrapped
@@ -118,7 +115,7 @@ class Trainer:
             while progress.step < stream.total_steps:
                 images, labels = next(batches)
                 waited = time.perf_counter() - mark
-                self.processes.largest(0)  # all have their images
+                self.processes.barrier()  # all have their images
                 self._step(*(t.to(self.accelerator.device, non_blocking=True) for t in (images, labels)))
                 progress.step += 1
                 epoch, done = divmod(progress.step, stream.steps_per_epoch)
@@ -201,7 +198,7 @@ class Trainer:
 
     def _diverged(self, step: int, what: str) -> NoReturn:
         """All processes come here, since all have seen the losses of all."""
-        last = self.processes.from_main(last_checkpoint(self.record.folder))
+        last = self.processes.from_main(self.record.run.checkpoint)
         kept = f"the last checkpoint is {last}" if last else "there is no checkpoint yet"
         raise ValueError(
             f"{what} at step {step} (epoch {step // self.stream.steps_per_epoch + 1}, learning rate "
@@ -263,7 +260,7 @@ class Trainer:
         try:
             self.weights.give_state(state["optimizer"], self.optimizer)
         except (KeyError, TypeError, ValueError) as error:
-            at = f" in {last_checkpoint(self.record.folder)}" if self.processes.is_main else ""  # the others have no folder
+            at = f" in {self.record.run.checkpoint}" if self.processes.is_main else ""  # the others have no folder
             where = f"the optimiser's state{at}"
             raise ValueError(f"{where} does not fit this version of sape2 ({error}); remove it to start again") from error
         if self.accelerator.scaler is not None and "scaler" in state:

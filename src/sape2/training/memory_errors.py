@@ -55,7 +55,7 @@ def memory_message(what: str, model: ModelConfig, ways: Iterable[str], then: str
     return f"out of memory {what}, {count_tokens(model)} tokens each; {then} {', '.join([*ways, *_of_attention(model)])}"
 
 
-def in_training(config: RunConfig, size: int = 1) -> str:
+def training_message(config: RunConfig, size: int = 1) -> str:
     """Message for out-of-memory errors in training: batch and tokens of each of `size` processes, and how to reduce them."""
     train, model = config.train, config.model
     share = train.batch_size // size

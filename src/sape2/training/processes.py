@@ -56,6 +56,10 @@ class Processes:
         """
         return number if self._group is None else self._exchange(WORKING, number)
 
+    def barrier(self) -> None:
+        """Waits until all processes have come here. Raises what `largest` raises."""
+        self.largest(0)
+
     def gather(self, value: Any) -> list[Any]:
         """Collects the values of all processes, by rank. All of them must call it; raises what `largest` raises."""
         if self._group is None:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from sape2.config import TrainConfig
+from sape2.runs.checkpoint import Progress, load_checkpoint
 from sape2.training.accelerator import config_alone
-from sape2.training.checkpoint import Progress, last_checkpoint, load_checkpoint
 from sape2.training.optimisation import make_ema
 from sape2.training.processes import Processes
 from sape2.training.sharding import divided_state, here, put_together, shard, whole_state
@@ -40,7 +40,7 @@ class Weights:
         """
         if not self.undivided:
             return self.parts()
-        self.processes.largest(0)
+        self.processes.barrier()
         for part, undivided in zip(self.parts(), self.undivided, strict=True):
             put_together(part, undivided)
         return self.undivided
@@ -55,14 +55,13 @@ class Weights:
         if self.ema is not None:
             self.ema.update(self.model, step=step)
 
-    def take_up(self, folder: Path) -> tuple[Progress, dict[str, Any] | None]:
-        """Loads the last checkpoint on rank 0 and broadcasts it; returns the progress and the optimiser's state.
+    def take_up(self, checkpoint: Path | None) -> tuple[Progress, dict[str, Any] | None]:
+        """Loads the checkpoint of rank 0 (None: a new run) and broadcasts it; returns the progress and the optimiser's state.
 
         Other processes need no access to the folder.
         """
         taken: tuple[Progress, dict[str, Any] | None] = (Progress(), None)
-        checkpoint = last_checkpoint(folder) if self.processes.is_main else None
-        if checkpoint is not None:
+        if checkpoint is not None and self.processes.is_main:
             taken = load_checkpoint(checkpoint, self.model, self.average)
         taken = self.processes.from_main(taken)
         if taken[1] is not None and self.processes.size > 1:

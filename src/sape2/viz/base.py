@@ -14,7 +14,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, ParamSpec, TypeVar
 
-from sape2.training.files import beside
+from sape2.runs.files import beside
 
 MAP_COLOURS = "cividis"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8AB00")  # Okabe and Ito, darker yellow

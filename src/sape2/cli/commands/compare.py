@@ -26,17 +26,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="for runs, rows and tables (default runs/compare-RECIPE-MODEL)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, e.g. train.lr=1e-3")
     parser.add_argument("--retry-failed", action="store_true", help="try failed runs again, from their last checkpoint")
-    parser.add_argument("--launcher", choices=["local", "slurm"], help="submit each run as a job (needs the extra cluster)")
-    parser.add_argument("--jobs", metavar="N", help="number of jobs at a time (default local: GPUs, or 1; slurm: all)")
+    parser.add_argument("--launcher", choices=["slurm"], help="submit each run as a job (needs the extra cluster)")
+    parser.add_argument("--jobs", metavar="N", help="number of jobs at a time (default all)")
     parser.add_argument("--slurm", action="append", default=[], metavar="KEY=VALUE", help="e.g. partition=gpu, timeout_min=60")
     add_json(parser)
     parser.set_defaults(encoding=None, seed=None)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from sape2.runs.files import check_writable
     from sape2.studies.compare.plan import Study
     from sape2.studies.compare.work import Stopped, forget_failures, work
-    from sape2.training.files import check_writable
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 compare")
@@ -54,21 +54,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
     study.check()
     check_writable(folder)
-    launcher = _launcher(arguments)
     jobs = whole_number("--jobs", arguments.jobs) if arguments.jobs else None
+    launcher = _launcher(arguments)
     from sape2.data import load_data
     from sape2.models.trained import build_model
     from sape2.studies.compare.outcome import outcome
     from sape2.studies.compare.progress import study_progress
     from sape2.studies.compare.runner import runner
     from sape2.training.interruption import catch_signals
-    from sape2.training.run_folder import check_images
 
     for cell in study.cells()[: len(study.encodings)]:
         build_model(cell.config)  # a mistake in one of them is told before the first is trained
     splits = load_data(config.data, config.model)
     for cell in study.cells():
-        check_images(cell.folder, splits.train.fingerprint, "choose another --out for a new study")
+        cell.run.check_images(splits.train.fingerprint, "choose another --out for a new study")
     study.start()
     if arguments.retry_failed:
         forget_failures(study)
@@ -79,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             else:
                 from sape2.studies.compare.launch import launch
 
-                rows = launch(study, launcher, jobs or launcher.slots, shown.tell, caught)
+                rows = launch(study, launcher, jobs, shown.tell, caught)
             status = int(any("failed" in row for row in rows))
         except Stopped as stopped:
             say(f"sape2: {stopped}")
@@ -90,19 +89,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _launcher(arguments: argparse.Namespace) -> Launcher | None:
-    """The launcher of jobs, or None if this process does the work. Raises ValueError for options that need a launcher."""
+    """The launcher of jobs, or None if this process does the work. Raises ValueError for options that need one."""
     if arguments.launcher is None:
         for option, value in (("--jobs", arguments.jobs), ("--slurm", arguments.slurm)):
             if value:
-                raise ValueError(f"{option} needs --launcher local or --launcher slurm")
+                raise ValueError(f"{option} needs --launcher slurm")
         return None
-    from sape2.studies.compare.launch import Local, Slurm
+    from sape2.studies.compare.launch import Slurm
 
-    if arguments.launcher == "slurm":
-        return Slurm(dict(_parameter(text) for text in arguments.slurm))
-    if arguments.slurm:
-        raise ValueError("--slurm needs --launcher slurm; got --launcher local")
-    return Local()
+    return Slurm(dict(_parameter(text) for text in arguments.slurm))
 
 
 def _parameter(text: str) -> tuple[str, int | str]:

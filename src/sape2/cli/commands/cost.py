@@ -84,8 +84,8 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
     """Writes sweep.json; raises ValueError, before anything is measured, if the folder holds another sweep or other files."""
     import torch
 
-    from sape2.training.files import holds_files, write_text
-    from sape2.training.run_folder import difference
+    from sape2.runs.files import holds_files, write_text
+    from sape2.runs.settings import difference
 
     settings, path = sweep.settings() | {"threads": torch.get_num_threads()}, folder / "sweep.json"
     if folder.exists() and not folder.is_dir():

@@ -48,8 +48,8 @@ def run(arguments: argparse.Namespace) -> int:
     config = replace(config, model=replace(config.model, encoding=one_name(config.model.encoding)))
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.detection import run_detection
+    from sape2.runs.files import check_writable
     from sape2.tables import print_json, print_table
-    from sape2.training.files import check_writable
     from sape2.training.interruption import TrainingStopped
 
     check_writable(folder)

@@ -6,13 +6,15 @@ import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
-from typing import Any
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
 
 from sape2.cli.options import add_json, chosen_measures, whole_number
-from sape2.cli.output import drawn, say, show_results
+from sape2.cli.output import Row, drawn, say, show_results
 from sape2.config import RunConfig
+
+if TYPE_CHECKING:
+    from sape2.runs.run import Run
 
 HELP = "measure a finished run"
 
@@ -32,16 +34,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.training.files import check_writable
-    from sape2.training.run_folder import read_config
-    from sape2.training.standing import check_finished
+    from sape2.runs.files import check_writable
+    from sape2.runs.run import Run
 
-    folder = Path(arguments.folder)
-    config = read_config(folder)
+    run = Run.open_finished(arguments.folder)
+    config = run.config
     measures = chosen_measures(arguments.measures)
     limit = None if arguments.limit is None else whole_number("--limit", arguments.limit)
-    check_finished(folder)
-    check_writable(folder, "rows go into its results.jsonl; measure a copy of the folder")
+    check_writable(run.folder, "rows go into its results.jsonl; measure a copy of the folder")
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     other: str | None = arguments.other_data
@@ -50,32 +50,31 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.data import load_data
     from sape2.evaluation.runs import measure, notes_of_others
     from sape2.inspect.pictures import draw_measures, pictures
-    from sape2.models.trained import names_of_classes, note_of_rule
+    from sape2.models.trained import load_run_model
 
-    if note := note_of_rule(folder):
-        say(note)
-    classes = names_of_classes(folder) if other is not None else ()
+    if run.note_of_rule:
+        say(run.note_of_rule)
+    classes = run.classes if other is not None else ()
+    load = cache(partial(load_run_model, run))
     splits = load_data(config.data, config.model, classes)
     if other is not None:
         for note in notes_of_others(getattr(splits, arguments.split), classes, other):
             say(note)
     with _watching() as watch:
-        rows = measure(folder, splits, measures, arguments.split, [arguments.weights], limit, watch, other)
-    _tell_of_few(rows, folder)
+        rows = measure(run, splits, measures, arguments.split, [arguments.weights], limit, watch, other, load)
+    _tell_of_few(rows, run)
     whole = "accuracy" in measures and limit is None and other is None  # confusion is of all images, and the run's own
     by_measure = [[row for row in rows if row["measure"] == name] for name in dict.fromkeys(row["measure"] for row in rows)]
     files = drawn(
-        *(partial(draw_measures, folder, some) for some in by_measure),
-        *(pictures(folder, lambda: splits).values() if whole else ()),
+        *(partial(draw_measures, run.folder, some) for some in by_measure),
+        *(pictures(run, lambda: splits, load).values() if whole else ()),
     )
-    return show_results(rows, folder, arguments.json, files, arguments.all)
+    return show_results(rows, run, arguments.json, files, arguments.all)
 
 
-def _tell_of_few(rows: list[dict[str, Any]], folder: Path) -> None:
+def _tell_of_few(rows: list[Row], run: Run[RunConfig]) -> None:
     """Says which of the new measurements the run does not show, because it already has them over more images."""
-    from sape2.training.run_folder import own_results
-
-    shown = {(row["measure"], row["split"], row["weights"], row.get("limit")) for row in own_results(folder)}
+    shown = {(row["measure"], row["split"], row["weights"], row.get("limit")) for row in run.results()}
     for measure in dict.fromkeys(row["measure"] for row in rows):
         row = next(row for row in rows if row["measure"] == measure)
         key = (measure, row["split"], row["weights"], row["limit"])

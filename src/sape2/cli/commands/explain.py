@@ -33,18 +33,19 @@ def run(arguments: argparse.Namespace) -> int:
     patches = tuple(_patch(text) for text in arguments.patch)
     from sape2.inspect.explain import explain
     from sape2.inspect.explanation import Choice
-    from sape2.training.files import check_writable
+    from sape2.runs.files import check_writable
+    from sape2.runs.run import Run
 
     choice = Choice(arguments.layer, arguments.head, patches)
     out = None if arguments.out is None else Path(arguments.out)
     if out is not None:
         check_writable(out.parent)
-    written, rows = explain(Path(arguments.folder), Path(arguments.image), out, choice, arguments.weights)
-    from sape2.models.trained import note_of_rule
+    run = Run.open_finished(arguments.folder)
+    written, rows = explain(run, Path(arguments.image), out, choice, arguments.weights)
     from sape2.tables import print_json, print_table
 
-    if note := note_of_rule(Path(arguments.folder)):
-        say(note)
+    if run.note_of_rule:
+        say(run.note_of_rule)
 
     if arguments.json:
         print_json(rows)

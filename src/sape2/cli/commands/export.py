@@ -26,23 +26,21 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.training.run_folder import read_config
-    from sape2.training.standing import check_finished
+    from sape2.runs.run import Run
 
-    folder, size = Path(arguments.folder), None if arguments.size is None else _image_size(arguments.size)
-    config = read_config(folder)
-    check_finished(folder)
+    size = None if arguments.size is None else _image_size(arguments.size)
+    run = Run.open_finished(arguments.folder)
     if size is not None:
-        check_image_size(size, config.model.patch_size)
+        check_image_size(size, run.config.model.patch_size)
     from sape2.models.export import ParityError, export_run, needed
-    from sape2.training.files import check_writable
+    from sape2.runs.files import check_writable
 
     needed(arguments.format)
     out = None if arguments.out is None else Path(arguments.out)
-    check_writable(folder / "export" if out is None else out.parent)
+    check_writable(run.folder / "export" if out is None else out.parent)
     options = {"size": size, "weights": arguments.weights, "normalize": arguments.normalize, "license": arguments.license}
     try:
-        path, rows = export_run(folder, arguments.format, out, **options)
+        path, rows = export_run(run, arguments.format, out, **options)
     except ParityError as error:
         _show_parity(error.rows, arguments)
         say(f"sape2: {error}")

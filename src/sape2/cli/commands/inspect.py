@@ -33,8 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
     size, limit = _size(arguments.size), whole_number("--limit", arguments.limit)
     from sape2.inspect.backbone import open_backbone
     from sape2.inspect.positions import attention_figure, draw_layers, inspected, note_of_few, read_images, table
-    from sape2.training.files import check_writable, safe_name
-    from sape2.training.run_folder import write_rows
+    from sape2.runs.files import check_writable, safe_name
+    from sape2.runs.rows import write_rows
 
     backbone = open_backbone(arguments.model, arguments.weights, size)
     folder = Path(arguments.out or f"runs/inspect-{safe_name(backbone.name)}")

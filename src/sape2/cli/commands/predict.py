@@ -26,21 +26,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    folder, top = Path(arguments.folder), whole_number("--top", arguments.top)
+    top = whole_number("--top", arguments.top)
     out = None if arguments.out is None else _checked(Path(arguments.out))
     from sape2.evaluation.predictions import find_images, predict_files
-    from sape2.models.trained import note_of_rule
-    from sape2.training.files import check_writable
-    from sape2.training.standing import check_finished
+    from sape2.runs.files import check_writable
+    from sape2.runs.run import Run
 
-    check_finished(folder)
+    run = Run.open_finished(arguments.folder)
     if out is not None:
         check_writable(out.parent)
     files = find_images(arguments.paths)
-    if note := note_of_rule(folder):
-        say(note)
+    if run.note_of_rule:
+        say(run.note_of_rule)
     with _watching(len(files)) as watch:
-        found = predict_files(folder, files, top, arguments.weights, watch)
+        found = predict_files(run, files, top, arguments.weights, watch)
     if not found.rows:
         raise ValueError(f"none of the {len(files)} files can be read; {next(iter(found.unreadable.values()))}")
     _show(found.rows, out, arguments.json)
@@ -62,8 +61,8 @@ def _checked(out: Path) -> Path:
 
 
 def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
+    from sape2.runs.files import write_text
     from sape2.tables import csv_table, print_json, print_table
-    from sape2.training.files import write_text
 
     if out is not None:
         text = csv_table(rows) if out.suffix.lower() == ".csv" else json.dumps(rows, indent=1) + "\n"

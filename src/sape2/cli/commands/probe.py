@@ -33,9 +33,9 @@ def run(arguments: argparse.Namespace) -> int:
     task = find_task(arguments.task)
     if arguments.examples is not None:
         return _draw_examples(arguments.task, Path(arguments.examples))
+    from sape2.runs.files import check_writable
     from sape2.studies.probing import draw_results, table
     from sape2.tables import print_json, print_table
-    from sape2.training.files import check_writable
 
     cells, folder = _probe_cells(arguments), Path(arguments.out or Path("runs") / f"probe-{arguments.task}")
     check_writable(folder)

@@ -29,7 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.training.files import check_writable
+    from sape2.runs.files import check_writable
 
     check_writable(Path(arguments.out))
     if any(name.endswith(".jsonl") for name in arguments.folders):

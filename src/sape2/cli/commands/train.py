@@ -53,30 +53,27 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes, began: float) -> int:
-    folder = Path(arguments.out or Path("runs") / default_name(config))
-    from sape2.training.checkpoint import standing
-    from sape2.training.files import check_writable
-    from sape2.training.lock import hold
-    from sape2.training.run_folder import check_images, check_run, is_finished, own_results
+    from sape2.runs.files import check_writable
+    from sape2.runs.run import Run
 
+    run = Run(Path(arguments.out or Path("runs") / default_name(config)), config)
     if not arguments.dry_run:
-        check_run(folder, config)
-        if not is_finished(folder):
-            check_writable(folder)
+        run.check_settings()
+        if run.state != "finished":
+            check_writable(run.folder)
     from sape2.data import fingerprint, load_data, open_sources
-    from sape2.evaluation.runs import is_measured
     from sape2.inspect.pictures import pictures
     from sape2.models.trained import build_model
 
     load = cache(lambda: load_data(config.data, config.model))
-    if not arguments.dry_run and is_finished(folder) and is_measured(folder):
+    if not arguments.dry_run and run.is_measured:
         if arguments.data is not None:
-            check_images(folder, fingerprint(open_sources(config.data, config.model)))
-        say(f"{folder} is finished; choose another --out or --seed for a new run")
-        missing = [draw for path, draw in pictures(folder, load).items() if not path.exists()]
+            run.check_images(fingerprint(open_sources(config.data, config.model)))
+        say(f"{run.folder} is finished; choose another --out or --seed for a new run")
+        missing = [draw for path, draw in pictures(run, load).items() if not path.exists()]
         drawn(*missing)
-        figures = sorted((folder / "figures").glob("*.png"))
-        return show_results(own_results(folder), folder, arguments.json, figures)
+        figures = sorted((run.folder / "figures").glob("*.png"))
+        return show_results(run.results(), run, arguments.json, figures)
     model = build_model(config)
     splits = load()
     if arguments.dry_run:
@@ -84,13 +81,13 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
     from sape2.studies.run import run_to_end
     from sape2.training.loop import TrainingStopped
 
-    with hold(folder, standing(folder)) as lock:
+    with run.hold():
         try:
-            rows = run_to_end(model, splits, config, lock, processes=processes)
+            rows = run_to_end(model, splits, run, processes=processes)
         except TrainingStopped as stopped:
             say(f"sape2: {stopped}")
             return 128 + stopped.signal_number
-    return show_results(rows, folder, arguments.json, drawn(*pictures(folder, load).values()))
+    return show_results(rows, run, arguments.json, drawn(*pictures(run, load).values()))
 
 
 def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup_s: float) -> int:
@@ -101,13 +98,14 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
     from sape2.evaluation.cost.measure import count_macs, count_parameters
     from sape2.evaluation.cost.timing import median_seconds
     from sape2.machine import precision_of
+    from sape2.runs.run import Run
     from sape2.training.loop import Trainer
 
     stream = TrainStream(splits.train, config.augment, config.train, config.seed)
     images, labels = stream[0]
     macs = count_macs(model, config.model.in_channels, config.model.image_size)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(model, splits.train, lambda _: (0.0, 0.0), config, Path(scratch), quiet=True)
+        trainer = Trainer(model, splits.train, lambda _: (0.0, 0.0), Run(Path(scratch), config), quiet=True)
         device = trainer.accelerator.device
         step_s = median_seconds(lambda: trainer._step(images.to(device), labels.to(device)))
         start = time.perf_counter()

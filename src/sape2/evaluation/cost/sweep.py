@@ -23,7 +23,7 @@ from sape2.evaluation.cost.memory import peak_bytes
 from sape2.evaluation.cost.rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
 from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, AttentionSubject, ModelSubject, Point, Subject
 from sape2.evaluation.cost.timing import alternate
-from sape2.training.files import write_text
+from sape2.runs.files import write_text
 from sape2.training.memory_errors import available_bytes, is_out_of_memory
 
 WARMUP = 2

@@ -7,12 +7,12 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
+from sape2.config import RunConfig
 from sape2.data import load_data
 from sape2.inspect.explore.microscope import Microscope, Subject
 from sape2.inspect.explore.page import import_gradio, serve
-from sape2.models.trained import load_run_model, note_of_rule, sizes_trained_on
-from sape2.training.run_folder import check_images, read_config
-from sape2.training.standing import check_finished
+from sape2.models.trained import load_run_model
+from sape2.runs.run import Run
 
 SHIPPED = Path(str(resources.files("sape2.inspect.explore").joinpath("model")))  # a run folder; how it was made: its README.md
 
@@ -31,29 +31,34 @@ def explore(
     Raises ValueError, OSError or ImportError, before anything is served, for what cannot be shown.
     """
     import_gradio()
-    microscope = open_microscope(folder, against, data, weights)
-    for note in filter(None, map(note_of_rule, filter(None, (folder, against)))):
-        say(note)
+    first, second = (None if path is None else Run.open_finished(path) for path in (folder, against))
+    microscope = open_microscope(first, second, data, weights)
+    for run in filter(None, (first, second)):
+        if run.note_of_rule:
+            say(run.note_of_rule)
     serve(microscope, host, port, say)
 
 
 def open_microscope(
-    folder: Path | None = None, against: Path | None = None, data: str | None = None, weights: str = "last"
+    run: Run[RunConfig] | None = None,
+    against: Run[RunConfig] | None = None,
+    data: str | None = None,
+    weights: str = "last",
 ) -> Microscope:
     """The models of one or two finished runs, and the test images of the first."""
-    subject = _subject(folder or SHIPPED, "shipped model" if folder is None else folder.name, weights)
-    other = None if against is None else _subject(against, against.name, weights)
+    if run is None:
+        subject = _subject(Run.open_finished(SHIPPED), "shipped model", weights)
+    else:
+        subject = _subject(run, run.folder.name, weights)
+    other = None if against is None else _subject(against, against.folder.name, weights)
     if other is not None and other.name == subject.name:
         other = replace(other, name=f"{other.name} (2)")
     config = subject.config.data if data is None else replace(subject.config.data, source=data)
     images = load_data(config, subject.config.model).test
-    for run in (folder, against):
-        if run is not None:
-            check_images(run, images.fingerprint, "take a run of these images")
+    for known in filter(None, (run, against)):
+        known.check_images(images.fingerprint, "take a run of these images")
     return Microscope(subject, images, other)
 
 
-def _subject(folder: Path, name: str, weights: str) -> Subject:
-    config = read_config(folder)
-    check_finished(folder)
-    return Subject(name, load_run_model(folder, weights), config, sizes_trained_on(folder))
+def _subject(run: Run[RunConfig], name: str, weights: str) -> Subject:
+    return Subject(name, load_run_model(run, weights), run.config, run.image_sizes)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sape2.config.recipes.changed import changed_settings, value_in_words
-from sape2.studies.compare.headlines import Headline, Row, Run, telling_layer
+from sape2.runs.images import how_images_differ
+from sape2.studies.compare.headlines import Headline, MeasuredRun, telling_layer
 from sape2.studies.compare.summary import mean_and_std
-from sape2.training.run_folder import how_images_differ
+from sape2.tables import Row
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Group:
 
     label: str
     name: str
-    runs: list[Run]
+    runs: list[MeasuredRun]
     left_out: tuple[str, ...] = ()  # what of its runs does not stand beside the others, in words
 
     @property
@@ -43,9 +44,9 @@ class Group:
         return {seed: value for seed, value in found if value is not None}
 
 
-def group_runs(runs: list[Run]) -> list[Group]:
+def group_runs(runs: list[MeasuredRun]) -> list[Group]:
     """Raises ValueError for two runs of the same settings and seed, which would count as two seeds."""
-    groups: list[list[Run]] = []
+    groups: list[list[MeasuredRun]] = []
     settings = dict(zip(map(id, runs), _all_settings(runs), strict=True))
     for run in runs:
         same = next((group for group in groups if settings[id(group[0])] == settings[id(run)]), [])
@@ -64,7 +65,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     ]
 
 
-def _over_as_many(runs: list[Run]) -> tuple[list[Run], tuple[str, ...]]:
+def _over_as_many(runs: list[MeasuredRun]) -> tuple[list[MeasuredRun], tuple[str, ...]]:
     """Drops runs that were measured on fewer images than others of the group, so that a mean over seeds is of like numbers."""
     left_out: list[str] = []
     for measure in sorted({measure for run in runs for measure in run.measures()}):
@@ -99,9 +100,9 @@ def shared_in_words(groups: list[Group]) -> str:
     return ", ".join(words)
 
 
-def _all_settings(runs: list[Run]) -> list[dict[str, Any]]:
+def _all_settings(runs: list[MeasuredRun]) -> list[dict[str, Any]]:
     """Settings, training precision and images of each run; images are identified by the first run that saw the same."""
-    known: list[Run] = []
+    known: list[MeasuredRun] = []
     found = []
     for run in runs:
         same = next((other for other in known if how_images_differ(other.seen, run.seen) is None), None)
@@ -111,7 +112,7 @@ def _all_settings(runs: list[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def _settings(run: Run) -> dict[str, Any]:
+def _settings(run: MeasuredRun) -> dict[str, Any]:
     """Everything that makes the run what it is but for its seed, as {"model.encoding": ...}."""
     nested = run.config.identity()
     flat = {
@@ -130,7 +131,7 @@ FOLLOWS = {  # what goes without saying once the first is said
 }
 
 
-def _labels(runs: list[Run], settings: list[dict[str, Any]], with_encoding: bool = True) -> list[str]:
+def _labels(runs: list[MeasuredRun], settings: list[dict[str, Any]], with_encoding: bool = True) -> list[str]:
     """The encoding, and the other settings in which the runs differ; the folder too where that is not enough."""
     keys = dict.fromkeys(key for values in settings for key in values)
     differ = [key for key in keys if len({repr(values.get(key)) for values in settings}) > 1 and key != "model.encoding"]

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
+from sape2.runs.run import Run
 from sape2.tables import Row
-from sape2.training.run_folder import is_finished, own_results, read_config, read_rows, read_seen
 
 
 @dataclass(frozen=True)
-class Run:
-    """A finished run: its config, the rows measured on one split with one set of weights, the lines of its epochs.
+class MeasuredRun:
+    """A finished run with the rows measured on one split with one set of weights, and the lines of its epochs."""
 
-    `seen` is its data.json, which images it saw; {} where that is not known.
-    """
-
-    folder: Path
-    config: RunConfig
+    run: Run[RunConfig]
     rows: list[Row]
     epochs: list[Row]
-    seen: Row = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return self.run.folder
+
+    @property
+    def config(self) -> RunConfig:
+        return self.run.config
+
+    @property
+    def seen(self) -> Row:
+        """The images that it saw; {} where that is not known."""
+        return self.run.seen
 
     @property
     def precision(self) -> str | None:
@@ -48,24 +56,22 @@ class Run:
         return {row["measure"] for row in self.rows}
 
 
-def read_runs(folders: Iterable[Path], split: str = "test", weights: str = "last") -> tuple[list[Run], list[Path]]:
+def read_runs(folders: Iterable[Path], split: str = "test", weights: str = "last") -> tuple[list[MeasuredRun], list[Path]]:
     """The finished runs, and the folders of those that are not. Raises ValueError or OSError for what is no run folder."""
     runs, unfinished = [], []
-    for folder in folders:
-        config = read_config(folder)
-        if not is_finished(folder):
-            unfinished.append(folder)
+    for run in map(Run.open, folders):
+        if run.state != "finished":
+            unfinished.append(run.folder)
             continue
-        rows = own_results(folder)
-        chosen = [row for row in rows if (row.get("split"), row.get("weights")) == (split, weights)]
-        runs.append(Run(folder, config, chosen, read_rows(folder / "metrics.jsonl"), read_seen(folder)))
+        chosen = [row for row in run.results() if (row.get("split"), row.get("weights")) == (split, weights)]
+        runs.append(MeasuredRun(run, chosen, run.epochs()))
     return runs, unfinished
 
 
 # --- headline numbers ------------------------------------------------------------------------------------------------
 
 
-def _unseen_drop(run: Run, side: str) -> float | None:
+def _unseen_drop(run: MeasuredRun, side: str) -> float | None:
     """Accuracy at the training size less the mean over the unseen sizes on one side, images scaled, the model's own rule."""
     rows = [row for row in run.rows if row["measure"] == "resolution" and row.get("transform") == "scaled"]
     own = [row for row in rows if row["rule"] == rows[0]["rule"]]
@@ -75,7 +81,7 @@ def _unseen_drop(run: Run, side: str) -> float | None:
     return None if trained is None or unseen is None else trained - unseen
 
 
-def step_ms(run: Run) -> float | None:
+def step_ms(run: MeasuredRun) -> float | None:
     """Milliseconds per training step, median over the epochs."""
     speeds = [row["images_per_s"] for row in run.epochs if row.get("images_per_s")]
     return 1000 * run.config.train.batch_size / statistics.median(speeds) if speeds else None
@@ -84,7 +90,7 @@ def step_ms(run: Run) -> float | None:
 OBJECTS = "scenes"  # the patch labels that count: colour clusters are not objects
 
 
-def telling_layer(runs: list[Run]) -> int | None:
+def telling_layer(runs: list[MeasuredRun]) -> int | None:
     """The layer whose bias, far pairs, is furthest from chance in either direction, by the mean over the runs."""
     found: dict[int, list[float]] = {}
     for row in (row for run in runs for row in run.rows if row["name"] == "bias_auroc" and "head" not in row):
@@ -102,11 +108,11 @@ class Headline:
     measure: str | None
     unit: str
     meaning: str
-    pick: Callable[[Run, int | None], float | None]
+    pick: Callable[[MeasuredRun, int | None], float | None]
 
 
-def _of_bias(name: str, distance: str, **where: Any) -> Callable[[Run, int | None], float | None]:
-    def pick(run: Run, layer: int | None) -> float | None:
+def _of_bias(name: str, distance: str, **where: Any) -> Callable[[MeasuredRun, int | None], float | None]:
+    def pick(run: MeasuredRun, layer: int | None) -> float | None:
         place = {"masks": OBJECTS, "distance": distance, "layer": layer, "head": None}
         return None if layer is None else run.value(name, "grouping", **place, **where)
 

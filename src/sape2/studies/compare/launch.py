@@ -1,9 +1,8 @@
-"""Runs a study as submitit jobs, one for each run: as processes of this machine, or in the queue of Slurm.
+"""Runs a study as submitit jobs, one for each run, in the queue of Slurm. On one machine the lock of a run folder does it.
 
 Each job does one run with `work`. The run folders say which runs remain, so it does not matter whether a job ends, is killed
-or never starts: a run that is not settled when its job is over is submitted again. On one machine the lock of the run
-folder prevents two jobs from doing the same run. In the queue Slurm does: all jobs of one run have the same name, and of
-these only one may run at a time (`singleton`).
+or never starts: a run that is not settled when its job is over is submitted again. All jobs of one run have the same name,
+and of these only one may run at a time (`singleton`).
 """
 
 from __future__ import annotations
@@ -21,16 +20,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from sape2.data import load_data
+from sape2.runs.files import digest_of, write_text
+from sape2.runs.lock import Held
 from sape2.studies.compare.plan import Cell, Study
-from sape2.studies.compare.rawrows import Row, failure, is_done, note_failure
+from sape2.studies.compare.rawrows import Row, failure, note_failure
 from sape2.studies.compare.runner import runner
 from sape2.studies.compare.work import DEATHS, LOOK_S, Stopped, Tell, reason_of, work
-from sape2.training.checkpoint import standing
-from sape2.training.files import digest_of, write_text
 from sape2.training.interruption import catch_signals
-from sape2.training.lock import Held, hold
 
-YEAR_MIN = 60 * 24 * 365  # a local job has no time limit, but submitit wants one
+REQUEUES = 10**6  # of a job, at most: submitit wants a number, and a run goes on as often as it must
 OURS = ("array_parallelism", "dependency", "job_name", "name", "nodes", "ntasks_per_node", "tasks_per_node")
 
 
@@ -43,12 +41,9 @@ class Job(Protocol):
 
 
 class Launcher(Protocol):
-    """Submits and stops jobs; `slots` is the default number of jobs at a time, None for all."""
+    """Submits jobs."""
 
-    slots: int | None
-
-    def submit(self, study: Study, cell: Cell, slot: int) -> Job: ...
-    def stop(self, jobs: Sequence[Job]) -> None: ...
+    def submit(self, study: Study, cell: Cell) -> Job: ...
 
 
 def jobs_folder(study: Study, cell: Cell) -> Path:
@@ -115,50 +110,23 @@ def _requeue_when_asked() -> Iterator[Callable[[], None]]:
 # --- where jobs run --------------------------------------------------------------------------------------------------
 
 
-class Local:
-    """Processes of this machine, each with one of its GPUs if it has any."""
-
-    def __init__(self) -> None:
-        self._submitit, self.gpus = _submitit(), _gpus()
-        self.slots: int | None = max(1, len(self.gpus))
-
-    def submit(self, study: Study, cell: Cell, slot: int) -> Job:
-        executor = self._submitit.LocalExecutor(jobs_folder(study, cell), max_num_timeout=YEAR_MIN)
-        gpu = [self.gpus[slot % len(self.gpus)]] if self.gpus else []
-        executor.update_parameters(timeout_min=YEAR_MIN, gpus_per_node=len(gpu), visible_gpus=gpu)
-        with _deaf_to_ctrl_c():
-            return executor.submit(CellJob(study, cell))
-
-    def stop(self, jobs: Sequence[Job]) -> None:
-        """Asks all to save a checkpoint and end, and waits until they have."""
-        for job in jobs:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(job.job_id), signal.SIGTERM)  # submitit's controller, which hands it on
-        while any(not job.done() for job in jobs):
-            time.sleep(0.1)
-
-
 class Slurm:
     """The queue, with `parameters` of sbatch by submitit's names. Raises ValueError for one that is unknown or ours."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
         self._submitit, self.parameters = _submitit(), dict(parameters)
-        self.slots: int | None = None
         if taken := sorted(set(self.parameters) & set(OURS)):
             raise ValueError(f"--slurm may not set {', '.join(taken)}: every job is one task for one run, and named after it")
         self._executor(Path(os.devnull), "sape2")
 
-    def submit(self, study: Study, cell: Cell, slot: int) -> Job:
+    def submit(self, study: Study, cell: Cell) -> Job:
         """The job of this cell that an earlier command left in the queue, else a new one."""
         folder = jobs_folder(study, cell)
         return self._in_queue(folder) or self._executor(folder, _job_name(cell)).submit(CellJob(study, cell))
 
-    def stop(self, jobs: Sequence[Job]) -> None:
-        """Does nothing: jobs in the queue continue."""
-
     def _executor(self, folder: Path, name: str) -> Any:
         try:
-            executor = self._submitit.SlurmExecutor(folder, max_num_timeout=YEAR_MIN)
+            executor = self._submitit.SlurmExecutor(folder, max_num_timeout=REQUEUES)
             known = executor._convert_parameters(self.parameters)
             executor.update_parameters(**known, job_name=name, dependency="singleton", additional_parameters={"requeue": True})
         except RuntimeError as error:
@@ -187,78 +155,54 @@ def _submitit() -> Any:
     return submitit
 
 
-def _gpus() -> list[int]:
-    """Numbers of the GPUs that this process may use."""
-    import torch
-
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None or not torch.cuda.is_available():
-        return list(range(torch.cuda.device_count()))
-    return [int(number) for number in visible.split(",") if number.strip().isdecimal()]
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started here do not get the Ctrl-C of the terminal: the command that gets it tells them, once."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # --- in the command --------------------------------------------------------------------------------------------------
 
 
 def launch(
     study: Study,
     launcher: Launcher,
-    slots: int | None = None,
+    at_a_time: int | None = None,
     tell: Tell = lambda what, cell, rows: None,
     caught: Sequence[int] = (),
 ) -> list[Row]:
-    """Submits a job for each run that is not settled, at most `slots` at a time, until all are; returns the rows.
+    """Submits a job for each run that is not settled, at most `at_a_time` (None: all), until all are; returns the rows.
 
     A run whose job is over without it is submitted again. After DEATHS such jobs at one checkpoint it is noted as failed.
-    Raises OSError when a job met an error that is not of its run alone, Stopped once a signal is in `caught`; local
-    jobs are stopped then.
+    Raises OSError when a job met an error that is not of its run alone, Stopped once a signal is in `caught`; jobs in the
+    queue go on then.
     """
-    work_of = _Jobs(study, launcher, slots or len(study.cells()))
-    try:
-        while left := work_of.settle(tell):
-            if caught:
-                raise Stopped(caught[0])
-            work_of.submit(left, tell)
-            time.sleep(LOOK_S)
-    finally:
-        launcher.stop([job for _, _, job in work_of.running.values()])
+    jobs = _Jobs(study, launcher, at_a_time or len(study.cells()))
+    while left := jobs.settle(tell):
+        if caught:
+            raise Stopped(caught[0])
+        jobs.submit(left, tell)
+        time.sleep(LOOK_S)
     return study.gather()
 
 
 class _Jobs:
-    """The jobs under way, by the digest of their cell: (cell, slot, job)."""
+    """The jobs under way, by the digest of their cell: (cell, job)."""
 
-    def __init__(self, study: Study, launcher: Launcher, slots: int) -> None:
-        self.study, self.launcher, self.slots = study, launcher, slots
-        self.running: dict[str, tuple[Cell, int, Job]] = {}
+    def __init__(self, study: Study, launcher: Launcher, at_a_time: int) -> None:
+        self.study, self.launcher, self.at_a_time = study, launcher, at_a_time
+        self.running: dict[str, tuple[Cell, Job]] = {}
         self.fruitless: Counter[tuple[str, str]] = Counter()
 
     def submit(self, left: list[Cell], tell: Tell) -> None:
         for cell in left:
-            free = sorted(set(range(self.slots)) - {slot for _, slot, _ in self.running.values()})
-            if cell.digest in self.running or not free:
+            if cell.digest in self.running or len(self.running) >= self.at_a_time:
                 continue
             _reason_file(self.study, cell).unlink(missing_ok=True)
-            self.running[cell.digest] = cell, free[0], self.launcher.submit(self.study, cell, free[0])
+            self.running[cell.digest] = cell, self.launcher.submit(self.study, cell)
             tell("submitted", cell, [])
 
     def settle(self, tell: Tell) -> list[Cell]:
         """Looks at all jobs, first whether they are over and then at what is there; the cells that are left."""
-        over = {digest for digest, (_, _, job) in self.running.items() if job.done()}
+        over = {digest for digest, (_, job) in self.running.items() if job.done()}
         settled = self.study.settled()
-        for digest, (cell, _, _) in list(self.running.items()):
+        for digest, (cell, _) in list(self.running.items()):
             if digest in settled or (digest in over and self._is_given_up(cell)):
-                tell("failed" if failure(cell.folder) else "finished", cell, self.study.gather())
+                tell("failed" if failure(cell.run) else "finished", cell, self.study.gather())
             if digest in settled | over:
                 del self.running[digest]
         settled = self.study.settled() if over else settled
@@ -269,13 +213,13 @@ class _Jobs:
         reason = _reason_file(self.study, cell)
         if reason.exists():
             raise OSError(f"the job of {cell.name} stopped: {reason.read_text(encoding='utf-8')}; logs: {reason.parent}")
-        at = standing(cell.folder)
+        at = cell.run.reached
         self.fruitless[cell.digest, at] += 1
         if self.fruitless[cell.digest, at] < DEATHS:
             return False
-        with contextlib.suppress(Held), hold(cell.folder, at):
-            if not is_done(cell.folder):
+        with contextlib.suppress(Held), cell.run.hold():
+            if not cell.run.is_measured:
                 logs = jobs_folder(self.study, cell)
-                note_failure(cell.folder, cell.config, f"{DEATHS} jobs in turn ended in it at {at}; their logs: {logs}")
+                note_failure(cell.run, f"{DEATHS} jobs in turn ended in it at {at}; their logs: {logs}")
             return True
         return False

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sape2 import viz
+from sape2.runs.files import write_text
+from sape2.runs.rows import write_rows
 from sape2.studies.compare.paired import Paired
 from sape2.studies.compare.rawrows import check_one_study, final_accuracy, of_test_set
 from sape2.studies.compare.report import WEIGHTS
 from sape2.studies.compare.summary import Summary, comparison_table, grouped, mean_and_std, numbers, summarize
 from sape2.tables import Row, Table, csv_table, format_spread, format_value, markdown_table
-from sape2.training.files import write_text
-from sape2.training.run_folder import write_rows
 
 PROTOCOL = (
     "std: sample standard deviation over seeds. difference: mean, over the seeds that both have, of the value minus that of "

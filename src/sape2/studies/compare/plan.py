@@ -14,9 +14,10 @@ from typing import Any
 
 from sape2.config import RunConfig
 from sape2.encodings import canonical_name
-from sape2.studies.compare.rawrows import Row, failure, finished_rows, gather, is_done, shared_settings
-from sape2.training.files import digest_of, holds_files, safe_name, write_text
-from sape2.training.run_folder import check_run, how_it_differs
+from sape2.runs.files import digest_of, holds_files, safe_name, write_text
+from sape2.runs.run import Run
+from sape2.runs.settings import how_it_differs
+from sape2.studies.compare.rawrows import Row, failure, finished_rows, gather, shared_settings
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,10 @@ class Cell:
     @property
     def name(self) -> str:
         return f"{self.config.model.encoding} seed {self.config.seed}"
+
+    @cached_property
+    def run(self) -> Run[RunConfig]:
+        return Run(self.folder, self.config)
 
     @cached_property
     def digest(self) -> str:
@@ -91,7 +96,7 @@ class Study:
         if there != self.settings():
             raise ValueError(f"{self.folder} holds another study, {how_it_differs(there, self.settings())}")
         for cell in self.cells():
-            check_run(cell.folder, cell.config)
+            cell.run.check_settings()
 
     def start(self) -> None:
         """Makes the folder, or takes it up if it holds this study."""
@@ -103,8 +108,8 @@ class Study:
         """The digests of the cells that are finished or have failed; a finished one may have lost its folder."""
         done = {row["digest"] for row in finished_rows(self.rows)}
         left = [cell for cell in self.cells() if cell.digest not in done]
-        return done | {cell.digest for cell in left if is_done(cell.folder) or failure(cell.folder)}
+        return done | {cell.digest for cell in left if cell.run.is_measured or failure(cell.run)}
 
     def gather(self) -> list[Row]:
         """OUT/rows.jsonl, brought up to date."""
-        return gather(self.rows, {cell.folder: cell.config for cell in self.cells()})
+        return gather(self.rows, [cell.run for cell in self.cells()])

@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from sape2.progress import bars
+from sape2.runs.checkpoint import Progress
+from sape2.runs.lock import NAME
 from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import Row, final_accuracy
 from sape2.studies.compare.work import seconds_left
-from sape2.training.checkpoint import Progress
-from sape2.training.lock import NAME
 
 
 @contextmanager

@@ -8,7 +8,7 @@ A run that failed has `failed`, the reason, instead of numbers.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,15 @@ from typing import Any
 from sape2.config import ModelConfig, RunConfig
 from sape2.config.recipes.changed import changed_in_words
 from sape2.evaluation.cost.measure import count_model_operations, count_parameters
-from sape2.evaluation.runs import describe, is_measured
+from sape2.evaluation.runs import describe
 from sape2.models.vit import ViT
-from sape2.studies.compare.headlines import Run, step_ms
-from sape2.training.files import digest_of, write_text
-from sape2.training.run_folder import (
-    Row,
-    canonical,
-    difference,
-    how_images_differ,
-    is_finished,
-    own_results,
-    read_config,
-    read_rows,
-    read_seen,
-    write_rows,
-)
+from sape2.runs.files import digest_of, write_text
+from sape2.runs.images import how_images_differ
+from sape2.runs.rows import read_rows, write_rows
+from sape2.runs.run import Run
+from sape2.runs.settings import canonical, difference
+from sape2.studies.compare.headlines import MeasuredRun, step_ms
+from sape2.tables import Row
 
 FAILED = ".failed.json"  # in the folder of a run that cannot go on
 CURVE = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy", "images_per_s", "seconds")
@@ -43,24 +36,19 @@ def shared_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in settings.items() if key != "seed"} | {"model": model}
 
 
-def is_done(folder: Path) -> bool:
-    return is_finished(folder) and is_measured(folder)
-
-
-def raw_row(folder: Path) -> Row:
+def raw_row(run: Run[RunConfig]) -> Row:
     """The line of a finished and measured run."""
-    config, epochs = read_config(folder), read_rows(folder / "metrics.jsonl")
+    config, epochs = run.config, run.epochs()
     if not epochs:
-        raise ValueError(f"{folder} is finished but has no metrics.jsonl; remove the folder to run it again")
-    results = own_results(folder)
-    test = [row for row in results if (row.get("split"), row.get("measure")) == ("test", "accuracy")]
-    conditions = describe(folder) | {key: test[0][key] for key in ("torch", "hardware")}  # of then, not of now
+        raise ValueError(f"{run.folder} is finished but has no metrics.jsonl; remove the folder to run it again")
+    test = [row for row in run.results() if (row.get("split"), row.get("measure")) == ("test", "accuracy")]
+    conditions = describe(run) | {key: test[0][key] for key in ("torch", "hardware")}  # of then, not of now
     memory = [row["step_memory_mib"] for row in epochs if row.get("step_memory_mib") is not None]
     row = _head(config) | {key: value for key, value in conditions.items() if key not in ("encoding", "seed")}
     row |= _size(config.model) | {
-        "images": seen_of(folder),
+        "images": seen_of(run),
         "device": epochs[-1].get("device"),
-        "step_ms": step_ms(Run(folder, config, test, epochs)),
+        "step_ms": step_ms(MeasuredRun(run, test, epochs)),
         "step_memory_mib": max(memory, default=None),
         "training_s": sum(row["seconds"] for row in epochs),
         "rows": [{key: value for key, value in row.items() if key not in (*conditions, "limit")} for row in test],
@@ -84,9 +72,9 @@ def final_validation_accuracy(row: Row) -> float:
     return row["curve"]["validation_accuracy"][-1]
 
 
-def seen_of(folder: Path) -> Row:
+def seen_of(run: Run[RunConfig]) -> Row:
     """The images of a run, by the facts that comparisons between runs use; {} if they are not known."""
-    return {key: value for key, value in read_seen(folder).items() if key != "classes"}
+    return {key: value for key, value in run.seen.items() if key != "classes"}
 
 
 def _head(config: RunConfig) -> Row:
@@ -106,12 +94,12 @@ def _size(config: ModelConfig) -> Row:
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def note_failure(folder: Path, config: RunConfig, reason: str) -> None:
-    write_text(folder / FAILED, json.dumps(_head(config) | {"failed": reason}) + "\n")
+def note_failure(run: Run[RunConfig], reason: str) -> None:
+    write_text(run.folder / FAILED, json.dumps(_head(run.config) | {"failed": reason}) + "\n")
 
 
-def failure(folder: Path) -> Row | None:
-    path = folder / FAILED
+def failure(run: Run[RunConfig]) -> Row | None:
+    path = run.folder / FAILED
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
@@ -177,14 +165,14 @@ def check_one_study(rows: list[Row]) -> None:
             )
 
 
-def gather(path: Path, runs: Mapping[Path, RunConfig]) -> list[Row]:
-    """Brings the file up to date with the runs in these folders, and returns its rows. Finished rows are never lost.
+def gather(path: Path, runs: Iterable[Run[RunConfig]]) -> list[Row]:
+    """Brings the file up to date with these runs, and returns its rows. Finished rows are never lost.
 
     Several processes may do so at once: each looks again after it has written, so the last one leaves everything there.
     """
     known = {row["digest"] for row in finished_rows(path)}
-    new = {folder: config for folder, config in runs.items() if _head(config)["digest"] not in known}
-    found = [row for folder in new if (row := raw_row(folder) if is_done(folder) else failure(folder))]
+    new = [run for run in runs if _head(run.config)["digest"] not in known]
+    found = [row for run in new if (row := raw_row(run) if run.is_measured else failure(run))]
     while True:
         there = read_raw(path) if path.exists() else []
         rows = each_once([*(row for row in there if "failed" not in row), *found])

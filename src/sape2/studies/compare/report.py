@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sape2 import viz
+from sape2.runs.files import write_text
+from sape2.runs.images import how_images_differ
 from sape2.studies.compare.groups import Group, group_runs, mean_epochs, mean_rows, shared_in_words
-from sape2.studies.compare.headlines import COUNTS, HEADLINES, Headline, Run
+from sape2.studies.compare.headlines import COUNTS, HEADLINES, Headline, MeasuredRun
 from sape2.studies.compare.summary import PAIRED, Summary, difference, numbers, summarize
 from sape2.tables import Row, Table, csv_table, format_spread, markdown_table
-from sape2.training.files import write_text
-from sape2.training.run_folder import how_images_differ
 
 WEIGHTS = {"last": "weights of the last epoch", "best": "weights of the best epoch on the validation set"}
 
@@ -165,12 +165,12 @@ class Comparison:
         shared = next((name for name in (found[0] if found else ()) if all(name in sizes for sizes in found)), None)
         return sorted({sizes[shared] for sizes in found}) if shared else []
 
-    def _runs(self) -> list[Run]:
+    def _runs(self) -> list[MeasuredRun]:
         return [run for group in self.groups for run in group.runs]
 
 
 def compare(
-    runs: list[Run], measures: list[str] | None, split: str = "test", weights: str = "last", baseline: str | None = None
+    runs: list[MeasuredRun], measures: list[str] | None, split: str = "test", weights: str = "last", baseline: str | None = None
 ) -> Comparison:
     """The baseline is a label, or an encoding that only one group has. Raises ValueError if there is no such group.
 

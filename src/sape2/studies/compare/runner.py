@@ -7,22 +7,21 @@ from collections.abc import Callable
 from sape2.data import Splits
 from sape2.data.augment import TrainStream
 from sape2.models.trained import build_model
+from sape2.runs.checkpoint import Progress
 from sape2.studies.compare.plan import Cell
-from sape2.studies.compare.work import Run, Stopped
+from sape2.studies.compare.work import Stopped, Work
 from sape2.studies.run import run_to_end
-from sape2.training.checkpoint import Progress
-from sape2.training.lock import Lock
 from sape2.training.loop import TrainingStopped
 
 
-def runner(splits: Splits, step: Callable[[Progress, int], None] = lambda progress, total: None) -> Run:
+def runner(splits: Splits, step: Callable[[Progress, int], None] = lambda progress, total: None) -> Work:
     """The function that `work` calls for a cell; `step` is called after each step with the progress and the total steps."""
 
-    def run(cell: Cell, lock: Lock) -> None:
+    def run(cell: Cell) -> None:
         config = cell.config
         total = TrainStream(splits.train, config.augment, config.train, config.seed).total_steps
         try:
-            run_to_end(build_model(config), splits, config, lock, True, lambda progress: step(progress, total))
+            run_to_end(build_model(config), splits, cell.run, True, lambda progress: step(progress, total))
         except TrainingStopped as stopped:
             raise Stopped(stopped.signal_number) from stopped
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from sape2.runs.lock import Held, Lock, LockLost
 from sape2.studies.compare.plan import Cell, Study
-from sape2.studies.compare.rawrows import FAILED, Row, failure, is_done, note_failure
-from sape2.training.checkpoint import standing
-from sape2.training.lock import Held, Lock, LockLost, hold
+from sape2.studies.compare.rawrows import FAILED, Row, failure, note_failure
 
 DEATHS = 3  # so many processes that vanished in a run without a new checkpoint: it is not tried a further time
 LOOK_S = 2.0  # between looks at runs that others hold
-Run = Callable[[Cell, Lock], None]  # trains and measures one cell, from where it stands
+Work = Callable[[Cell], None]  # trains and measures one cell, from where it stands
 Tell = Callable[[str, Cell, list[Row]], None]  # hears what happens to which cell, and the rows there are then
 
 
@@ -26,7 +25,7 @@ class Stopped(Exception):
 
 def work(
     study: Study,
-    run: Run,
+    run: Work,
     tell: Tell = lambda what, cell, rows: None,
     caught: Sequence[int] = (),
     cells: Sequence[Cell] | None = None,
@@ -40,11 +39,11 @@ def work(
     """
     for cell in _until_settled(study, study.cells() if cells is None else cells, caught, tell):
         try:
-            lock = hold(cell.folder, note=standing(cell.folder))
+            lock = cell.run.hold()
         except Held:
             continue
         with lock:
-            if is_done(cell.folder) or failure(cell.folder):  # by another process, since we looked
+            if cell.run.is_measured or failure(cell.run):  # by another process, since we looked
                 continue
             tell("starting", cell, [])
             what = _attempt(cell, lock, run)
@@ -67,21 +66,21 @@ def _until_settled(study: Study, cells: Sequence[Cell], caught: Sequence[int], t
             time.sleep(LOOK_S)
 
 
-def _attempt(cell: Cell, lock: Lock, run: Run) -> str | None:
+def _attempt(cell: Cell, lock: Lock, run: Work) -> str | None:
     """Runs the cell; "finished", or "failed" with the reason noted, or None if its lock was lost."""
     if lock.holder.deaths >= DEATHS:
         reason = f"{DEATHS} processes in turn vanished in it at {lock.holder.note}; killed for want of memory, perhaps"
-        note_failure(cell.folder, cell.config, reason)
+        note_failure(cell.run, reason)
         return "failed"
     try:
-        run(cell, lock)
+        run(cell)
     except LockLost:
         return None
     except (OSError, Stopped):
         raise
     except Exception as error:
         lock.check()
-        note_failure(cell.folder, cell.config, reason_of(error))
+        note_failure(cell.run, reason_of(error))
         return "failed"
     return "finished"
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from sape2.training.files import write_atomic, write_text
+from sape2.runs.files import write_atomic, write_text
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
@@ -87,12 +87,6 @@ def last_checkpoint(folder: Path) -> Path | None:
     if not parent.is_dir():
         return None
     return max((path for path in parent.iterdir() if re.fullmatch(r"step-\d+", path.name)), default=None)
-
-
-def standing(folder: Path) -> str:
-    """Name of the last checkpoint, for a person or to compare with an earlier one."""
-    at = last_checkpoint(folder)
-    return at.name if at else "no checkpoint yet"
 
 
 def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tuple[Progress, dict[str, Any]]:

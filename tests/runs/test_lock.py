@@ -12,12 +12,12 @@ from dataclasses import asdict
 import pytest
 from filelock import FileLock
 
-from sape2.training.lock import NAME, Held, Holder, LockLost, hold
+from sape2.runs.lock import NAME, Held, Holder, LockLost, hold
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from sape2.training.lock import Held, hold
+from sape2.runs.lock import Held, hold
 try:
     lock = hold(Path(sys.argv[1]), "step 5")
 except Held:

@@ -1,0 +1,59 @@
+"""results.jsonl: what was measured on all images is never replaced by a look at a few."""
+
+import pytest
+
+from sape2.config.recipes import get_recipe
+from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
+
+FULL, FEW, MORE = (
+    {"measure": "accuracy", "name": "accuracy", "split": "test", "value": value, "n": n, "limit": limit}
+    for value, n, limit in ((0.9, 359, None), (0.1, 8, 8), (0.5, 100, 100))
+)
+
+
+def of(row, weights="last", **changes):
+    return row | {"weights": weights} | changes
+
+
+def values(rows):
+    return [row["value"] for row in rows]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path, get_recipe("digits"))
+
+
+@pytest.mark.parametrize("first", [[], [FEW], [MORE, FEW]])
+def test_the_fullest_is_what_the_run_shows_whatever_came_last(run, first):
+    for row in [*first, FULL, FEW, MORE]:
+        run.add_results([of(row)])
+    assert values(run.results()) == [0.9]
+    run.add_results([of(FULL, value=0.8)])
+    assert values(read_rows(run.folder / "results.jsonl")) == [0.8]
+
+
+def test_of_two_partial_ones_the_larger_is_shown(run):
+    for row in (MORE, FEW):
+        run.add_results([of(row)])
+    assert values(run.results()) == [0.5]
+
+
+def test_other_splits_weights_and_images_are_apart(run):
+    rows = [of(FULL), of(FEW, "best"), of(FEW, split="validation"), of(FEW, other_data="others")]
+    for row in rows:
+        run.add_results([row])
+    assert read_rows(run.folder / "results.jsonl") == rows
+    assert run.results() == rows[:3]
+
+
+@pytest.mark.parametrize(("rows", "measured"), [
+    ([of(FULL), of(FULL, "best")], True), ([of(FULL), of(FEW, "best")], False), ([of(FULL)], False),
+])  # fmt: skip
+def test_a_run_is_measured_when_all_its_test_images_are(run, rows, measured):
+    for row in rows:
+        run.add_results([row])
+    assert not run.is_measured
+    run.weights("last").touch()
+    assert run.is_measured == measured
