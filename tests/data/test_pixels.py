@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 
 import numpy as np
@@ -28,7 +29,7 @@ def read(file, channels=3, annotated=None):
 
 
 def refused(file, channels=3):
-    with pytest.raises(ValueError, match=r"^here cannot be read as an image: ") as error:
+    with pytest.raises(ValueError, match=r"^here ") as error:
         read(file, channels)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -83,12 +84,12 @@ def test_colours_of_16_bits_give_their_high_byte():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0, 200.0]], np.float32), "its floats go from 0 to 200, but 0 is black and 1 white"),
-        (np.array([[-0.1, 1]], np.float32), "its floats go from -0.1 to 1"),
-        (np.array([[np.nan, 1]], np.float32), "its floats go from nan to nan"),
-        (np.array([[0, np.inf]], np.float32), "its floats go from 0 to inf"),
-        (np.array([[-1, 3]], np.int32), "its integers go from -1 to 3, but 0 is black and 65535 white"),
-        (np.array([[0, 65536]], np.int32), "its integers go from 0 to 65536"),
+        (np.array([[0, 200.0]], np.float32), "floats go from 0 to 200,"),
+        (np.array([[-0.1, 1]], np.float32), "floats go from -0.1 to 1"),
+        (np.array([[np.nan, 1]], np.float32), "floats go from nan to nan"),
+        (np.array([[0, np.inf]], np.float32), "floats go from 0 to inf"),
+        (np.array([[-1, 3]], np.int32), "integers go from -1 to 3,"),
+        (np.array([[0, 65536]], np.int32), "integers go from 0 to 65536"),
     ],
 )
 def test_values_without_a_known_white_are_refused(values, message):
@@ -215,7 +216,7 @@ def test_lightness_and_two_colour_axes_become_colours_or_grey():
 def test_a_model_of_one_channel_gets_the_grey_of_the_same_pixels():
     file = saved(see_through("RGBA"))
     assert np.array_equal(read(file, 1), np.asarray(Image.fromarray(read(file)).convert("L")))
-    assert "1 or 3 channels; the model takes 4" in refused(file, 4)
+    assert "1 or 3 channels" in refused(file, 4)
 
 
 # --- orientation -----------------------------------------------------------------------------------------------------
@@ -232,8 +233,9 @@ UPRIGHT = {
 }
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("kind", "orientation"), [*(("PNG", number) for number in UPRIGHT), ("JPEG", 6), ("WEBP", 7), ("TIFF", 5)]
+)
 def test_an_image_is_turned_as_its_exif_says(orientation, kind):
     image = turned(orientation, 4, 6)
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -300,9 +302,9 @@ def test_of_several_frames_the_first_is_read(kind):
 
 
 def test_what_is_no_image_is_said_in_words():
-    assert refused(b"").endswith("the file is empty")
-    assert "it is SVG" in refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
-    assert refused(b"GIF89a, or is it").endswith("it is of no kind that Pillow knows")
+    assert "empty" in refused(b"")
+    assert "SVG" in refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    assert "Pillow" in refused(b"GIF89a, or is it")
 
 
 @pytest.mark.parametrize("name", DEEP)
@@ -381,7 +383,7 @@ def seen(tmp_path):
 def test_a_run_of_another_rule_does_not_go_on(seen):
     for before, named_rule in ((None, 1), (RULE + 1, RULE + 1)):
         folder, now = seen(reading_rule=before)
-        with pytest.raises(ValueError, match=rf"by rule {named_rule}, now it is rule {RULE} .*choose another --out") as error:
+        with pytest.raises(ValueError, match=rf"rule {named_rule}\b.*rule {RULE}\b.* --out") as error:
             check_data(folder, now)
         assert "\n" not in str(error.value)
     (folder / "data.json").unlink()  # the way out that the message names
@@ -400,6 +402,6 @@ def test_a_finished_run_of_another_rule_gets_a_note(seen, tmp_path):
     assert note_of_rule(seen(layout="arrays", reading_rule=None)[0]) is None
     assert note_of_rule(tmp_path / "nowhere") is None
     folder, _ = seen(reading_rule=None)
-    assert f"by rule 1; here images are read by rule {RULE}" in str(note_of_rule(folder))
+    assert re.search(rf"rule 1\b.*rule {RULE}\b", str(note_of_rule(folder)))
     (folder / "data.json").write_text("[]")
     assert note_of_rule(folder) is None

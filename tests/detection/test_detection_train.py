@@ -89,11 +89,11 @@ def test_encodings_norms_and_biases_do_not_decay():
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match=r"unknown key model\.windows"):
+    with pytest.raises(ValueError, match=r"model\.windows"):
         small_detector(windows=3)
-    with pytest.raises(ValueError, match=r"detector\.scales must be neighbours"):
+    with pytest.raises(ValueError, match=r"detector\.scales"):
         small_detector(scales=(4.0, 1.0))
-    with pytest.raises(ValueError, match="one size for each of 5 levels"):
+    with pytest.raises(ValueError, match="5 levels"):
         DetectorConfig(anchor_sizes=(8, 16))
 
 
@@ -192,11 +192,11 @@ def test_a_run_that_may_have_read_other_pixels_does_not_go_on(tiny, tmp_path):
     assert seen["reading_rule"] == RULE
     check_goes_on(tmp_path, seen)  # nothing to take up
     (tmp_path / "checkpoint" / "step-00000003").mkdir(parents=True)
-    with pytest.raises(ValueError, match="does not tell by which rule it read its images"):
+    with pytest.raises(ValueError, match="rule"):
         check_goes_on(tmp_path, seen)
     (tmp_path / "data.json").write_text(json.dumps(seen))
     check_goes_on(tmp_path, seen)
-    with pytest.raises(ValueError, match="saw other images: the number of its train images"):
+    with pytest.raises(ValueError, match="number of its train images"):
         check_goes_on(tmp_path, fingerprint(published, test, train))
     for images in (train, test):
         images.images = [entry | {"file_name": "photo.JPG"} for entry in images.images]
@@ -208,7 +208,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     images, _ = open_images(config)
     trainer = DetectionTrainer(new_detector(config), images, config, tmp_path, quiet=True, seen={})
     image, target = images[0]
-    with pytest.raises(ValueError, match=r"loss is nan at step 0 .* training\.lr"):
+    with pytest.raises(ValueError, match=r"nan at step 0 .* training\.lr"):
         trainer._step([(image / 255 * float("nan"), target)])
 
 
@@ -279,8 +279,8 @@ def test_mistakes_get_one_line(tmp_path, monkeypatch, capfd, argv, named):
 
 def test_a_folder_of_something_else_is_refused(tmp_path, tiny):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not a detection run"):
+    with pytest.raises(ValueError, match=str(tmp_path)):
         check_folder(tmp_path, tiny())
     (tmp_path / "config.json").write_text('{"recipe": "digits"}')
-    with pytest.raises(ValueError, match="not the config of a detection run"):
+    with pytest.raises(ValueError, match=r"config\.json"):
         check_folder(tmp_path, tiny())
