@@ -28,7 +28,14 @@ from sape2.studies.probes import TASKS
 from sape2.training.checkpoint import Progress, save_checkpoint, save_weights
 from sape2.training.run_folder import start_run
 
-QUICK = ["--epochs", "2", "--set", "train.precision=fp32"]  # accelerate keeps one precision for the whole process
+QUICK = [
+    "--epochs",
+    "2",
+    "--set",
+    "model.depth=2",
+    "--set",
+    "train.precision=fp32",
+]  # accelerate keeps one precision for the whole process
 CONDITIONS = {"name", "value", "unit", "n", "protocol", "encoding", "model", "data", "split", "seed"}
 
 

@@ -137,7 +137,7 @@ def test_a_test_fraction_beside_a_test_set_is_refused(tmp_path, capfd):
         fill(tmp_path / "mine" / split, {"cat": 4, "dog": 4})
     command = ["train", "images", "--data", str(tmp_path / "mine"), "--out", str(tmp_path / "run")]
     assert main([*command, "--set", "data.test_fraction=0.3"]) == 2
-    assert "data.test_fraction is for images without a test set" in capfd.readouterr().err
+    assert "data.test_fraction" in capfd.readouterr().err
 
 
 def test_a_damaged_image_is_named_once_and_does_not_end_the_run(tmp_path, caplog):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 
 import pytest
 import torch
@@ -294,9 +293,10 @@ def test_circular_shift_of_the_image_goes_through_the_model(name: str, num_prefi
     assert error < HOLDS if create_encoding(name, HEADS, HEAD_DIM, (3, 7)).facts.circular_shift else error > FAILS
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in VARIANTS if not issubclass(find_encoding(re.split("[:+]", name)[0]), TokenEncoding)]
-)
+BETWEEN_TOKENS = [name for name in list_encodings() if not issubclass(find_encoding(name), TokenEncoding)]
+
+
+@pytest.mark.parametrize("name", [*BETWEEN_TOKENS, "rope+sape2", "pape+forget+cope"])
 def test_pairs_with_a_prefix_token_get_no_bias(name: str) -> None:
     torch.manual_seed(0)
     num_prefix = 3

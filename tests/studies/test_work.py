@@ -199,7 +199,7 @@ def test_the_run_of_a_killed_worker_is_taken_up_but_not_if_it_kills_every_worker
     rows = work(study, run)
     assert run.seen == [ALL[0], *ALL[2:]]
     (failed,) = (row["failed"] for row in rows if "failed" in row)
-    assert "3 processes in turn vanished in it at no checkpoint yet" in failed
+    assert "3 processes" in failed
 
 
 def test_lines_written_by_two_at_once_are_all_there_in_the_end(study, monkeypatch):

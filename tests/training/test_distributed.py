@@ -192,7 +192,7 @@ def test_commands_of_one_process_refuse_a_launcher_before_anything_is_made(tmp_p
 def test_a_comparison_of_divided_weights_is_refused_before_anything_is_made(tmp_path, capfd):
     argv = ["compare", "digits", "--encodings", "none,ape", "--seeds", "1", "--set", "train.parallel=fsdp"]
     assert main([*argv, "--out", str(tmp_path / "out")]) == 2
-    assert "leave it out, which changes no result" in capfd.readouterr().err
+    assert "leave it out" in capfd.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -240,7 +240,7 @@ def test_a_state_of_another_version_is_named_with_its_place_where_there_is_one(t
     run(tmp_path / "run", ["train.epochs=1", "train.warmup_epochs=0"])
     trainer = trainer_of(Sending(rank, ()), tmp_path / "run" if rank == 0 else NOWHERE)
     trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
-    with pytest.raises(ValueError, match="does not fit this version of sape2") as refused:
+    with pytest.raises(ValueError, match="version of sape2") as refused:
         trainer._load_optimizer({"optimizer": {"state": {}, "param_groups": []}})
     assert ("step-00000005" in str(refused.value)) == (rank == 0)
     assert "None" not in str(refused.value)
@@ -562,8 +562,8 @@ def test_the_command_measures_and_draws_once_and_knows_a_finished_run(tmp_path):
     ("extra", "line"),
     [
         ([], "is in use by process"),
-        (["--set", "train.batch_size=33", *UNMIXED], "divisible by processes x accumulation; got 33, 2 and 1"),
-        (["--dry-run"], "sape2 train --dry-run runs in one process, but WORLD_SIZE says that 2"),
+        (["--set", "train.batch_size=33", *UNMIXED], "33, 2 and 1"),
+        (["--dry-run"], "WORLD_SIZE"),
     ],
     ids=["held", "batch", "dry-run"],
 )
