@@ -8,7 +8,7 @@ import plain_augmentation
 import pytest
 import torch
 from device_cases import DEVICES, Waits, no_waits
-from test_data import synthetic
+from image_cases import synthetic
 from torchvision.transforms import v2
 
 from sape2.config import AugmentConfig, TrainConfig

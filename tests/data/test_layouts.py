@@ -377,15 +377,6 @@ def test_labels_can_be_in_json(tmp_path):
     assert [(key, label) for key, _, _, label in places] == [("a/1", 2), ("2", "[")]
 
 
-def test_a_truncated_shard_is_refused_with_the_last_sample_that_is_whole(whole, tmp_path):
-    folder = shutil.copytree(whole["webdataset"], tmp_path / "shards")
-    shard = folder / "train-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:7000])
-    message = refusal(folder)
-    assert str(shard) in message
-    assert "0000002" in message
-
-
 @pytest.mark.parametrize(
     ("layout", "file", "message"),
     [
@@ -419,30 +410,11 @@ def test_only_holes_in_a_series_are_told(names, told, caplog):
     assert bool(caplog.messages) == told
 
 
-def test_images_whose_ending_is_not_read_are_told(whole, tmp_path, caplog):
-    folder = shutil.copytree(whole["folder"], tmp_path / "folder")
-    (folder / "train" / "cat" / "a.gif").write_bytes(b"")
-    (folder / "train" / "cat" / "notes.txt").write_bytes(b"")
-    assert len(load(folder).train) == 54
-    assert "1 file is left out, cat/a.gif" in caplog.text
-
-
 def test_more_than_one_layout_must_be_chosen_from(whole, tmp_path):
     shutil.copytree(whole["webdataset"], tmp_path, dirs_exist_ok=True)
     shutil.copytree(whole["parquet"], tmp_path, dirs_exist_ok=True)
     assert "--set data.layout=parquet" in refusal(tmp_path)
     assert load(tmp_path, layout="webdataset").train.fingerprint["layout"] == "webdataset"
-
-
-def test_compressed_shards_are_refused_with_the_reason(tmp_path):
-    (tmp_path / "train-0.tar.gz").write_bytes(b"x")
-    assert "train-0.tar.gz" in refusal(tmp_path, layout="webdataset")
-
-
-def test_a_test_class_that_training_has_not_is_named(whole, tmp_path):
-    folder = shutil.copytree(whole["folder"], tmp_path / "here")
-    (folder / "test" / "fox").mkdir()
-    assert "has the class 'fox'" in refusal(folder)
 
 
 def test_a_test_set_without_labels_gives_way_to_the_validation_set(tmp_path):

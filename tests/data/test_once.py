@@ -52,9 +52,10 @@ def test_a_second_link_in_a_split_is_left_out_and_told(tmp_path, ending, link, c
 
 
 @each_ending
-def test_a_hard_link_is_one_file_in_two_splits(tmp_path, ending):
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_link_is_one_file_in_two_splits(tmp_path, ending, link):
     WRITE[ending](tmp_path / f"train.{ending}", 6)
-    os.link(tmp_path / f"train.{ending}", tmp_path / f"test.{ending}")
+    link(tmp_path / f"train.{ending}", tmp_path / f"test.{ending}")
     assert f"test.{ending} is train.{ending}" in refusal(tmp_path)
 
 

@@ -101,14 +101,6 @@ def test_packed_shards_beside_open_ones_are_refused(tmp_path):
         (tmp_path / name).unlink()
 
 
-@pytest.mark.parametrize("name", ["train/val-0.tar", "test-of-train.tar"])
-def test_a_shard_that_names_two_splits_is_refused(tmp_path, name):
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    write_shard(tmp_path / name, SAMPLES)
-    with pytest.raises(ValueError, match=f"{name} .*train and (test|validation)"):
-        webdataset.read(walk(tmp_path))
-
-
 # --- one image and one label -----------------------------------------------------------------------------------------
 
 

@@ -146,13 +146,6 @@ def test_without_a_training_or_test_set_the_other_files_are_named(tmp_path, endi
 
 
 @each_ending
-def test_one_file_in_two_splits_is_refused(tmp_path, ending):
-    write(tmp_path, ending, train=6)
-    (tmp_path / f"test.{ending}").symlink_to(f"train.{ending}")
-    assert f"test.{ending} is train.{ending}" in refusal(tmp_path)
-
-
-@each_ending
 @pytest.mark.parametrize("name", ["rows [v2]", "a*?{b,c}", "50%25#x", "a::b", "café", "e\u0301", "two\nlines", "x "])
 def test_a_path_is_no_pattern_and_no_address(tmp_path, ending, name):
     write(tmp_path / "made", ending, train=6, test=3)
