@@ -9,6 +9,7 @@ from sape2 import evaluation
 from sape2.cli import main
 from sape2.evaluation.base import row
 from sape2.evaluation.runs import is_measured
+from sape2.inspect import pictures
 from sape2.studies.compare.headlines import read_runs
 from sape2.training.run_folder import _other_images, own_results, read_config, read_rows
 
@@ -37,7 +38,7 @@ def command(tmp_path, mine):
 @pytest.fixture
 def evaluate(tmp_path, command, monkeypatch):
     """`sape2 evaluate` of that run with a measure that counts its calls."""
-    monkeypatch.setattr("sape2.inspect.pictures.draw_measures", lambda *_: [])
+    monkeypatch.setattr(pictures, "draw_measures", lambda *_: [])
     calls = []
 
     def measure(model, data, limit=None):
