@@ -78,16 +78,16 @@ def test_an_adapter_loads_onto_another_image_size_by_the_rule_of_its_tables(save
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "adapter.json").unlink(), "holds no adapter: there is no adapter.json"),
+        (lambda folder: (folder / "adapter.json").unlink(), "adapter.json"),
         (lambda folder: (folder / "adapter.json").write_text("{"), "is damaged"),
-        (lambda folder: (folder / "adapter.json").write_text('{"format": 1}'), "is damaged: it has no 'host'"),
-        (lambda folder: change(folder, format=2), "has format 2; this version of sape2 reads format 1"),
-        (lambda folder: change(folder, depth=3), "was made for depth=3 .*; this model has 2"),
-        (lambda folder: change(folder, head_dim=16), "was made for head_dim=16 .*; this model has 8"),
-        (lambda folder: change(folder, grid=[5, 5]), "does not hold this adapter: .*size mismatch"),
-        (lambda folder: change(folder, encoding="sape2"), "does not hold this adapter: .*"),
-        (lambda folder: (folder / "adapter.safetensors").write_bytes(b"no"), "does not hold this adapter"),
-        (lambda folder: (folder / "adapter.safetensors").unlink(), "does not hold this adapter"),
+        (lambda folder: (folder / "adapter.json").write_text('{"format": 1}'), "'host'"),
+        (lambda folder: change(folder, format=2), "format 2.*format 1"),
+        (lambda folder: change(folder, depth=3), "depth=3 .* 2"),
+        (lambda folder: change(folder, head_dim=16), "head_dim=16 .* 8"),
+        (lambda folder: change(folder, grid=[5, 5]), "adapter.safetensors.*size mismatch"),
+        (lambda folder: change(folder, encoding="sape2"), "adapter.safetensors"),
+        (lambda folder: (folder / "adapter.safetensors").write_bytes(b"no"), "adapter.safetensors"),
+        (lambda folder: (folder / "adapter.safetensors").unlink(), "adapter.safetensors"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_and_the_model_stays_as_it_was(saved, damage, message):

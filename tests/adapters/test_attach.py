@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sape2 import attach, create_model, detach, encoding_parameters
 from sape2.adapters.attached import Attached, attached_encodings
 from sape2.adapters.start import Gained, looks_beyond_pairs
-from sape2.encodings import create_encoding, list_encodings
+from sape2.encodings import create_encoding, list_encodings, pape
 
 
 def description(model):
@@ -95,7 +95,7 @@ def test_an_encoding_reads_the_input_of_the_host_s_attention(case):
         inputs, read = [], []
         hook = module.register_forward_pre_hook(lambda m, args, seen=inputs: seen.append(args[0]))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sape2.encodings.pape.check_read", lambda n, tokens, *_, seen=read: seen.append(tokens) or tokens)
+            patch.setattr(pape, "check_read", lambda n, tokens, *_, seen=read: seen.append(tokens) or tokens)
             changed = outputs(model, x)
         hook.remove()
         tokens = inputs[0] if inputs[0].shape[0] == len(x) else inputs[0].transpose(0, 1)
@@ -488,6 +488,6 @@ def test_there_is_nothing_to_detach_from_a_plain_model():
 
 
 def test_an_old_transformers_is_refused_naming_the_extra(monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "4.57.1")
+    monkeypatch.setattr("transformers.__version__", "4.57.1")  # by path: transformers puts another module in its place
     with pytest.raises(ImportError, match=r"needs transformers 5 or newer; got 4.57.1: pip install 'sape2\[hosts\]'"):
         attach(make("transformers.ViT.sdpa"), "sape2")

@@ -110,7 +110,7 @@ def test_the_grid_of_calls_can_be_set():
     x = torch.randn(1, 13, 8).double()
     assert module(x, x, x)[0].shape == x.shape
     x = x[:, :7]
-    with pytest.raises(ValueError, match="needs all 3x4 patches after 1 prefix tokens; attention got 7 tokens"):
+    with pytest.raises(ValueError, match=r"3x4 patches .*7 tokens"):
         module(x, x, x)
 
 
@@ -126,13 +126,13 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda: attach_attention(nn.Linear(2, 2), grid=GRID), "needs an nn.MultiheadAttention; got Linear"),
-        (lambda: attach_attention(nn.MultiheadAttention(8, 2, kdim=4), grid=GRID), "kdim and vdim must be embed_dim"),
-        (lambda: attach_attention(nn.MultiheadAttention(8, 2, add_bias_kv=True), grid=GRID), "stand on no grid"),
+        (lambda: attach_attention(nn.Linear(2, 2), grid=GRID), "nn.MultiheadAttention.* Linear"),
+        (lambda: attach_attention(nn.MultiheadAttention(8, 2, kdim=4), grid=GRID), "kdim and vdim"),
+        (lambda: attach_attention(nn.MultiheadAttention(8, 2, add_bias_kv=True), grid=GRID), "grid"),
         (lambda: attach_attention(nn.MultiheadAttention(8, 2), grid=(2,)), r"grid needs two positive integers \(H, W\)"),
         (lambda: attention()(torch.zeros(1, 7, 8), torch.zeros(1, 7, 8), torch.zeros(1, 7, 8)), "for self-attention"),
-        (lambda: attention()(*[torch.zeros(1, 7, 8)] * 3, is_causal=True), "is_causal=True says that attn_mask is causal"),
-        (lambda: attention()(*[torch.zeros(1, 7, 8)] * 3, key_padding_mask=torch.ones(1, 7) > 0), "padding mask hides"),
+        (lambda: attention()(*[torch.zeros(1, 7, 8)] * 3, is_causal=True), "is_causal=True"),
+        (lambda: attention()(*[torch.zeros(1, 7, 8)] * 3, key_padding_mask=torch.ones(1, 7) > 0), "padding mask"),
         (lambda: set_grid(nn.MultiheadAttention(8, 2), GRID), "nothing is attached"),
     ],
 )

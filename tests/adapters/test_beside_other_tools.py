@@ -145,7 +145,7 @@ def test_save_pretrained_and_the_way_back(encoding, tmp_path, caplog):
 def test_our_own_vit_is_not_saved_with_what_its_config_does_not_say(tmp_path):
     model, x = opened("sape2.ape", "rpe").float(), images("sape2").float()
     expected = outputs(model, x)
-    with pytest.raises(ValueError, match="the model has an encoding attached, 'rpe', which its config does not say"):
+    with pytest.raises(ValueError, match="attached, 'rpe'"):
         model.save_pretrained(tmp_path)
     save_adapter(model, tmp_path)
     detach(model).save_pretrained(tmp_path)
@@ -155,7 +155,7 @@ def test_our_own_vit_is_not_saved_with_what_its_config_does_not_say(tmp_path):
 def test_an_adapter_does_not_load_over_another(tmp_path):
     model = opened("timm.vit.class", "rpe")
     save_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match="has 'rpe' attached already; detach it first"):
+    with pytest.raises(ValueError, match="'rpe' attached"):
         load_adapter(model, tmp_path)
 
 
@@ -219,14 +219,14 @@ def test_attached_models_of_transformers_export(case):
 def test_a_padding_mask_is_refused_in_an_export_too():
     model, x = opened("transformers.ViT.sdpa"), images("transformers")
     mask = torch.ones(2, 10, dtype=torch.bool)
-    with pytest.raises(ValueError, match="also those that a padding mask hides"):
+    with pytest.raises(ValueError, match="padding mask"):
         torch.export.export(model, (x,), {"attention_mask": mask}, strict=False)
 
 
 @pytest.mark.parametrize("case", ["timm.vit.class", "torchvision", "transformers.ViT.sdpa", "sape2.ape"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_script_is_refused_with_what_does_the_same(case):
-    with pytest.raises(ValueError, match=r"use torch\.jit\.trace or torch\.export, or detach first"):
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace or torch\.export"):
         torch.jit.script(attach(make(case), "sape2"))
 
 
@@ -354,13 +354,13 @@ def test_an_encoding_that_lora_froze_is_told_once_in_training_and_when_saved(tmp
     host, x = make("transformers.ViT.sdpa"), images("transformers")
     both = lora(attach(host, "sape2", trainable="encoding"))
     outputs(both.eval(), x)
-    with pytest.warns(UserWarning, match=r"nothing of the attached 'sape2' learns.*get_peft_model"):
+    with pytest.warns(UserWarning, match=r"'sape2' .*get_peft_model"):
         moved = fit(both, x)
     assert not any(".sape2." in name for name in moved)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         outputs(both.train(), x)
-    with pytest.warns(UserWarning, match="nothing of the attached 'sape2' learns"):
+    with pytest.warns(UserWarning, match="attached 'sape2'"):
         save_adapter(host, tmp_path)
 
 
@@ -377,6 +377,6 @@ def test_an_encoding_that_peft_wraps_whole_or_in_part_is_refused(encoding, optio
     host, x = make("transformers.ViT.sdpa"), images("transformers")
     both = lora(attach(host, encoding), **options)
     for act in (lambda: outputs(both, x), lambda: save_adapter(host, tmp_path)):
-        with pytest.raises(ValueError, match="leave sape2 out of them and attach after get_peft_model"):
+        with pytest.raises(ValueError, match="get_peft_model"):
             act()
     detach(both.unload())

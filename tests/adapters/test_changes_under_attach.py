@@ -79,7 +79,7 @@ def test_a_projection_replaced_after_attach_is_refused_not_guessed(case):
         (module, name) for module in model.modules() for name, part in module.named_children() if isinstance(part, nn.Conv2d)
     )
     setattr(owner, name, nn.Conv2d(3, 16, 8, 8).double())
-    with pytest.raises(ValueError, match=r"projection was replaced since, detach and attach again"):
+    with pytest.raises(ValueError, match="projection was replaced"):
         outputs(model, x)
     attach(detach(model), "rpe")
     outputs(model, x)

@@ -82,7 +82,7 @@ def choose(monkeypatch, path):
 
 
 @pytest.mark.parametrize("path", PATHS[:3])
-@pytest.mark.parametrize("num_prefix", [0, 1, 3])
+@pytest.mark.parametrize("num_prefix", [0, 3])
 @pytest.mark.parametrize("kind", ["none", *KINDS, "sum"])
 def test_attention_agrees_with_the_literal_loops(kind, num_prefix, path, monkeypatch):
     choose(monkeypatch, path)
@@ -144,7 +144,7 @@ def test_encodings_that_read_the_input_of_the_block_get_its_grid_tokens(name, mo
     torch.testing.assert_close(results[1], results[0], rtol=1e-8, atol=1e-10)
     assert (results[0][-1][:, :2] == 0).all()  # prefix tokens have no bias
     assert (results[0][-1][:, 2:].abs().amax((0, 2)) > 0).all()
-    with pytest.raises(ValueError, match="reads the normed input of the block"):
+    with pytest.raises(ValueError, match="input of the block"):
         attend(q, k, v, (3, 5), encoding)
 
 
@@ -157,7 +157,7 @@ def test_tokens_of_another_width_are_refused():
 
 def test_a_wrong_gradient_of_a_term_is_seen(monkeypatch):
     """The comparison above fails for a term that forgets one of the two sides of a distance."""
-    monkeypatch.setattr("sape2.encodings.bias.Distances.accumulate", lambda *_: None)
+    monkeypatch.setattr(Distances, "accumulate", lambda *_: None)
     with pytest.raises(AssertionError):
         test_all_paths_have_the_same_gradients("distances", monkeypatch)
 
@@ -257,6 +257,7 @@ def test_vectors_added_to_keys_equal_the_bias(name, num_prefix, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "path"),
     [
+        ("cope", "blocks, matrix, weights kept"),
         ("rope+sape2:readout=direct,gates=constant", "blocks, places, weights kept"),  # queries are turned
         ("rpe+sape2:readout=direct,gates=constant", "blocks, matrix, places, weights kept"),  # there is a map anyway
         ("sape2:readout=direct,gates=constant,dot=key", "blocks, places, weights kept"),
@@ -316,7 +317,7 @@ def test_dropout_acts_in_training_only():
         (lambda: SaPEAttention(8, 2, "ape+sape2", grid=GRID), "ape acts on the tokens"),
         (
             lambda: SaPEAttention(8, 2, grid=GRID)(torch.randn(1, 11, 8), grid=GRID),
-            "has 12 tokens but the sequence has only 11",
+            "12 .*11",
         ),
     ],
 )

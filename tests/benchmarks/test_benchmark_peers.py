@@ -1,6 +1,7 @@
 """The peers of the benchmarks compute what they stand for: the literal loops, and the same numbers as our encodings."""
 
 import importlib
+import sys
 
 import pytest
 import straightforward
@@ -108,7 +109,7 @@ def test_benchmarks_run_from_end_to_end(module, smaller, results, tmp_path, monk
     benchmark = importlib.import_module(module)
     for name, value in smaller.items():
         monkeypatch.setattr(benchmark, name, value)
-    monkeypatch.setattr("sys.argv", [module, "--rounds", "1", "--threads", "1", "--out", str(tmp_path / "rows.jsonl")])
+    monkeypatch.setattr(sys, "argv", [module, "--rounds", "1", "--threads", "1", "--out", str(tmp_path / "rows.jsonl")])
     benchmark.main()
     rows = read_rows(tmp_path / "rows.jsonl")
     assert len(rows) == results

@@ -47,7 +47,8 @@ def test_all_parts_run_on_a_cpu(tmp_path):
 def test_the_table_without_data_is_said_to_be_not_available(tmp_path):
     case = next(iter(gpu.PARTS["table"](arguments(data=None))))
     (row,) = gpu.attempt(case)
-    assert row == {"note": "not available: the table needs --data with CIFAR-10"}
+    assert row.keys() == {"note"}
+    assert "--data" in row["note"]
 
 
 def arguments(**values):
@@ -103,7 +104,7 @@ def test_a_device_that_is_lost_ends_the_part(tmp_path, monkeypatch):
     assert [row["case"] for row in read_rows(tmp_path / "rows.jsonl")] == ["a", "a"]
 
 
-@pytest.mark.parametrize(("argv", "told"), [(["speed"], "unknown part 'speed'; known: correctness"), ([], "--tiny tries")])
+@pytest.mark.parametrize(("argv", "told"), [(["speed"], "unknown part 'speed'"), ([], "--tiny")])
 def test_what_cannot_run_is_refused_in_one_line(capsys, monkeypatch, argv, told):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as refused:

@@ -76,7 +76,7 @@ def stopped_early():
         (without("command"), "command"),
         (without("processor"), "processor"),
         (entry(data="digits"), "digits"),
-        (with_settings("data", "train_limit", 1000), "leaves out training images"),
+        (with_settings("data", "train_limit", 1000), "training images"),
         ([*entry()[:2], *with_settings("train", "lr", 0.5)[2:]], "train.lr"),
         (of_fewer_images(), "10000 test images"),
         (stopped_early(), "12 epochs"),

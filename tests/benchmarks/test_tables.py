@@ -1,6 +1,7 @@
 """The tables of the docs come from the rows that are kept, digit by digit."""
 
 import re
+import sys
 from pathlib import Path
 
 import glance_measures
@@ -63,8 +64,8 @@ def test_a_changed_number_would_be_noticed():
 
 
 def test_an_unknown_table_is_named(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["tables.py", "nothing"])
-    with pytest.raises(SystemExit, match="no table 'nothing'; known: digits_encodings"):
+    monkeypatch.setattr(sys, "argv", ["tables.py", "nothing"])
+    with pytest.raises(SystemExit, match=r"'nothing'.* digits_encodings"):
         tables.main()
 
 

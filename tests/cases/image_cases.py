@@ -5,7 +5,10 @@ import struct
 import zlib
 
 import numpy as np
+import torch
 from PIL import Image
+
+from sape2.data import ImageData
 
 ORIENTATION = 0x0112
 GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -68,3 +71,11 @@ def grey_tiff(width, bits, data, white_is_zero=False):
     tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: place, 277: 1, 278: 1, 279: len(data)}
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
+
+
+def synthetic(size=23, classes=3, shape=(3, 4, 6)):
+    """Random images in memory, of classes in turn."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (size, *shape), generator=generator, dtype=torch.uint8)
+    names = ("cat", "dog", "eel")[:classes]
+    return ImageData(images, torch.arange(size) % classes, names, (0.5,) * shape[0], (0.2,) * shape[0])

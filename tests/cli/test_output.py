@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from sape2 import viz
 from sape2.cli import main
 from sape2.cli.output import drawn
 from sape2.cli.text import NAME, print_anything
@@ -89,7 +90,7 @@ def test_a_missing_figure_is_told_each_time_until_it_is_drawn(tmp_path, monkeypa
     quick = ["--epochs", "1", "--set", "data.train_limit=64", "--set", "model.depth=1", "--set", "train.batch_size=32"]
     argv = ["train", "digits", "--encoding", "ape", *quick, "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr("sape2.viz.plot_confusion", lambda *_, **__: failing())
+        patch.setattr(viz, "plot_confusion", lambda *_, **__: failing())
         for _ in range(2):
             assert main(argv) == 0
             assert "a figure is missing" in capfd.readouterr().err
@@ -115,14 +116,14 @@ def test_a_folder_that_takes_no_file_is_found_before_the_work(tmp_path, monkeypa
     with pytest.raises(NotADirectoryError, match="is a file"):
         check_writable(tmp_path / "file" / "run")
     monkeypatch.setattr(Path, "touch", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
-    with pytest.raises(OSError, match="cannot be written to: Permission denied; choose another --out"):
+    with pytest.raises(OSError, match=r"Permission denied.* --out"):
         check_writable(tmp_path / "run")
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
-        ("model.depth=1000000", "model.depth must be from 1 to 1000"),
+        ("model.depth=1000000", "model.depth"),
         ("model.image_size=65536", "multiply-accumulates"),
         ("model.num_registers=16000000", "multiply-accumulates"),
     ],

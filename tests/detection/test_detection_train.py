@@ -89,11 +89,11 @@ def test_encodings_norms_and_biases_do_not_decay():
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match=r"unknown key model\.windows"):
+    with pytest.raises(ValueError, match=r"model\.windows"):
         small_detector(windows=3)
-    with pytest.raises(ValueError, match=r"detector\.scales must be neighbours"):
+    with pytest.raises(ValueError, match=r"detector\.scales"):
         small_detector(scales=(4.0, 1.0))
-    with pytest.raises(ValueError, match="one size for each of 5 levels"):
+    with pytest.raises(ValueError, match="5 levels"):
         DetectorConfig(anchor_sizes=(8, 16))
 
 
@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
     images, _ = open_images(config)
     trainer = DetectionTrainer(new_detector(config), images, Run(tmp_path, config), quiet=True, seen={})
     image, target = images[0]
-    with pytest.raises(ValueError, match=r"loss is nan at step 0 .* training\.lr"):
+    with pytest.raises(ValueError, match=r"nan at step 0 .* training\.lr"):
         trainer._step([(image / 255 * float("nan"), target)])
 
 

@@ -16,7 +16,8 @@ def faults(text: str) -> list[str]:
     rows = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| what was found,")]
     found = [f"no test: {row}" for row in rows if "::" not in row]
     named = sorted(set(re.findall(r"`([\w/.]+\.py)::(\w+)`", text)))
-    return found + [f"{file}::{name}" for file, name in named if name not in functions(ROOT / file)]
+    found += [f"{file}::{name}" for file, name in named if name not in functions(ROOT / file)]
+    return found if named else ["no test is named"]
 
 
 @cache
@@ -26,9 +27,8 @@ def functions(file: Path) -> set[str]:
 
 
 def test_every_row_names_tests_that_exist():
-    text = PAGE.read_text(encoding="utf-8")
-    assert text.count("::test_") > 50
-    assert faults(text) == []
+    assert faults(PAGE.read_text(encoding="utf-8")) == []
+    assert faults("| a kind |\n") == ["no test is named"]
 
 
 @pytest.mark.parametrize(

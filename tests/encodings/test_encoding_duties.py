@@ -20,7 +20,7 @@ from encoding_cases import (
 from torch import Tensor
 
 from sape2.attention import attend
-from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
+from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, list_encodings
 from sape2.encodings.base import bias_of
 from sape2.encodings.grid import Grid, num_tokens
 
@@ -33,12 +33,15 @@ def apply(encoding: Encoding, x: Tensor, grid: Grid) -> Tensor:
     return attend(q, k, k, grid, encoding, tokens=x[..., :DIM])
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+LEARNED = [name for name in VARIANTS if [*create_encoding(name, HEADS, HEAD_DIM, (3, 7)).parameters()]]
+
+
+@pytest.mark.parametrize("name", LEARNED)
 def test_every_parameter_receives_a_gradient_from_the_start(name: str) -> None:
     torch.manual_seed(0)
     encoding = create_encoding(name, HEADS, HEAD_DIM, (3, 7)).double()
     output = apply(encoding, content(2, 21), (3, 7))
-    (output * torch.randn_like(output)).sum().backward() if output.requires_grad else None
+    (output * torch.randn_like(output)).sum().backward()
     for parameter_name, parameter in encoding.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
@@ -46,9 +49,8 @@ def test_every_parameter_receives_a_gradient_from_the_start(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "formula"), [(row.name, row.parameters) for row in documented()], ids=str)
-@pytest.mark.parametrize("num_heads", [1, 3])
-def test_parameter_count_equals_the_documented_formula(name: str, formula: str, num_heads: int) -> None:
-    for grid in [(4, 4), (3, 7), (9, 2)]:
+def test_parameter_count_equals_the_documented_formula(name: str, formula: str) -> None:
+    for num_heads, grid in [(1, (4, 4)), (2, (3, 7)), (3, (9, 2))]:
         encoding = create_encoding(name, num_heads, HEAD_DIM, grid)
         assert sum(p.numel() for p in encoding.parameters()) == evaluate(formula, num_heads, HEAD_DIM, grid)
 
@@ -87,9 +89,9 @@ def handed_out(encoding: Encoding, x: Tensor, grid: Grid) -> list[Tensor]:
     return [*encoding.rotate(q, k, grid), *([] if bias is None else [bias.dense()])]
 
 
-@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "none"])
+@pytest.mark.parametrize("name", [name for name in list_encodings() if name != "none"])
 def test_a_grid_that_does_not_fit_the_tokens_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="20 tokens; got 21"):
+    with pytest.raises(ValueError, match=r"\b20\b.*\b21\b"):
         handed_out(make(name, (3, 7)), content(1, 21), (4, 5))
 
 
@@ -133,53 +135,31 @@ def test_keys_get_what_ape_would_add_to_them_on_other_grids(grid: Grid) -> None:
 @pytest.mark.parametrize(
     ("name", "head_dim", "message"),
     [
-        ("rope", 6, r"rope needs head_dim divisible by 4; got 6 \(dim=12 / num_heads=2\)"),
-        ("rope_mixed", 6, r"rope_mixed needs head_dim divisible by 4; got 6"),
-        ("rope:temperature=0", 8, "rope:temperature must be above 0; got 0"),
-        ("pope", 7, "pope needs head_dim divisible by 2; got 7"),
-        ("pope:temperature=-1", 8, "pope:temperature must be above 0"),
-        ("rope:directions=3", 8, r"rope needs head_dim divisible by 6; got 8"),
-        ("rope:directions=0", 8, "rope:directions must be at least 1; got 0"),
-        ("rope:directions=4,spread=golden", 8, "no effect with spread=golden"),
-        ("rope:fastest=4", 8, "at most pi"),
-        ("rope:coordinates=min,beyond=rescale", 8, "no effect on coordinates=min"),
-        ("rope:train_jitter=0.5", 8, "train_jitter is a factor of at least 1; got 0.5"),
-        ("rope:train_shift=-1", 8, "train_shift must be at least 0"),
-        ("rope:preset=dinov2", 8, "rope:preset must be one of rope_vit, dinov3"),
-        ("pape:parabolas=0", 8, "pape:parabolas must be at least 1"),
-        ("pape:form=rotation_invariant,parabolas=2", 8, "no effect with form=rotation_invariant"),
-        ("log_cpb:width=0", 8, "log_cpb:width must be from 1 to"),
-        ("fire:c=0", 8, "fire:c must be above 0"),
-        ("cope:num_positions=1", 8, "cope:num_positions must be at least 2"),
-        ("rope:beyond=clamp", 8, "rope:beyond must be one of extrapolate, rescale; got 'clamp'"),
-        (
-            "alibi:slope=1",
-            8,
-            r"^alibi has no option 'slope'; did you mean slopes\? known options: metric, slopes, every, share$",
-        ),
-        ("cpe:kernel=5", 8, "cpe has no option 'kernel'; known options: padding"),
+        ("rope", 6, "^rope .*head_dim.* 4.* 6 .*dim=12.*num_heads=2"),
+        ("rope_mixed", 6, "^rope_mixed .*head_dim.* 4.* 6"),
+        ("rope:temperature=0", 8, "rope:temperature.* 0"),
+        ("pope", 7, "^pope .*head_dim.* 2.* 7"),
+        ("pope:temperature=-1", 8, "pope:temperature.* -1"),
+        ("rope:directions=3", 8, "^rope .*head_dim.* 6.* 8"),
+        ("rope:directions=0", 8, "rope:directions.* 1.* 0"),
+        ("rope:directions=4,spread=golden", 8, "directions.*spread=golden"),
+        ("rope:fastest=4", 8, "fastest.* pi"),
+        ("rope:coordinates=min,beyond=rescale", 8, "beyond.*coordinates=min"),
+        ("rope:train_jitter=0.5", 8, "train_jitter.* 1.* 0.5"),
+        ("rope:train_shift=-1", 8, "train_shift.* 0"),
+        ("rope:preset=dinov2", 8, "rope:preset.* rope_vit, dinov3"),
+        ("pape:parabolas=0", 8, "pape:parabolas.* 1"),
+        ("pape:form=rotation_invariant,parabolas=2", 8, "parabolas.*form=rotation_invariant"),
+        ("log_cpb:width=0", 8, "log_cpb:width.* 1"),
+        ("fire:c=0", 8, "fire:c.* 0"),
+        ("cope:num_positions=1", 8, "cope:num_positions.* 2"),
+        ("rope:beyond=clamp", 8, "rope:beyond.* extrapolate, rescale.*'clamp'"),
+        ("cpe:kernel=5", 8, "^cpe .*'kernel'.* padding"),
     ],
 )
-def test_what_cannot_be_says_why(name: str, head_dim: int, message: str) -> None:
+def test_what_cannot_be_names_the_option_and_its_limit(name: str, head_dim: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_encoding(name, HEADS, head_dim, (3, 7))
-
-
-def test_two_rotations_or_two_tables_are_a_contradiction() -> None:
-    with pytest.raises(ValueError, match="two rotations, rope and rope_mixed"):
-        create_encoding("rope+rope_mixed", HEADS, HEAD_DIM, (3, 7))
-    with pytest.raises(ValueError, match=r"two rotations, .*pope"):
-        create_encoding("rope+pope", HEADS, HEAD_DIM, (3, 7))
-    with pytest.raises(ValueError, match="two absolute tables, ape and sincos"):
-        create_encoding("ape+sincos", HEADS, HEAD_DIM, (3, 7))
-
-
-def test_every_encoding_says_what_it_is() -> None:
-    for name in list_encodings():
-        encoding = find_encoding(name)
-        assert encoding.summary
-        assert "\n" not in encoding.summary
-        assert encoding.source
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,12 @@ from sape2.encodings.options import describe_options
 VARIANTS = [f"{name}:{variant}" for name in list_encodings() for variant in find_encoding(name).variants]
 
 
-@pytest.mark.parametrize("name", [*list_encodings(), *VARIANTS])
-def test_every_listed_name_makes_an_encoding_that_says_what_it_is(name):
-    encoding = create_encoding(name, num_heads=2, head_dim=8, grid=(3, 4))
-    assert encoding.summary
-    assert encoding.source
+def test_every_encoding_says_what_it_is_in_one_line():
+    for name in list_encodings():
+        encoding = find_encoding(name)
+        assert encoding.summary
+        assert "\n" not in encoding.summary
+        assert encoding.source
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if "num_positions" not in name])
@@ -119,22 +120,24 @@ def test_options_are_described_with_the_default_first():
     [
         ("", "unknown encoding ''"),
         ("rope+", "unknown encoding ''"),
-        ("Sape2", "unknown encoding 'Sape2'; did you mean sape2. known encodings: none, ape, sincos"),
-        ("rope+rope", "has rope twice"),
-        ("sape2:dot=key+sape2", "has sape2 twice"),
-        ("rope+rope_mixed", "two rotations, rope and rope_mixed"),
-        ("ape+sape2+sincos", "two absolute tables, ape and sincos"),
-        ("none+sape2", "joins none with something"),
-        ("sape2:count=cyclic,count=both", "each key once"),
+        ("Sape2", "unknown encoding 'Sape2'.*none, ape, sincos"),
+        ("rope+rope", "rope twice"),
+        ("sape2:dot=key+sape2", "sape2 twice"),
+        ("rope+rope_mixed", "rope and rope_mixed"),
+        ("rope+pope", "rope and pope"),
+        ("ape+sape2+sincos", "ape and sincos"),
+        ("none+sape2", "joins none"),
+        ("sape2:count=cyclic,count=both", "key once"),
+        ("sape2:count", "key=value"),
         ("sape2:=3", "no option ''"),
-        ("sape2:every=0", "every must be at least 1"),
-        ("sape2:every=two", "sape2:every needs a whole number; got 'two'"),
-        ("sape2:num_positions=2.5", "sape2:num_positions needs a whole number or none; got '2.5'"),
-        ("sape2:table_std=wide", "sape2:table_std needs a number; got 'wide'"),
-        ("sape2:share=yes", "sape2:share needs true or false; got 'yes'"),
-        ("cpe:share=true", "acts once on the tokens"),
-        ("ape:count=both", "ape has no option 'count'; known options: resize, every_layer"),
-        ("none:count=both", "none has no option 'count'; known options: every, share"),
+        ("sape2:every=0", "every.* 1"),
+        ("sape2:every=two", "sape2:every.*'two'"),
+        ("sape2:num_positions=2.5", "sape2:num_positions.*'2.5'"),
+        ("sape2:table_std=wide", "sape2:table_std.*'wide'"),
+        ("sape2:share=yes", "sape2:share.*'yes'"),
+        ("cpe:share=true", "once on the tokens"),
+        ("ape:count=both", "^ape .*'count'.* resize, every_layer$"),
+        ("none:count=both", "^none .*'count'.* every, share$"),
     ],
 )
 def test_contradictions_and_mistakes_are_named(name, message):
@@ -143,7 +146,7 @@ def test_contradictions_and_mistakes_are_named(name, message):
 
 
 def test_one_layer_has_no_schedule_and_no_tokens():
-    with pytest.raises(ValueError, match="speak of the layers of a model"):
+    with pytest.raises(ValueError, match="every"):
         create_encoding("sape2:every=2", 2, 8, (3, 4))
     with pytest.raises(ValueError, match="ape acts on the tokens"):
         create_encoding("ape+sape2", 2, 8, (3, 4))

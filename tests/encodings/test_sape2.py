@@ -1,4 +1,4 @@
-"""SaPE2 against its literal loops, and the facts of the method."""
+"""The facts of the method SaPE2: gradients, symmetries, precision, mistakes. Its loops: test_encodings_against_reference."""
 
 import math
 import warnings
@@ -6,39 +6,9 @@ import warnings
 import pytest
 import torch
 
-from sape2 import reference
 from sape2.encodings import SaPE2, create_encoding
 
 GRIDS = [(3, 5), (5, 2), (1, 4)]
-SWITCHES = [
-    {},
-    {"dot": "key"},
-    {"gate_scale": "none"},
-    {"gate_scale": "learned"},
-    {"gates": "constant"},
-    {"gates": "none"},
-    {"count": "prefix"},
-    {"count": "both"},
-    {"count": "between"},
-    {"count": "cyclic"},
-    {"axes": "x"},
-    {"axes": "y"},
-    {"axes": "raster"},
-    {"readout": "squared_distance"},
-    {"readout": "direct"},
-    {"readout": "direct", "count": "between", "dot": "key"},
-    {"readout": "direct", "count": "both", "axes": "raster"},
-    {"readout": "squared_distance", "count": "both", "normalize": "sqrt_length", "sign": "minus"},
-    {"sign": "minus"},
-    {"sign": "learned", "gain_init": 0.3},
-    {"divide_bias": True},
-    {"normalize": "sqrt_length"},
-    {"num_positions": 2},
-    {"num_positions": 3, "count": "cyclic"},
-    {"num_positions": 12},
-    {"preset": "equations"},
-    {"preset": "equations", "dot": "key", "sign": "minus"},
-]
 
 
 def random_qk(grid, heads=2, batch=2, dim=8, dtype=torch.float64, seed=0):
@@ -57,48 +27,6 @@ def sape2(grid, heads=2, dim=8, **options):
         if name in dict(encoding.named_parameters()):  # float32 when made: put the rounding right
             torch.nn.init.constant_(getattr(encoding, name), value)
     return encoding
-
-
-def literal(encoding, q, k, grid, trained_grid=None):
-    """The maps of `reference.sape2` for every image and head, under the encoding's options."""
-    o = encoding.options
-    tables = {axis: getattr(encoding, f"table_{axis}").detach() for axis in encoding.axes}
-    scale = {"sqrt_dim": 8**-0.5, "none": 1.0, "learned": 8**-0.5}[o.gate_scale]
-    gain = {"plus": 1.0, "minus": -1.0, "learned": 1.0 if o.gain_init is None else o.gain_init}[o.sign]
-    rescale = None
-    if o.beyond == "rescale":
-        rescale = {"y": min(1.0, trained_grid[0] / grid[0]), "x": min(1.0, trained_grid[1] / grid[1])}
-
-    def maps(q_head, k_head):
-        return reference.sape2(
-            q_head, k_head, tables, grid, dot=o.dot, gates=o.gates, gate_scale=scale, count=o.count, readout=o.readout,
-            gain=gain, divide_bias=o.divide_bias, normalize=o.normalize, rescale=rescale,
-        )  # fmt: skip
-
-    found = [[maps(*head) for head in zip(*image, strict=True)] for image in zip(q, k, strict=True)]
-    return {name: torch.stack([torch.stack([m[name] for m in image]) for image in found]) for name in found[0][0]}
-
-
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("options", SWITCHES, ids=str)
-def test_every_switch_agrees_with_the_literal_loops(options, grid):
-    encoding = sape2(grid, **options)
-    q, k = random_qk(grid, batch=1)
-    expected = literal(encoding, q, k, grid)
-    maps = encoding.maps(q, k, grid)
-    assert maps.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(maps[name].detach(), value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
-    torch.testing.assert_close(encoding.bias(q, k, grid).dense().detach(), expected["bias"], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("beyond", ["clamp", "rescale"])
-@pytest.mark.parametrize("grid", [(5, 6), (2, 2), (3, 8)], ids=str)
-def test_other_grids_than_in_training_agree_with_the_literal_loops(beyond, grid):
-    encoding = sape2((3, 5), beyond=beyond)
-    q, k = random_qk(grid)
-    expected = literal(encoding, q, k, grid, trained_grid=(3, 5))["bias"]
-    torch.testing.assert_close(encoding.bias(q, k, grid).dense().detach(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_presets_carry_both_readings_of_the_paper():
@@ -154,7 +82,7 @@ def test_gradients_are_finite_for_identical_tokens_and_on_the_diagonal(dtype):
     encoding = SaPE2(2, 8, grid).to(dtype)
     q, k = (t[:, :, :1].expand(-1, -1, 12, -1).clone().requires_grad_() for t in random_qk(grid, dtype=dtype))
     bias = encoding.bias(q, k, grid).dense()
-    assert torch.equal(bias[..., 0, :4], torch.zeros_like(bias[..., 0, :4])) or bias.abs().max() < 1e-6
+    assert not bias.any()
     bias.square().sum().backward()
     for gradient in (q.grad, k.grad, encoding.table_x.grad, encoding.table_y.grad):
         assert gradient is not None
@@ -185,7 +113,7 @@ def test_bias_is_symmetric_not_negative_and_exactly_zero_on_the_diagonal(grid, p
     assert torch.equal(bias, bias.transpose(-1, -2))
     assert (bias >= 0).all()
     assert torch.equal(bias.diagonal(dim1=-2, dim2=-1), torch.zeros_like(bias[..., 0]))
-    assert bias.max() > 0 or grid == (1, 1)
+    assert bias.max() > 0
 
 
 def test_constant_gates_leave_no_position_at_all():
@@ -310,13 +238,13 @@ def test_the_bias_has_the_dtype_of_the_queries(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"count": "sideways"}, "must be one of suffix, prefix, both, between, cyclic"),
-        ({"colour": "red"}, "no option 'colour'; known options: preset, dot"),
-        ({"num_positions": 1}, "at least 2"),
-        ({"num_positions": 2.5}, "needs a whole number or none; got 2.5"),
-        ({"table_std": 0.0}, "never trains"),
-        ({"gain_init": 0.0}, "needs sign=learned"),
-        ({"gates": "none", "gate_scale": "learned"}, "no effect"),
+        ({"count": "sideways"}, "count.* suffix, prefix, both, between, cyclic"),
+        ({"colour": "red"}, "'colour'.* preset, dot"),
+        ({"num_positions": 1}, "num_positions.* 2"),
+        ({"num_positions": 2.5}, "num_positions.* 2.5"),
+        ({"table_std": 0.0}, "table_std"),
+        ({"gain_init": 0.0}, "gain_init.*sign=learned"),
+        ({"gates": "none", "gate_scale": "learned"}, "gate_scale=learned.*gates=none"),
         ({"preset": "figure"}, "listing, equations"),
     ],
 )
@@ -328,7 +256,7 @@ def test_bad_options_are_named(options, message):
 @pytest.mark.parametrize(
     ("shape", "grid", "message"),
     [
-        ((1, 2, 12, 8), (3, 5), "needs 15 tokens; got 12"),
+        ((1, 2, 12, 8), (3, 5), "15.* 12"),
         ((1, 3, 12, 8), (3, 4), "num_heads=2"),
         ((1, 2, 12, 6), (3, 4), "head_dim=8"),
         ((1, 2, 12, 8), (3, 0), "positive integers"),
@@ -342,7 +270,7 @@ def test_input_that_does_not_fit_is_named(shape, grid, message):
 def test_a_dead_table_is_refused_for_training_and_warned_of_in_use():
     encoding = SaPE2(2, 8, (3, 4))
     torch.nn.init.zeros_(encoding.table_x)
-    with pytest.raises(ValueError, match="every distance and every gradient is 0"):
+    with pytest.raises(ValueError, match="table_x"):
         encoding.check_trainable()
     q, k = random_qk((3, 4), dtype=torch.float32)
     with pytest.warns(UserWarning, match="table_x is all zero"):

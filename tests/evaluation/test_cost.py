@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-import time
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from sape2 import create_encoding, create_model
-from sape2.attention import describe_path
+from sape2.attention import module as attention
 from sape2.cli import main
 from sape2.cli.options import split_encodings
 from sape2.config import MODELS
 from sape2.evaluation import MEASURES
+from sape2.evaluation.cost import sweep as sweeps
+from sape2.evaluation.cost import timing
 from sape2.evaluation.cost.measure import count_macs, count_parameters, forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.cost.memory import highest_sum, peak_bytes, predicted_peak
 from sape2.evaluation.cost.operations import count_operations, on_meta
@@ -183,7 +185,7 @@ def test_what_was_there_before_does_not_count():
 
 @pytest.mark.parametrize("name", ["none", "rpe_decomposed", "rope", "cope", "sape2", "sape2:readout=squared_distance"])
 def test_prediction_is_close_to_the_allocator(name, monkeypatch):
-    monkeypatch.setattr("sape2.attention.module.choose_path", lambda *_: "products")  # what runs without memory
+    monkeypatch.setattr(attention, "choose_path", lambda *_: "products")  # what runs without memory
     grid = (12, 12)
     module = EncodedAttention(create_encoding(name, 4, 32, grid), grid)
     inputs = [torch.randn(2, 4, 144, 32, requires_grad=index < 3) for index in range(4)]
@@ -199,7 +201,7 @@ def test_prediction_bounds_what_blocks_take():
 
 
 def test_prediction_for_a_model_that_was_never_allocated(monkeypatch):
-    monkeypatch.setattr("sape2.attention.module.choose_path", lambda *_: "products")
+    monkeypatch.setattr(attention, "choose_path", lambda *_: "products")
     with torch.device("meta"):
         model = create_model("vit_test", encoding="ape+sape2", image_size=32, patch_size=4)
     predicted = predicted_peak(loss_gradients, model, [meta(4, 3, 32, 32), meta(4).long()])
@@ -217,15 +219,16 @@ def test_prediction_says_none_where_values_decide():
 
 
 def test_available_memory_heeds_the_limit_of_a_container(tmp_path, monkeypatch):
-    free = available_bytes()
-    assert MEGA < free < 2**50
-    for name, text in (("GROUP_LIMIT", "5000000"), ("GROUP_USE", "2000000")):
+    system = "MemTotal: 9000 kB\nMemAvailable: 4000 kB\n"
+    for name, text in (("MEMORY_INFO", system), ("GROUP_LIMIT", "5000000"), ("GROUP_USE", "2000000")):
         (tmp_path / name).write_text(text)
         monkeypatch.setattr(memory_errors, name, tmp_path / name)
     assert available_bytes() == 3 * MEGA
-    monkeypatch.setattr(memory_errors, "MEMORY_INFO", tmp_path / "missing")
     (tmp_path / "GROUP_LIMIT").write_text("max")
-    assert MEGA < available_bytes() < 2**50
+    assert available_bytes() == 4000 * 1024
+    (tmp_path / "MEMORY_INFO").unlink()
+    monkeypatch.setattr(memory_errors.os, "sysconf", {"SC_AVPHYS_PAGES": 7, "SC_PAGE_SIZE": 4096}.__getitem__)
+    assert available_bytes() == 7 * 4096
 
 
 RESIDENT = """
@@ -267,12 +270,14 @@ def test_steps_take_turns_and_the_warm_up_is_not_kept():
     assert "".join(order) == "abc" * 5
     assert rounds == [3, 6, 9, 12, 15]
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3, "c": 3}
-    with pytest.raises(ValueError, match="at least one repeat; got 0"):
+    with pytest.raises(ValueError, match=r"repeat.* 0"):
         alternate({}, 0)
 
 
-def test_a_step_that_sleeps_takes_that_long():
-    assert 0.02 <= median_seconds(lambda: time.sleep(0.02), warmup=0, repeats=3) < 0.2
+def test_the_median_is_of_the_times_between_start_and_end_of_a_step(monkeypatch):
+    clock = iter([0, 5, 10, 11, 20, 23])
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert median_seconds(lambda: None, warmup=0, repeats=3) == 3
 
 
 def test_spread_is_the_outer_deciles():
@@ -323,22 +328,8 @@ def test_attention_part(name, part):
 def test_grids_are_rows_by_columns():
     assert parse_grid(" 8x14 ") == (8, 14)
     for text in ("8by8", "8", "8x", "0x8", "-8x8", "8x8x8", "8.5x8", ""):
-        with pytest.raises(ValueError, match="rows x columns, both at least 1"):
+        with pytest.raises(ValueError, match="rows x columns"):
             parse_grid(text)
-
-
-@pytest.mark.parametrize(
-    ("name", "path"),
-    [
-        ("none", "products"),
-        ("rpe", "blocks, matrix, weights kept"),
-        ("cope", "blocks, matrix, weights kept"),
-        ("rpe_decomposed", "blocks, places, weights kept"),
-    ],
-)
-def test_the_path_is_told_in_words(name, path):
-    q = torch.zeros(1, 2, 12, 8)
-    assert describe_path(q, q, q, (3, 4), create_encoding(name, 2, 8, (3, 4))) == path
 
 
 # --- the sweep -------------------------------------------------------------------------------------------------------
@@ -453,7 +444,7 @@ def test_a_step_leaves_no_memory_behind(subject, dtype):
 
 
 def test_what_does_not_fit_is_not_tried_and_says_what_it_needs(monkeypatch):
-    monkeypatch.setattr("sape2.evaluation.cost.sweep.available_bytes", lambda device: 60_000)
+    monkeypatch.setattr(sweeps, "available_bytes", lambda device: 60_000)
     monkeypatch.setattr(AttentionSubject, "predict", lambda self, phase: 10**10 if self.parameters else 0)
     ran = []
     real = AttentionSubject.run
@@ -462,7 +453,7 @@ def test_what_does_not_fit_is_not_tried_and_says_what_it_needs(monkeypatch):
     rows = measure(sweep.points()[0], sweep, CONDITIONS)
     cope = [row for row in rows if row["encoding"] == "cope" and row["name"].startswith("forward")]
     assert {row["value"] for row in cope} == {None}
-    assert all(row["n"] == 0 and "needs about 10.0 GB, 0.0 GB are available" in row["note"] for row in cope)
+    assert all(row["n"] == 0 and "10.0 GB" in row["note"] for row in cope)
     assert set(ran) == {0}  # those without a table ran
     assert values(rows, name="forward_ms")["plain"] > 0
     assert values(rows, name="macs")["cope"] > 0
@@ -571,17 +562,17 @@ def test_another_sweep_or_other_files_are_not_written_over(command, tmp_path):
     kept = (out / "results.jsonl").read_text()
     status, _, err = command(*SMALL, "--encodings", "ape", "--out", "out")
     assert status == 2
-    assert "out holds another sweep, which differs in encodings (['none'] there, ['ape'] here); choose another --out" in err
-    assert "give the same options to measure again, or remove out" in err
+    assert "encodings (['none'] there, ['ape'] here)" in err
+    assert "--out" in err
     assert (out / "results.jsonl").read_text() == kept
     assert command(*sweep, "--out", "out")[0] == 0  # the same is measured again
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "notes.txt").write_text("mine")
     status, _, err = command(*sweep, "--out", "photos")
-    assert (status, "no sweep.json; choose another --out" in err) == (2, True)
+    assert (status, "sweep.json" in err) == (2, True)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["notes.txt"]
     (out / "sweep.json").write_text("{")
-    assert "is damaged" in command(*sweep, "--out", "out")[2]
+    assert "out/sweep.json" in command(*sweep, "--out", "out")[2]
     assert "is a file" in command(*sweep, "--out", "photos/notes.txt")[2]
 
 

@@ -18,6 +18,7 @@ from sape2.config.recipes import get_recipe
 from sape2.data import load_data
 from sape2.evaluation.base import row
 from sape2.evaluation.runs import measure
+from sape2.inspect import pictures
 from sape2.models.trained import build_model
 from sape2.runs import run as run_module
 from sape2.runs.checkpoint import save_weights
@@ -147,7 +148,7 @@ def test_of_many_rows_a_reader_gets_headlines_and_warnings_unless_all_are_asked_
         yield row("health", "warnings", 1.0, "warnings", 1, "protocol")
 
     monkeypatch.setitem(evaluation.MEASURES, "health", health)
-    monkeypatch.setattr("sape2.inspect.pictures.draw_measures", lambda *_: [])
+    monkeypatch.setattr(pictures, "draw_measures", lambda *_: [])
     assert main(["evaluate", str(run), "--measures", "health", *(["--all"] if everything else [])]) == 0
     out = capfd.readouterr().out
     assert ("gate_mean" in out) == everything

@@ -8,6 +8,7 @@ from own_cases import fill, finished_run
 from sape2 import evaluation
 from sape2.cli import main
 from sape2.evaluation.base import row
+from sape2.inspect import pictures
 from sape2.runs.images import other_images
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
@@ -38,7 +39,7 @@ def command(tmp_path, mine):
 @pytest.fixture
 def evaluate(tmp_path, command, monkeypatch):
     """`sape2 evaluate` of that run with a measure that counts its calls."""
-    monkeypatch.setattr("sape2.inspect.pictures.draw_measures", lambda *_: [])
+    monkeypatch.setattr(pictures, "draw_measures", lambda *_: [])
     calls = []
 
     def measure(model, data, limit=None):
@@ -52,7 +53,7 @@ def evaluate(tmp_path, command, monkeypatch):
 def test_other_images_are_not_measured_as_the_runs_own(tmp_path, others, evaluate, capfd):
     assert evaluate("--data", others) == 2
     err = capfd.readouterr().err
-    assert "saw other images: the number of its train images" in err
+    assert "number of its train images" in err
     assert "--other-data NAME" in err
     assert not (tmp_path / "run" / "results.jsonl").exists()
 
@@ -94,7 +95,7 @@ def test_a_finished_run_notices_that_the_images_of_its_folder_changed(tmp_path, 
     settings = [f"data.mean={list(data.mean)}", f"data.std={list(data.std)}"]
     assert evaluate() == 2
     assert main([*command, *(word for setting in settings for word in ("--set", setting))]) == 2
-    assert capfd.readouterr().err.count("saw other images: the content of its train images") == 2
+    assert capfd.readouterr().err.count("content of its train images") == 2
 
 
 # --- classes of others -----------------------------------------------------------------------------------------------
@@ -121,13 +122,14 @@ def hub(monkeypatch):
 
 def test_classes_of_other_images_are_matched_by_name_and_may_be_fewer(tmp_path, measured, capfd):
     assert measured(fill(tmp_path / "others", {"dog": 7}, (9, 9))) == ["dog"]
-    assert "garden has 1 of the 2 classes of the run, and none of cat\n" in capfd.readouterr().err
+    assert "garden has 1 of the 2 classes" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("name", "hint"), [("cow", ""), ("Cat", "; it has 'cat': write both alike")])
+@pytest.mark.parametrize(("name", "hint"), [("cow", ""), ("Cat", "'cat'")])
 def test_a_class_that_the_run_has_not_is_refused_with_the_names(tmp_path, measured, capfd, name, hint):
     assert measured(fill(tmp_path / "others", {name: 7, "dog": 7}, (9, 9))) == 2
-    assert f"has the class '{name}', which the run (cat, dog) has not{hint}\n" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert [part for part in (f"'{name}'", "(cat, dog)", hint) if part not in err] == []
 
 
 def test_other_images_can_have_a_hub_id_and_another_order_of_classes(measured, hub, capfd):
@@ -139,13 +141,13 @@ def test_other_images_can_have_a_hub_id_and_another_order_of_classes(measured, h
 def test_other_images_without_names_go_by_number_and_it_is_said(measured, hub, capfd):
     hub(train=(None, [0, 1] * 4), test=(None, [1, 0, 1]))
     assert measured("some/garden") == ["1", "0", "1"]
-    assert "garden has no names of classes: its labels go by number\n" in capfd.readouterr().err
+    assert "garden has no names of classes" in capfd.readouterr().err
 
 
 def test_a_run_notices_that_its_classes_have_other_names(tmp_path, mine, evaluate, capfd):
     (mine / "cat").rename(mine / "aardvark")
     assert evaluate() == 2
-    assert "saw other images: the names" in capfd.readouterr().err
+    assert "the names" in capfd.readouterr().err
     known = {"layout": "a", "classes": ["cat", "dog"], "train": {}, "test": {}}
     assert other_images(known, known | {"layout": "b", "classes": ["dog", "cat"]}) == "the names of its classes, or their order"
     assert other_images(known, known | {"layout": "b", "classes": []}) is None

@@ -171,7 +171,7 @@ def test_refused_sizes_give_one_row_that_says_which_and_why():
 
 
 def test_a_model_that_does_not_run_at_all_is_an_error():
-    with pytest.raises(ValueError, match=r"does not run at the size of its own images, 8x8: .*shapes cannot be multiplied"):
+    with pytest.raises(ValueError, match=r"8x8: .*shapes cannot be multiplied"):
         list(resolution(PixelReadout(height=6), random_images(10)))
 
 
@@ -260,7 +260,7 @@ def test_rescaling_is_what_an_encoding_built_so_does():
 
 
 def test_an_unknown_rule_lists_the_known_ones():
-    with pytest.raises(ValueError, match="knows the rule 'wrap'; known rules: clamp, extrapolate, rescale"):
+    with pytest.raises(ValueError, match=r"'wrap'.* clamp, extrapolate, rescale"):
         with_beyond(random_vit("rope+sape2"), "wrap")
     with pytest.raises(ValueError, match="known rules: none"):
         with_beyond(random_vit("ape"), "clamp")

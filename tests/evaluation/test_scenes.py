@@ -73,7 +73,7 @@ def test_there_is_noise_on_all_of_it():
 
 
 def test_a_grid_without_room_is_refused():
-    with pytest.raises(ValueError, match="at least 3x3 patches for its four segments; got 2x8"):
+    with pytest.raises(ValueError, match=r"3x3 .*2x8"):
         make_scenes(1, 3, (2, 8), (4, 4))
 
 

@@ -21,6 +21,7 @@ from evaluation_cases import (
 )
 from torch import nn
 
+from sape2.attention import module
 from sape2.encodings import list_encodings
 from sape2.encodings.sape2 import SaPE2
 from sape2.evaluation import MEASURES
@@ -257,7 +258,7 @@ def test_forward_mode_through_every_encoding_agrees_with_moving_the_image(encodi
 def test_forward_mode_runs_through_prefix_tokens_and_the_fused_path(monkeypatch):
     model, images = random_vit("rope+sape2", pool="class", num_registers=1), random_images(2).images
     expected = lie_derivative(model, images, "y", "circular")
-    monkeypatch.setattr("sape2.attention.module.choose_path", lambda *_: "fused")
+    monkeypatch.setattr(module, "choose_path", lambda *_: "fused")
     torch.testing.assert_close(lie_derivative(model, images, "y", "circular"), expected, rtol=0, atol=1e-9)
 
 
@@ -322,7 +323,7 @@ def test_a_model_without_forward_mode_is_differenced_and_says_so():
 
 def test_a_model_that_can_do_neither_is_refused_with_the_reason():
     data = random_images(2, dtype=torch.float32)
-    with pytest.raises(ValueError, match=r"Sine has no forward-mode .* does not run in float64 .*takes float32 only"):
+    with pytest.raises(ValueError, match=r"Sine .*forward-mode .*float64 .*takes float32 only"):
         lie_derivative_error(Sine(False, (torch.float32,)), data, "x", "reflect")
 
 
@@ -403,7 +404,7 @@ def test_every_row_names_its_transform_and_border_and_its_interval_holds_the_val
         assert row["transform"] == "translation"
         assert row["border"] in row["protocol"]
         assert row["ci_low"] <= row["value"] <= row["ci_high"]
-        assert "axis" not in row or row["axis"] in ("x", "y")
+        assert row.get("axis", "x") in ("x", "y")
     names = {row["name"] for row in rows}
     assert names == {
         "circular_consistency",
@@ -447,10 +448,10 @@ def test_the_patch_is_read_off_the_model_or_asked_for():
     timm_like.patch_embed = nn.Module()
     timm_like.patch_embed.patch_size = (2, 4)
     assert patch_size(timm_like, data) == (2, 4)
-    with pytest.raises(ValueError, match=r"a Linear does not tell its own; set model\.patch_size"):
+    with pytest.raises(ValueError, match=r"Linear .*model\.patch_size"):
         list(shift(nn.Linear(2, 2), data))
 
 
 def test_a_limit_below_one_is_refused():
-    with pytest.raises(ValueError, match="at least 1; got 0"):
+    with pytest.raises(ValueError, match=r"images .* 0"):
         list(shift(CircularConvolution(), Images(torch.randn(2, 3, 8, 8).double()), limit=0))

@@ -3,6 +3,7 @@
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data.picture import read_picture
-from sape2.inspect.drawing import Text
+from sape2.inspect.drawing import Drawing, Text
 from sape2.inspect.explain import explain
 from sape2.models.trained import build_model, load_run_model
 from sape2.runs.checkpoint import save_weights
@@ -248,7 +249,7 @@ def test_what_breaks_a_limit_is_said_on_the_page(photo, tmp_path, capfd):
 
 def test_the_picture_says_which_image_and_model_and_what_was_predicted(run, photo, tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("sape2.inspect.drawing.Drawing.save", lambda drawing, path: saved.append(drawing))
+    monkeypatch.setattr(Drawing, "save", lambda drawing, path: saved.append(drawing))
     assert status_of("explain", run, photo, "--out", tmp_path / "picture.png") == 0
     texts = [shape.text for shape in saved[0].shapes if isinstance(shape, Text)]
     assert re.fullmatch(r"photo\.png: predicted \d, \d+\.\d%", texts[0])
@@ -308,7 +309,7 @@ def test_a_picture_appears_whole_or_not_at_all(run, photo, tmp_path, monkeypatch
         path.open("wb").write(data[:50])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("pathlib.Path.write_bytes", broken)
+    monkeypatch.setattr(Path, "write_bytes", broken)
     capfd.readouterr()
     assert status_of("explain", run, photo, "--out", out) == 2
     assert "no space left" in capfd.readouterr().err

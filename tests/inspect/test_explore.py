@@ -17,6 +17,7 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData
+from sape2.inspect import explore
 from sape2.inspect.explore import SHIPPED
 from sape2.inspect.explore.change import changes
 from sape2.inspect.explore.microscope import LARGEST_GRID, Microscope, Subject
@@ -365,9 +366,9 @@ def test_the_package_takes_the_shipped_files_along():
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_line(argv, message, capfd, monkeypatch):
-    monkeypatch.setattr("sape2.inspect.explore.import_gradio", lambda: None)
+    monkeypatch.setattr(explore, "import_gradio", lambda: None)
     if argv != ["nowhere"]:
-        monkeypatch.setattr("sape2.inspect.explore.open_microscope", lambda *arguments: None)
+        monkeypatch.setattr(explore, "open_microscope", lambda *arguments: None)
     assert main(["explore", *argv]) == 2
     out, err = capfd.readouterr()
     assert message in err

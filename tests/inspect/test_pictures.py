@@ -6,7 +6,7 @@ import torch
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData, Splits
-from sape2.inspect.drawing import Text
+from sape2.inspect.drawing import Drawing, Text
 from sape2.inspect.pictures import pictures
 from sape2.models.trained import build_model
 from sape2.runs.checkpoint import save_weights
@@ -28,7 +28,7 @@ def files(folder, encoding):
 
 def test_the_bias_of_the_first_test_image_says_its_label_and_the_prediction(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr("sape2.inspect.drawing.Drawing.save", lambda drawing, path: saved.append(drawing))
+    monkeypatch.setattr(Drawing, "save", lambda drawing, path: saved.append(drawing))
     assert files(tmp_path / "run", "ape+sape2")["bias.png"]() == tmp_path / "run" / "figures" / "bias.png"
     texts = [shape.text for shape in saved[0].shapes if isinstance(shape, Text)]
     assert texts[0].startswith("First test image: predicted ")

@@ -57,7 +57,7 @@ def test_the_check_for_grid_arithmetic_sees_it():
 
 
 def test_another_size_is_refused(frozen):
-    with pytest.raises(ValueError, match="frozen for images of 8x20 pixels; got 20x8"):
+    with pytest.raises(ValueError, match=r"8x20.* 20x8"):
         frozen[1](torch.randn(1, 3, 20, 8))
 
 
@@ -80,7 +80,7 @@ def test_a_size_that_is_not_made_of_patches_is_refused():
 
 
 def test_a_model_without_patches_is_refused():
-    with pytest.raises(ValueError, match="convolution; Linear has none"):
+    with pytest.raises(ValueError, match="Linear"):
         sape2.freeze(nn.Linear(2, 2), 8)
 
 

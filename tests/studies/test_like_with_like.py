@@ -116,7 +116,7 @@ def study_rows(tmp_path, name, seen, seeds=(0, 1)):
 def test_raw_rows_of_other_images_do_not_stand_in_one_comparison(tmp_path):
     first, second = study_rows(tmp_path, "a", SEEN, (0,)), study_rows(tmp_path, "b", other("train", bytes="zz"), (1,))
     assert "classes" not in first[0]["images"]
-    with pytest.raises(ValueError, match="ape seed 1 saw other images than ape seed 0: the content of its train images"):
+    with pytest.raises(ValueError, match=r"ape seed 1 .*ape seed 0: the content of its train images"):
         outcome([*first, *second])
     same = study_rows(tmp_path, "c", SEEN, (1,))
     assert outcome([*first, *same, same[0] | {"images": {}, "seed": 2}]).encodings == ["ape", "none"]

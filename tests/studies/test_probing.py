@@ -143,11 +143,11 @@ def test_examples_are_drawn(task, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["counting"], "unknown task 'counting'; did you mean count? known tasks: count,"),
-        (["count", "--encodings", "apex"], "unknown encoding 'apex'; did you mean ape? known encodings:"),
-        (["count", "--encodings", "sape2:every=3"], "leaves it out of all 2 layers"),
-        (["count", "--steps", "0"], "--steps needs whole numbers from 1 on; got '0'"),
-        (["count", "--examples", "picture.txt"], "--examples needs a file that ends in .png, .svg or .pdf"),
+        (["counting"], "unknown task 'counting'"),
+        (["count", "--encodings", "apex"], "unknown encoding 'apex'"),
+        (["count", "--encodings", "sape2:every=3"], "all 2 layers"),
+        (["count", "--steps", "0"], "--steps"),
+        (["count", "--examples", "picture.txt"], ".png, .svg or .pdf"),
     ],
 )
 def test_bad_input_gets_one_line(arguments, message, tmp_path, capsys):

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sape2 import viz
+from sape2.viz import confusion, curves, growth
 from sape2.viz.base import LINES, shortened
 from sape2.viz.curves import Panel, Point, _curve
 
@@ -25,9 +26,8 @@ def row(name, value, **conditions):
 def drawn(monkeypatch):
     """The figures that were saved, kept open."""
     figures = []
-    monkeypatch.setattr("sape2.viz.confusion.save", lambda figure, path: figures.append(figure))
-    monkeypatch.setattr("sape2.viz.curves.save", lambda figure, path: figures.append(figure))
-    monkeypatch.setattr("sape2.viz.growth.save", lambda figure, path: figures.append(figure))
+    for module in (confusion, curves, growth):
+        monkeypatch.setattr(module, "save", lambda figure, path: figures.append(figure))
     yield figures
     plt.close("all")
 

@@ -9,9 +9,12 @@ import pytest
 @pytest.fixture(scope="module")
 def as_users_run_it(as_users_run_it):
     """Also without what takes seconds and writes nothing but figures and a number."""
+    from sape2.inspect import pictures
+    from sape2.studies.run import StepMemory
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sape2.inspect.pictures.pictures", lambda *_: {})
-        patch.setattr("sape2.studies.run.StepMemory.after_step", lambda *_: {})
+        patch.setattr(pictures, "pictures", lambda *_: {})
+        patch.setattr(StepMemory, "after_step", lambda *_: {})
         yield
 
 
