@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, bias_of
+from sape2.encodings.base import AttentionEncoding
+from sape2.encodings.bias import AttentionBias
+from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
 
@@ -59,9 +61,7 @@ def encode(
     q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, AttentionBias | None]:
     """(q, k, bias): grid tokens of q and k rotated, the bias of grid tokens, which sees them before."""
-    num_prefix = num_prefix_tokens(q.shape[-2], grid)
-    of_grid = None if tokens is None else tokens[:, num_prefix:]
-    bias = bias_of(encoding, q[:, :, num_prefix:], k[:, :, num_prefix:], grid, tokens=of_grid)
+    bias = encoding.make_bias(Content.of_grid(q, k, grid, tokens))
     return *rotate(q, k, grid, encoding), bias
 
 

@@ -13,19 +13,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import (
-    MAX_POSITIONS,
-    AttentionBias,
-    AttentionEncoding,
-    Facts,
-    LineScores,
-    full_precision,
-    no_autocast,
-)
-from sape2.encodings.bias import Matrix
+from sape2.encodings.base import MAX_POSITIONS, AttentionEncoding, Facts
+from sape2.encodings.bias import AttentionBias, Matrix
+from sape2.encodings.content import Content
 from sape2.encodings.counting import between_sum, interpolate, rescaling, suffix_sum
-from sape2.encodings.grid import Grid, check_grid, check_tokens, num_tokens
+from sape2.encodings.grid import Grid, check_grid, num_tokens
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 Count = Literal["suffix", "causal", "between"]
 
@@ -86,26 +80,15 @@ class CoPE(AttentionEncoding):
         self.num_positions = self.options.num_positions or num_tokens(grid) + 1
         self.table = nn.Parameter(torch.zeros(self.num_positions, head_dim))
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        scores: LineScores | None = None,
-    ) -> AttentionBias:
+    def make_bias(self, content: Content) -> AttentionBias:
         """The bias of every pair in logits, float32 or better inside."""
-        return AttentionBias(Matrix(self._maps(q, k, grid, scores)["bias"]), dtype=q.dtype)
+        return AttentionBias(Matrix(self.make_maps(content)["bias"]), dtype=content.q.dtype)
 
-    def maps(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> dict[str, Tensor]:
+    def make_maps(self, content: Content) -> dict[str, Tensor]:
         """gates, positions (before they are clamped) and bias, each (B, h, N, N)."""
-        return self._maps(q, k, grid, None)
-
-    def _maps(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None) -> dict[str, Tensor]:
-        check_tokens(q, grid)
-        with no_autocast(q):
-            q, k = full_precision(q), full_precision(k)
+        grid, scores = content.grid, content.scores
+        with no_autocast(content.q):
+            q, k = full_precision(content.q), full_precision(content.k)
             products = (
                 scores["raster"].flatten(-2).transpose(-1, -2) if scores else self.head_dim**-0.5 * (q @ k.transpose(-1, -2))
             )

@@ -16,10 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, no_autocast
-from sape2.encodings.bias import Factors
+from sape2.encodings.base import AttentionEncoding, Facts
+from sape2.encodings.bias import AttentionBias, Factors
+from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 Beyond = Literal["extrapolate", "rescale"]
 Layout = Literal["pairs", "halves"]
@@ -289,14 +291,12 @@ class PoPE(AttentionEncoding):
         """Returns q and k unchanged: the bias contains the rotation. Overridden so that no other rotation can be joined."""
         return q, k
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         with no_autocast(q):
             angles = self._angles(grid, q)  # (N, d)
             delayed = angles + full_precision(self.phase)[:, None]  # (h, N, d)
-            q_full, k_full = full_precision(q), full_precision(k)
+            q_full, k_full = full_precision(q), full_precision(content.k)
             q_length, k_length = F.softplus(q_full), F.softplus(k_full)
             query_side = torch.cat([q_length * angles.cos(), q_length * angles.sin(), -q_full], dim=-1)
             key_side = torch.cat([k_length * delayed.cos(), k_length * delayed.sin(), k_full], dim=-1)

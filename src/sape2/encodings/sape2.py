@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -19,17 +20,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import (
-    MAX_POSITIONS,
-    AttentionBias,
-    AttentionEncoding,
-    Facts,
-    LineScores,
-    full_precision,
-    no_autocast,
-)
-from sape2.encodings.bias import PLACE_AXES, Distances, Factors, Matrix, Places
+from sape2.encodings.base import MAX_POSITIONS, AttentionEncoding, Facts
+from sape2.encodings.bias import PLACE_AXES, AttentionBias, Factors, Matrix, Places
+from sape2.encodings.content import Content
 from sape2.encodings.counting import Count, CountedVectors, count_positions, interpolate, rescaling
+from sape2.encodings.distances import Distances
 from sape2.encodings.grid import (
     Axis,
     Grid,
@@ -43,6 +38,7 @@ from sape2.encodings.grid import (
     to_lines,
 )
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 PRESETS: dict[str, dict[str, Any]] = {"listing": {}, "equations": {"gate_scale": "none", "divide_bias": True}}
 
@@ -225,14 +221,9 @@ class SaPE2(AttentionEncoding):
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        scores: LineScores | None = None,
-    ) -> AttentionBias:
+    def make_bias(self, content: Content) -> AttentionBias:
         """The bias of every pair in logits, float32 or better inside."""
+        q, k, grid, scores = content.q, content.k, content.grid, content.scores
         self._check_input(q, grid)
         with no_autocast(q):
             q_full, k_full = full_precision(q), full_precision(k)
@@ -257,10 +248,9 @@ class SaPE2(AttentionEncoding):
             total = total + read.index_select(-1, line_coordinate(grid, axis, q.device))
         return self._bias_scale() * total.T  # (N, d) or, with a gain, (h, N, d)
 
-    def maps(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> dict[str, Tensor]:
+    def make_maps(self, content: Content) -> dict[str, Tensor]:
         """gates_*, positions_*, vectors_* per axis, (B, h, N, S) (2S for count=both), and bias, (B, h, N, N)."""
+        q, k, grid = content.q, content.k, content.grid
         self._check_input(q, grid)
         result: dict[str, Tensor] = {}
         with no_autocast(q):
@@ -292,7 +282,7 @@ class SaPE2(AttentionEncoding):
         if q.device.type == "cpu" and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _warn_if_dead(self)
 
-    def _all_lines(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None = None) -> dict[Axis, LineMaps]:
+    def _all_lines(self, q: Tensor, k: Tensor, grid: Grid, scores: Mapping[Axis, Tensor] | None = None) -> dict[Axis, LineMaps]:
         """Equations 9 to 14 along every axis; `scores` are the products q.k / sqrt(d) within lines, if they are known."""
         vector = q if self.options.dot == "query" else k
         tables = torch.cat([full_precision(getattr(self, f"table_{axis}")) for axis in self.axes])
@@ -318,7 +308,7 @@ class SaPE2(AttentionEncoding):
         read = interpolate(table.T, (positions * self._position_scale(grid, axis, table)).expand(self.head_dim, -1))
         return self._normalized(read, grid, axis)
 
-    def _counted_vectors(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores) -> dict[Axis, Tensor]:
+    def _counted_vectors(self, q: Tensor, k: Tensor, grid: Grid, scores: Mapping[Axis, Tensor]) -> dict[Axis, Tensor]:
         """The vectors of all axes, (B, h, N, S), from scores that are known: the same numbers as `_all_lines`, faster."""
         vector = q if self.options.dot == "query" else k
         tables = torch.cat([full_precision(getattr(self, f"table_{axis}")) for axis in self.axes])
@@ -348,13 +338,13 @@ class SaPE2(AttentionEncoding):
         return scale * self.head_dim**0.5 * scores
 
     def _gates(
-        self, q: Tensor, k: Tensor, grid: Grid, axis: Axis, scores: LineScores | None
+        self, q: Tensor, k: Tensor, grid: Grid, axis: Axis, scores: Mapping[Axis, Tensor] | None
     ) -> Float[Tensor, "batch heads lines length length"]:
         """Content gates, or what is left without content."""
         if self.options.gates != "content":
             lines, length = num_tokens(grid) // line_length(grid, axis), line_length(grid, axis)
             return q.new_full((1, 1), self._gate()).expand(*q.shape[:2], lines, length, length)
-        if scores is None:
+        if not scores:
             return content_gates(to_lines(q, grid, axis), to_lines(k, grid, axis), self._gate_scale())
         return torch.sigmoid(self._relative(places_to_lines(scores[axis], axis)))
 

@@ -1,0 +1,52 @@
+"""What an encoding sees of a layer, in one value, whatever it reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sape2.encodings.grid import Axis, Grid, check_grid, check_tokens, num_prefix_tokens
+from sape2.encodings.precision import full_precision
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an encoding sees of a layer: its grid tokens, with q and k before any rotation.
+
+    `scores`: q.k / sqrt(d) of every token with those of its own line, (B, h, S, H, W) as `grid.own_line` has them, for each
+    axis of `AttentionEncoding.score_axes`, where attention has computed them anyway. `tokens`: what q and k were projected
+    from, the normed input of the block, where it is known. Raises ValueError if the grid has another number of tokens.
+    """
+
+    q: Float[Tensor, "batch heads tokens head_dim"]
+    k: Float[Tensor, "batch heads tokens head_dim"]
+    grid: Grid
+    scores: Mapping[Axis, Tensor] = field(default_factory=dict)
+    tokens: Float[Tensor, "batch tokens dim"] | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.q, check_grid(self.grid))
+
+    @classmethod
+    def of_grid(
+        cls,
+        q: Float[Tensor, "batch heads all_tokens head_dim"],
+        k: Float[Tensor, "batch heads all_tokens head_dim"],
+        grid: Grid,
+        tokens: Float[Tensor, "batch all_tokens dim"] | None = None,
+    ) -> Content:
+        """The content of whole sequences, without their prefix tokens."""
+        first = num_prefix_tokens(q.shape[-2], grid)
+        return cls(q[:, :, first:], k[:, :, first:], grid, tokens=None if tokens is None else tokens[:, first:])
+
+    def read_tokens(self, name: str, dim: int) -> Float[Tensor, "batch tokens dim"]:
+        """The tokens, in float32 or better; raises ValueError if there are none, or of another width than `dim`."""
+        if self.tokens is None:
+            raise ValueError(f"{name} reads the normed input of the block besides q and k; give tokens, (batch, tokens, {dim})")
+        check_tokens(self.tokens, self.grid)
+        if (width := self.tokens.shape[-1]) != dim:
+            raise ValueError(f"this {name} reads tokens of width {dim} (num_heads times head_dim); got {width}")
+        return full_precision(self.tokens)
