@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,8 +17,8 @@ from sape2.encodings.precision import full_precision
 class Content:
     """What an encoding sees of a layer: its grid tokens, with q and k before any rotation.
 
-    `scores`: q.k / sqrt(d) of every token with those of its own line, (B, h, S, H, W) as `grid.own_line` has them, for each
-    axis of `AttentionEncoding.score_axes`, where attention has computed them anyway. `tokens`: what q and k were projected
+    `scores`: q.k / sqrt(d) of every token with those of its own line, (B, h, N, S), for each axis of
+    `AttentionEncoding.score_axes`, where attention has computed them anyway. `tokens`: what q and k were projected
     from, the normed input of the block, where it is known. Raises ValueError if the grid has another number of tokens.
     """
 
@@ -41,6 +42,10 @@ class Content:
         """The content of whole sequences, without their prefix tokens."""
         first = num_prefix_tokens(q.shape[-2], grid)
         return cls(q[:, :, first:], k[:, :, first:], grid, tokens=None if tokens is None else tokens[:, first:])
+
+    def in_full_precision(self) -> Content:
+        """With q and k in float32 or better."""
+        return dataclasses.replace(self, q=full_precision(self.q), k=full_precision(self.k))
 
     def read_tokens(self, name: str, dim: int) -> Float[Tensor, "batch tokens dim"]:
         """The tokens, in float32 or better; raises ValueError if there are none, or of another width than `dim`."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from sape2.encodings.base import MAX_POSITIONS, AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Matrix
 from sape2.encodings.content import Content
-from sape2.encodings.counting import between_sum, interpolate, rescaling, suffix_sum
+from sape2.encodings.counting import form_for, rescaling
+from sape2.encodings.counting.readable import count_positions
 from sape2.encodings.grid import Grid, check_grid, num_tokens
 from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
@@ -31,9 +32,8 @@ def cope_positions(gates: Float[Tensor, "*lead tokens tokens"], count: Count) ->
     causal:  from n to i, both included, 0 for n after i: CoPE's code with its mask,
     between: from i to n on either side, i itself left out, so p_ii = 0.
     """
-    if count == "between":
-        return between_sum(gates)
-    return suffix_sum(gates.tril() if count == "causal" else gates)
+    place = torch.arange(gates.shape[-1], device=gates.device)
+    return count_positions(gates.tril(), "suffix", place) if count == "causal" else count_positions(gates, count, place)
 
 
 @dataclass(frozen=True)
@@ -89,12 +89,11 @@ class CoPE(AttentionEncoding):
         grid, scores = content.grid, content.scores
         with no_autocast(content.q):
             q, k = full_precision(content.q), full_precision(content.k)
-            products = (
-                scores["raster"].flatten(-2).transpose(-1, -2) if scores else self.head_dim**-0.5 * (q @ k.transpose(-1, -2))
-            )
+            products = scores["raster"] if scores else self.head_dim**-0.5 * (q @ k.mT)
             gates = torch.sigmoid(products)
             positions = cope_positions(gates, self.options.count) * self._position_scale(grid, q)
-            bias = interpolate(q @ full_precision(self.table).T, positions)
+            table = full_precision(self.table)
+            bias = form_for(q, k, table).interpolate(q @ table.T, positions)
             divisor = self.head_dim**0.5 if self.options.divide_bias else 1.0
             return {"gates": gates, "positions": positions, "bias": bias / divisor}
 

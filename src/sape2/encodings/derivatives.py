@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-def by_hand(tensor: Tensor) -> bool:
+def by_hand(*tensors: Tensor) -> bool:
     """False where only single differentiable operations do: in a graph, a functional transform or forward mode."""
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed(tensor))
+    return not (torch.compiler.is_compiling() or torch.jit.is_tracing() or any(map(is_transformed, tensors)))
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -43,7 +43,7 @@ class Distances(Term):
         return (*self.vectors, self.gain) if isinstance(self.gain, Tensor) else self.vectors
 
     def dense(self) -> Tensor:
-        total = SumOfDistances.apply(*self.vectors) if all(map(by_hand, self.vectors)) else _sum_in_operations(*self.vectors)
+        total = SumOfDistances.apply(*self.vectors) if by_hand(*self.vectors) else _sum_in_operations(*self.vectors)
         return total if isinstance(self.gain, float) and self.gain == 1.0 else self.gain * total
 
     def scaled(self, scale: float | Tensor) -> Distances:

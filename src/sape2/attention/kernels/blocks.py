@@ -68,7 +68,7 @@ class BiasOfImages:
         lines: dict[Axis, Tensor] = {}
         if not unrotated and scores.shape[1] == num_tokens:
             for axis in spec.score_axes:
-                lines[axis] = _lines(scores, spec.grid, num_heads, axis).clone().requires_grad_(with_graph)
+                lines[axis] = _own_lines(scores, spec.grid, num_heads, axis).requires_grad_(with_graph)
         own = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)  # not those of a checkpoint around the call
         with torch.set_grad_enabled(with_graph), own:
             bias = spec.make_bias(Content(content[0], content[1], spec.grid, lines), parameters)
@@ -99,7 +99,7 @@ class BiasOfImages:
         found = list(torch.autograd.grad(outputs, leaves, grads, allow_unused=True))
         for axis, grad in zip(self.scores, found[2:], strict=False):
             if grad is not None:
-                _lines(change, self.spec.grid, self.num_heads, axis).add_(grad)
+                _lines(change, self.spec.grid, self.num_heads, axis).add_(grad.mT.unflatten(-1, self.spec.grid))
         return [*found[:2], *found[2 + len(self.scores) :]]
 
     def _grid_part(self, rows_of_map: Tensor, rows: slice) -> tuple[Tensor, slice, Tensor]:
@@ -219,6 +219,11 @@ def _lines(rows_of_map: Tensor, grid: Grid, num_heads: int, axis: Axis) -> Tenso
     """A view of the part of all rows that lies within a token's own line, (B, h, S, H, W)."""
     first = num_prefix_tokens(rows_of_map.shape[-1], grid)
     return own_line(rows_of_map[:, first:, first:].unflatten(0, (-1, num_heads)), grid, axis)
+
+
+def _own_lines(rows_of_map: Tensor, grid: Grid, num_heads: int, axis: Axis) -> Float[Tensor, "batch heads tokens length"]:
+    """A copy of that part, places first in memory."""
+    return _lines(rows_of_map, grid, num_heads, axis).clone(memory_format=torch.contiguous_format).flatten(-2).mT
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:
