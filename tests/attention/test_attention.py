@@ -281,7 +281,7 @@ from sape2.attention import attend
 from sape2 import create_encoding
 q = torch.zeros(1, 2, 12, 4, requires_grad=True)
 attend(q, q, q, (3, 4), create_encoding("sape2", 2, 4, (3, 4))).sum().backward()
-assert not [name for name in sys.modules if name.startswith(("triton.", "sape2.attention.kernels.tiles"))]
+assert not [name for name in sys.modules if name.startswith(("triton.", "sape2.attention.kernels.distance"))]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -88,12 +88,7 @@ class Attached:
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k turned by the encoding; prefix tokens stay."""
-        grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
-        q_grid, k_grid = q[:, :, num_prefix:], k[:, :, num_prefix:]
-        turned_q, turned_k = encoding_of(self).rotate(q_grid, k_grid, grid)
-        if turned_q is q_grid:
-            return q, k
-        return torch.cat([q[:, :, :num_prefix], turned_q], -2), torch.cat([k[:, :, :num_prefix], turned_k], -2)
+        return encoding_of(self).rotate_all(q, k, self.sape2_tokens.grid_of(q.shape[-2]))
 
 
 def encoding_of(module: Any) -> AttentionEncoding:

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
-from sape2.encodings.grid import Axis, Grid
+from sape2.encodings.grid import Axis, Grid, num_prefix_tokens
 from sape2.encodings.options import changed_options, make_options
 
 MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
@@ -109,6 +110,19 @@ class AttentionEncoding(nn.Module):
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
         return q, k
+
+    def rotate_all(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+        """`rotate` of whole sequences, whose prefix tokens stay as they are; the same tensors if nothing is rotated."""
+        first = num_prefix_tokens(q.shape[-2], grid)
+        parts = q[:, :, first:], k[:, :, first:]
+        turned = self.rotate(*parts, grid)
+        if turned[0] is parts[0] and turned[1] is parts[1]:
+            return q, k
+        if not first:
+            return turned
+        return torch.cat([q[:, :, :first], turned[0]], dim=-2), torch.cat([k[:, :, :first], turned[1]], dim=-2)
 
     def make_bias(self, content: Content) -> AttentionBias | None:
         return None
@@ -203,8 +217,13 @@ class Composite(AttentionEncoding):
     def rotate(
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+        return self.rotate_all(q, k, grid)
+
+    def rotate_all(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
         for part in self._members():
-            q, k = part.rotate(q, k, grid)
+            q, k = part.rotate_all(q, k, grid)
         return q, k
 
     def make_bias(self, content: Content) -> AttentionBias | None:

@@ -188,21 +188,21 @@ class Places(Term):
 
     def factors(self) -> Pair | None:
         """The bias as a dot product with one-hot vectors of the key's row and column."""
-        grid = self._grid()
-        hot = [F.one_hot(line_coordinate(grid, a, self.by_row.device), line_length(grid, a)) for a in PLACE_AXES]
-        return torch.cat(self.tensors(), dim=-1), torch.cat(hot, dim=-1).to(self.by_row.dtype)
+        return torch.cat(self.tensors(), dim=-1), self._hot()
 
-    def _grid(self) -> Grid:
-        return self.by_row.shape[-1], self.by_column.shape[-1]
+    def _hot(self) -> Float[Tensor, "tokens places"]:
+        grid: Grid = self.by_row.shape[-1], self.by_column.shape[-1]
+        hot = [F.one_hot(line_coordinate(grid, a, self.by_row.device), line_length(grid, a)) for a in PLACE_AXES]
+        return torch.cat(hot, dim=-1).to(self.by_row.dtype)
 
     def add_to(self, logits: Tensor, rows: slice, work: Tensor) -> None:
-        image = logits.unflatten(-1, self._grid())  # (C, m, H, W)
+        image = logits.unflatten(-1, (self.by_row.shape[-1], self.by_column.shape[-1]))  # (C, m, H, W)
         by_row, by_column = (_flat(side, len(logits))[:, rows] for side in self.tensors())
         image.add_(by_row[..., :, None]).add_(by_column[..., None, :])
 
     def accumulate(self, grad: Tensor, rows: slice, grads: Sequence[Tensor], work: Tensor) -> None:
-        image = grad.unflatten(-1, self._grid())
-        for target, value in zip(grads, (image.sum(-1), image.sum(-2)), strict=True):
+        sums = self._hot().T.expand(len(grad), -1, -1) @ grad.mT  # (C, H + W, m), in one pass over the map
+        for target, value in zip(grads, sums.mT.split([side.shape[-1] for side in self.tensors()], dim=-1), strict=True):
             target[..., rows, :].add_(_by_image(value, target))
 
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Factors
 from sape2.encodings.content import Content
-from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates
+from sape2.encodings.derivatives import by_hand
+from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, num_prefix_tokens
 from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
 
@@ -42,9 +43,14 @@ def turn(
     Plane f has the channels 2f and 2f + 1 in pairs, f and f + d/2 in halves.
     """
     vectors_full, dim = full_precision(vectors), -1 if layout == "pairs" else -2
-    a, b = vectors_full.unflatten(-1, (-1, 2) if layout == "pairs" else (2, -1)).unbind(dim)  # (B, h, N, d/2)
+    planes = vectors_full.unflatten(-1, (-1, 2) if layout == "pairs" else (2, -1))
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=dim).flatten(-2).to(vectors.dtype)
+    if layout == "pairs" and vectors.device.type == "cpu" and by_hand(vectors, angles):
+        turned = torch.view_as_real(torch.view_as_complex(planes.contiguous()) * torch.complex(cos, sin))  # one pass
+    else:
+        a, b = planes.unbind(dim)  # (B, h, T, d/2)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=dim)
+    return turned.flatten(-2).to(vectors.dtype)
 
 
 def places(grid: Grid, trained: Grid, beyond: Beyond, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,8 +88,14 @@ class Rotation(AttentionEncoding):
         self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
     ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
         check_tokens(q, grid)
+        return self.rotate_all(q, k, grid)
+
+    def rotate_all(
+        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
+    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+        """Prefix tokens turn by an angle of 0, which leaves them exactly as they are."""
         with no_autocast(q):
-            angles = self.angles(grid, q)
+            angles = F.pad(self.angles(grid, q), (0, 0, num_prefix_tokens(q.shape[-2], grid), 0))
             return turn(q, angles, self.layout), turn(k, angles, self.layout)
 
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "*heads tokens planes"]:

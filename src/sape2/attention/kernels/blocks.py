@@ -193,8 +193,9 @@ def _weights(
     out: Tensor | None = None,
 ) -> tuple[Float[Tensor, "count rows tokens"], BiasOfImages]:
     """Softmax weights of some rows, in the dtype of `out` if it is given, and the bias, made if it is not there yet."""
-    q, k, v = (t.reshape(-1, *t.shape[-2:]) for t in tensors[:3])
-    scores = WORKSPACE.product("logits", q[:, rows], k.transpose(1, 2), q.shape[-1] ** -0.5, full_precision(v[:0]).dtype)
+    q, k = (t.reshape(-1, *t.shape[-2:]) for t in tensors[:2])
+    precision = full_precision(tensors[2][:0]).dtype
+    scores = WORKSPACE.product("logits", q[:, rows], k.transpose(1, 2), q.shape[-1] ** -0.5, precision)
     bias = bias or BiasOfImages.make(spec, tensors, scores, with_graph)
     bias.add_to(scores, rows)
     if out is not None and out.dtype == scores.dtype:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from sape2.attention.kernels.readable import readable_attention
 
@@ -33,8 +34,6 @@ def trusted(device: torch.device, dtype: torch.dtype, width: int) -> bool:
 
 @functools.cache
 def _passes(device: torch.device, dtype: torch.dtype, width: int) -> bool:
-    from torch._subclasses.fake_tensor import unset_fake_temporarily  # it imports Triton, which nobody needs on a CPU
-
     from sape2.attention.kernels.distance import distance_attention
 
     try:

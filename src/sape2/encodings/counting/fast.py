@@ -48,14 +48,12 @@ class Interpolation(torch.autograd.Function):
     def forward(ctx: Any, products: Tensor, positions: Tensor) -> Tensor:
         inputs, products, positions = (products, positions), products.mT, positions.mT
         last = products.shape[-2] - 1
-        inside = positions <= last
-        positions = positions.clamp(max=last)
-        low = positions.floor().clamp_(max=last - 1)
-        index, fraction = low.long().clamp_(0), positions.sub_(low)  # the int clamp is for a NaN position
+        clamped = positions.clamp(max=last)
+        low = clamped.floor().clamp_(max=last - 1)
+        index, fraction = low.long().clamp_(0), clamped.sub_(low)  # the int clamp is for a NaN position
         slope = products.diff(dim=-2).gather(-2, index)
         values = products.gather(-2, index).addcmul_(fraction, slope)
-        if not inside.all():
-            slope.mul_(inside)
+        slope.mul_(positions <= last)
         ctx.save_for_backward(*inputs, index, fraction, slope)
         return values.mT
 
