@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from sape2.encodings.base import MAX_POSITIONS, AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Matrix
 from sape2.encodings.content import Content
-from sape2.encodings.counting import form_for, rescaling
-from sape2.encodings.counting.readable import count_positions
+from sape2.encodings.counting import rescaling
+from sape2.encodings.counting.readable import count_positions, interpolate
 from sape2.encodings.grid import Grid, check_grid, num_tokens
 from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
@@ -92,8 +92,7 @@ class CoPE(AttentionEncoding):
             products = scores["raster"] if scores else self.head_dim**-0.5 * (q @ k.mT)
             gates = torch.sigmoid(products)
             positions = cope_positions(gates, self.options.count) * self._position_scale(grid, q)
-            table = full_precision(self.table)
-            bias = form_for(q, k, table).interpolate(q @ table.T, positions)
+            bias = interpolate(q @ full_precision(self.table).T, positions)
             divisor = self.head_dim**0.5 if self.options.divide_bias else 1.0
             return {"gates": gates, "positions": positions, "bias": bias / divisor}
 
