@@ -30,12 +30,12 @@ def attend_in_blocks(
     q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
     device = q.device.type
+    q, k, v = (t.contiguous() for t in (q, k, v))  # once, for rotations and both passes
     rotated_q, rotated_k = encoding.rotate_all(q, k, grid)
     unrotated = () if rotated_q is q and rotated_k is k else (q, k)
     tensors = [rotated_q, rotated_k, v, *unrotated]
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
-    tensors = [t.contiguous() for t in tensors]  # once, for both passes
     taken = Encoding.of(encoding)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *taken.parameters))
     spec = Specification(grid, taken.make_bias, encoding.score_axes, taken.parameters, keep=differentiated and is_small(q))

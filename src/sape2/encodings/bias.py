@@ -196,9 +196,8 @@ class Places(Term):
         return torch.cat(hot, dim=-1).to(self.by_row.dtype)
 
     def add_to(self, logits: Tensor, rows: slice, work: Tensor) -> None:
-        image = logits.unflatten(-1, (self.by_row.shape[-1], self.by_column.shape[-1]))  # (C, m, H, W)
-        by_row, by_column = (_flat(side, len(logits))[:, rows] for side in self.tensors())
-        image.add_(by_row[..., :, None]).add_(by_column[..., None, :])
+        sides = torch.cat([_flat(side, len(logits))[:, rows] for side in self.tensors()], dim=-1)
+        logits.add_(torch.bmm(sides, self._hot().T.expand(len(logits), -1, -1), out=work))
 
     def accumulate(self, grad: Tensor, rows: slice, grads: Sequence[Tensor], work: Tensor) -> None:
         sums = self._hot().T.expand(len(grad), -1, -1) @ grad.mT  # (C, H + W, m), in one pass over the map

@@ -10,6 +10,7 @@ adds the bias undivided, `SaPE2.equations` uses unscaled gates and divides the b
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from types import ModuleType
@@ -86,11 +87,12 @@ def squared_distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
     return AttentionBias(Factors(torch.cat([-2 * s, one, norm], dim=-1), torch.cat([s, norm, one], dim=-1)))
 
 
-def direct_bias(vectors: dict[Axis, Tensor], grid: Grid) -> AttentionBias:
-    """b_in = z^x_i[column of n] + z^y_i[row of n], the read-out of CoPE (arXiv:2405.18719) along two axes."""
-    values = {}
-    for axis, z in vectors.items():
-        values[axis] = z.unflatten(-1, (-1, line_length(grid, axis))).sum(-2)  # `both` has two values for every place
+def direct_bias(vectors: dict[Axis, Tensor], grid: Grid, counts: int = 1) -> AttentionBias:
+    """b_in = z^x_i[column of n] + z^y_i[row of n], the read-out of CoPE (arXiv:2405.18719) along two axes.
+
+    Vectors have `counts` values for every place, two for count=both, which are added up.
+    """
+    values = {axis: functools.reduce(torch.add, z.chunk(counts, dim=-1)) for axis, z in vectors.items()}
     if "raster" in values:
         return AttentionBias(Matrix(values["raster"]))
     some = next(iter(values.values()))
@@ -290,7 +292,7 @@ class SaPE2(AttentionEncoding):
         elif self.options.readout == "squared_distance":
             bias = squared_distance_bias(vectors)
         else:
-            bias = direct_bias(vectors, grid)
+            bias = direct_bias(vectors, grid, counts=2 if self.options.count == "both" else 1)
         return AttentionBias(*bias.scaled(self._bias_scale()).terms, dtype=dtype)
 
     def _bias_scale(self) -> float | Tensor:
