@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.base import AttentionEncoding, Composite
 from sape2.encodings.bias import AttentionBias
-from sape2.encodings.content import Content
+from sape2.encodings.content import Content, Vectors
 from sape2.encodings.grid import Grid, num_tokens
 from sape2.encodings.precision import full_precision
 
@@ -43,9 +43,7 @@ class Gained(AttentionEncoding):
         maps = self.inner.make_maps(content)
         return maps | {"bias": (full_precision(self.gain)[:, None, None] * maps["bias"]).to(content.q.dtype)}
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         vectors = self.inner.key_vectors(q, grid)
         return None if vectors is None else full_precision(self.gain)[:, None, None] * vectors
 

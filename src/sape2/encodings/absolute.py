@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.base import AttentionEncoding, Facts, TokenEncoding
 from sape2.encodings.bias import AttentionBias, Factors, Places
-from sape2.encodings.content import Content
+from sape2.encodings.content import Content, Vectors
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
 from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
@@ -163,9 +163,7 @@ class KeyTable(AttentionEncoding):
                 )
             return AttentionBias(*terms, dtype=q.dtype)
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         return self._scale(q) * self._vectors("keys", grid) if self.options.to == "keys" else None
 
     def _scale(self, q: Tensor) -> float:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.bias import AttentionBias
-from sape2.encodings.content import Content
+from sape2.encodings.content import Content, Tokens, Vectors
 from sape2.encodings.grid import Axis, Grid, num_prefix_tokens
 from sape2.encodings.options import changed_options, make_options
 
@@ -106,14 +106,10 @@ class AttentionEncoding(nn.Module):
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         return q, k
 
-    def rotate_all(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate_all(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         """`rotate` of whole sequences, whose prefix tokens stay as they are; the same tensors if nothing is rotated."""
         first = num_prefix_tokens(q.shape[-2], grid)
         parts = q[:, :, first:], k[:, :, first:]
@@ -132,29 +128,15 @@ class AttentionEncoding(nn.Module):
         bias = self.make_bias(content)
         return {} if bias is None else {"bias": bias.dense().expand(*content.q.shape[:2], -1, -1)}
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> AttentionBias | None:
+    def bias(self, q: Vectors, k: Vectors, grid: Grid, tokens: Tokens | None = None) -> AttentionBias | None:
         """`make_bias` of grid tokens."""
         return self.make_bias(Content(q, k, grid, tokens=tokens))
 
-    def maps(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> dict[str, Tensor]:
+    def maps(self, q: Vectors, k: Vectors, grid: Grid, tokens: Tokens | None = None) -> dict[str, Tensor]:
         """`make_maps` of grid tokens."""
         return self.make_maps(Content(q, k, grid, tokens=tokens))
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         """Vectors e if all that the encoding does is the bias q_i . e_n, so that attention adds them to the keys; else None.
 
         They are the same for all images: of q they see the shape. `make_bias` gives the same as a term, for maps, and for
@@ -214,14 +196,10 @@ class Composite(AttentionEncoding):
     def _members(self) -> Iterator[AttentionEncoding]:
         return (part for part in self.parts if isinstance(part, AttentionEncoding))
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         return self.rotate_all(q, k, grid)
 
-    def rotate_all(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate_all(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         for part in self._members():
             q, k = part.rotate_all(q, k, grid)
         return q, k
@@ -239,9 +217,7 @@ class Composite(AttentionEncoding):
                 result[name] = result[name] + value if name == "bias" and name in result else value
         return result
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         """The sum, where all parts are of that kind."""
         vectors = [part.key_vectors(q, grid) for part in self._members()]
         given = [v for v in vectors if v is not None]

@@ -12,6 +12,9 @@ from torch import Tensor
 from sape2.encodings.grid import Axis, Grid, check_grid, check_tokens, num_prefix_tokens
 from sape2.encodings.precision import full_precision
 
+Vectors = Float[Tensor, "batch heads tokens head_dim"]
+Tokens = Float[Tensor, "batch tokens dim"]
+
 
 @dataclass(frozen=True)
 class Content:
@@ -22,11 +25,11 @@ class Content:
     from, the normed input of the block, where it is known. Raises ValueError if the grid has another number of tokens.
     """
 
-    q: Float[Tensor, "batch heads tokens head_dim"]
-    k: Float[Tensor, "batch heads tokens head_dim"]
+    q: Vectors
+    k: Vectors
     grid: Grid
     scores: Mapping[Axis, Tensor] = field(default_factory=dict)
-    tokens: Float[Tensor, "batch tokens dim"] | None = None
+    tokens: Tokens | None = None
 
     def __post_init__(self) -> None:
         check_tokens(self.q, check_grid(self.grid))
@@ -47,7 +50,7 @@ class Content:
         """With q and k in float32 or better."""
         return dataclasses.replace(self, q=full_precision(self.q), k=full_precision(self.k))
 
-    def read_tokens(self, name: str, dim: int) -> Float[Tensor, "batch tokens dim"]:
+    def read_tokens(self, name: str, dim: int) -> Tokens:
         """The tokens, in float32 or better; raises ValueError if there are none, or of another width than `dim`."""
         if self.tokens is None:
             raise ValueError(f"{name} reads the normed input of the block besides q and k; give tokens, (batch, tokens, {dim})")

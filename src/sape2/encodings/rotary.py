@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Factors
-from sape2.encodings.content import Content
+from sape2.encodings.content import Content, Vectors
 from sape2.encodings.derivatives import by_hand
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, num_prefix_tokens
 from sape2.encodings.options import make_options
@@ -84,15 +84,11 @@ class Rotation(AttentionEncoding):
 
     layout: Layout = "pairs"
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         check_tokens(q, grid)
         return self.rotate_all(q, k, grid)
 
-    def rotate_all(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate_all(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         """Prefix tokens turn by an angle of 0, which leaves them exactly as they are."""
         with no_autocast(q):
             angles = F.pad(self.angles(grid, q), (0, 0, num_prefix_tokens(q.shape[-2], grid), 0))
@@ -297,9 +293,7 @@ class PoPE(AttentionEncoding):
         self.head_dim, self.grid = head_dim, check_grid(grid)
         self.phase = nn.Parameter(torch.zeros(num_heads, head_dim))
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         """Returns q and k unchanged: the bias contains the rotation. Overridden so that no other rotation can be joined."""
         return q, k
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.base import AttentionEncoding
 from sape2.encodings.bias import PLACE_AXES, AttentionBias, Factors, Matrix, Places
-from sape2.encodings.content import Content
+from sape2.encodings.content import Content, Vectors
 from sape2.encodings.counting import form_for, readable, rescaling
 from sape2.encodings.distances import Distances
 from sape2.encodings.grid import (
@@ -180,9 +180,7 @@ class SaPE2(AttentionEncoding):
             vectors = {axis: maps.vectors for axis, maps in lines.items()}
             return result | {"bias": self._read_out(vectors, content.grid, content.q.dtype).dense()}
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         """e_n, the tables read at the column and the row of n, if every query counts alike and the bias is q_i . e_n."""
         if not (self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"):
             return None
