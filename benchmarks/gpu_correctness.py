@@ -20,7 +20,7 @@ from sape2.attention import describe_path
 from sape2.config.recipes import get_recipe
 from sape2.data.augment import augment, augment_images, draw
 from sape2.encodings import list_encodings
-from sape2.encodings.bias import Distances
+from sape2.encodings.distances import Distances
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
 from sape2.runs.run import Run

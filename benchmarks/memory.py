@@ -41,8 +41,10 @@ from timing import Row, compare, conditions, parser, save
 from torch import Tensor, nn
 
 from sape2 import create_model, viz
-from sape2.attention import blocks, choose_path
+from sape2.attention import choose_path
 from sape2.attention import module as attention_module
+from sape2.attention.kernels import blocks
+from sape2.attention.kernels.workspace import Workspace
 from sape2.encodings import AttentionEncoding
 from sape2.evaluation.cost.measure import forward_backward, growth_exponent, loss_gradients
 from sape2.evaluation.cost.memory import peak_bytes, predicted_peak
@@ -93,7 +95,7 @@ def predict(step: Callable, module: nn.Module, inputs: list[Tensor]) -> int | No
         in_blocks = encoding.makes_bias and not isinstance(encoding, StraightforwardSaPE2)
         return "blocks" if in_blocks else choose_path(q, encoding, *given)
 
-    own_buffers = patch.object(blocks, "_WORKSPACE", type(blocks._WORKSPACE)())
+    own_buffers = patch.object(blocks, "WORKSPACE", Workspace())
     with patch.object(attention_module, "choose_path", chosen), own_buffers:
         return predicted_peak(step, module, inputs)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sape2.attention import attend, describe_path
 from sape2.encodings import AttentionBias, AttentionEncoding, SaPE2, create_encoding
 from sape2.encodings.bias import Matrix
+from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid
 from sape2.models.vit import ViT
 
@@ -112,8 +113,9 @@ class StraightforwardSaPE2(AttentionEncoding):
         nn.Module.__init__(self)
         self.table_x, self.table_y = encoding.table_x, encoding.table_y
 
-    def bias(self, q: Tensor, k: Tensor, grid: Grid) -> AttentionBias:
-        return AttentionBias(Matrix(straightforward.sape2_bias(q, k, self.table_x, self.table_y, grid)))
+    def make_bias(self, content: Content) -> AttentionBias:
+        bias = straightforward.sape2_bias(content.q, content.k, self.table_x, self.table_y, content.grid)
+        return AttentionBias(Matrix(bias))
 
 
 def make_straightforward(model: ViT) -> ViT:

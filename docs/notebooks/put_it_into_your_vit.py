@@ -108,18 +108,18 @@ assert block.attn.sape2.gain.abs().max() == 0
 # %% [markdown]
 # ## The bias, on an image
 #
-# The encoding is a submodule of each attention, `sape2`. A hook catches the q and k that it is given; `bias` makes the map of all pairs of patches.
+# The encoding is a submodule of each attention, `sape2`. A hook catches what it sees of the layer, q and k among it; `make_bias` makes the bias of all pairs of patches from it.
 
 # %%
 encoding = vit.blocks[0].attn.sape2
-caught = {}
-bias_hook = encoding.bias
-encoding.bias = lambda q, k, grid, scores=None: caught.update(q=q, k=k, grid=grid) or bias_hook(q, k, grid, scores)
+caught = []
+make_bias = encoding.make_bias
+encoding.make_bias = lambda content: caught.append(content) or make_bias(content)
 image = images[test][3:4]
 with torch.no_grad():
     vit(image)
-    bias = bias_hook(caught["q"], caught["k"], caught["grid"]).dense()[0]
-del encoding.bias
+    bias = make_bias(caught[0]).dense()[0]
+del encoding.make_bias
 
 place = 3 * 8 + 4
 figure, axes = plt.subplots(1, 3, figsize=(9, 2.6))

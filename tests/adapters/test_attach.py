@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from sape2 import attach, create_model, detach, encoding_parameters
 from sape2.adapters.attached import Attached, attached_encodings
 from sape2.adapters.start import Gained, looks_beyond_pairs
-from sape2.encodings import create_encoding, list_encodings, pape
+from sape2.encodings import create_encoding, list_encodings
+from sape2.encodings.content import Content
 
 
 def description(model):
@@ -66,18 +67,20 @@ def test_attention_is_the_host_s_own_under_the_bias_as_its_mask(case):
             module.register_forward_pre_hook(lambda m, args, kw, seen=calls: seen.append((args, kw)), with_kwargs=True),
             module.register_forward_hook(lambda m, args, output, seen=calls: seen.append(output)),
         ]
-        bias_of = type(module.sape2).bias
+        make_bias = type(module.sape2).make_bias
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(module.sape2), "bias", lambda *args, seen=biases, of=bias_of: (seen.append(args), of(*args))[1])
+            record = lambda *args, seen=biases, of=make_bias: (seen.append(args), of(*args))[1]  # noqa: E731
+            patch.setattr(type(module.sape2), "make_bias", record)
             outputs(model, x)
         for hook in hooks:
             hook.remove()
         (args, keywords), output = calls
-        encoding, q, k, grid = next(found[:4] for found in biases if found[0] is module.sape2)
+        content = next(content for encoding, content in biases if encoding is module.sape2)
+        q, k, grid = content.q, content.k, content.grid
         torch.testing.assert_close(torch.cat([q, k]), projected(module, args, q.shape[2]))
         assert tuple(grid) == (x.shape[-2] // 8, x.shape[-1] // 8)
         prefix = output_tokens(output) - grid[0] * grid[1]
-        mask = F.pad(bias_of(encoding, q, k, grid).dense(), (prefix, 0, prefix, 0))
+        mask = F.pad(module.sape2.bias(q, k, grid).dense(), (prefix, 0, prefix, 0))
         expected = host_forward(module, args, keywords, mask)
         tolerance = 1e-5 if case.endswith("eager") else 1e-10
         torch.testing.assert_close(first(output), expected, rtol=tolerance, atol=tolerance)
@@ -95,7 +98,7 @@ def test_an_encoding_reads_the_input_of_the_host_s_attention(case):
         inputs, read = [], []
         hook = module.register_forward_pre_hook(lambda m, args, seen=inputs: seen.append(args[0]))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pape, "check_read", lambda n, tokens, *_, seen=read: seen.append(tokens) or tokens)
+            patch.setattr(Content, "read_tokens", lambda content, *_, seen=read: seen.append(content.tokens) or content.tokens)
             changed = outputs(model, x)
         hook.remove()
         tokens = inputs[0] if inputs[0].shape[0] == len(x) else inputs[0].transpose(0, 1)
@@ -264,8 +267,8 @@ def test_the_grid_is_that_of_the_images_not_a_square_root(case):
     open_gains(model)
     seen = []
     encoding = attached_modules(model)[0].sape2
-    original = encoding.bias
-    encoding.bias = lambda q, k, grid, *scores: (seen.append(tuple(grid)), original(q, k, grid, *scores))[1]
+    make_bias = encoding.make_bias
+    encoding.make_bias = lambda content: (seen.append(tuple(content.grid)), make_bias(content))[1]
     for size in ((16, 32), (32, 16), (8, 64)):
         outputs(model, torch.randn(1, 3, *size).double())
     assert seen == [(2, 4), (4, 2), (1, 8)]

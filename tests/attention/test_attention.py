@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from sape2 import SaPEAttention, create_encoding, reference
-from sape2.attention import Attention, attend, blocks, choose_path, describe_path, module, paths
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Composite, NoEncoding
-from sape2.encodings.bias import Distances, Factors, Matrix, Places
+from sape2.attention import Attention, attend, choose_path, describe_path, module, paths
+from sape2.attention.kernels import workspace
+from sape2.encodings.base import AttentionEncoding, Composite, NoEncoding
+from sape2.encodings.bias import AttentionBias, Factors, Matrix, Places
+from sape2.encodings.distances import Distances
 
 GRID = (3, 4)
 
@@ -23,7 +25,7 @@ class GivenBias(AttentionEncoding):
         self.given = bias
         self.made_of = nn.ParameterList([] if bias is None else bias.tensors())
 
-    def bias(self, q, k, grid):
+    def make_bias(self, content):
         return self.given
 
 
@@ -77,7 +79,7 @@ PATHS = ["products", "fused", "blocks", "small blocks", "blocks of rows"]
 def choose(monkeypatch, path):
     """Makes attention take a path; the last two cut the work smaller than it is, and keep no weights."""
     monkeypatch.setattr(module, "choose_path", lambda *_: path if path in PATHS[:3] else "blocks")
-    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 2**20 if path in PATHS[:3] else 100)
+    monkeypatch.setattr(workspace, "BLOCK_ELEMENTS", 2**20 if path in PATHS[:3] else 100)
     monkeypatch.setattr(paths, "KEPT_ELEMENTS", 0 if path == "blocks of rows" else 2**25)
 
 
@@ -280,7 +282,7 @@ from sape2.attention import attend
 from sape2 import create_encoding
 q = torch.zeros(1, 2, 12, 4, requires_grad=True)
 attend(q, q, q, (3, 4), create_encoding("sape2", 2, 4, (3, 4))).sum().backward()
-assert not [name for name in sys.modules if name.startswith(("triton.", "sape2.attention.kernels"))]
+assert not [name for name in sys.modules if name.startswith(("triton.", "sape2.attention.kernels.distance"))]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -15,8 +15,8 @@ from sape2.attention import attend, choose_path, describe_path, kernels, module,
 from sape2.attention.kernels import distance_attention, trial
 from sape2.attention.kernels.readable import readable_attention
 from sape2.attention.products import fused_width
-from sape2.encodings.base import AttentionBias
-from sape2.encodings.bias import Distances, Factors, Matrix
+from sape2.encodings.bias import AttentionBias, Factors, Matrix
+from sape2.encodings.distances import Distances
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 

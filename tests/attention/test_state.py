@@ -8,7 +8,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sape2 import create_encoding
-from sape2.attention import attend, blocks, choose_path, module, paths
+from sape2.attention import attend, choose_path, module, paths
+from sape2.attention.kernels import blocks, workspace
 from sape2.evaluation.base import _resampled_counts
 from sape2.studies.probes.profile import is_trained
 
@@ -18,7 +19,7 @@ NAMES = ["sape2:sign=learned,gate_scale=learned", "rope+sape2", "rpe+cope", "sap
 
 @pytest.fixture(autouse=True)
 def _own_buffers(monkeypatch):
-    monkeypatch.setattr(blocks, "_WORKSPACE", blocks._Workspace())
+    monkeypatch.setattr(blocks, "WORKSPACE", workspace.Workspace())
 
 
 def made(name="sape2", num_prefix=1):
@@ -40,7 +41,7 @@ def test_attention_trains_after_inference_mode_and_after_fake_tensors(keep, monk
     assert torch.equal(output, expected)
     output.sum().backward()
     assert encoding.table_x.grad.any()
-    assert all(type(buffer) is torch.Tensor and not buffer.is_inference() for buffer in blocks._WORKSPACE.buffers.values())
+    assert all(type(buffer) is torch.Tensor and not buffer.is_inference() for buffer in blocks.WORKSPACE.buffers.values())
 
 
 @pytest.mark.parametrize("cached", [lambda: _resampled_counts(3, 2, 0), lambda: is_trained(2)])

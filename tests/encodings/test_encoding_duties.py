@@ -21,7 +21,6 @@ from torch import Tensor
 
 from sape2.attention import attend
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, list_encodings
-from sape2.encodings.base import bias_of
 from sape2.encodings.grid import Grid, num_tokens
 
 
@@ -85,7 +84,7 @@ def handed_out(encoding: Encoding, x: Tensor, grid: Grid) -> list[Tensor]:
     if isinstance(encoding, TokenEncoding):
         return [encoding(x[..., :DIM], grid)]
     q, k = queries_and_keys(x)
-    bias = bias_of(encoding, q, k, grid, tokens=joined(q))
+    bias = encoding.bias(q, k, grid, joined(q))
     return [*encoding.rotate(q, k, grid), *([] if bias is None else [bias.dense()])]
 
 
@@ -178,7 +177,7 @@ def test_what_cannot_be_names_the_option_and_its_limit(name: str, head_dim: int,
 def test_a_dot_product_needs_no_map_and_its_factors_equal_it(name: str) -> None:
     torch.manual_seed(0)
     encoding, (q, k) = make(name, (3, 7)), queries_and_keys(content(2, 21))
-    bias = bias_of(encoding, q, k, (3, 7), tokens=joined(q))
+    bias = encoding.bias(q, k, (3, 7), joined(q))
     assert bias.unfactored() is None
     query_side, key_side = bias.factored()
     torch.testing.assert_close(query_side @ key_side.transpose(-1, -2), bias.dense(), rtol=1e-10, atol=1e-10)

@@ -37,8 +37,8 @@ from sape2.encodings import (
     find_encoding,
     list_encodings,
 )
-from sape2.encodings.base import bias_of
 from sape2.encodings.bias import Matrix
+from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, num_tokens
 from sape2.models.vit import create_model
 
@@ -112,7 +112,7 @@ def content_error(encoding: Encoding, grid: Grid) -> float:
             encoding.rotate(q + q2, k + k2, grid), encoding.rotate(q, k, grid), encoding.rotate(q2, k2, grid), strict=True
         )
     ]
-    biases = [bias_of(encoding, *pair, grid, tokens=joined(pair[0])) for pair in ((q, k), (q2, k2))]
+    biases = [encoding.bias(*pair, grid, joined(pair[0])) for pair in ((q, k), (q2, k2))]
     if biases[0] is not None:
         errors.append(relative(biases[0].dense(), biases[1].dense()))
     return max(errors)
@@ -204,14 +204,18 @@ def test_the_checker_fails_on_a_wrong_declaration(name: str, fact: str) -> None:
         check_facts(encoding, (3, 7))
 
 
+def random_map(like: Tensor) -> Tensor:
+    return torch.randn(21, 21, generator=torch.Generator().manual_seed(0), dtype=like.dtype)
+
+
 def test_the_checker_sees_an_encoding_that_takes_one_grid_only() -> None:
     class OneGrid(AttentionEncoding):
         facts = Facts(translation=False, any_grid=False)
 
-        def bias(self, q: Tensor, k: Tensor, grid: Grid) -> AttentionBias:
-            if grid != (3, 7):
-                raise ValueError(f"made for 3x7; got {grid}")
-            return AttentionBias(Matrix(torch.randn(21, 21, generator=torch.Generator().manual_seed(0), dtype=q.dtype)))
+        def make_bias(self, content: Content) -> AttentionBias:
+            if content.grid != (3, 7):
+                raise ValueError(f"made for 3x7; got {content.grid}")
+            return AttentionBias(Matrix(random_map(content.q)))
 
     torch.manual_seed(0)
     check_facts(OneGrid(HEADS, HEAD_DIM, (3, 7)), (3, 7))
@@ -220,8 +224,8 @@ def test_the_checker_sees_an_encoding_that_takes_one_grid_only() -> None:
 class ContentBias(AttentionEncoding):
     """Depends on content through its bias, and does not say so."""
 
-    def bias(self, q: Tensor, k: Tensor, grid: Grid) -> AttentionBias:
-        return AttentionBias(Matrix(torch.randn(21, 21, generator=torch.Generator().manual_seed(0), dtype=q.dtype) * q.sum()))
+    def make_bias(self, content: Content) -> AttentionBias:
+        return AttentionBias(Matrix(random_map(content.q) * content.q.sum()))
 
 
 class ContentRotation(AttentionEncoding):

@@ -5,7 +5,7 @@ import torch
 
 from sape2 import create_encoding, create_model, list_encodings
 from sape2.encodings import NoEncoding, SaPE2, create_encodings, find_encoding
-from sape2.encodings.base import Composite, bias_of
+from sape2.encodings.base import Composite
 from sape2.encodings.options import describe_options
 
 VARIANTS = [f"{name}:{variant}" for name in list_encodings() for variant in find_encoding(name).variants]
@@ -30,7 +30,7 @@ def test_every_listed_variant_differs_from_the_plain_encoding(name):
             for parameter in encoding.parameters():
                 parameter.copy_(torch.linspace(-1, 1, parameter.numel()).view_as(parameter).sin() + 0.5)
         turned = torch.cat([t.flatten() for t in encoding.eval().rotate(q, k, (4, 5))])
-        bias = bias_of(encoding, q, k, (4, 5), tokens=q.transpose(1, 2).flatten(2))
+        bias = encoding.bias(q, k, (4, 5), q.transpose(1, 2).flatten(2))
         maps.append(turned if bias is None else torch.cat([turned, bias.dense().expand(1, 2, -1, -1).flatten()]))
     assert (maps[0] - maps[1]).abs().max() > 1e-4
 

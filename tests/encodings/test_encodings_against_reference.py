@@ -17,7 +17,6 @@ from torch import Tensor
 
 from sape2 import reference
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
-from sape2.encodings.base import bias_of
 from sape2.encodings.grid import Grid
 
 BATCH, HEADS, HEAD_DIM = 2, 2, 8
@@ -219,7 +218,7 @@ def test_rotation_and_bias_equal_the_literal_loop(name: str, grid: Grid) -> None
     encoding = make(name)
     q, k = torch.randn(2, BATCH, HEADS, math.prod(grid), HEAD_DIM, dtype=torch.float64)
     tokens = torch.randn(BATCH, math.prod(grid), HEADS * HEAD_DIM, dtype=torch.float64)
-    bias = bias_of(encoding, q, k, grid, tokens=tokens)
+    bias = encoding.bias(q, k, grid, tokens)
     dense = None if bias is None else bias.dense().expand(BATCH, HEADS, -1, -1)
     rotated = encoding.rotate(q, k, grid)
     for b, head in [(0, 1), (1, 0)]:  # each image and each head, and never the place of the one for that of the other

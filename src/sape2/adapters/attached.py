@@ -23,7 +23,8 @@ from sape2.adapters.start import Start, looks_beyond_pairs, prepare, rotates
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import create_encodings
-from sape2.encodings.base import AttentionEncoding, NoEncoding, bias_of, names_without_decay
+from sape2.encodings.base import AttentionEncoding, NoEncoding, names_without_decay
+from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
 
@@ -77,8 +78,7 @@ class Attached:
         projects to q and k, for encodings that read them.
         """
         grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
-        of_grid = None if tokens is None else tokens[:, num_prefix:]
-        bias = bias_of(encoding_of(self), q[:, :, num_prefix:], k[:, :, num_prefix:], grid, tokens=of_grid)
+        bias = encoding_of(self).make_bias(Content.of_grid(q, k, grid, tokens))
         additive = None if mask is None else as_additive(mask, q.dtype)
         if bias is None:
             return additive
@@ -88,12 +88,7 @@ class Attached:
 
     def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q and k turned by the encoding; prefix tokens stay."""
-        grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
-        q_grid, k_grid = q[:, :, num_prefix:], k[:, :, num_prefix:]
-        turned_q, turned_k = encoding_of(self).rotate(q_grid, k_grid, grid)
-        if turned_q is q_grid:
-            return q, k
-        return torch.cat([q[:, :, :num_prefix], turned_q], -2), torch.cat([k[:, :, :num_prefix], turned_k], -2)
+        return encoding_of(self).rotate_all(q, k, self.sape2_tokens.grid_of(q.shape[-2]))
 
 
 def encoding_of(module: Any) -> AttentionEncoding:

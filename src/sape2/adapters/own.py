@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from sape2.adapters.attached import Attached, Host, encoding_of
 from sape2.adapters.start import rotates
 from sape2.attention import Attention, attend, logits
-from sape2.encodings.base import Composite, maps_of
-from sape2.encodings.grid import Grid, num_prefix_tokens
+from sape2.encodings.base import Composite
+from sape2.encodings.content import Content
+from sape2.encodings.grid import Grid
 
 
 class AttachedOwn(Attached, Attention):
@@ -33,8 +34,7 @@ class AttachedOwn(Attached, Attention):
 
     def maps(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> dict[str, Tensor]:
         q, k, _ = self.project(x)
-        num_prefix = num_prefix_tokens(x.shape[1], grid)
-        maps = maps_of(self.both(), q[:, :, num_prefix:], k[:, :, num_prefix:], grid, x[:, num_prefix:])
+        maps = self.both().make_maps(Content.of_grid(q, k, grid, x))
         return maps | {"attention": logits(q, k, grid, self.both(), x).softmax(-1)}
 
 

@@ -9,8 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Composite, LineScores, bias_of, full_precision, maps_of
+from sape2.encodings.base import AttentionEncoding, Composite
+from sape2.encodings.bias import AttentionBias
+from sape2.encodings.content import Content, Vectors
 from sape2.encodings.grid import Grid, num_tokens
+from sape2.encodings.precision import full_precision
 
 Start = Literal["no_effect", "as_is"]
 PROBE: Grid = (2, 3)  # one row and one column would do; oblong, so that axes cannot be confused
@@ -32,32 +35,17 @@ class Gained(AttentionEncoding):
     def check_trainable(self) -> None:
         self.inner.check_trainable()
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        scores: LineScores | None = None,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> AttentionBias | None:
-        bias = bias_of(self.inner, q, k, grid, scores, tokens)
+    def make_bias(self, content: Content) -> AttentionBias | None:
+        bias = self.inner.make_bias(content)
         return None if bias is None else bias.scaled(full_precision(self.gain)[:, None, None])
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def make_maps(self, content: Content) -> dict[str, Tensor]:
+        maps = self.inner.make_maps(content)
+        return maps | {"bias": (full_precision(self.gain)[:, None, None] * maps["bias"]).to(content.q.dtype)}
+
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         vectors = self.inner.key_vectors(q, grid)
         return None if vectors is None else full_precision(self.gain)[:, None, None] * vectors
-
-    def maps(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> dict[str, Tensor]:
-        maps = maps_of(self.inner, q, k, grid, tokens)
-        return maps | {"bias": (full_precision(self.gain)[:, None, None] * maps["bias"]).to(q.dtype)}
 
 
 def prepare(layers: list[AttentionEncoding], start: Start, num_heads: int, head_dim: int) -> list[AttentionEncoding]:
@@ -88,7 +76,7 @@ def _without_effect(
             'once. Attach a bias (sape2, rpe, cope, alibi, ...), or give start="as_is" to take the change and train on'
         )
     q, k = _probe(num_heads, head_dim)
-    bias = bias_of(encoding, q, k, PROBE, tokens=_joined(q))
+    bias = encoding.bias(q, k, PROBE, _joined(q))
     return encoding if bias is None or not bias.dense().any() else Gained(encoding, num_heads)
 
 
@@ -112,7 +100,7 @@ def looks_beyond_pairs(encoding: AttentionEncoding, num_heads: int, head_dim: in
     tokens = num_tokens(PROBE)
     changed = torch.eye(tokens + 1, dtype=torch.bool)[:, 1:]  # image 0 none, image t + 1 token t
     q, k = (tensor.double() + changed[:, None, :, None] for tensor in _probe(num_heads, head_dim))
-    bias = bias_of(copied, q, k, PROBE, tokens=_joined(q))
+    bias = copied.bias(q, k, PROBE, _joined(q))
     if bias is None:
         return False
     maps = bias.dense().expand(tokens + 1, num_heads, -1, -1)

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from sape2.attention.blocks import attend_in_blocks
 from sape2.attention.paths import Path, choose_path, is_on_cpu
 from sape2.attention.products import attend_fused, encode, logits, scores_with
-from sape2.encodings.base import AttentionBias, AttentionEncoding, NoEncoding, maps_of
+from sape2.encodings.base import AttentionEncoding, NoEncoding
+from sape2.encodings.bias import AttentionBias
+from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
 
@@ -57,8 +59,7 @@ class Attention(nn.Module):
     def maps(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> dict[str, Tensor]:
         """The maps of the encoding and `attention`, the softmax weights, (B, h, T, T)."""
         q, k, _ = self.project(x)
-        num_prefix = num_prefix_tokens(x.shape[1], grid)
-        maps = maps_of(self.encoding, q[:, :, num_prefix:], k[:, :, num_prefix:], grid, x[:, num_prefix:])
+        maps = self.encoding.make_maps(Content.of_grid(q, k, grid, x))
         return maps | {"attention": logits(q, k, grid, self.encoding, x).softmax(-1)}
 
 

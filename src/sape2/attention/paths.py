@@ -14,10 +14,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from sape2.attention.products import fused_width
-from sape2.encodings.base import AttentionBias, AttentionEncoding, NoEncoding, bias_of
+from sape2.encodings.base import AttentionEncoding, NoEncoding
+from sape2.encodings.bias import AttentionBias
+from sape2.encodings.content import Content
+from sape2.encodings.derivatives import is_transformed
 from sape2.encodings.grid import Grid, num_prefix_tokens
 
 Path = Literal["fused", "triton", "products", "blocks"]
@@ -40,7 +42,7 @@ def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0, bi
     if not encoding.makes_bias:
         return "products" if on_cpu and q.shape[-2] <= 512 else "fused"
     plain: Path = "products" if on_cpu else "fused"
-    if torch.compiler.is_exporting() or torch.jit.is_tracing() or q.is_meta or _is_transformed(q) or dropout:
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or q.is_meta or is_transformed(q) or dropout:
         return plain
     if not on_cpu and bias is not None:
         if bias.unfactored() is None:
@@ -72,8 +74,7 @@ def describe_path(
     with torch.no_grad():
         if encoding.key_vectors(q[:, :, num_prefix:], grid) is not None:
             return f"{choose_path(k, NoEncoding())}, added to keys"
-        of_grid = None if tokens is None else tokens[:1, num_prefix:]
-        bias = bias_of(encoding, q[:1, :, num_prefix:], k[:1, :, num_prefix:], grid, tokens=of_grid)
+        bias = encoding.make_bias(Content.of_grid(q[:1], k[:1], grid, None if tokens is None else tokens[:1]))
     path = choose_path(q, encoding, bias=bias)
     if bias is None:
         return path
@@ -91,11 +92,6 @@ def _memory(path: Path, q: Tensor, v: Tensor, bias: AttentionBias) -> list[str]:
     width = None if sides is None else fused_width(q.shape[-1] + sides[0].shape[-1], v.shape[-1], q.device)
     channels = [] if width is None else [f"{width} channels"]
     return channels if bias.unfactored() is None else [*channels, "a map as mask"]
-
-
-def _is_transformed(q: Tensor) -> bool:
-    """True inside torch.func (grad, vmap, jvp), or if q carries a forward-mode tangent."""
-    return torch._C._are_functorch_transforms_active() or forward_ad.unpack_dual(q).tangent is not None
 
 
 def _is_replica(encoding: AttentionEncoding) -> bool:

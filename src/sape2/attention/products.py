@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, bias_of
-from sape2.encodings.grid import Grid, num_prefix_tokens
+from sape2.encodings.base import AttentionEncoding
+from sape2.encodings.bias import AttentionBias
+from sape2.encodings.content import Content
+from sape2.encodings.grid import Grid
 
 
 def logits(
@@ -59,22 +61,8 @@ def encode(
     q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding, tokens: Tensor | None = None
 ) -> tuple[Tensor, Tensor, AttentionBias | None]:
     """(q, k, bias): grid tokens of q and k rotated, the bias of grid tokens, which sees them before."""
-    num_prefix = num_prefix_tokens(q.shape[-2], grid)
-    of_grid = None if tokens is None else tokens[:, num_prefix:]
-    bias = bias_of(encoding, q[:, :, num_prefix:], k[:, :, num_prefix:], grid, tokens=of_grid)
-    return *rotate(q, k, grid, encoding), bias
-
-
-def rotate(q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding) -> tuple[Tensor, Tensor]:
-    """Rotates the grid tokens of q and k; returns the same tensors if the encoding does not rotate."""
-    num_prefix = num_prefix_tokens(q.shape[-2], grid)
-    q_grid, k_grid = q[:, :, num_prefix:], k[:, :, num_prefix:]
-    rotated_q, rotated_k = encoding.rotate(q_grid, k_grid, grid)
-    if rotated_q is q_grid and rotated_k is k_grid:
-        return q, k
-    pairs = ((q, rotated_q), (k, rotated_k))
-    rotated = [torch.cat([tokens[:, :, :num_prefix], grid_tokens], dim=-2) for tokens, grid_tokens in pairs]
-    return rotated[0], rotated[1]
+    bias = encoding.make_bias(Content.of_grid(q, k, grid, tokens))
+    return *encoding.rotate_all(q, k, grid), bias
 
 
 def _padded(matrix: Tensor, tokens: int) -> Tensor:

@@ -12,14 +12,8 @@ from typing import Any
 
 from sape2.config.names import unknown
 from sape2.encodings.absolute import KeyTable, LearnedAbsolute, SinCos
-from sape2.encodings.base import (
-    AttentionBias,
-    AttentionEncoding,
-    Composite,
-    Facts,
-    NoEncoding,
-    TokenEncoding,
-)
+from sape2.encodings.base import AttentionEncoding, Composite, Facts, NoEncoding, TokenEncoding
+from sape2.encodings.bias import AttentionBias
 from sape2.encodings.conditional import Conditional
 from sape2.encodings.cope import CoPE
 from sape2.encodings.forget import Forget

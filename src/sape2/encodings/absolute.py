@@ -10,17 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import (
-    AttentionBias,
-    AttentionEncoding,
-    Facts,
-    TokenEncoding,
-    full_precision,
-    no_autocast,
-)
-from sape2.encodings.bias import Factors, Places
+from sape2.encodings.base import AttentionEncoding, Facts, TokenEncoding
+from sape2.encodings.bias import AttentionBias, Factors, Places
+from sape2.encodings.content import Content, Vectors
 from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.resample import Kernel, resample
 
 
@@ -157,20 +152,18 @@ class KeyTable(AttentionEncoding):
                 self.register_parameter(side + axis, table)
                 nn.init.trunc_normal_(table, std=0.02)
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         with no_autocast(q):
             scale = self._scale(q)
             terms = [self._met_by(scale * full_precision(q), grid)]
             if self.options.to == "both":
-                terms.append(Factors(scale * self._vectors("queries", grid), full_precision(k) + self._vectors("keys", grid)))
+                terms.append(
+                    Factors(scale * self._vectors("queries", grid), full_precision(content.k) + self._vectors("keys", grid))
+                )
             return AttentionBias(*terms, dtype=q.dtype)
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         return self._scale(q) * self._vectors("keys", grid) if self.options.to == "keys" else None
 
     def _scale(self, q: Tensor) -> float:

@@ -1,16 +1,15 @@
 """The interface of position encodings: where they act, the hooks they implement and the facts they declare.
 
 A *token* encoding acts once on the tokens. An *attention* encoding acts in every layer through two hooks,
-`rotate` and `bias`, both no-ops by default. Shapes: q, k are (B, h, N, d), unscaled, without prefix tokens.
+`rotate` and `make_bias`, both no-ops by default. Shapes: q, k are (B, h, N, d), unscaled, without prefix tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,8 +17,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.bias import Distances, Factors, Matrix, Places
-from sape2.encodings.grid import Axis, Grid, check_tokens
+from sape2.encodings.bias import AttentionBias
+from sape2.encodings.content import Content, Tokens, Vectors
+from sape2.encodings.grid import Axis, Grid, num_prefix_tokens
 from sape2.encodings.options import changed_options, make_options
 
 MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
@@ -28,74 +28,6 @@ MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token 
 @dataclass(frozen=True)
 class NoOptions:
     """Options of encodings that have none."""
-
-
-Term = Matrix | Factors | Places | Distances
-LineScores = dict[Axis, Tensor]  # q.k / sqrt(d) of every token with those of its own line, (B, h, S, H, W): `grid.own_line`
-
-
-class AttentionBias:
-    """A bias in logits, added after the 1/sqrt(d) scale: a sum of terms, see `sape2.encodings.bias` for the kinds.
-
-    `AttentionBias(Matrix(b))` is a map that is there already; the other kinds need no N x N map in memory.
-    """
-
-    def __init__(self, *terms: Term, dtype: torch.dtype | None = None) -> None:
-        if not terms:
-            raise ValueError("an AttentionBias needs at least one term")
-        self.terms, self.dtype = terms, dtype
-
-    def dense(self) -> Float[Tensor, "*batch_heads tokens tokens"]:
-        """The whole bias as one map, in `dtype` if one was given, else as precise as its terms."""
-        with no_autocast(self.tensors()[0]):
-            total = functools.reduce(operator.add, [term.dense() for term in self.terms])
-        return total if self.dtype is None else total.to(self.dtype)
-
-    def __add__(self, other: AttentionBias) -> AttentionBias:
-        return AttentionBias(*self.terms, *other.terms, dtype=self.dtype or other.dtype)
-
-    def scaled(self, scale: float | Tensor) -> AttentionBias:
-        """`scale` times the bias; a tensor must broadcast against both a map and its rows, (h, 1, 1) for one per head."""
-        if isinstance(scale, float) and scale == 1.0:
-            return self
-        return AttentionBias(*(term.scaled(scale) for term in self.terms), dtype=self.dtype)
-
-    def tensors(self) -> list[Tensor]:
-        """The tensors of all terms, in the order of the terms."""
-        return [tensor for term in self.terms for tensor in term.tensors()]
-
-    @property
-    def requires_grad(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.tensors())
-
-    def factored(self) -> tuple[Tensor, Tensor] | None:
-        """(query_side, key_side), (..., N, r), of all terms that are dot products; None if none is."""
-        pairs = [term.factors() for term in self.terms]  # torch.compile cannot trace a walrus in a comprehension
-        given = [pair for pair in pairs if pair is not None]
-        return (_concatenate([p[0] for p in given]), _concatenate([p[1] for p in given])) if given else None
-
-    def unfactored(self) -> AttentionBias | None:
-        """The terms that are no dot products; None if all are."""
-        rest = [term for term in self.terms if term.factors() is None]
-        return AttentionBias(*rest, dtype=self.dtype) if rest else None
-
-    def add_to(self, logits: Float[Tensor, "count rows tokens"], rows: slice, work: Tensor) -> None:
-        """Adds some rows of the bias to a block of logits, in place; `work` is space in its shape."""
-        for term in self.terms:
-            term.add_to(logits, rows, work)
-
-    def accumulate(self, grad: Float[Tensor, "count rows tokens"], rows: slice, grads: Sequence[Tensor], work: Tensor) -> None:
-        """Adds to `grads`, in the order of `tensors()`, what the gradient of a block of logits gives."""
-        start = 0
-        for term in self.terms:
-            count = len(term.tensors())
-            term.accumulate(grad, rows, grads[start : start + count], work)
-            start += count
-
-
-def _concatenate(sides: list[Tensor]) -> Tensor:
-    lead = torch.broadcast_shapes(*(side.shape[:-1] for side in sides))
-    return torch.cat([side.expand(*lead, side.shape[-1]) for side in sides], dim=-1)
 
 
 @dataclass(frozen=True)
@@ -145,12 +77,11 @@ class TokenEncoding(nn.Module):
 
 
 class AttentionEncoding(nn.Module):
-    """Adds position inside attention. Both hooks see grid tokens only; `bias` sees q and k before rotation.
+    """Adds position inside attention by two hooks, `rotate` and `make_bias`. Both see grid tokens only.
 
-    `summary`, `source` and `variants` as in `TokenEncoding`. A bias may depend on q, k and the encoding's parameters, image
-    by image, and on nothing else. An encoding that reads the products q.k of the tokens of one line says so in
-    `score_axes`; its `bias` then takes a further argument, `scores`, and must give the same without it: attention hands
-    over what it has computed anyway. One that reads more of the block's input than q and k is a `TokenReader`.
+    `summary`, `source` and `variants` as in `TokenEncoding`. A bias may depend on the `Content` and the encoding's
+    parameters, image by image, and on nothing else. An encoding that reads the products q.k of the tokens of one line says
+    so in `score_axes`, and must give the same without them. One that reads the tokens says so in `reads_tokens`.
     """
 
     Options: type = NoOptions
@@ -167,7 +98,7 @@ class AttentionEncoding(nn.Module):
 
     @property
     def makes_bias(self) -> bool:
-        return type(self).bias is not AttentionEncoding.bias
+        return type(self).make_bias is not AttentionEncoding.make_bias
 
     def extra_repr(self) -> str:
         return changed_options(self.Options, getattr(self, "options", None))
@@ -175,32 +106,43 @@ class AttentionEncoding(nn.Module):
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         return q, k
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias | None:
+    def rotate_all(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
+        """`rotate` of whole sequences, whose prefix tokens stay as they are; the same tensors if nothing is rotated."""
+        first = num_prefix_tokens(q.shape[-2], grid)
+        parts = q[:, :, first:], k[:, :, first:]
+        turned = self.rotate(*parts, grid)
+        if turned[0] is parts[0] and turned[1] is parts[1]:
+            return q, k
+        if not first:
+            return turned
+        return torch.cat([q[:, :, :first], turned[0]], dim=-2), torch.cat([k[:, :, :first], turned[1]], dim=-2)
+
+    def make_bias(self, content: Content) -> AttentionBias | None:
         return None
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def make_maps(self, content: Content) -> dict[str, Tensor]:
+        """Intermediate results of the encoding, each (B, h, N, ...); at least `bias` if there is one."""
+        bias = self.make_bias(content)
+        return {} if bias is None else {"bias": bias.dense().expand(*content.q.shape[:2], -1, -1)}
+
+    def bias(self, q: Vectors, k: Vectors, grid: Grid, tokens: Tokens | None = None) -> AttentionBias | None:
+        """`make_bias` of grid tokens."""
+        return self.make_bias(Content(q, k, grid, tokens=tokens))
+
+    def maps(self, q: Vectors, k: Vectors, grid: Grid, tokens: Tokens | None = None) -> dict[str, Tensor]:
+        """`make_maps` of grid tokens."""
+        return self.make_maps(Content(q, k, grid, tokens=tokens))
+
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         """Vectors e if all that the encoding does is the bias q_i . e_n, so that attention adds them to the keys; else None.
 
-        They are the same for all images: of q they see the shape. `bias` gives the same as a term, for maps, and for where
-        another encoding turns the queries.
+        They are the same for all images: of q they see the shape. `make_bias` gives the same as a term, for maps, and for
+        where another encoding turns the queries.
         """
         return None
-
-    def maps(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> dict[str, Tensor]:
-        """Intermediate results of the encoding, each (B, h, N, ...); at least `bias` if there is one."""
-        bias = self.bias(q, k, grid)
-        return {} if bias is None else {"bias": bias.dense().expand(q.shape[0], q.shape[1], -1, -1)}
 
 
 def encoding_names(model: nn.Module) -> set[str]:
@@ -217,55 +159,6 @@ def names_without_decay(model: nn.Module) -> set[str]:
     """These names, and as patterns of timm, `*.NAME`, for a model that `torch.compile` or peft gives longer names."""
     names = encoding_names(model)
     return names | {f"*.{name}" for name in names}
-
-
-class TokenReader(AttentionEncoding):
-    """An attention encoding whose bias reads, besides q and k, what they are projected from: the normed input of the block.
-
-    Its hooks take these `tokens`, (B, N, D), without prefix tokens, and ask for them by `check_read`.
-    """
-
-    reads_tokens = True
-
-    def maps(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> dict[str, Tensor]:
-        bias = bias_of(self, q, k, grid, tokens=tokens)
-        return {} if bias is None else {"bias": bias.dense().expand(q.shape[0], q.shape[1], -1, -1)}
-
-
-def bias_of(
-    encoding: AttentionEncoding,
-    q: Tensor,
-    k: Tensor,
-    grid: Grid,
-    scores: LineScores | None = None,
-    tokens: Tensor | None = None,
-) -> AttentionBias | None:
-    """The bias, with the scores and tokens of the grid handed over to an encoding that reads such."""
-    hook: Any = encoding.bias
-    lines = (scores,) if scores and encoding.score_axes else ()
-    return hook(q, k, grid, *lines, tokens=tokens) if encoding.reads_tokens else hook(q, k, grid, *lines)
-
-
-def maps_of(encoding: AttentionEncoding, q: Tensor, k: Tensor, grid: Grid, tokens: Tensor | None = None) -> dict[str, Tensor]:
-    """`maps`, with the tokens of the grid handed over to an encoding that reads them."""
-    hook: Any = encoding.maps
-    return hook(q, k, grid, tokens=tokens) if encoding.reads_tokens else hook(q, k, grid)
-
-
-def check_read(name: str, tokens: Tensor | None, dim: int, grid: Grid) -> Tensor:
-    """The tokens that an encoding reads, in float32 or better; raises ValueError if there are none, or of another width."""
-    if tokens is None:
-        raise ValueError(f"{name} reads the normed input of the block besides q and k; give tokens, (batch, tokens, {dim})")
-    check_tokens(tokens, grid)
-    if tokens.shape[-1] != dim:
-        raise ValueError(f"this {name} reads tokens of width {dim} (num_heads times head_dim); got {tokens.shape[-1]}")
-    return full_precision(tokens)
 
 
 class NoEncoding(AttentionEncoding):
@@ -303,59 +196,29 @@ class Composite(AttentionEncoding):
     def _members(self) -> Iterator[AttentionEncoding]:
         return (part for part in self.parts if isinstance(part, AttentionEncoding))
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
+        return self.rotate_all(q, k, grid)
+
+    def rotate_all(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         for part in self._members():
-            q, k = part.rotate(q, k, grid)
+            q, k = part.rotate_all(q, k, grid)
         return q, k
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        scores: LineScores | None = None,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> AttentionBias | None:
-        biases = [bias_of(part, q, k, grid, scores, tokens) for part in self._members()]
+    def make_bias(self, content: Content) -> AttentionBias | None:
+        biases = [part.make_bias(content) for part in self._members()]
         given = [bias for bias in biases if bias is not None]
         return functools.reduce(operator.add, given) if given else None
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def make_maps(self, content: Content) -> dict[str, Tensor]:
+        """The maps of all parts; the biases are added up."""
+        result: dict[str, Tensor] = {}
+        for part in self._members():
+            for name, value in part.make_maps(content).items():
+                result[name] = result[name] + value if name == "bias" and name in result else value
+        return result
+
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         """The sum, where all parts are of that kind."""
         vectors = [part.key_vectors(q, grid) for part in self._members()]
         given = [v for v in vectors if v is not None]
         return functools.reduce(operator.add, given) if given and len(given) == len(vectors) else None
-
-    def maps(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> dict[str, Tensor]:
-        """The maps of all parts; the biases are added up."""
-        result: dict[str, Tensor] = {}
-        for part in self._members():
-            for name, value in maps_of(part, q, k, grid, tokens).items():
-                result[name] = result[name] + value if name == "bias" and name in result else value
-        return result
-
-
-def full_precision(tensor: Tensor) -> Tensor:
-    """float32 for half types, anything wider unchanged: the island in which sums and positions are computed."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def no_autocast(tensor: Tensor) -> contextlib.AbstractContextManager:
-    """Switches autocast off on the tensor's device, so that float32 products stay float32.
-
-    Not in an exported graph: a region there hides its operations from what reads the graph. Such a graph has its own precision.
-    """
-    device = tensor.device.type
-    if torch.compiler.is_exporting():
-        return contextlib.nullcontext()
-    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else contextlib.nullcontext()

@@ -13,19 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import (
-    MAX_POSITIONS,
-    AttentionBias,
-    AttentionEncoding,
-    Facts,
-    LineScores,
-    full_precision,
-    no_autocast,
-)
-from sape2.encodings.bias import Matrix
-from sape2.encodings.counting import between_sum, interpolate, rescaling, suffix_sum
-from sape2.encodings.grid import Grid, check_grid, check_tokens, num_tokens
+from sape2.encodings.base import MAX_POSITIONS, AttentionEncoding, Facts
+from sape2.encodings.bias import AttentionBias, Matrix
+from sape2.encodings.content import Content
+from sape2.encodings.counting import rescaling
+from sape2.encodings.counting.readable import count_positions, interpolate
+from sape2.encodings.grid import Grid, check_grid, num_tokens
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 Count = Literal["suffix", "causal", "between"]
 
@@ -37,9 +32,8 @@ def cope_positions(gates: Float[Tensor, "*lead tokens tokens"], count: Count) ->
     causal:  from n to i, both included, 0 for n after i: CoPE's code with its mask,
     between: from i to n on either side, i itself left out, so p_ii = 0.
     """
-    if count == "between":
-        return between_sum(gates)
-    return suffix_sum(gates.tril() if count == "causal" else gates)
+    place = torch.arange(gates.shape[-1], device=gates.device)
+    return count_positions(gates.tril(), "suffix", place) if count == "causal" else count_positions(gates, count, place)
 
 
 @dataclass(frozen=True)
@@ -86,29 +80,16 @@ class CoPE(AttentionEncoding):
         self.num_positions = self.options.num_positions or num_tokens(grid) + 1
         self.table = nn.Parameter(torch.zeros(self.num_positions, head_dim))
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        scores: LineScores | None = None,
-    ) -> AttentionBias:
+    def make_bias(self, content: Content) -> AttentionBias:
         """The bias of every pair in logits, float32 or better inside."""
-        return AttentionBias(Matrix(self._maps(q, k, grid, scores)["bias"]), dtype=q.dtype)
+        return AttentionBias(Matrix(self.make_maps(content)["bias"]), dtype=content.q.dtype)
 
-    def maps(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> dict[str, Tensor]:
+    def make_maps(self, content: Content) -> dict[str, Tensor]:
         """gates, positions (before they are clamped) and bias, each (B, h, N, N)."""
-        return self._maps(q, k, grid, None)
-
-    def _maps(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None) -> dict[str, Tensor]:
-        check_tokens(q, grid)
-        with no_autocast(q):
-            q, k = full_precision(q), full_precision(k)
-            products = (
-                scores["raster"].flatten(-2).transpose(-1, -2) if scores else self.head_dim**-0.5 * (q @ k.transpose(-1, -2))
-            )
+        grid, scores = content.grid, content.scores
+        with no_autocast(content.q):
+            q, k = full_precision(content.q), full_precision(content.k)
+            products = scores["raster"] if scores else self.head_dim**-0.5 * (q @ k.mT)
             gates = torch.sigmoid(products)
             positions = cope_positions(gates, self.options.count) * self._position_scale(grid, q)
             bias = interpolate(q @ full_precision(self.table).T, positions)

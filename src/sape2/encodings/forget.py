@@ -10,17 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import (
-    AttentionBias,
-    Facts,
-    TokenReader,
-    check_read,
-    full_precision,
-    no_autocast,
-)
-from sape2.encodings.bias import PLACE_AXES, Places
-from sape2.encodings.grid import Axis, Grid, check_tokens, from_lines, to_lines
+from sape2.encodings.base import AttentionEncoding, Facts
+from sape2.encodings.bias import PLACE_AXES, AttentionBias, Places
+from sape2.encodings.content import Content
+from sape2.encodings.grid import Axis, Grid, from_lines, to_lines
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 
 @dataclass(frozen=True)
@@ -30,7 +25,7 @@ class ForgetOptions:
     start: float = 5.0
 
 
-class Forget(TokenReader):
+class Forget(AttentionEncoding):
     """b_in = the sum of log sigmoid(w . x_k + c) over the patches k from i to n's column in i's row, and from i to n's row
 
     in i's column. Gates are those of the Forgetting Transformer (FoX, arXiv:2503.02130), which forgets along a text, in both
@@ -43,6 +38,7 @@ class Forget(TokenReader):
     summary = "gates along rows and columns that patches on the way close, both ways"
     source = "arXiv:2503.02130, both ways as in x-transformers, 2D here"
     facts = Facts(content_dependent=True, translation=True)
+    reads_tokens = True
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid)
@@ -52,15 +48,9 @@ class Forget(TokenReader):
         self.weight = nn.Parameter(weight)  # (axis y or x, backwards or onwards, h, D)
         self.offset = nn.Parameter(torch.full((2, 2, num_heads), self.options.start))
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> AttentionBias:
-        check_tokens(q, grid)
-        tokens = check_read("forget", tokens, self.dim, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
+        tokens = content.read_tokens("forget", self.dim)
         with no_autocast(q):
             gates = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight))
             gates = F.logsigmoid(gates + full_precision(self.offset)[:, :, None, :, None])

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, no_autocast
-from sape2.encodings.bias import Matrix
-from sape2.encodings.grid import Grid, check_grid, check_tokens, num_offsets, offset_index
+from sape2.encodings.base import AttentionEncoding, Facts
+from sape2.encodings.bias import AttentionBias, Matrix
+from sape2.encodings.content import Content
+from sape2.encodings.grid import Grid, check_grid, num_offsets, offset_index
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 MAX_WIDTH = 2**16
 EPSILON = 1e-6  # FIRE's
@@ -47,10 +49,8 @@ class OffsetFunction(AttentionEncoding):
 
     facts = Facts(translation=True)
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         rows, columns = num_offsets(grid)
         with no_autocast(q):
             table = self.table(grid, full_precision(q)).flatten(0, 1).T  # (h, offsets)

@@ -125,13 +125,3 @@ def own_line(
     if axis == "x":
         return by_coordinate.diagonal(dim1=-4, dim2=-2).movedim(-3, -1)  # (..., x, x', y) -> (..., x', y, x)
     return by_coordinate.diagonal(dim1=-3, dim2=-1).transpose(-3, -2)  # (..., y, y', x) -> (..., y', y, x)
-
-
-def places_to_lines(
-    places: Shaped[Tensor, "*lead length height width"], axis: Axis
-) -> Shaped[Tensor, "*lead lines length length"]:
-    """Rearranges the output of `own_line` to (..., lines, place of i, place of n)."""
-    if axis == "raster":
-        return places.flatten(-2).transpose(-1, -2).unsqueeze(-3)
-    last = places.movedim(-3, -1)  # (..., y, x, place of n)
-    return last if axis == "x" else last.transpose(-3, -2)

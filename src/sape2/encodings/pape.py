@@ -11,17 +11,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import (
-    AttentionBias,
-    Facts,
-    TokenReader,
-    check_read,
-    full_precision,
-    no_autocast,
-)
-from sape2.encodings.bias import Factors
-from sape2.encodings.grid import Grid, check_tokens, coordinates
+from sape2.encodings.base import AttentionEncoding, Facts
+from sape2.encodings.bias import AttentionBias, Factors
+from sape2.encodings.content import Content
+from sape2.encodings.grid import Grid, coordinates
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 PARABOLAS = 50
 
@@ -42,7 +37,7 @@ class PaPEOptions:
             raise ValueError("pape:parabolas has no effect with form=rotation_invariant, which has one for each head")
 
 
-class PaPE(TokenReader):
+class PaPE(AttentionEncoding):
     """b_in = (-sum_m a_im (p_im - p_nm)^2 + sum_m b_im (p_im - p_nm)) / sqrt(d), with p_m = w_m . (y, x),
 
     a_i = softplus(W_a x_i), b_i = W_b x_i, where x_i is the normed input of the block at patch i. In two dimensions the sums
@@ -60,6 +55,7 @@ class PaPE(TokenReader):
         "form=rotation_invariant": "circles around the query: the same for every turn of the image"
     }
     facts = Facts(content_dependent=True, translation=True)
+    reads_tokens = True
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid)
@@ -75,15 +71,9 @@ class PaPE(TokenReader):
         self.slope = _uniform(self.dim**-0.5, num_heads, parabolas, self.dim)  # W_b, (h, M, D)
         self.directions = _uniform(2**-0.5, num_heads, parabolas, 2)  # w, (h, M, 2) in (y, x)
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-    ) -> AttentionBias:
-        check_tokens(q, grid)
-        tokens = check_read("pape", tokens, self.dim, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
+        tokens = content.read_tokens("pape", self.dim)
         with no_autocast(q):
             place = coordinates(grid, q.device).to(tokens.dtype)
             y, x = (place - place.mean(0)).unbind(-1)  # only differences matter, and small numbers round less

@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, no_autocast
-from sape2.encodings.bias import PLACE_AXES, Matrix, Places
+from sape2.encodings.base import AttentionEncoding, Facts
+from sape2.encodings.bias import PLACE_AXES, AttentionBias, Matrix, Places
+from sape2.encodings.content import Content
 from sape2.encodings.grid import (
     Grid,
     check_grid,
-    check_tokens,
     from_lines,
     is_symbolic,
     line_length,
@@ -33,6 +33,7 @@ from sape2.encodings.grid import (
     to_lines,
 )
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.resample import resample
 
 Beyond = Literal["resize", "clamp"]
@@ -76,10 +77,8 @@ class RelativeTable(AttentionEncoding):
         self.table = nn.Parameter(torch.empty(num_heads, *num_offsets(check_grid(grid))))
         nn.init.trunc_normal_(self.table, std=0.02)
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         table = full_precision(self.table)
         if self.options.beyond == "resize":
             table = resized(table, grid)
@@ -119,10 +118,8 @@ class RelativeContextual(AttentionEncoding):
         tables = 1 if self.options.heads == "shared" else num_heads
         self.table = nn.Parameter(torch.zeros(tables, *num_offsets(check_grid(grid)), head_dim))
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         with no_autocast(q):
             table = self._table(grid)  # (1 or h, rows, columns, d)
             products = full_precision(q) @ table.flatten(1, 2).transpose(-1, -2)  # (B, h, N, offsets)
@@ -169,10 +166,8 @@ class RelativeDecomposed(AttentionEncoding):
         self.table_y = nn.Parameter(torch.zeros(rows, head_dim))
         self.table_x = nn.Parameter(torch.zeros(columns, head_dim))
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         with no_autocast(q):
             return AttentionBias(Places(*(self._values(full_precision(q), axis, grid) for axis in PLACE_AXES)), dtype=q.dtype)
 
@@ -222,10 +217,8 @@ class ALiBi(AttentionEncoding):
         if self.options.slopes == "learned":
             self.slopes = nn.Parameter(alibi_slopes(num_heads, torch.zeros(())))
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         like = full_precision(q)
         learned = self.options.slopes == "learned"
         slopes = full_precision(self.slopes) if learned else alibi_slopes(self.num_heads, like)

@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sape2.encodings.base import no_autocast
 from sape2.encodings.grid import Grid
+from sape2.encodings.precision import no_autocast
 
 Kernel = Literal["bicubic", "bilinear"]
 

@@ -16,10 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import AttentionBias, AttentionEncoding, Facts, full_precision, no_autocast
-from sape2.encodings.bias import Factors
-from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates
+from sape2.encodings.base import AttentionEncoding, Facts
+from sape2.encodings.bias import AttentionBias, Factors
+from sape2.encodings.content import Content, Vectors
+from sape2.encodings.derivatives import by_hand
+from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, num_prefix_tokens
 from sape2.encodings.options import make_options
+from sape2.encodings.precision import full_precision, no_autocast
 
 Beyond = Literal["extrapolate", "rescale"]
 Layout = Literal["pairs", "halves"]
@@ -40,9 +43,14 @@ def turn(
     Plane f has the channels 2f and 2f + 1 in pairs, f and f + d/2 in halves.
     """
     vectors_full, dim = full_precision(vectors), -1 if layout == "pairs" else -2
-    a, b = vectors_full.unflatten(-1, (-1, 2) if layout == "pairs" else (2, -1)).unbind(dim)  # (B, h, N, d/2)
+    planes = vectors_full.unflatten(-1, (-1, 2) if layout == "pairs" else (2, -1))
     cos, sin = angles.cos(), angles.sin()
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=dim).flatten(-2).to(vectors.dtype)
+    if layout == "pairs" and vectors.device.type == "cpu" and by_hand(vectors, angles):
+        turned = torch.view_as_real(torch.view_as_complex(planes.contiguous()) * torch.complex(cos, sin))  # one pass
+    else:
+        a, b = planes.unbind(dim)  # (B, h, T, d/2)
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=dim)
+    return turned.flatten(-2).to(vectors.dtype)
 
 
 def places(grid: Grid, trained: Grid, beyond: Beyond, like: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,12 +84,14 @@ class Rotation(AttentionEncoding):
 
     layout: Layout = "pairs"
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         check_tokens(q, grid)
+        return self.rotate_all(q, k, grid)
+
+    def rotate_all(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
+        """Prefix tokens turn by an angle of 0, which leaves them exactly as they are."""
         with no_autocast(q):
-            angles = self.angles(grid, q)
+            angles = F.pad(self.angles(grid, q), (0, 0, num_prefix_tokens(q.shape[-2], grid), 0))
             return turn(q, angles, self.layout), turn(k, angles, self.layout)
 
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "*heads tokens planes"]:
@@ -283,20 +293,16 @@ class PoPE(AttentionEncoding):
         self.head_dim, self.grid = head_dim, check_grid(grid)
         self.phase = nn.Parameter(torch.zeros(num_heads, head_dim))
 
-    def rotate(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> tuple[Float[Tensor, "batch heads tokens head_dim"], Float[Tensor, "batch heads tokens head_dim"]]:
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         """Returns q and k unchanged: the bias contains the rotation. Overridden so that no other rotation can be joined."""
         return q, k
 
-    def bias(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> AttentionBias:
-        check_tokens(q, grid)
+    def make_bias(self, content: Content) -> AttentionBias:
+        q, grid = content.q, content.grid
         with no_autocast(q):
             angles = self._angles(grid, q)  # (N, d)
             delayed = angles + full_precision(self.phase)[:, None]  # (h, N, d)
-            q_full, k_full = full_precision(q), full_precision(k)
+            q_full, k_full = full_precision(q), full_precision(content.k)
             q_length, k_length = F.softplus(q_full), F.softplus(k_full)
             query_side = torch.cat([q_length * angles.cos(), q_length * angles.sin(), -q_full], dim=-1)
             key_side = torch.cat([k_length * delayed.cos(), k_length * delayed.sin(), k_full], dim=-1)

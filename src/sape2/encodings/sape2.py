@@ -10,61 +10,64 @@ adds the bias undivided, `SaPE2.equations` uses unscaled gates and divides the b
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from types import ModuleType
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import (
-    MAX_POSITIONS,
-    AttentionBias,
-    AttentionEncoding,
-    Facts,
-    LineScores,
-    full_precision,
-    no_autocast,
-)
-from sape2.encodings.bias import PLACE_AXES, Distances, Factors, Matrix, Places
-from sape2.encodings.counting import Count, CountedVectors, count_positions, interpolate, rescaling
+from sape2.encodings.base import AttentionEncoding
+from sape2.encodings.bias import PLACE_AXES, AttentionBias, Factors, Matrix, Places
+from sape2.encodings.content import Content, Vectors
+from sape2.encodings.counting import form_for, readable, rescaling
+from sape2.encodings.distances import Distances
 from sape2.encodings.grid import (
     Axis,
     Grid,
     check_grid,
-    check_tokens,
     from_lines,
     line_coordinate,
     line_length,
     num_tokens,
-    places_to_lines,
     to_lines,
 )
 from sape2.encodings.options import make_options
-
-PRESETS: dict[str, dict[str, Any]] = {"listing": {}, "equations": {"gate_scale": "none", "divide_bias": True}}
-
+from sape2.encodings.precision import full_precision, no_autocast
+from sape2.encodings.sape2_options import PRESETS, VARIANTS, SaPE2Options, facts_of
 
 # --- the equations ---------------------------------------------------------------------------------------------------
 
 
+def line_products(
+    q: Float[Tensor, "*lead tokens head_dim"], k: Float[Tensor, "*lead tokens head_dim"], grid: Grid, axis: Axis
+) -> Float[Tensor, "*lead tokens length"]:
+    """q_i^T k_j for every token i and every place j of its own line."""
+    if axis == "raster":
+        return q @ k.mT
+    lines = to_lines(k, grid, axis) @ to_lines(q, grid, axis).mT  # (..., lines, S of j, S of i)
+    by_place = lines.transpose(-2, -3)
+    return (by_place if axis == "x" else by_place.mT).flatten(-2).mT
+
+
 def content_gates(
-    q: Float[Tensor, "*lead length head_dim"], k: Float[Tensor, "*lead length head_dim"], scale: float | Tensor
-) -> Float[Tensor, "*lead length length"]:
+    products: Float[Tensor, "*lead tokens length"], scale: float | Float[Tensor, "heads 1 1"]
+) -> Float[Tensor, "*lead tokens length"]:
     """Eq. 9: g_ij = sigmoid(scale * q_i^T k_j) for i, j in one line. App. D scales by 1/sqrt(d), eq. 9 by 1."""
-    return torch.sigmoid(scale * (q @ k.transpose(-1, -2)))
+    return torch.sigmoid(products if isinstance(scale, float) and scale == 1.0 else scale * products)
 
 
 def table_products(
-    vector: Float[Tensor, "*lead length head_dim"], table: Float[Tensor, "positions head_dim"]
-) -> Float[Tensor, "*lead length positions"]:
+    vector: Float[Tensor, "*lead tokens head_dim"], table: Float[Tensor, "positions head_dim"]
+) -> Float[Tensor, "*lead tokens positions"]:
     """Eq. 13: z_i[p] = v_i^T e[p] for every integer position p, where v is the query or the key.
 
-    Eq. 11 and 14, the same at fractional positions, is `encodings.counting.interpolate`.
+    Eq. 10, 11 and 14, counting and reading between integers, are in `encodings.counting`.
     """
-    return vector @ table.transpose(-1, -2)
+    return (table.expand(*vector.shape[:-2], -1, -1) @ vector.mT).mT  # one product for each head is faster than one of all
 
 
 def distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
@@ -84,11 +87,12 @@ def squared_distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:
     return AttentionBias(Factors(torch.cat([-2 * s, one, norm], dim=-1), torch.cat([s, norm, one], dim=-1)))
 
 
-def direct_bias(vectors: dict[Axis, Tensor], grid: Grid) -> AttentionBias:
-    """b_in = z^x_i[column of n] + z^y_i[row of n], the read-out of CoPE (arXiv:2405.18719) along two axes."""
-    values = {}
-    for axis, z in vectors.items():
-        values[axis] = z.unflatten(-1, (-1, line_length(grid, axis))).sum(-2)  # `both` has two values for every place
+def direct_bias(vectors: dict[Axis, Tensor], grid: Grid, counts: int = 1) -> AttentionBias:
+    """b_in = z^x_i[column of n] + z^y_i[row of n], the read-out of CoPE (arXiv:2405.18719) along two axes.
+
+    Vectors have `counts` values for every place, two for count=both, which are added up.
+    """
+    values = {axis: functools.reduce(torch.add, z.chunk(counts, dim=-1)) for axis, z in vectors.items()}
     if "raster" in values:
         return AttentionBias(Matrix(values["raster"]))
     some = next(iter(values.values()))
@@ -99,57 +103,8 @@ def direct_bias(vectors: dict[Axis, Tensor], grid: Grid) -> AttentionBias:
 # --- the encoding ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SaPE2Options:
-    """Every switch; the first value of each is the paper's listing (App. D). What each is for: docs/method.md."""
-
-    dot: Literal["query", "key"] = "query"
-    gates: Literal["content", "constant", "none"] = "content"
-    gate_scale: Literal["sqrt_dim", "none", "learned"] = "sqrt_dim"
-    count: Count = "suffix"
-    axes: Literal["xy", "x", "y", "raster"] = "xy"
-    readout: Literal["distance", "squared_distance", "direct"] = "distance"
-    sign: Literal["plus", "minus", "learned"] = "plus"
-    divide_bias: bool = False
-    normalize: Literal["none", "sqrt_length"] = "none"
-    num_positions: int | None = None
-    beyond: Literal["clamp", "rescale"] = "clamp"
-    gain_init: float | None = None
-    table_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        if self.num_positions is not None and not 2 <= self.num_positions <= MAX_POSITIONS:
-            wanted = f"at least 2, to interpolate between, and at most {MAX_POSITIONS}"
-            raise ValueError(f"sape2:num_positions must be {wanted}; got {str(self.num_positions)[:50]}")
-        if not self.table_std > 0:
-            raise ValueError(
-                f"sape2:table_std must be above 0: an all-zero table makes every distance and every gradient 0 and "
-                f"never trains; got {self.table_std}. To start without effect use sign=learned,gain_init=0"
-            )
-        if self.gain_init is not None and self.sign != "learned":
-            raise ValueError(f"sape2:gain_init needs sign=learned; with sign={self.sign} there is no gain to set")
-        if self.gates != "content" and self.gate_scale == "learned":
-            raise ValueError(f"sape2:gate_scale=learned has no effect with gates={self.gates}")
-
-
-def _facts(o: SaPE2Options) -> Facts:
-    """The symmetries of a count, by the patches it depends on: a whole line, the part to one end of it, or only i to n."""
-    static, direct, raster = o.gates != "content", o.readout == "direct", o.axes == "raster"
-    if static and not direct and o.count in ("suffix", "prefix", "both"):  # P2: every i counts the same
-        return Facts(True, True, True, True, True, True)
-    offset_only = (o.count == "between" and not raster) or (static and o.count in ("between", "cyclic"))
-    return Facts(
-        content_dependent=True,
-        translation=(direct and offset_only) or (static and o.count == "cyclic"),
-        row_permutation=o.axes == "x",  # P4: whole rows may be permuted for b^x, whole columns for b^y
-        column_permutation=o.axes == "y",
-        circular_shift=o.count == "cyclic" and not raster,  # P10
-        flip=o.count in ("both", "between") and not raster,  # a flip only swaps what the two ends count
-    )
-
-
 class LineMaps(NamedTuple):
-    """Gates (.., S, S), positions (.., S, S or 2S) and vectors (.., S, S or 2S) of one axis, each (B, h, lines, ..)."""
+    """Gates, positions and vectors of one axis: (B, h, N, S), twice S positions and vectors for count=both."""
 
     gates: Tensor
     positions: Tensor
@@ -168,28 +123,7 @@ class SaPE2(AttentionEncoding):
     summary = "semantic positions: gated counts along rows and columns, compared by distance"
     source = "arXiv:2505.09466"
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
-    variants: ClassVar[dict[str, str]] = {
-        "preset=equations": "unscaled gates, bias divided by sqrt(d): eq. 9 and 16 instead of the listing of App. D",
-        "dot=key": "the key meets the table instead of the query: SaPE2(K) in the text of the paper",
-        "num_positions=10": "ten positions on every grid: the development code, clamps long counts",
-        "gate_scale=learned": "one learned gate scale per head, between eq. 9 and App. D",
-        "gates=constant": "every gate 1/2: what is left without content (ablation)",
-        "gates=none": "every gate 1, plain counting (ablation)",
-        "gates=none,count=between,readout=direct": "no gates at all: contextual relative columns and rows (ablation)",
-        "axes=x": "rows only (ablation of the 2D decomposition)",
-        "axes=y": "columns only (ablation of the 2D decomposition)",
-        "axes=raster": "one line through the whole image, as in CoPE (ablation of the 2D decomposition)",
-        "count=prefix": "counts from the start of the line to the patch (ablation)",
-        "count=both": "counts from both ends, exact under flips (ours)",
-        "count=between": "counts from the patch itself to the other, either way (ours, after CoPE)",
-        "count=cyclic": "counts that go round at the end of the line, exact under circular shifts (ours)",
-        "readout=squared_distance": "squared distances, a dot product: no N x N map (ours)",
-        "readout=direct": "z_i at the column and row of the other patch, a dot product: CoPE's read-out on two axes (ours)",
-        "readout=direct,count=between": "CoPE carried to two axes, exact under translation (ours)",
-        "sign=minus": "similar patches attend to each other: the prose instead of eq. 16",
-        "sign=learned": "one learned gain per head decides (ours)",
-        "normalize=sqrt_length": "vectors divided by the root of the line length, so that larger grids are not sharper (ours)",
-    }
+    variants: ClassVar[dict[str, str]] = VARIANTS
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, preset: str = "listing", **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid)
@@ -210,7 +144,7 @@ class SaPE2(AttentionEncoding):
         if self.options.sign == "learned":
             gain = 1.0 if self.options.gain_init is None else self.options.gain_init
             self.gain = nn.Parameter(torch.full((num_heads,), gain))
-        self.facts = _facts(self.options)
+        self.facts = facts_of(self.options)
         self.register_load_state_dict_post_hook(_warn_after_loading)
 
     @classmethod
@@ -225,52 +159,37 @@ class SaPE2(AttentionEncoding):
 
     # --- hooks -------------------------------------------------------------------------------------------------------
 
-    def bias(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        grid: Grid,
-        scores: LineScores | None = None,
-    ) -> AttentionBias:
+    def make_bias(self, content: Content) -> AttentionBias:
         """The bias of every pair in logits, float32 or better inside."""
-        self._check_input(q, grid)
-        with no_autocast(q):
-            q_full, k_full = full_precision(q), full_precision(k)
-            if self._counts_alike:  # the same numbers as `_all_lines`, by one product for each axis
-                vector = q_full if self.options.dot == "query" else k_full
-                return self._read_out({axis: vector @ self._read_alike(grid, axis) for axis in self.axes}, grid, q.dtype)
-            if scores and self.options.count in ("suffix", "prefix"):
-                return self._read_out(self._counted_vectors(q_full, k_full, grid, scores), grid, q.dtype)
-            lines = self._all_lines(q_full, k_full, grid, scores)
-            return self._read_out({axis: from_lines(maps.vectors, axis) for axis, maps in lines.items()}, grid, q.dtype)
+        self._check_input(content.q)
+        with no_autocast(content.q):
+            full = content.in_full_precision()
+            if self.options.gates == "content":
+                form = form_for(full.q, full.k, *self._tables())
+                vectors = {axis: maps.vectors for axis, maps in self._line_maps(full, form).items()}
+            else:  # the same numbers by one product for each axis
+                vectors = {axis: self._met(self._vector(full), full.grid, axis) for axis in self.axes}
+            return self._read_out(vectors, full.grid, content.q.dtype)
 
-    def key_vectors(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def make_maps(self, content: Content) -> dict[str, Tensor]:
+        """gates_*, positions_*, vectors_* per axis, (B, h, N, S) (2S for count=both), and bias, (B, h, N, N)."""
+        self._check_input(content.q)
+        with no_autocast(content.q):
+            lines = self._line_maps(content.in_full_precision(), readable)
+            result = {f"{name}_{axis}": value for axis, maps in lines.items() for name, value in maps._asdict().items()}
+            vectors = {axis: maps.vectors for axis, maps in lines.items()}
+            return result | {"bias": self._read_out(vectors, content.grid, content.q.dtype).dense()}
+
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         """e_n, the tables read at the column and the row of n, if every query counts alike and the bias is q_i . e_n."""
         if not (self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"):
             return None
-        self._check_input(q, grid)
+        self._check_input(q)
         total = q.new_zeros((), dtype=full_precision(q).dtype)
         for axis in self.axes:
-            read = self._read_alike(grid, axis).unflatten(-1, (-1, line_length(grid, axis))).sum(-2)  # (d, S)
+            read = self._rows_met(grid, axis)[:, 0].unflatten(-1, (-1, line_length(grid, axis))).sum(-2)  # (d, S)
             total = total + read.index_select(-1, line_coordinate(grid, axis, q.device))
         return self._bias_scale() * total.T  # (N, d) or, with a gain, (h, N, d)
-
-    def maps(
-        self, q: Float[Tensor, "batch heads tokens head_dim"], k: Float[Tensor, "batch heads tokens head_dim"], grid: Grid
-    ) -> dict[str, Tensor]:
-        """gates_*, positions_*, vectors_* per axis, (B, h, N, S) (2S for count=both), and bias, (B, h, N, N)."""
-        self._check_input(q, grid)
-        result: dict[str, Tensor] = {}
-        with no_autocast(q):
-            lines = self._all_lines(full_precision(q), full_precision(k), grid)
-            for axis, maps in lines.items():
-                for name, value in maps._asdict().items():
-                    result[f"{name}_{axis}"] = from_lines(value, axis)
-            vectors: dict[Axis, Tensor] = {axis: result[f"vectors_{axis}"] for axis in self.axes}
-            result["bias"] = self._read_out(vectors, grid, q.dtype).dense()
-        return result
 
     def check_trainable(self) -> None:
         """Raises ValueError if a table is all zero: then every distance and every gradient is 0, for ever."""
@@ -283,8 +202,7 @@ class SaPE2(AttentionEncoding):
 
     # --- steps -------------------------------------------------------------------------------------------------------
 
-    def _check_input(self, q: Tensor, grid: Grid) -> None:
-        check_tokens(q, check_grid(grid))
+    def _check_input(self, q: Tensor) -> None:
         if q.shape[1] != self.num_heads or q.shape[-1] != self.head_dim:
             raise ValueError(
                 f"this SaPE2 has num_heads={self.num_heads}, head_dim={self.head_dim}; got q of shape {tuple(q.shape)}"
@@ -292,45 +210,71 @@ class SaPE2(AttentionEncoding):
         if q.device.type == "cpu" and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _warn_if_dead(self)
 
-    def _all_lines(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores | None = None) -> dict[Axis, LineMaps]:
-        """Equations 9 to 14 along every axis; `scores` are the products q.k / sqrt(d) within lines, if they are known."""
-        vector = q if self.options.dot == "query" else k
-        tables = torch.cat([full_precision(getattr(self, f"table_{axis}")) for axis in self.axes])
-        products = table_products(vector, tables).split(self.num_positions, dim=-1)  # of all axes at once, (B, h, N, P)
+    def _tables(self) -> list[Tensor]:
+        return [full_precision(getattr(self, f"table_{axis}")) for axis in self.axes]
+
+    def _vector(self, content: Content) -> Tensor:
+        return content.q if self.options.dot == "query" else content.k
+
+    def _line_maps(self, content: Content, form: ModuleType) -> dict[Axis, LineMaps]:
+        """Equations 9 to 14 along every axis; `form` counts and reads, see `sape2.encodings.counting`."""
+        products = table_products(self._vector(content), torch.cat(self._tables()))  # of all axes at once
         result: dict[Axis, LineMaps] = {}
-        for axis, of_axis in zip(self.axes, products, strict=True):
-            gates = self._gates(q, k, grid, axis, scores)
-            positions = count_positions(gates, self.options.count) * self._position_scale(grid, axis, q)
-            vectors = self._normalized(interpolate(to_lines(of_axis, grid, axis), positions), grid, axis)
+        for axis, of_axis in zip(self.axes, products.split(self.num_positions, dim=-1), strict=True):
+            gates = self._gates(content, axis)
+            place = line_coordinate(content.grid, axis, gates.device)
+            positions = self._rescaled(form.count_positions(gates, self.options.count, place), content.grid, axis)
+            vectors = self._normalized(form.interpolate(of_axis, positions), content.grid, axis)
             result[axis] = LineMaps(gates, positions, vectors)
         return result
+
+    def _gates(self, content: Content, axis: Axis) -> Float[Tensor, "batch heads tokens length"]:
+        """Content gates, or what is left without content."""
+        q, scale = content.q, self._gate_scale()
+        if self.options.gates != "content":
+            return q.new_full((1, 1, 1, 1), self._gate()).expand(*q.shape[:3], line_length(content.grid, axis))
+        if axis not in content.scores:
+            return content_gates(line_products(q, content.k, content.grid, axis), scale)
+        return content_gates(content.scores[axis], 1.0 if self.options.gate_scale == "sqrt_dim" else scale * self.head_dim**0.5)
+
+    def _gate(self) -> float:
+        """A gate without content: sigmoid(0) = 1/2 (constant), or 1, plain counting (none)."""
+        return 0.5 if self.options.gates == "constant" else 1.0
+
+    def _gate_scale(self) -> float | Tensor:
+        if self.options.gate_scale == "learned":
+            return full_precision(self.gate_scale)[:, None, None]
+        return self.head_dim**-0.5 if self.options.gate_scale == "sqrt_dim" else 1.0
 
     @property
     def _counts_alike(self) -> bool:
         """True if all patches of a line get the same positions: gates without content, counted from the ends of the line."""
         return self.options.gates != "content" and self.options.count in ("suffix", "prefix", "both")
 
-    def _read_alike(self, grid: Grid, axis: Axis) -> Float[Tensor, "head_dim places"]:
-        """The table at the positions of a line whose gates have no content: the vectors that z_im is the product with."""
-        table = full_precision(getattr(self, f"table_{axis}"))
-        length = line_length(grid, axis)
-        positions = count_positions(table.new_full((1, length), self._gate()), self.options.count)
-        read = interpolate(table.T, (positions * self._position_scale(grid, axis, table)).expand(self.head_dim, -1))
-        return self._normalized(read, grid, axis)
+    def _met(self, vector: Tensor, grid: Grid, axis: Axis) -> Float[Tensor, "batch heads tokens places"]:
+        """The vectors of an axis whose gates have no content: v_i^T e at the positions that are the same for all lines."""
+        rows = self._rows_met(grid, axis)
+        if self._counts_alike:
+            return vector @ rows[:, 0]
+        return from_lines(torch.einsum("bhlsd,dsm->bhlsm", to_lines(vector, grid, axis), rows), axis)
 
-    def _counted_vectors(self, q: Tensor, k: Tensor, grid: Grid, scores: LineScores) -> dict[Axis, Tensor]:
-        """The vectors of all axes, (B, h, N, S), from scores that are known: the same numbers as `_all_lines`, faster."""
-        vector = q if self.options.dot == "query" else k
-        tables = torch.cat([full_precision(getattr(self, f"table_{axis}")) for axis in self.axes])
-        tables = tables.expand(*vector.shape[:2], -1, -1)  # one product for each head is faster than one of all tokens
-        products = (tables @ vector.transpose(-1, -2)).split(self.num_positions, dim=-2)  # (B, h, P, N) for each axis
-        result: dict[Axis, Tensor] = {}
-        for axis, of_axis in zip(self.axes, products, strict=True):
-            scale: Any = self._position_scale(grid, axis, q)
-            of_line = self._relative(scores[axis].flatten(-2))
-            vectors = CountedVectors.apply(of_line, of_axis, self.options.count == "suffix", scale).transpose(-1, -2)
-            result[axis] = self._normalized(vectors, grid, axis)
-        return result
+    def _rows_met(self, grid: Grid, axis: Axis) -> Float[Tensor, "head_dim length places"]:
+        """The table read at the positions that a patch at each place of a line gives to the others, without content.
+
+        One place stands for all where they count alike.
+        """
+        table, length = full_precision(getattr(self, f"table_{axis}")), line_length(grid, axis)
+        place = torch.arange(1 if self._counts_alike else length, device=table.device)
+        gates = table.new_full((1, 1), self._gate()).expand(len(place), length)
+        positions = self._rescaled(readable.count_positions(gates, self.options.count, place), grid, axis)
+        products = table.T[:, None].expand(-1, len(place), -1)  # (d, S, P)
+        return self._normalized(readable.interpolate(products, positions.expand(self.head_dim, -1, -1)), grid, axis)
+
+    def _rescaled(self, positions: Tensor, grid: Grid, axis: Axis) -> Tensor:
+        """Rule for lines longer than in training: clamp leaves positions alone, rescale maps them onto the trained range."""
+        if self.options.beyond == "clamp":
+            return positions
+        return positions * rescaling(line_length(self.grid, axis), line_length(grid, axis), positions)
 
     def _normalized(self, vectors: Tensor, grid: Grid, axis: Axis) -> Tensor:
         """Divided by sqrt(S), if asked for; in a tensor where an export leaves S open, for none takes the root of a symbol."""
@@ -339,39 +283,6 @@ class SaPE2(AttentionEncoding):
         length = line_length(grid, axis)
         return vectors / (math.sqrt(length) if isinstance(length, int) else vectors.new_full((), length).sqrt())
 
-    def _relative(self, scores: Tensor) -> Tensor:
-        """Scores, which are divided by sqrt(d), as the gates scale them."""
-        if self.options.gate_scale == "sqrt_dim":
-            return scores
-        scale = self._gate_scale()
-        scale = scale.view(-1, *[1] * (scores.dim() - 2)) if isinstance(scale, Tensor) else scale
-        return scale * self.head_dim**0.5 * scores
-
-    def _gates(
-        self, q: Tensor, k: Tensor, grid: Grid, axis: Axis, scores: LineScores | None
-    ) -> Float[Tensor, "batch heads lines length length"]:
-        """Content gates, or what is left without content."""
-        if self.options.gates != "content":
-            lines, length = num_tokens(grid) // line_length(grid, axis), line_length(grid, axis)
-            return q.new_full((1, 1), self._gate()).expand(*q.shape[:2], lines, length, length)
-        if scores is None:
-            return content_gates(to_lines(q, grid, axis), to_lines(k, grid, axis), self._gate_scale())
-        return torch.sigmoid(self._relative(places_to_lines(scores[axis], axis)))
-
-    def _gate(self) -> float:
-        """A gate without content: sigmoid(0) = 1/2 (constant), or 1, plain counting (none)."""
-        return 0.5 if self.options.gates == "constant" else 1.0
-
-    def _gate_scale(self) -> float | Tensor:
-        if self.options.gate_scale == "learned":
-            return full_precision(self.gate_scale)[:, None, None, None]
-        return self.head_dim**-0.5 if self.options.gate_scale == "sqrt_dim" else 1.0
-
-    def _position_scale(self, grid: Grid, axis: Axis, like: Tensor) -> float | Tensor:
-        """Rule for lines longer than in training: clamp leaves positions alone, rescale maps them onto the trained range."""
-        clamp = self.options.beyond == "clamp"
-        return 1.0 if clamp else rescaling(line_length(self.grid, axis), line_length(grid, axis), like)
-
     def _read_out(self, vectors: dict[Axis, Tensor], grid: Grid, dtype: torch.dtype) -> AttentionBias:
         """Eq. 15 (or another read-out), the sign and the division of eq. 16."""
         if self.options.readout == "distance":
@@ -379,7 +290,7 @@ class SaPE2(AttentionEncoding):
         elif self.options.readout == "squared_distance":
             bias = squared_distance_bias(vectors)
         else:
-            bias = direct_bias(vectors, grid)
+            bias = direct_bias(vectors, grid, counts=2 if self.options.count == "both" else 1)
         return AttentionBias(*bias.scaled(self._bias_scale()).terms, dtype=dtype)
 
     def _bias_scale(self) -> float | Tensor:

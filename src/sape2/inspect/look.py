@@ -10,9 +10,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sape2.attention import encode
-from sape2.encodings.base import full_precision
 from sape2.encodings.cope import CoPE
 from sape2.encodings.grid import Grid
+from sape2.encodings.precision import full_precision
 from sape2.encodings.sape2 import SaPE2, table_products
 from sape2.evaluation.base import evaluating
 from sape2.evaluation.layers import Layer, as_layers

@@ -22,9 +22,10 @@ from torch.utils.checkpoint import checkpoint
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
-from sape2.encodings.base import full_precision, names_without_decay
+from sape2.encodings.base import names_without_decay
 from sape2.encodings.grid import Grid, as_grid
 from sape2.encodings.names import name_once
+from sape2.encodings.precision import full_precision
 from sape2.models import hub
 from sape2.runs.run import Run
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from sape2.attention.kernels.trial import DTYPES, has_triton, trusted
 from sape2.attention.products import widened
-from sape2.encodings.base import AttentionBias, no_autocast
-from sape2.encodings.bias import Distances
+from sape2.encodings.bias import AttentionBias
+from sape2.encodings.distances import Distances
+from sape2.encodings.precision import no_autocast
 
 MAX_WIDTH = 256  # channels of q and k, those of a factored bias among them, and of v
 

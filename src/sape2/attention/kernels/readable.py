@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sape2.encodings.base import full_precision
-from sape2.encodings.bias import Distances
+from sape2.encodings.distances import Distances
+from sape2.encodings.precision import full_precision
 
 
 def readable_attention(

@@ -1,0 +1,60 @@
+"""What an encoding sees of a layer, in one value, whatever it reads of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from jaxtyping import Float
+from torch import Tensor
+
+from sape2.encodings.grid import Axis, Grid, check_grid, check_tokens, num_prefix_tokens
+from sape2.encodings.precision import full_precision
+
+Vectors = Float[Tensor, "batch heads tokens head_dim"]
+Tokens = Float[Tensor, "batch tokens dim"]
+
+
+@dataclass(frozen=True)
+class Content:
+    """What an encoding sees of a layer: its grid tokens, with q and k before any rotation.
+
+    `scores`: q.k / sqrt(d) of every token with those of its own line, (B, h, N, S), for each axis of
+    `AttentionEncoding.score_axes`, where attention has computed them anyway. `tokens`: what q and k were projected
+    from, the normed input of the block, where it is known. Raises ValueError if the grid has another number of tokens.
+    """
+
+    q: Vectors
+    k: Vectors
+    grid: Grid
+    scores: Mapping[Axis, Tensor] = field(default_factory=dict)
+    tokens: Tokens | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.q, check_grid(self.grid))
+
+    @classmethod
+    def of_grid(
+        cls,
+        q: Float[Tensor, "batch heads all_tokens head_dim"],
+        k: Float[Tensor, "batch heads all_tokens head_dim"],
+        grid: Grid,
+        tokens: Float[Tensor, "batch all_tokens dim"] | None = None,
+    ) -> Content:
+        """The content of whole sequences, without their prefix tokens."""
+        first = num_prefix_tokens(q.shape[-2], grid)
+        return cls(q[:, :, first:], k[:, :, first:], grid, tokens=None if tokens is None else tokens[:, first:])
+
+    def in_full_precision(self) -> Content:
+        """With q and k in float32 or better."""
+        return dataclasses.replace(self, q=full_precision(self.q), k=full_precision(self.k))
+
+    def read_tokens(self, name: str, dim: int) -> Tokens:
+        """The tokens, in float32 or better; raises ValueError if there are none, or of another width than `dim`."""
+        if self.tokens is None:
+            raise ValueError(f"{name} reads the normed input of the block besides q and k; give tokens, (batch, tokens, {dim})")
+        check_tokens(self.tokens, self.grid)
+        if (width := self.tokens.shape[-1]) != dim:
+            raise ValueError(f"this {name} reads tokens of width {dim} (num_heads times head_dim); got {width}")
+        return full_precision(self.tokens)
