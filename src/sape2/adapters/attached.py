@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -62,33 +62,47 @@ class Attached:
         mask: Tensor | None = None,
         rotated: tuple[Tensor, Tensor] | None = None,
         tokens: Float[Tensor, "batch tokens dim"] | None = None,
+        grid: Grid | None = None,
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """Attention with the encoding. `mask`, `tokens`: as `bias_map`; `rotated`: q and k as the host turns them."""
+        """Attention with the encoding. `rotated`: q and k as the host turns them; the others: as `bias_map`."""
         if mask is None and rotated is None:
-            return attend(q, k, v, self.sape2_tokens.grid_of(q.shape[-2]), encoding_of(self), dropout, tokens=tokens)
-        bias = self.bias_map(q, k, mask, tokens)
-        q, k = rotated or self.rotate(q, k)
+            grid = grid or self.sape2_tokens.grid_of(q.shape[-2])
+            return attend(q, k, v, grid, encoding_of(self), dropout, tokens=tokens)
+        bias = self.bias_map(q, k, mask, tokens, grid)
+        q, k = rotated or self.rotate(q, k, grid)
         mask = None if bias is None else bias.to(v.dtype)
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
 
-    def bias_map(self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor | None:
-        """The bias of all T tokens (0 for prefix tokens) plus a mask, in logits; q and k before any rotation.
+    def bias_map(
+        self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, grid: Grid | None = None
+    ) -> Tensor | None:
+        """The bias of all T tokens (0 for those that stand on no grid) plus a mask, in logits; q and k before any rotation.
 
         A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added. `tokens`, (B, T, D), are what the host
-        projects to q and k, for encodings that read them.
+        projects to q and k, for encodings that read them. `grid` is that of this call, where the host's attention knows it.
         """
-        grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
-        bias = encoding_of(self).make_bias(Content.of_grid(q, k, grid, tokens))
+        grid = grid or self.sape2_tokens.grid_of(q.shape[-2])
+        first, last = self.sape2_tokens.ends(q.shape[-2])
+        of_grid = None if tokens is None else tokens[:, first:last]
+        bias = encoding_of(self).make_bias(Content(q[:, :, first:last], k[:, :, first:last], grid, tokens=of_grid))
         additive = None if mask is None else as_additive(mask, q.dtype)
         if bias is None:
             return additive
-        matrix = F.pad(bias.dense(), (num_prefix, 0, num_prefix, 0))  # (B or 1, h, T, T)
+        matrix = F.pad(bias.dense(), (first, q.shape[-2] - last) * 2)  # (B or 1, h, T, T)
         matrix = matrix if matrix.dim() == 4 else matrix[None]
         return matrix if additive is None else matrix + additive
 
-    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k turned by the encoding; prefix tokens stay."""
-        return encoding_of(self).rotate_all(q, k, self.sape2_tokens.grid_of(q.shape[-2]))
+    def rotate(self, q: Tensor, k: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+        """q and k turned by the encoding; tokens that stand on no grid stay."""
+        grid = grid or self.sape2_tokens.grid_of(q.shape[-2])
+        first, last = self.sape2_tokens.ends(q.shape[-2])
+        q_grid, k_grid = q[:, :, first:last], k[:, :, first:last]
+        turned_q, turned_k = encoding_of(self).rotate(q_grid, k_grid, grid)
+        if turned_q is q_grid:
+            return q, k
+        pairs = ((q, turned_q), (k, turned_k))
+        turned = [torch.cat([t[:, :, :first], of_grid, t[:, :, last:]], -2) for t, of_grid in pairs]
+        return turned[0], turned[1]
 
 
 def encoding_of(module: Any) -> AttentionEncoding:
@@ -144,6 +158,14 @@ def causal_mask(total: int, device: torch.device) -> Bool[Tensor, "tokens tokens
 # --- putting in and taking out ---------------------------------------------------------------------------------------
 
 
+class Size(NamedTuple):
+    """What the tables of one attention module are made for. The grid is None where the model does not say it."""
+
+    num_heads: int
+    head_dim: int
+    grid: Grid | None
+
+
 @dataclass(frozen=True)
 class Host:
     """The places in a model of a host library where an encoding is attached."""
@@ -151,10 +173,8 @@ class Host:
     name: str
     layers: list[tuple[nn.Module, type[Attached]]]  # each attention module and the class that it gets
     projection: nn.Module | None  # its output is (B, D, H, W)
-    num_prefix: int
-    grid: Grid | None
-    num_heads: int
-    head_dim: int
+    tokens: Tokens
+    sizes: list[Size]  # of each attention module
     rotates: bool = False
 
 
@@ -165,10 +185,7 @@ class Attachment:
     host: str
     encoding: str
     start: Start
-    grid: Grid
-    num_heads: int
-    head_dim: int
-    depth: int
+    sizes: list[Size]
     attentions: dict[int, nn.Module]  # by layer; layers without encoding are left out
     tokens: Tokens
     hooks: list[Any]
@@ -200,15 +217,16 @@ class NoWeightDecay:
         return names_without_decay(self.model) | (set(own(self.model)) if own else set())
 
 
-def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grid: Grid | None) -> None:
-    """Gives the attention modules of `host` their encodings. Changes nothing if it raises."""
+def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grids: list[Grid | None]) -> None:
+    """Gives the attention modules of `host` their encodings, for a grid each. Changes nothing if it raises."""
     if trainable not in get_args(Trainable):
         raise ValueError(f"trainable must be one of {', '.join(get_args(Trainable))}; got {trainable!r}")
-    if grid is None and host.grid is None:
+    if None in grids:
         raise ValueError("the model does not say for which image size it was made; give grid=(H, W), the patches of one")
-    grid = check_grid(grid or host.grid or (0, 0))
-    layers = _create(host, encoding, start, grid)
-    tokens = Tokens(host.num_prefix, grid if host.projection is None else None, _counts(layers, host))
+    sizes = [size._replace(grid=check_grid(grid)) for size, grid in zip(host.sizes, grids, strict=True) if grid]
+    layers = _create(host, encoding, start, sizes)
+    tokens = host.tokens
+    tokens.counts = _counts(layers, sizes)
     used = {
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
     }
@@ -220,8 +238,7 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     hooks = [] if host.projection is None else _listen(model, host.projection, tokens)
     hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
-    sizes = (host.num_heads, host.head_dim, len(host.layers))
-    model.sape2_attachment = Attachment(host.name, encoding, start, grid, *sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
+    model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
     model.no_weight_decay = NoWeightDecay(model)  # pyrefly: ignore
 
 
@@ -236,9 +253,17 @@ def _listen(model: nn.Module, projection: nn.Module, tokens: Tokens) -> list[Any
     return hooks if patches is model else [*hooks, patches.register_forward_pre_hook(tokens.forget)]
 
 
-def _create(host: Host, encoding: str, start: Start, grid: Grid) -> list[AttentionEncoding]:
+def _create(host: Host, encoding: str, start: Start, sizes: list[Size]) -> list[AttentionEncoding]:
+    """An encoding for each layer; modules that layers share are shared by those of one size."""
+    made = {size: _create_alike(host, encoding, start, size, len(sizes)) for size in dict.fromkeys(sizes)}
+    return [made[size][index] for index, size in enumerate(sizes)]
+
+
+def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: int) -> list[AttentionEncoding]:
+    num_heads, head_dim, grid = size
+    assert grid is not None
     with torch.device("cpu"):  # the probes of `prepare` are
-        tokens, layers = create_encodings(encoding, host.num_heads, host.head_dim, grid, len(host.layers))
+        tokens, layers = create_encodings(encoding, num_heads, head_dim, grid, depth)
     if tokens:
         raise ValueError(
             f"attach puts encodings into attention; {encoding!r} also changes the tokens, for which the model has its own "
@@ -248,12 +273,12 @@ def _create(host: Host, encoding: str, start: Start, grid: Grid) -> list[Attenti
         raise ValueError(
             f"this {host.name} turns q and k itself; a second rotation, {encoding!r}, would mix with it. Attach a bias"
         )
-    return prepare(layers, start, host.num_heads, host.head_dim)
+    return prepare(layers, start, num_heads, head_dim)
 
 
-def _counts(layers: list[AttentionEncoding], host: Host) -> bool:
-    different = {str(layer): layer for layer in layers}  # layers of one kind and the same options do the same
-    return any(looks_beyond_pairs(layer, host.num_heads, host.head_dim) for layer in different.values())
+def _counts(layers: list[AttentionEncoding], sizes: list[Size]) -> bool:
+    different = {str(layer): (layer, size) for layer, size in zip(layers, sizes, strict=True)}  # those of one kind are alike
+    return any(looks_beyond_pairs(layer, size.num_heads, size.head_dim) for layer, size in different.values())
 
 
 def _swap(

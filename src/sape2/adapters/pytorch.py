@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Trainable, as_additive, attachment_of, check_free, put_in
+from sape2.adapters.attached import Attached, Host, Size, Trainable, as_additive, attachment_of, check_free, put_in
 from sape2.adapters.start import Start
+from sape2.adapters.tokens import Tokens
 from sape2.attention import Attention
 from sape2.encodings import TokenEncoding, create_encoding
 from sape2.encodings.grid import Grid, check_grid
@@ -133,9 +134,10 @@ def attach_attention(
     """
     check_free(attention)
     attention = check_multihead(attention)
-    name, sizes = "nn.MultiheadAttention", (attention.num_heads, attention.head_dim)
-    host = Host(name, [(attention, AttachedMultihead)], None, num_prefix_tokens, None, *sizes)
-    put_in(attention, host, encoding, trainable, start, grid)
+    tokens = Tokens(num_prefix_tokens, given=check_grid(grid))
+    sizes = [Size(attention.num_heads, attention.head_dim, grid)]
+    host = Host("nn.MultiheadAttention", [(attention, AttachedMultihead)], None, tokens, sizes)
+    put_in(attention, host, encoding, trainable, start, [grid])
     return attention
 
 

@@ -14,7 +14,8 @@ from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, causal_mask
+from sape2.adapters.attached import Attached, Host, Size, causal_mask
+from sape2.adapters.tokens import Tokens
 
 KNOWN = "VisionTransformer, Eva"
 REASONS = {
@@ -128,16 +129,13 @@ def find(model: nn.Module) -> Host:
         raise ValueError(
             f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(projection).__name__}"
         )
-    first = attentions[0]
     grid = model.patch_embed.grid_size
     return Host(
         name=f"timm {name}",
         layers=[(attention, ATTACHED[type(attention)]) for attention in attentions],
         projection=projection,
-        num_prefix=model.num_prefix_tokens,
-        grid=None if grid is None else tuple(grid),
-        num_heads=first.num_heads,
-        head_dim=first.head_dim,
+        tokens=Tokens(model.num_prefix_tokens),
+        sizes=[Size(each.num_heads, each.head_dim, grid and tuple(grid)) for each in attentions],
         rotates=getattr(model, "rope", None) is not None,
     )
 

@@ -26,15 +26,17 @@ class _Running(_Place, threading.local):
 
 
 class Tokens:
-    """Number of prefix tokens and grid of the running call, for the attention modules of one model; separate by thread.
+    """Where the patches are in the running call, for the attention modules of one model; separate by thread.
+
+    `num_prefix` tokens before and `num_suffix` behind them stand on no grid.
 
     The grid is that of the output of the patch projection (B, D, H, W), never a square root. Gradient checkpointing runs
     blocks again in the backward pass, when other images may have passed since, and on an accelerator in a thread of its
     own: then the grid is the one with that many tokens among those seen. A copy of the model starts without any call.
     """
 
-    def __init__(self, num_prefix: int, grid: Grid | None = None, counts: bool = False) -> None:
-        self.num_prefix, self.given = num_prefix, grid
+    def __init__(self, num_prefix: int = 0, num_suffix: int = 0, given: Grid | None = None, counts: bool = False) -> None:
+        self.num_prefix, self.num_suffix, self.given = num_prefix, num_suffix, given
         self.counts = counts  # whether the encoding looks beyond pairs of patches
         self.running = _Running()
         self.compiled = _Place()  # of compiled code, for which torch.compile knows no threads
@@ -42,7 +44,7 @@ class Tokens:
         self.over: set[int] = set()  # threads whose backward pass has begun
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"num_prefix": self.num_prefix, "grid": self.given, "counts": self.counts}
+        return {key: getattr(self, key) for key in ("num_prefix", "num_suffix", "given", "counts")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)
@@ -109,18 +111,23 @@ class Tokens:
                 "no image has passed, in this thread, the patch projection that attach found, so the grid is not known; if the "
                 "projection was replaced since, detach and attach again (save_adapter and load_adapter keep what was learned)"
             )
-        if num_tokens(grid) + self.num_prefix != total:
+        if num_tokens(grid) + self.num_prefix + self.num_suffix != total:
             raise ValueError(
                 f"an attached encoding needs all {grid[0]}x{grid[1]} patches after {self.num_prefix} prefix tokens; attention "
                 f"got {total} tokens. Patch dropout and token merging take patches away: set patch_drop_rate to 0, or detach"
             )
         return grid
 
+    def ends(self, total: int) -> tuple[int, int]:
+        """The first patch among `total` tokens, and what comes behind the last one."""
+        return self.num_prefix, total - self.num_suffix
+
     def _seen_with(self, total: int) -> Grid | None:
         """Of the grids seen by any thread the one with that many tokens; raises ValueError if there are several."""
         thread = threading.get_ident()
         self.over.update([thread] if thread in self.seen else self.seen if len(self.seen) == 1 else [])
-        fitting = {g for seen in list(self.seen.values()) for g in seen if num_tokens(g) + self.num_prefix == total}
+        others = self.num_prefix + self.num_suffix
+        fitting = {g for seen in list(self.seen.values()) for g in seen if num_tokens(g) + others == total}
         if len(fitting) > 1:
             raise ValueError(
                 f"gradient checkpointing runs a block again on {total} tokens, one of the grids {sorted(fitting)} seen "

@@ -1,27 +1,66 @@
-"""transformers 5: ViT, DeiT, DINOv2 with and without registers, on the host's own back ends `eager` and `sdpa`.
+"""transformers 5: the vision transformers in `FAMILIES`, on the host's own back ends `eager` and `sdpa`.
 
 The forward below is the one that all of them have in transformers 5, with the bias added to the mask that goes into the
-back end, which is the host's and is looked up in every call, so `set_attn_implementation` works as before.
+back end, which is the host's and is looked up in every call, so `set_attn_implementation` works as before. What differs
+from family to family is where the parts of attention are, and which tokens stand on no grid.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host
+from sape2.adapters.attached import Attached, Host, Size
+from sape2.adapters.tokens import Tokens
 
-# attention class: (its module in transformers.models, number of prefix tokens)
-FAMILIES: dict[str, tuple[str, Any]] = {
-    "ViTAttention": ("vit.modeling_vit", lambda config: 1),
-    "DeiTAttention": ("deit.modeling_deit", lambda config: 2),  # class and distillation token
-    "Dinov2Attention": ("dinov2.modeling_dinov2", lambda config: 1),
-    "Dinov2WithRegistersAttention": (
-        "dinov2_with_registers.modeling_dinov2_with_registers",
+
+@dataclass(frozen=True)
+class Family:
+    """An attention class: its module in transformers.models, the tokens around the patches, and the names of its parts."""
+
+    module: str
+    num_prefix: Callable[[Any], int] = lambda config: 1
+    num_suffix: Callable[[Any], int] = lambda config: 0
+    projections: tuple[str, str, str] = ("q_proj", "k_proj", "v_proj")
+    output: str | None = "o_proj"
+    num_heads: str = "num_attention_heads"
+    scale: str = "scaling"
+    dropout: str = "attention_dropout"
+
+
+def _two_towers(module: str, num_prefix: int) -> Family:
+    """CLIP and what is made like it."""
+    return Family(module, lambda config: num_prefix, output="out_proj", num_heads="num_heads", scale="scale", dropout="dropout")
+
+
+FAMILIES = {
+    "ViTAttention": Family("vit.modeling_vit"),
+    "DeiTAttention": Family("deit.modeling_deit", lambda config: 2),  # class and distillation token
+    "Dinov2Attention": Family("dinov2.modeling_dinov2"),
+    "Dinov2WithRegistersAttention": Family(
+        "dinov2_with_registers.modeling_dinov2_with_registers", lambda config: 1 + config.num_register_tokens
+    ),
+    "DINOv3ViTAttention": Family(
+        "dinov3_vit.modeling_dinov3_vit",
         lambda config: 1 + config.num_register_tokens,
+        num_heads="num_heads",
+        dropout="dropout",
+    ),
+    "CLIPAttention": _two_towers("clip.modeling_clip", 1),
+    "SiglipAttention": _two_towers("siglip.modeling_siglip", 0),
+    "IJepaAttention": Family("ijepa.modeling_ijepa", lambda config: 0),
+    "ViTMSNAttention": Family("vit_msn.modeling_vit_msn"),
+    "YolosSelfAttention": Family(
+        "yolos.modeling_yolos",
+        num_suffix=lambda config: config.num_detection_tokens,
+        projections=("query", "key", "value"),
+        output=None,
+        dropout="dropout_prob",
     ),
 }
 NO_BIAS = {
@@ -32,22 +71,30 @@ NO_BIAS = {
 
 
 class _Attached(Attached):
+    family: ClassVar[Family]
+    library: ClassVar[Any]
     functions: ClassVar[Any]
-    eager: ClassVar[Any]
 
-    def forward(self: Any, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> tuple:
+    def forward(
+        self: Any, hidden_states: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **kwargs: Any
+    ) -> tuple:
         check_backend(self.config._attn_implementation)
         attention_mask = self.sape2_tokens.given_mask(attention_mask)
         self.sape2_tokens.check_padding(attention_mask)
-        projections = (self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states))
-        q, k, v = (each.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for each in projections)
+        projected = (getattr(self, name)(hidden_states) for name in self.family.projections)
+        q, k, v = (each.unflatten(-1, (getattr(self, self.family.num_heads), -1)).transpose(1, 2) for each in projected)
         bias = self.bias_map(q, k, attention_mask, hidden_states)
-        q, k = self.rotate(q, k)
-        attention = self.functions.get_interface(self.config._attn_implementation, self.eager)
-        dropout = self.attention_dropout if self.training else 0.0
+        if position_embeddings is None:
+            q, k = self.rotate(q, k)
+        else:
+            q, k = self.library.apply_rotary_pos_emb(q, k, *position_embeddings)
+        attention = self.functions.get_interface(self.config._attn_implementation, self.library.eager_attention_forward)
+        dropout = getattr(self, self.family.dropout) if self.training else 0.0
         bias = None if bias is None else bias.to(q.dtype)
-        output, weights = attention(self, q, k, v, bias, dropout=dropout, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        scale = getattr(self, self.family.scale)
+        output, weights = attention(self, q, k, v, bias, dropout=dropout, scaling=scale, **kwargs)
+        output = output.flatten(2)
+        return output if self.family.output is None else getattr(self, self.family.output)(output), weights
 
 
 def check_backend(name: str | None) -> None:
@@ -60,15 +107,15 @@ def check_backend(name: str | None) -> None:
 @functools.cache
 def attached_class(name: str) -> type[Attached]:
     """The subclass of one of the attention classes in `FAMILIES`; made when asked for, since the library may be absent."""
-    module = importlib.import_module(f"transformers.models.{FAMILIES[name][0]}")
-    functions = importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
+    module = importlib.import_module(f"transformers.models.{FAMILIES[name].module}")
     host = getattr(module, name)
     contents = {
         "__module__": __name__,
         "__doc__": f"transformers' `{name}` with an encoding.",
         "host_class": host,
-        "functions": functions,
-        "eager": staticmethod(module.eager_attention_forward),
+        "family": FAMILIES[name],
+        "library": module,
+        "functions": importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS,
     }
     return type(f"Attached{name}", (_Attached, host), contents)
 
@@ -80,28 +127,57 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+# --- where -----------------------------------------------------------------------------------------------------------
+
+
 def find(model: nn.Module) -> Host:
     _check_version()
-    attentions: list[Any] = [module for module in model.modules() if type(module).__name__ in FAMILIES]
-    patches = [module for module in model.modules() if type(module).__name__.endswith("PatchEmbeddings")]
-    if not attentions or len(patches) != 1:
-        known = ", ".join(name.removesuffix("Attention") for name in FAMILIES)
+    projections = [conv for module in model.modules() for conv in _projections(module)]
+    attentions = _of_tower(model, projections[0]) if len(projections) == 1 else []
+    if not attentions:
+        known = ", ".join(name.split("Attention")[0].removesuffix("Self") for name in FAMILIES)
         raise ValueError(
             f"attach knows models of transformers with one image tower of the kinds {known}; got {type(model).__name__}"
         )
-    first, name = attentions[0], type(attentions[0]).__name__
-    check_backend(first.config._attn_implementation)
-    patch: Any = patches[0]
-    height, width = (int(patch.image_size[i]) // int(patch.patch_size[i]) for i in (0, 1))
+    config, family = attentions[0].config, FAMILIES[type(attentions[0]).__name__]
+    check_backend(config._attn_implementation)
+    (height, width), (patch_height, patch_width) = _pair(config.image_size), _pair(config.patch_size)
+    grid = (height // patch_height, width // patch_width)
     return Host(
         name=f"transformers {type(model).__name__}",
-        layers=[(attention, attached_class(name)) for attention in attentions],
-        projection=patch.projection,
-        num_prefix=FAMILIES[name][1](first.config),
-        grid=(height, width),
-        num_heads=first.num_attention_heads,
-        head_dim=first.head_dim,
+        layers=[(each, attached_class(type(each).__name__)) for each in attentions],
+        projection=projections[0],
+        tokens=Tokens(family.num_prefix(config), family.num_suffix(config)),
+        sizes=[_size(each, grid) for each in attentions],
+        rotates=any(type(each).__name__ == "DINOv3ViTAttention" for each in attentions),
     )
+
+
+def _projections(module: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that make patches."""
+    named = type(module).__name__.endswith("Embeddings")
+    return [part for part in module.children() if isinstance(part, nn.Conv2d)] if named else []
+
+
+def _of_tower(model: nn.Module, projection: nn.Conv2d) -> list[Any]:
+    """The attention modules of the smallest part of the model that has such and the projection: text and decoders stay out."""
+    around = [part for part in model.modules() if any(each is projection for each in part.modules())]
+    for part in reversed(around):
+        attentions = [each for each in part.modules() if type(each).__name__ in FAMILIES]
+        if attentions:
+            return attentions
+    return []
+
+
+def _size(attention: Any, grid: tuple[int, int]) -> Size:
+    family = FAMILIES[type(attention).__name__]
+    num_heads = getattr(attention, family.num_heads)
+    return Size(num_heads, getattr(attention, family.projections[0]).out_features // num_heads, grid)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    height, width = size if isinstance(size, (tuple, list)) else (size, size)
+    return int(height), int(width)
 
 
 def _check_version() -> None:

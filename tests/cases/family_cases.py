@@ -1,0 +1,70 @@
+"""One small model with random weights of each further family of hosts, and a batch that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from host_cases import HF, randomised
+from torch import Tensor, nn
+
+Batch = dict[str, Any]
+SMALL = {key: value for key, value in HF.items() if key != "num_labels"} | {"image_size": 24, "patch_size": 8}
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
+
+
+def _pixels(height: int = 24, width: int = 24, **more: Any) -> Batch:
+    return {"pixel_values": torch.randn(2, 3, height, width, dtype=torch.float64), **more}
+
+
+def _hf(name: str, **sizes: Any) -> nn.Module:
+    kind = next(kind for kind in (name, name.removesuffix("Model")) if hasattr(transformers, f"{kind}Config"))
+    return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**SMALL | sizes))
+
+
+def _two_towers(name: str) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")
+    text = TEXT | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "projection_size": 16}
+    return getattr(transformers, f"{name}Model")(config(text_config=text, vision_config=SMALL, projection_dim=8))
+
+
+def _with_text(**more: Any) -> Batch:
+    return _pixels(input_ids=torch.tensor([[1, 3, 4, 2], [1, 5, 2, 2]]), **more)
+
+
+# name: (makes the model, makes a batch)
+FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
+    "DINOv3": (lambda: _hf("DINOv3ViTModel", num_register_tokens=2), lambda: _pixels(24, 40)),
+    "CLIPVision": (lambda: _hf("CLIPVisionModel"), lambda: _pixels(24, 40, interpolate_pos_encoding=True)),
+    "CLIP": (lambda: _two_towers("CLIP"), _with_text),
+    "SiglipVision": (lambda: _hf("SiglipVisionModel"), lambda: _pixels(24, 40, interpolate_pos_encoding=True)),
+    "Siglip": (lambda: _two_towers("Siglip"), _with_text),
+    "IJepa": (lambda: _hf("IJepaModel"), lambda: _pixels(24, 40, interpolate_pos_encoding=True)),
+    "ViTMSN": (lambda: _hf("ViTMSNModel"), lambda: _pixels(24, 40, interpolate_pos_encoding=True)),
+    "Yolos": (
+        lambda: _hf("YolosModel", image_size=[24, 32], num_detection_tokens=3, use_mid_position_embeddings=True),
+        lambda: _pixels(24, 40),
+    ),
+}
+
+
+def make_family(name: str) -> nn.Module:
+    """In float64 and evaluation mode."""
+    torch.manual_seed(0)
+    return randomised(FAMILIES[name][0](), std=0.3).double().eval()
+
+
+def batch_of(name: str) -> Batch:
+    torch.manual_seed(1)
+    return FAMILIES[name][1]()
+
+
+def found(model: nn.Module, batch: Batch) -> Tensor:
+    """What the model says, as one tensor."""
+    output: Any = model(**batch)
+    if isinstance(output, Tensor):
+        return output
+    values = (getattr(output, key, None) for key in ("logits_per_image", "logits", "last_hidden_state"))
+    return next(value for value in values if value is not None)
