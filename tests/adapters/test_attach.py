@@ -443,8 +443,12 @@ class Unknown(nn.Module):
     pass
 
 
-def swin():
-    return timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=2)
+def swin_v2():
+    return timm.models.SwinTransformerV2(32, 4, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=2, window_size=4)
+
+
+def features_only(name):
+    return timm.create_model(name, features_only=True, out_indices=(1,), **TIMM | {"num_classes": 0})
 
 
 @pytest.mark.parametrize(
@@ -452,7 +456,8 @@ def swin():
     [
         (Unknown, {}, "attach knows models of timm, torchvision, transformers, sape2; got test_attach.Unknown"),
         (lambda: nn.Sequential(make("timm.vit.avg")), {}, "Attach before wrapping or compiling"),
-        (swin, {}, "timm's VisionTransformer, Eva and what is made of them; got SwinTransformer"),
+        (swin_v2, {}, "timm's VisionTransformer, Eva, .* got SwinTransformerV2: its logits are cosines"),
+        (lambda: features_only("vit_tiny_patch16_224"), {}, r"FeatureGetterNet: .*attach to the one inside, model\.model"),
         (
             lambda: timm.models.VisionTransformer(**TIMM, attn_layer="diff"),
             {},

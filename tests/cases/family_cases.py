@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import timm
 import torch
 import transformers
-from host_cases import HF, randomised
+from host_cases import HF, TIMM, randomised
 from torch import Tensor, nn
 
 Batch = dict[str, Any]
@@ -34,6 +35,10 @@ def _with_text(**more: Any) -> Batch:
     return _pixels(input_ids=torch.tensor([[1, 3, 4, 2], [1, 5, 2, 2]]), **more)
 
 
+def _images(height: int = 24, width: int = 32) -> Batch:
+    return {"x": torch.randn(2, 3, height, width, dtype=torch.float64)}
+
+
 # name: (makes the model, makes a batch)
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "DINOv3": (lambda: _hf("DINOv3ViTModel", num_register_tokens=2), lambda: _pixels(24, 40)),
@@ -46,6 +51,31 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
     "Yolos": (
         lambda: _hf("YolosModel", image_size=[24, 32], num_detection_tokens=3, use_mid_position_embeddings=True),
         lambda: _pixels(24, 40),
+    ),
+    "timm.Beit": (lambda: timm.models.Beit(**TIMM, use_rel_pos_bias=True, qkv_bias=True), _images),
+    "timm.Beit.shared": (lambda: timm.models.Beit(**TIMM, use_shared_rel_pos_bias=True, use_abs_pos_emb=False), _images),
+    "timm.RelPos": (lambda: timm.models.VisionTransformerRelPos(**TIMM, qk_norm=True, init_values=0.5), _images),
+    "timm.RelPos.shared": (
+        lambda: timm.models.VisionTransformerRelPos(**TIMM, rel_pos_type="bias", shared_rel_pos=True, class_token=True),
+        _images,
+    ),
+    "timm.SAM": (
+        lambda: timm.models.VisionTransformerSAM(
+            **TIMM, use_rel_pos=True, window_size=2, global_attn_indexes=(1,), neck_chans=8
+        ),
+        _images,
+    ),
+    "timm.SAM.rope": (
+        lambda: timm.models.VisionTransformerSAM(
+            **TIMM, use_rope=True, window_size=2, global_attn_indexes=(1,), neck_chans=0, ref_feat_shape=((3, 4), (2, 2))
+        ),
+        _images,
+    ),
+    "timm.Swin": (
+        lambda: timm.models.SwinTransformer(
+            (32, 48), patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=(2, 3), num_classes=5
+        ),
+        lambda: _images(32, 48),
     ),
 }
 
