@@ -14,6 +14,8 @@ from torch import Tensor, nn
 Batch = dict[str, Any]
 SMALL = {key: value for key, value in HF.items() if key != "num_labels"} | {"image_size": 24, "patch_size": 8}
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
+SWIN = {"image_size": [24, 36], "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 3}
+SAM = {"image_size": 24, "patch_size": 4, "output_channels": 8, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 24}
 
 
 def _pixels(height: int = 24, width: int = 24, **more: Any) -> Batch:
@@ -52,6 +54,14 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
         lambda: _hf("YolosModel", image_size=[24, 32], num_detection_tokens=3, use_mid_position_embeddings=True),
         lambda: _pixels(24, 40),
     ),
+    "Beit": (
+        lambda: _hf("BeitModel", use_relative_position_bias=True, image_size=[24, 32]),
+        lambda: _pixels(24, 40),
+    ),
+    "Beit.shared": (lambda: _hf("BeitModel", use_shared_relative_position_bias=True), lambda: _pixels(24, 40)),
+    "Swin": (lambda: transformers.SwinModel(transformers.SwinConfig(**SWIN)), lambda: _pixels(24, 36)),
+    "Sam": (lambda: _hf("SamVisionModel", **SAM, attn_implementation="sdpa"), lambda: _pixels(24, 24)),
+    "Sam.eager": (lambda: _hf("SamVisionModel", **SAM, attn_implementation="eager"), lambda: _pixels(24, 24)),
     "timm.Beit": (lambda: timm.models.Beit(**TIMM, use_rel_pos_bias=True, qkv_bias=True), _images),
     "timm.Beit.shared": (lambda: timm.models.Beit(**TIMM, use_shared_rel_pos_bias=True, use_abs_pos_emb=False), _images),
     "timm.RelPos": (lambda: timm.models.VisionTransformerRelPos(**TIMM, qk_norm=True, init_values=0.5), _images),

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sape2.adapters.attached import Attached, Host, Size
 from sape2.adapters.tokens import Tokens
+from sape2.encodings.grid import Grid, as_grid
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,7 @@ class Family:
     num_heads: str = "num_attention_heads"
     scale: str = "scaling"
     dropout: str = "attention_dropout"
+    mask_is_bias: bool = False  # attention gets the host's own bias as a mask
 
 
 def _two_towers(module: str, num_prefix: int) -> Family:
@@ -62,7 +67,12 @@ FAMILIES = {
         output=None,
         dropout="dropout_prob",
     ),
+    "BeitAttention": Family("beit.modeling_beit", mask_is_bias=True),
+    "SwinAttention": Family("swin.modeling_swin", lambda config: 0, mask_is_bias=True),
+    "SamVisionAttention": Family("sam.modeling_sam", lambda config: 0, scale="scale", dropout="dropout"),
+    "SamVisionSdpaAttention": Family("sam.modeling_sam", lambda config: 0, scale="scale", dropout="dropout"),
 }
+KIND = re.compile("(Vision)?(Self|Sdpa)?Attention$")
 NO_BIAS = {
     "flex_attention": "its masks are compiled before q and k are known, and it has no backward pass on a CPU",
     "flash_attention_2": "flash kernels take no bias",
@@ -79,13 +89,12 @@ class _Attached(Attached):
         self: Any, hidden_states: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **kwargs: Any
     ) -> tuple:
         check_backend(self.config._attn_implementation)
-        attention_mask = self.sape2_tokens.given_mask(attention_mask)
-        self.sape2_tokens.check_padding(attention_mask)
+        attention_mask, window = self.host_mask(hidden_states, attention_mask)
         projected = (getattr(self, name)(hidden_states) for name in self.family.projections)
         q, k, v = (each.unflatten(-1, (getattr(self, self.family.num_heads), -1)).transpose(1, 2) for each in projected)
-        bias = self.bias_map(q, k, attention_mask, hidden_states)
+        bias = self.bias_map(q, k, attention_mask, hidden_states, window)
         if position_embeddings is None:
-            q, k = self.rotate(q, k)
+            q, k = self.rotate(q, k, window)
         else:
             q, k = self.library.apply_rotary_pos_emb(q, k, *position_embeddings)
         attention = self.functions.get_interface(self.config._attn_implementation, self.library.eager_attention_forward)
@@ -95,6 +104,52 @@ class _Attached(Attached):
         output, weights = attention(self, q, k, v, bias, dropout=dropout, scaling=scale, **kwargs)
         output = output.flatten(2)
         return output if self.family.output is None else getattr(self, self.family.output)(output), weights
+
+    def host_mask(self: Any, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Grid | None]:
+        """What the host adds to its logits, and the grid of a window."""
+        if not self.family.mask_is_bias:
+            mask = self.sape2_tokens.given_mask(mask)
+            self.sape2_tokens.check_padding(mask)
+        return mask, None
+
+
+class _AttachedWindow(_Attached):
+    """Swin's: each window is a grid; a mask, (windows, T, T), keeps what a shift brings into one window apart."""
+
+    def host_mask(self: Any, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Grid | None]:
+        bias = self.relative_position_bias()
+        if mask is not None:
+            bias = bias + mask.repeat(len(hidden_states) // len(mask), 1, 1).unsqueeze(1)
+        return bias, self.relative_position_bias.window_size
+
+
+class _AttachedSam(Attached):
+    """Those of SAM, with and without the fused product; hidden_states is a window or the whole grid, (B, H, W, D)."""
+
+    library: ClassVar[Any]
+
+    def forward(self: Any, hidden_states: Tensor, output_attentions: Any = None) -> tuple[Tensor, Tensor | None]:
+        grid = as_grid(hidden_states.shape[1], hidden_states.shape[2])
+        x = hidden_states.flatten(1, 2)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_attention_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias = None
+        if self.use_rel_pos:
+            bias = self.get_decomposed_rel_pos(q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, grid, grid)
+            bias = bias.reshape(*q.shape[:-1], q.shape[-2])
+        bias = self.bias_map(q, k, bias, x, grid)
+        q, k = self.rotate(q, k, grid)
+        if self.host_class is self.library.SamVisionSdpaAttention:  # which drops nothing out, also in training
+            mask = None if bias is None else bias.to(q.dtype)
+            output, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
+        else:
+            logits = (q * self.scale) @ k.transpose(-2, -1)
+            weights = F.softmax(logits if bias is None else logits + bias, dtype=torch.float32, dim=-1).to(q.dtype)
+            output = F.dropout(weights, p=self.dropout, training=self.training) @ v
+            weights = weights.flatten(0, 1)
+        return self.proj(output.transpose(1, 2).flatten(2).unflatten(1, grid)), weights
+
+
+BASES = {"SwinAttention": _AttachedWindow, "SamVisionAttention": _AttachedSam, "SamVisionSdpaAttention": _AttachedSam}
 
 
 def check_backend(name: str | None) -> None:
@@ -117,7 +172,7 @@ def attached_class(name: str) -> type[Attached]:
         "library": module,
         "functions": importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS,
     }
-    return type(f"Attached{name}", (_Attached, host), contents)
+    return type(f"Attached{name}", (BASES.get(name, _Attached), host), contents)
 
 
 def __getattr__(name: str) -> Any:
@@ -133,13 +188,15 @@ def __getattr__(name: str) -> Any:
 def find(model: nn.Module) -> Host:
     _check_version()
     projections = [conv for module in model.modules() for conv in _projections(module)]
-    attentions = _of_tower(model, projections[0]) if len(projections) == 1 else []
-    if not attentions:
-        known = ", ".join(name.split("Attention")[0].removesuffix("Self") for name in FAMILIES)
+    tower = _tower(model, projections[0]) if len(projections) == 1 else None
+    if tower is None:
+        known = ", ".join(dict.fromkeys(KIND.sub("", name) for name in FAMILIES))
         raise ValueError(
             f"attach knows models of transformers with one image tower of the kinds {known}; got {type(model).__name__}"
         )
-    config, family = attentions[0].config, FAMILIES[type(attentions[0]).__name__]
+    layers = list(_layers(tower))
+    attentions = [attention for _, attention in layers]
+    config, family = tower.config, FAMILIES[type(attentions[0]).__name__]
     check_backend(config._attn_implementation)
     (height, width), (patch_height, patch_width) = _pair(config.image_size), _pair(config.patch_size)
     grid = (height // patch_height, width // patch_width)
@@ -148,7 +205,7 @@ def find(model: nn.Module) -> Host:
         layers=[(each, attached_class(type(each).__name__)) for each in attentions],
         projection=projections[0],
         tokens=Tokens(family.num_prefix(config), family.num_suffix(config)),
-        sizes=[_size(each, grid) for each in attentions],
+        sizes=[_size(layer, attention, grid) for layer, attention in layers],
         rotates=any(type(each).__name__ == "DINOv3ViTAttention" for each in attentions),
     )
 
@@ -159,20 +216,26 @@ def _projections(module: nn.Module) -> list[nn.Conv2d]:
     return [part for part in module.children() if isinstance(part, nn.Conv2d)] if named else []
 
 
-def _of_tower(model: nn.Module, projection: nn.Conv2d) -> list[Any]:
-    """The attention modules of the smallest part of the model that has such and the projection: text and decoders stay out."""
+def _tower(model: nn.Module, projection: nn.Conv2d) -> Any:
+    """The smallest part of the model that has the projection and attention: towers of text and decoders stay out."""
     around = [part for part in model.modules() if any(each is projection for each in part.modules())]
-    for part in reversed(around):
-        attentions = [each for each in part.modules() if type(each).__name__ in FAMILIES]
-        if attentions:
-            return attentions
-    return []
+    return next((part for part in reversed(around) if any(_layers(part))), None)
 
 
-def _size(attention: Any, grid: tuple[int, int]) -> Size:
+def _layers(tower: nn.Module) -> Iterator[tuple[Any, Any]]:
+    """Attention modules, each after the module that holds it."""
+    for holder in tower.modules():
+        yield from ((holder, part) for part in holder.children() if type(part).__name__ in FAMILIES)
+
+
+def _size(layer: Any, attention: Any, grid: Grid) -> Size:
+    """`grid`: that of the images, for layers without windows."""
     family = FAMILIES[type(attention).__name__]
     num_heads = getattr(attention, family.num_heads)
-    return Size(num_heads, getattr(attention, family.projections[0]).out_features // num_heads, grid)
+    window = getattr(layer, "window_size", 0)
+    fused = getattr(attention, "qkv", None)
+    width = getattr(attention, family.projections[0]).out_features if fused is None else fused.out_features // 3
+    return Size(num_heads, width // num_heads, (window, window) if window else grid)
 
 
 def _pair(size: Any) -> tuple[int, int]:
