@@ -16,6 +16,12 @@ SMALL = {key: value for key, value in HF.items() if key != "num_labels"} | {"ima
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24, "vocab_size": 9}
 SWIN = {"image_size": [24, 36], "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [1, 2], "window_size": 3}
 SAM = {"image_size": 24, "patch_size": 4, "output_channels": 8, "window_size": 3, "global_attn_indexes": [1], "mlp_dim": 24}
+MAE = {
+    "decoder_hidden_size": 12,
+    "decoder_num_attention_heads": 2,
+    "decoder_num_hidden_layers": 1,
+    "decoder_intermediate_size": 8,
+}
 
 
 def _pixels(height: int = 24, width: int = 24, **more: Any) -> Batch:
@@ -39,6 +45,32 @@ def _with_text(**more: Any) -> Batch:
 
 def _images(height: int = 24, width: int = 32) -> Batch:
     return {"x": torch.randn(2, 3, height, width, dtype=torch.float64)}
+
+
+def _noise(tokens: int) -> Tensor:
+    return torch.rand(2, tokens)
+
+
+def _packed() -> Batch:
+    """Images of 2x3 and 3x2 patches and of 4x2, padded to 8 tokens."""
+    shapes = torch.tensor([[2, 3], [4, 2], [3, 2]])
+    mask = (torch.arange(8) < shapes.prod(-1, keepdim=True)).long()
+    values = torch.randn(3, 8, 3 * 8 * 8, dtype=torch.float64)
+    return {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+
+
+def _naflex(**options: Any) -> nn.Module:
+    sizes = {key: TIMM[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
+    config = timm.models.NaFlexVitCfg(**sizes, pos_embed_grid_size=(3, 4), **{"reg_tokens": 0, "class_token": False} | options)
+    return timm.models.NaFlexVit(config, num_classes=5)
+
+
+def _naflex_batch() -> Batch:
+    packed = _packed()
+    place, width = torch.arange(8).expand(3, -1), packed["spatial_shapes"][:, 1:]
+    valid = packed["pixel_attention_mask"].bool()
+    coordinates = torch.stack([place // width, place % width], dim=-1) * valid[..., None]
+    return {"x": packed["pixel_values"], "patch_coord": coordinates, "patch_valid": valid}
 
 
 # name: (makes the model, makes a batch)
@@ -81,6 +113,18 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Batch]]] = {
         ),
         _images,
     ),
+    "MAE": (
+        lambda: _hf("ViTMAEModel", mask_ratio=0.0),
+        lambda: _pixels(24, 40, interpolate_pos_encoding=True, noise=_noise(15)),
+    ),
+    "MAE.masked": (
+        lambda: transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**SMALL, **MAE)),
+        lambda: _pixels(noise=_noise(9)),
+    ),
+    "Siglip2": (lambda: _hf("Siglip2VisionModel", num_patches=9), _packed),
+    "timm.NaFlex": (lambda: _naflex(), _naflex_batch),
+    "timm.NaFlex.rope": (lambda: _naflex(rope_type="axial", reg_tokens=1), _naflex_batch),
+    "timm.NaFlex.image": (lambda: _naflex(pos_embed="learned", class_token=True), _images),
     "timm.Swin": (
         lambda: timm.models.SwinTransformer(
             (32, 48), patch_size=4, embed_dim=8, depths=(2, 2), num_heads=(1, 2), window_size=(2, 3), num_classes=5

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, fx, nn
 
-from sape2.adapters.start import Start, looks_beyond_pairs, prepare, rotates
+from sape2.adapters.layouts import Scattered, bias_on, rotate_on
+from sape2.adapters.start import Start, prepare, rotates
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import create_encodings
 from sape2.encodings.base import AttentionEncoding, NoEncoding, names_without_decay
-from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
 
@@ -32,6 +32,13 @@ Trainable = Literal["all", "encoding"]
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """The grid that one call of attention is for, and which pairs of its patches see each other."""
+
+    grid: Grid
+    visible: Bool[Tensor, "#batch #heads tokens tokens"] | None = None
 
 
 class Attached:
@@ -62,42 +69,47 @@ class Attached:
         mask: Tensor | None = None,
         rotated: tuple[Tensor, Tensor] | None = None,
         tokens: Float[Tensor, "batch tokens dim"] | None = None,
-        grid: Grid | None = None,
+        window: Window | None = None,
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
         """Attention with the encoding. `rotated`: q and k as the host turns them; the others: as `bias_map`."""
         if mask is None and rotated is None:
-            grid = grid or self.sape2_tokens.grid_of(q.shape[-2])
-            return attend(q, k, v, grid, encoding_of(self), dropout, tokens=tokens)
-        bias = self.bias_map(q, k, mask, tokens, grid)
-        q, k = rotated or self.rotate(q, k, grid)
+            layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
+            if not isinstance(layout, Scattered):
+                return attend(q, k, v, layout, encoding_of(self), dropout, tokens=tokens)
+        bias = self.bias_map(q, k, mask, tokens, window)
+        q, k = rotated or self.rotate(q, k, window)
         mask = None if bias is None else bias.to(v.dtype)
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
 
     def bias_map(
-        self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, grid: Grid | None = None
+        self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, window: Window | None = None
     ) -> Tensor | None:
         """The bias of all T tokens (0 for those that stand on no grid) plus a mask, in logits; q and k before any rotation.
 
-        A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added. `tokens`, (B, T, D), are what the host
-        projects to q and k, for encodings that read them. `grid` is that of this call, where the host's attention knows it.
+        A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added, and what it hides is not counted:
+        `Content.visible`. `tokens`, (B, T, D), are what the host projects to q and k, for encodings that read them. `window`
+        is for attention that the host calls for a grid of its own.
         """
-        grid = grid or self.sape2_tokens.grid_of(q.shape[-2])
+        layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
         first, last = self.sape2_tokens.ends(q.shape[-2])
         of_grid = None if tokens is None else tokens[:, first:last]
-        bias = encoding_of(self).make_bias(Content(q[:, :, first:last], k[:, :, first:last], grid, tokens=of_grid))
+        visible = window.visible if window else seen_by(mask)
+        if visible is not None:
+            visible = visible.expand(*visible.shape[:-2], q.shape[-2], q.shape[-2])[..., first:last, first:last]
+        bias = bias_on(layout, encoding_of(self), q[:, :, first:last], k[:, :, first:last], of_grid, visible)
         additive = None if mask is None else as_additive(mask, q.dtype)
         if bias is None:
             return additive
-        matrix = F.pad(bias.dense(), (first, q.shape[-2] - last) * 2)  # (B or 1, h, T, T)
+        matrix = F.pad(bias, (first, q.shape[-2] - last) * 2)  # (B or 1, h, T, T)
         matrix = matrix if matrix.dim() == 4 else matrix[None]
         return matrix if additive is None else matrix + additive
 
-    def rotate(self, q: Tensor, k: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor]:
+    def rotate(self, q: Tensor, k: Tensor, window: Window | None = None) -> tuple[Tensor, Tensor]:
         """q and k turned by the encoding; tokens that stand on no grid stay."""
-        grid = grid or self.sape2_tokens.grid_of(q.shape[-2])
+        layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
         first, last = self.sape2_tokens.ends(q.shape[-2])
         q_grid, k_grid = q[:, :, first:last], k[:, :, first:last]
-        turned_q, turned_k = encoding_of(self).rotate(q_grid, k_grid, grid)
+        turned_q, turned_k = rotate_on(layout, encoding_of(self), q_grid, k_grid)
         if turned_q is q_grid:
             return q, k
         pairs = ((q, turned_q), (k, turned_k))
@@ -144,6 +156,14 @@ def _one_node(forward: Callable) -> Callable:
     return called
 
 
+def seen_by(mask: Shaped[Tensor, "*shape"] | None) -> Bool[Tensor, "#batch #heads #tokens #tokens"] | None:
+    """Which pairs a mask of four axes or fewer keeps; of floats those above -65504, which hide in half precision as in any."""
+    if mask is None:
+        return None
+    kept = mask if mask.dtype == torch.bool else mask > torch.finfo(torch.float16).min
+    return kept.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+
+
 def as_additive(mask: Shaped[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """0 where a boolean mask keeps a pair and -inf where it does not; a float mask as it is."""
     if mask.dtype != torch.bool:
@@ -172,10 +192,11 @@ class Host:
 
     name: str
     layers: list[tuple[nn.Module, type[Attached]]]  # each attention module and the class that it gets
-    projection: nn.Module | None  # its output is (B, D, H, W)
+    source: nn.Module | None  # from whose calls `tokens` reads where the patches are
     tokens: Tokens
     sizes: list[Size]  # of each attention module
     rotates: bool = False
+    drops: tuple[nn.Module, Callable[..., None]] | None = None  # patch dropout, and a hook that tells `tokens` before it
 
 
 @dataclass
@@ -226,7 +247,6 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     sizes = [size._replace(grid=check_grid(grid)) for size, grid in zip(host.sizes, grids, strict=True) if grid]
     layers = _create(host, encoding, start, sizes)
     tokens = host.tokens
-    tokens.counts = _counts(layers, sizes)
     used = {
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
     }
@@ -235,20 +255,22 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
         _swap(module, attached_class, layer, tokens, model)
     for parameter in frozen:
         parameter.requires_grad_(False)
-    hooks = [] if host.projection is None else _listen(model, host.projection, tokens)
+    hooks = [] if host.source is None else _listen(model, host.source, tokens)
+    if host.drops is not None:
+        hooks.append(host.drops[0].register_forward_pre_hook(functools.partial(host.drops[1], tokens)))
     hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
     model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
     model.no_weight_decay = NoWeightDecay(model)  # pyrefly: ignore
 
 
-def _listen(model: nn.Module, projection: nn.Module, tokens: Tokens) -> list[Any]:
+def _listen(model: nn.Module, source: nn.Module, tokens: Tokens) -> list[Any]:
     """The hooks that tell `tokens` of every call."""
-    patches = next(module for module in model.modules() if any(part is projection for part in module.children()))
+    patches = next(module for module in model.modules() if any(part is source for part in module.children()))
     hooks = [
-        model.register_forward_pre_hook(tokens.enter, with_kwargs=True),
+        model.register_forward_pre_hook(tokens.enter),
         model.register_forward_hook(tokens.leave, always_call=True),
-        projection.register_forward_hook(tokens),
+        source.register_forward_hook(tokens, with_kwargs=True),
     ]
     return hooks if patches is model else [*hooks, patches.register_forward_pre_hook(tokens.forget)]
 
@@ -274,11 +296,6 @@ def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: in
             f"this {host.name} turns q and k itself; a second rotation, {encoding!r}, would mix with it. Attach a bias"
         )
     return prepare(layers, start, num_heads, head_dim)
-
-
-def _counts(layers: list[AttentionEncoding], sizes: list[Size]) -> bool:
-    different = {str(layer): (layer, size) for layer, size in zip(layers, sizes, strict=True)}  # those of one kind are alike
-    return any(looks_beyond_pairs(layer, size.num_heads, size.head_dim) for layer, size in different.values())
 
 
 def _swap(

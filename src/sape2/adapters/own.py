@@ -48,7 +48,7 @@ def find(model: nn.Module) -> Host:
     return Host(
         name="sape2 ViT",
         layers=[(attention, AttachedOwn) for attention in attentions if attention is not None],
-        projection=model.patch_embed.proj,  # pyrefly: ignore
+        source=model.patch_embed.proj,  # pyrefly: ignore
         tokens=Tokens(model.num_prefix_tokens),  # pyrefly: ignore
         sizes=[Size(config.num_heads, config.head_dim, config.grid)] * len(attentions),
         rotates=any(rotates(attention.encoding) for attention in attentions if attention is not None),

@@ -59,7 +59,6 @@ class AttachedMultihead(Attached, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the host; `is_causal` is, as there, a hint about `attn_mask` and needs it."""
         _check_call(query, key, value, attn_mask, is_causal)
-        self.sape2_tokens.check_padding(key_padding_mask)
         batched = query.dim() == 3
         x = query if batched else query[None]
         x = x if self.batch_first or not batched else x.transpose(0, 1)  # (B, T, D)

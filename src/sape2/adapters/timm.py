@@ -1,4 +1,4 @@
-"""timm: VisionTransformer, Eva, Beit, VisionTransformerRelPos, VisionTransformerSAM and SwinTransformer.
+"""timm: VisionTransformer, Eva, Beit, VisionTransformerRelPos, VisionTransformerSAM, SwinTransformer and NaFlexVit.
 
 The forwards below are those of timm 1.0.31 with the attention product replaced: projections, norms, gates, rotation,
 grouped keys, the bias of the host, dropout and masks are the host's.
@@ -9,16 +9,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat, to_2tuple
+from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices, apply_rot_embed_cat, to_2tuple
+from timm.layers.patch_dropout import patch_dropout_forward
 from timm.models import beit, swin_transformer, vision_transformer_sam
 from timm.models.eva import Eva, EvaAttention
+from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, causal_mask
-from sape2.adapters.tokens import Tokens
-from sape2.encodings.grid import Grid, as_grid
+from sape2.adapters.attached import Attached, Host, Size, Window, causal_mask
+from sape2.adapters.layouts import Layout, Scattered
+from sape2.adapters.tokens import Tokens, grid_of_output
+from sape2.encodings.grid import as_grid
 
 HOSTS = (
     VisionTransformer,
@@ -27,6 +30,7 @@ HOSTS = (
     VisionTransformerRelPos,
     vision_transformer_sam.VisionTransformerSAM,
     swin_transformer.SwinTransformer,
+    NaFlexVit,
 )
 COSINES = "its logits are cosines times a learned temperature, and encodings are made for q.k / sqrt(d)"
 REASONS = {
@@ -39,7 +43,6 @@ REASONS = {
     "FeatureGetterNet": "with features_only a model is wrapped; attach to the one inside, model.model",
     "FeatureListNet": "features_only takes a model apart; make it with feature_cls='getter', attach to model.model",
     "DiffAttention": "it subtracts one softmax from another, and an added bias would mean something else in each",
-    "NaFlexVit": "a batch holds images of several grids there, padded, and the grid of each does not reach attention",
 }
 
 
@@ -51,7 +54,7 @@ class AttachedAttention(Attached, Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        mask = _mask(self, x, attn_mask, is_causal)
+        mask = _mask(x, attn_mask, is_causal)
         return _finish(self, x, self.attend(q, k, v, dropout=_dropout(self), mask=mask, tokens=x))
 
 
@@ -112,7 +115,7 @@ class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
             bias = bias.unflatten(0, (-1, self.num_heads))
         elif self.rope is not None:
             rotated = tuple(apply_rot_embed_cat(each, self.rope.get_embed()).type_as(v) for each in (q, k))
-        output = self.attend(q, k, v, dropout=_dropout(self), mask=bias, rotated=rotated, tokens=tokens, grid=grid)
+        output = self.attend(q, k, v, dropout=_dropout(self), mask=bias, rotated=rotated, tokens=tokens, window=Window(grid))
         return _finish(self, tokens, output).unflatten(1, grid)
 
 
@@ -124,9 +127,10 @@ class AttachedWindowAttention(Attached, swin_transformer.WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask`, (windows, T, T), keeps what a shift brings into one window apart."""
         bias = self._get_rel_pos_bias()
-        if mask is not None:
-            bias = bias + mask.repeat(len(x) // len(mask), 1, 1).unsqueeze(1)
-        return _forward_with(self, x, bias, self.window_size)
+        if mask is None:
+            return _forward_with(self, x, bias, Window(self.window_size))
+        mask = mask.repeat(len(x) // len(mask), 1, 1).unsqueeze(1)
+        return _forward_with(self, x, bias + mask, Window(self.window_size, mask == 0))
 
 
 ATTACHED: dict[type[nn.Module], type[Attached]] = {
@@ -143,10 +147,10 @@ ATTACHED: dict[type[nn.Module], type[Attached]] = {
 }
 
 
-def _forward_with(module: Any, x: Tensor, bias: Tensor | None, window: Grid | None = None) -> Tensor:
+def _forward_with(module: Any, x: Tensor, bias: Tensor | None, window: Window | None = None) -> Tensor:
     """Attention under an encoding and a bias of the host."""
     q, k, v = _project(module, x)
-    return _finish(module, x, module.attend(q, k, v, dropout=_dropout(module), mask=bias, tokens=x, grid=window))
+    return _finish(module, x, module.attend(q, k, v, dropout=_dropout(module), mask=bias, tokens=x, window=window))
 
 
 def _forward_rope(module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -154,7 +158,7 @@ def _forward_rope(module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor
     rotated = None
     if rope is not None:
         rotated = _turn(module, q, rope).type_as(v), _turn(module, k, rope).type_as(v)
-    mask = _mask(module, x, attn_mask, is_causal)
+    mask = _mask(x, attn_mask, is_causal)
     output = module.attend(q, k, v, dropout=_dropout(module), mask=mask, rotated=rotated, tokens=x)
     return _finish(module, x, output)
 
@@ -185,13 +189,9 @@ def _dropout(module: Any) -> float:
     return module.attn_drop.p if module.training else 0.0
 
 
-def _mask(module: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """As in timm, a causal mask takes the place of a given one. A mask with one row for all queries hides padded patches."""
-    if is_causal:
-        return causal_mask(x.shape[1], x.device)
-    if attn_mask is not None and attn_mask.shape[-2] == 1:
-        module.sape2_tokens.check_padding(attn_mask)
-    return attn_mask
+def _mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """As in timm, a causal mask takes the place of a given one."""
+    return causal_mask(x.shape[1], x.device) if is_causal else attn_mask
 
 
 def _finish(module: Any, x: Tensor, output: Tensor) -> Tensor:
@@ -216,20 +216,45 @@ def find(model: nn.Module) -> Host:
     stages: Any = model.layers if isinstance(model, swin_transformer.SwinTransformer) else [model]
     blocks = [block for stage in stages for block in stage.blocks]
     attentions = [_attention(block) for block in blocks]
-    projection: Any = getattr(model.patch_embed, "proj", None)
-    if not isinstance(projection, nn.Conv2d):
-        raise ValueError(
-            f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(projection).__name__}"
-        )
-    whole = model.patch_embed.grid_size
+    embeds: Any = getattr(model, "embeds", None) or model.patch_embed
+    source = embeds if isinstance(model, NaFlexVit) else getattr(embeds, "proj", None)
+    if not isinstance(source, (nn.Conv2d, NaFlexEmbeds)):
+        raise ValueError(f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(source).__name__}")
+    whole: Any = embeds.pos_embed_grid_size if isinstance(model, NaFlexVit) else embeds.grid_size
     return Host(
         name=f"timm {name}",
         layers=[(attention, ATTACHED[type(attention)]) for attention in attentions],
-        projection=projection,
-        tokens=Tokens(getattr(model, "num_prefix_tokens", 0)),
+        source=source,
+        tokens=Tokens(
+            getattr(model, "num_prefix_tokens", 0), read=_of_naflex if isinstance(model, NaFlexVit) else grid_of_output
+        ),
         sizes=[_size(block.attn, getattr(block, "window_size", None) or whole) for block in blocks],
         rotates=any(getattr(part, "rope", None) is not None for part in (model, *attentions)),
+        drops=(model.patch_drop, draw_ahead) if isinstance(getattr(model, "patch_drop", None), DROPOUTS) else None,
     )
+
+
+def _of_naflex(embeds: Any, inputs: Any, keywords: dict[str, Any], output: Any) -> Layout:
+    """Whole images of one grid, or patches with coordinates (y, x), each image on a grid of its own, padded."""
+    grid = output[1]
+    if grid is not None:
+        return as_grid(*grid)
+    valid = keywords["patch_valid"].bool()
+    yx = keywords["patch_coord"] * valid[..., None]
+    sizes = yx.amax(1) + 1
+    return Scattered(tuple((height, width) for height, width in sizes.tolist()), yx[..., 0] * sizes[:, 1:] + yx[..., 1], valid)
+
+
+DROPOUTS = (PatchDropout, PatchDropoutWithIndices)
+
+
+def draw_ahead(tokens: Tokens, dropout: Any, inputs: tuple[Tensor, ...]) -> None:
+    """Before patches are dropped: tells which will stay, drawn with the same random numbers."""
+    x = inputs[0]
+    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
+        kept = patch_dropout_forward(x, dropout.prob, dropout.num_prefix_tokens, dropout.ordered, dropout.training)[1]
+    if kept is not None:
+        tokens.keep(kept)
 
 
 def _size(attention: Any, grid: Any) -> Size:

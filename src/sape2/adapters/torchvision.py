@@ -18,7 +18,7 @@ def find(model: nn.Module) -> Host:
     return Host(
         name="torchvision VisionTransformer",
         layers=[(attention, AttachedMultihead) for attention in attentions],
-        projection=model.conv_proj,
+        source=model.conv_proj,
         tokens=Tokens(num_prefix=1),
         sizes=[Size(each.num_heads, each.head_dim, (side, side)) for each in attentions],
     )

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size
-from sape2.adapters.tokens import Tokens
+from sape2.adapters.attached import Attached, Host, Size, Window
+from sape2.adapters.layouts import Layout, Scattered
+from sape2.adapters.tokens import Tokens, grid_of_output
 from sape2.encodings.grid import Grid, as_grid
 
 
@@ -35,7 +36,6 @@ class Family:
     num_heads: str = "num_attention_heads"
     scale: str = "scaling"
     dropout: str = "attention_dropout"
-    mask_is_bias: bool = False  # attention gets the host's own bias as a mask
 
 
 def _two_towers(module: str, num_prefix: int) -> Family:
@@ -67,8 +67,10 @@ FAMILIES = {
         output=None,
         dropout="dropout_prob",
     ),
-    "BeitAttention": Family("beit.modeling_beit", mask_is_bias=True),
-    "SwinAttention": Family("swin.modeling_swin", lambda config: 0, mask_is_bias=True),
+    "BeitAttention": Family("beit.modeling_beit"),
+    "ViTMAEAttention": Family("vit_mae.modeling_vit_mae"),
+    "Siglip2Attention": _two_towers("siglip2.modeling_siglip2", 0),
+    "SwinAttention": Family("swin.modeling_swin", lambda config: 0),
     "SamVisionAttention": Family("sam.modeling_sam", lambda config: 0, scale="scale", dropout="dropout"),
     "SamVisionSdpaAttention": Family("sam.modeling_sam", lambda config: 0, scale="scale", dropout="dropout"),
 }
@@ -105,22 +107,20 @@ class _Attached(Attached):
         output = output.flatten(2)
         return output if self.family.output is None else getattr(self, self.family.output)(output), weights
 
-    def host_mask(self: Any, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Grid | None]:
-        """What the host adds to its logits, and the grid of a window."""
-        if not self.family.mask_is_bias:
-            mask = self.sape2_tokens.given_mask(mask)
-            self.sape2_tokens.check_padding(mask)
+    def host_mask(self: Any, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Window | None]:
+        """What the host adds to its logits, and the window that the call is for."""
         return mask, None
 
 
 class _AttachedWindow(_Attached):
     """Swin's: each window is a grid; a mask, (windows, T, T), keeps what a shift brings into one window apart."""
 
-    def host_mask(self: Any, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Grid | None]:
-        bias = self.relative_position_bias()
-        if mask is not None:
-            bias = bias + mask.repeat(len(hidden_states) // len(mask), 1, 1).unsqueeze(1)
-        return bias, self.relative_position_bias.window_size
+    def host_mask(self: Any, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Window | None]:
+        bias, grid = self.relative_position_bias(), self.relative_position_bias.window_size
+        if mask is None:
+            return bias, Window(grid)
+        mask = mask.repeat(len(hidden_states) // len(mask), 1, 1).unsqueeze(1)
+        return bias + mask, Window(grid, mask == 0)
 
 
 class _AttachedSam(Attached):
@@ -136,8 +136,8 @@ class _AttachedSam(Attached):
         if self.use_rel_pos:
             bias = self.get_decomposed_rel_pos(q.flatten(0, 1), self.rel_pos_h, self.rel_pos_w, grid, grid)
             bias = bias.reshape(*q.shape[:-1], q.shape[-2])
-        bias = self.bias_map(q, k, bias, x, grid)
-        q, k = self.rotate(q, k, grid)
+        bias = self.bias_map(q, k, bias, x, Window(grid))
+        q, k = self.rotate(q, k, Window(grid))
         if self.host_class is self.library.SamVisionSdpaAttention:  # which drops nothing out, also in training
             mask = None if bias is None else bias.to(q.dtype)
             output, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
@@ -187,8 +187,9 @@ def __getattr__(name: str) -> Any:
 
 def find(model: nn.Module) -> Host:
     _check_version()
-    projections = [conv for module in model.modules() for conv in _projections(module)]
-    tower = _tower(model, projections[0]) if len(projections) == 1 else None
+    sources = [module for module in model.modules() if type(module).__name__ in READERS]
+    sources = sources or [conv for module in model.modules() for conv in _projections(module)]
+    tower = _tower(model, sources[0]) if len(sources) == 1 else None
     if tower is None:
         known = ", ".join(dict.fromkeys(KIND.sub("", name) for name in FAMILIES))
         raise ValueError(
@@ -198,13 +199,16 @@ def find(model: nn.Module) -> Host:
     attentions = [attention for _, attention in layers]
     config, family = tower.config, FAMILIES[type(attentions[0]).__name__]
     check_backend(config._attn_implementation)
-    (height, width), (patch_height, patch_width) = _pair(config.image_size), _pair(config.patch_size)
-    grid = (height // patch_height, width // patch_width)
+    grid = _grid(config)
     return Host(
         name=f"transformers {type(model).__name__}",
         layers=[(each, attached_class(type(each).__name__)) for each in attentions],
-        projection=projections[0],
-        tokens=Tokens(family.num_prefix(config), family.num_suffix(config)),
+        source=sources[0],
+        tokens=Tokens(
+            family.num_prefix(config),
+            family.num_suffix(config),
+            read=READERS.get(type(sources[0]).__name__, grid_of_output),
+        ),
         sizes=[_size(layer, attention, grid) for layer, attention in layers],
         rotates=any(type(each).__name__ == "DINOv3ViTAttention" for each in attentions),
     )
@@ -216,9 +220,37 @@ def _projections(module: nn.Module) -> list[nn.Conv2d]:
     return [part for part in module.children() if isinstance(part, nn.Conv2d)] if named else []
 
 
-def _tower(model: nn.Module, projection: nn.Conv2d) -> Any:
-    """The smallest part of the model that has the projection and attention: towers of text and decoders stay out."""
-    around = [part for part in model.modules() if any(each is projection for each in part.modules())]
+def _of_mae(embeddings: Any, inputs: Any, keywords: dict[str, Any], output: Any) -> Layout:
+    """MAE shuffles the patches and keeps the first of them, all where `mask_ratio` is 0."""
+    kept, _, restore = output
+    height, width = (inputs[0] if inputs else keywords["pixel_values"]).shape[-2:]
+    patch_height, patch_width = _pair(embeddings.patch_size)
+    place = restore.argsort(dim=1)[:, : kept.shape[1] - 1]
+    return Scattered(((height // patch_height, width // patch_width),) * len(place), place, torch.ones_like(place).bool())
+
+
+def _of_siglip2(embeddings: Any, inputs: Any, keywords: dict[str, Any], output: Tensor) -> Layout:
+    """NaFlex: each image has a grid of its own, padded to one number of tokens."""
+    shapes = inputs[1] if len(inputs) > 1 else keywords["spatial_shapes"]
+    place = torch.arange(output.shape[1], device=output.device).expand(len(output), -1)
+    valid = place < shapes.to(output.device).prod(-1, keepdim=True)
+    return Scattered(tuple((height, width) for height, width in shapes.tolist()), place, valid)
+
+
+READERS = {"ViTMAEEmbeddings": _of_mae, "Siglip2VisionEmbeddings": _of_siglip2}
+
+
+def _grid(config: Any) -> Grid:
+    """That of the images, or of the positions, for which a tower was made."""
+    if getattr(config, "image_size", None) is None:
+        return (int(config.num_patches**0.5),) * 2
+    (height, width), (patch_height, patch_width) = _pair(config.image_size), _pair(config.patch_size)
+    return height // patch_height, width // patch_width
+
+
+def _tower(model: nn.Module, source: nn.Module) -> Any:
+    """The smallest part of the model that makes patches and has attention: towers of text and decoders stay out."""
+    around = [part for part in model.modules() if any(each is source for each in part.modules())]
     return next((part for part in reversed(around) if any(_layers(part))), None)
 
 
