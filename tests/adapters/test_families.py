@@ -1,12 +1,14 @@
 """The rules of docs/hosts on every further family of hosts: each test is one rule, on all of them."""
 
 import copy
+import json
 import pickle
 
 import pytest
+import timm
 import torch
 from family_cases import FAMILIES, batch_of, found, make_family
-from host_cases import open_gains
+from host_cases import TIMM, open_gains
 from timm.models.beit import Attention as BeitAttention
 from torch.nn import functional as F
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
@@ -244,3 +246,53 @@ def test_lora_and_an_encoding_learn_together_and_come_apart(name, lora_first, tm
         merged = both.merge_and_unload()
         torch.testing.assert_close(found(merged, batch), expected)
         torch.testing.assert_close(found(load_adapter(detach(merged), tmp_path), batch), expected, rtol=1e-5, atol=1e-5)
+
+
+# --- what is peculiar to some of them --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["Siglip2", "timm.NaFlex", "timm.NaFlex.rope"])
+@pytest.mark.parametrize("encoding", ["sape2+cope", "rpe"])
+def test_an_image_of_a_padded_batch_gets_what_it_gets_alone(name, encoding):
+    model, batch = opened(name, encoding), batch_of(name)
+    counts = batch["spatial_shapes"].prod(-1) if name == "Siglip2" else batch["patch_valid"].sum(-1)
+    with torch.no_grad():
+        together = found(model, batch)
+        for image, count in enumerate(counts.tolist()):
+            alone = {
+                key: value[image : image + 1] if key == "spatial_shapes" else value[image : image + 1, :count]
+                for key, value in batch.items()
+            }
+            expected = together[image : image + 1]
+            expected = expected[:, :count] if name == "Siglip2" else expected
+            torch.testing.assert_close(found(model, alone), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_the_order_in_which_mae_shuffles_patches_changes_none_of_them():
+    model, batch = opened("MAE"), batch_of("MAE")
+    with torch.no_grad():
+        shuffled = model(**batch)
+        plain = model(**batch | {"noise": torch.arange(15.0).expand(2, -1)}).last_hidden_state[:, 1:]
+    order = shuffled.ids_restore[..., None].expand_as(plain)
+    torch.testing.assert_close(shuffled.last_hidden_state[:, 1:].gather(1, order), plain)
+
+
+@pytest.mark.parametrize(("name", "grids"), [("timm.SAM", [[2, 2], [3, 4]]), ("timm.Swin", [2, 3]), ("Sam", [[3, 3], [6, 6]])])
+def test_tables_are_for_the_grid_that_a_layer_attends_over(name, grids, tmp_path):
+    model = attach(make_family(name), "rpe_contextual")
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter.json").read_text())["grid"] == grids
+    if name != "timm.Swin":
+        with pytest.raises(ValueError, match="attend over several grids"):
+            attach(make_family(name), "sape2", grid=(4, 4))
+
+
+def test_a_model_that_only_says_features_takes_an_encoding_inside():
+    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(1,), **TIMM | {"num_classes": 0})
+    x = torch.randn(1, 3, 24, 32)
+    with torch.no_grad():
+        expected = model.eval()(x)[0]
+        attach(model.model, "sape2")
+        torch.testing.assert_close(model(x)[0], expected)
+        open_gains(model.model)
+        assert (model(x)[0] - expected).abs().max() > 1e-3

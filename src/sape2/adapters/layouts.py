@@ -90,9 +90,10 @@ def bias_on(
         kept = layout.valid[images, None, None, :].expand(-1, 1, q.shape[2], -1)
         if visible is not None:
             kept = kept & visible.expand(len(q), *visible.shape[1:])[images]
-        spread = [group.spread(each[images]) for each in (q, k)]
         of_grid = None if tokens is None else group.spread(tokens[images, None])[:, 0]
-        bias = encoding.make_bias(Content(*spread, group.grid, tokens=of_grid, visible=group.spread_pairs(kept)))
+        seen = group.spread_pairs(kept)
+        content = Content(group.spread(q[images]), group.spread(k[images]), group.grid, tokens=of_grid, visible=seen)
+        bias = encoding.make_bias(content)
         if bias is None:
             return None
         order.append(images)
@@ -106,9 +107,9 @@ def rotate_on(layout: Layout, encoding: AttentionEncoding, q: Tensor, k: Tensor)
         return encoding.rotate(q, k, layout)
     order, parts = [], []
     for images, group in layout.groups():
-        spread = [group.spread(each[images]) for each in (q, k)]
-        turned = encoding.rotate(*spread, group.grid)
-        if turned[0] is spread[0]:
+        on_grid = group.spread(q[images])
+        turned = encoding.rotate(on_grid, group.spread(k[images]), group.grid)
+        if turned[0] is on_grid:
             return q, k
         order.append(images)
         parts.append([group.collect(each) for each in turned])

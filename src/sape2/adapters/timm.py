@@ -95,7 +95,7 @@ class AttachedRelPosAttention(Attached, RelPosAttention):
 
     host_class = RelPosAttention
 
-    def forward(self, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+    def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         return _forward_with(self, x, shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias())
 
 
@@ -104,7 +104,7 @@ class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
 
     host_class = vision_transformer_sam.Attention
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         grid = as_grid(x.shape[1], x.shape[2])
         tokens = x.flatten(1, 2)
         q, k, v = _project(self, tokens)
@@ -114,7 +114,8 @@ class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
             bias = vision_transformer_sam.get_decomposed_rel_pos_bias(q.flatten(0, 1), *tables, grid, grid)
             bias = bias.unflatten(0, (-1, self.num_heads))
         elif self.rope is not None:
-            rotated = tuple(apply_rot_embed_cat(each, self.rope.get_embed()).type_as(v) for each in (q, k))
+            rope = self.rope.get_embed()
+            rotated = apply_rot_embed_cat(q, rope).type_as(v), apply_rot_embed_cat(k, rope).type_as(v)
         output = self.attend(q, k, v, dropout=_dropout(self), mask=bias, rotated=rotated, tokens=tokens, window=Window(grid))
         return _finish(self, tokens, output).unflatten(1, grid)
 
@@ -220,6 +221,7 @@ def find(model: nn.Module) -> Host:
     source = embeds if isinstance(model, NaFlexVit) else getattr(embeds, "proj", None)
     if not isinstance(source, (nn.Conv2d, NaFlexEmbeds)):
         raise ValueError(f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(source).__name__}")
+    dropout: Any = getattr(model, "patch_drop", None)
     whole: Any = embeds.pos_embed_grid_size if isinstance(model, NaFlexVit) else embeds.grid_size
     return Host(
         name=f"timm {name}",
@@ -230,7 +232,7 @@ def find(model: nn.Module) -> Host:
         ),
         sizes=[_size(block.attn, getattr(block, "window_size", None) or whole) for block in blocks],
         rotates=any(getattr(part, "rope", None) is not None for part in (model, *attentions)),
-        drops=(model.patch_drop, draw_ahead) if isinstance(getattr(model, "patch_drop", None), DROPOUTS) else None,
+        drops=(dropout, draw_ahead) if isinstance(dropout, DROPOUTS) else None,
     )
 
 
