@@ -196,7 +196,20 @@ class Host:
     tokens: Tokens
     sizes: list[Size]  # of each attention module
     rotates: bool = False
-    drops: tuple[nn.Module, Callable[..., None]] | None = None  # patch dropout, and a hook that tells `tokens` before it
+    drops: tuple[nn.Module, type[nn.Module]] | None = None  # patch dropout and the class that it gets, which says what stays
+
+
+class Telling:
+    """A module whose class is changed to one that tells `sape2_tokens` of its calls, until `remove`, as a hook has it."""
+
+    def __init__(self, module: nn.Module, attached_class: type[nn.Module], tokens: Tokens) -> None:
+        self.module, self.host_class = module, type(module)
+        module.sape2_tokens = tokens  # pyrefly: ignore
+        module.__class__ = attached_class  # pyrefly: ignore
+
+    def remove(self) -> None:
+        self.module.__class__ = self.host_class  # pyrefly: ignore
+        del self.module.sape2_tokens
 
 
 @dataclass
@@ -256,8 +269,7 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     for parameter in frozen:
         parameter.requires_grad_(False)
     hooks = [] if host.source is None else _listen(model, host.source, tokens)
-    if host.drops is not None:
-        hooks.append(host.drops[0].register_forward_pre_hook(functools.partial(host.drops[1], tokens)))
+    hooks += [] if host.drops is None else [Telling(*host.drops, tokens)]
     hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
     model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore

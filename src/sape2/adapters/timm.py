@@ -148,6 +148,34 @@ ATTACHED: dict[type[nn.Module], type[Attached]] = {
 }
 
 
+class AttachedPatchDropout(PatchDropout):
+    """timm's `PatchDropout`, which tells which patches stay."""
+
+    sape2_tokens: Tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _drop(self, x)[0]
+
+
+class AttachedPatchDropoutWithIndices(PatchDropoutWithIndices):
+    """timm's `PatchDropoutWithIndices`, which tells which patches stay."""
+
+    sape2_tokens: Tokens
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _drop(self, x)
+
+
+DROPOUTS = {PatchDropout: AttachedPatchDropout, PatchDropoutWithIndices: AttachedPatchDropoutWithIndices}
+
+
+def _drop(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    output, kept = patch_dropout_forward(x, module.prob, module.num_prefix_tokens, module.ordered, module.training)
+    if kept is not None:
+        module.sape2_tokens.keep(kept)
+    return output, kept
+
+
 def _forward_with(module: Any, x: Tensor, bias: Tensor | None, window: Window | None = None) -> Tensor:
     """Attention under an encoding and a bias of the host."""
     q, k, v = _project(module, x)
@@ -232,7 +260,7 @@ def find(model: nn.Module) -> Host:
         ),
         sizes=[_size(block.attn, getattr(block, "window_size", None) or whole) for block in blocks],
         rotates=any(getattr(part, "rope", None) is not None for part in (model, *attentions)),
-        drops=(dropout, draw_ahead) if isinstance(dropout, DROPOUTS) else None,
+        drops=(dropout, DROPOUTS[type(dropout)]) if type(dropout) in DROPOUTS else None,
     )
 
 
@@ -245,18 +273,6 @@ def _of_naflex(embeds: Any, inputs: Any, keywords: dict[str, Any], output: Any) 
     yx = keywords["patch_coord"] * valid[..., None]
     sizes = yx.amax(1) + 1
     return Scattered(tuple((height, width) for height, width in sizes.tolist()), yx[..., 0] * sizes[:, 1:] + yx[..., 1], valid)
-
-
-DROPOUTS = (PatchDropout, PatchDropoutWithIndices)
-
-
-def draw_ahead(tokens: Tokens, dropout: Any, inputs: tuple[Tensor, ...]) -> None:
-    """Before patches are dropped: tells which will stay, drawn with the same random numbers."""
-    x = inputs[0]
-    with torch.random.fork_rng([x.device] if x.device.type == "cuda" else []):
-        kept = patch_dropout_forward(x, dropout.prob, dropout.num_prefix_tokens, dropout.ordered, dropout.training)[1]
-    if kept is not None:
-        tokens.keep(kept)
 
 
 def _size(attention: Any, grid: Any) -> Size:
