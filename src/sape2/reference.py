@@ -57,11 +57,12 @@ def sape2(
     divide_bias: bool = False,
     normalize: str = "none",
     rescale: dict[str, float] | None = None,
+    visible: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Gates, positions, vectors (N, S) per axis and the bias (N, N), by equations 9 to 16.
 
     `tables` maps each axis ("x", "y", "raster") to its table; `gate_scale` None is 1/sqrt(d); `gain` carries the sign;
-    `rescale` multiplies the positions of an axis.
+    `rescale` multiplies the positions of an axis; `visible`, (N, N), says which patches j a patch i sees.
     """
     q, k = q.double(), k.double()
     num_tokens, dim = q.shape
@@ -72,12 +73,17 @@ def sape2(
         for i in range(num_tokens):
             line = sape2_line(i, grid, axis)
             g = [sape2_gate(q[i], k[j], scale, gates) for j in line]
+            seen = [True for _ in line]
+            if visible is not None:
+                g = [gate if visible[i, j] else 0.0 for gate, j in zip(g, line, strict=True)]
+                seen = [any(visible[i, j] for j in sape2_across(m, grid, axis)) for m in range(len(line))]
             p = sape2_positions(g, line.index(i), count)
             p = [value * (rescale or {}).get(axis, 1.0) for value in p]
             vector = q[i] if dot == "query" else k[i]
             z = [float(vector @ sape2_embedding(table.double(), value)) for value in p]
             if normalize == "sqrt_length":
-                z = [value / math.sqrt(len(line)) for value in z]
+                z = [value / math.sqrt(max(1, sum(seen))) for value in z]
+            z = [value if seen[m % len(line)] else 0.0 for m, value in enumerate(z)]
             gate_rows.append(g)
             position_rows.append(p)
             vector_rows.append(z)
@@ -102,6 +108,14 @@ def sape2_line(i: int, grid: Grid, axis: str) -> list[int]:
     if axis == "y":
         return [row * width + x for row in range(height)]
     return list(range(height * width))
+
+
+def sape2_across(m: int, grid: Grid, axis: str) -> list[int]:
+    """The patches at place m of all lines of an axis: a column for the rows of axis x."""
+    height, width = grid
+    if axis == "x":
+        return [y * width + m for y in range(height)]
+    return [m * width + x for x in range(width)] if axis == "y" else [m]
 
 
 def sape2_gate(q_i: Tensor, k_j: Tensor, scale: float, gates: str) -> float:
@@ -399,14 +413,23 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def cope(
-    q: Tensor, k: Tensor, table: Tensor, *, count: str = "suffix", divide_bias: bool = True, rescale: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    table: Tensor,
+    *,
+    count: str = "suffix",
+    divide_bias: bool = True,
+    rescale: float = 1.0,
+    visible: Tensor | None = None,
 ) -> Tensor:
-    """b_in = q_i^T e[p_in] / sqrt(d) along the raster order; `rescale` multiplies the positions."""
+    """b_in = q_i^T e[p_in] / sqrt(d) along the raster order; `rescale` multiplies the positions; i sees j if visible[i, j]."""
     q, k, table = q.double(), k.double(), table.double()
     num_tokens, dim = q.shape
     bias = torch.zeros(num_tokens, num_tokens, dtype=torch.float64)
     for i in range(num_tokens):
         gates = [1 / (1 + math.exp(-float(q[i] @ k[j]) / math.sqrt(dim))) for j in range(num_tokens)]
+        if visible is not None:
+            gates = [gates[j] if visible[i, j] else 0.0 for j in range(num_tokens)]
         for n in range(num_tokens):
             if count == "suffix":
                 counted = range(n, num_tokens)
@@ -493,14 +516,17 @@ def pape_rotation_invariant(q: Tensor, tokens: Tensor, curvature: Tensor, scale:
     return bias / math.sqrt(q.shape[1])
 
 
-def forget(tokens: Tensor, weight: Tensor, offset: Tensor, grid: Grid) -> Tensor:
+def forget(tokens: Tensor, weight: Tensor, offset: Tensor, grid: Grid, *, visible: Tensor | None = None) -> Tensor:
     """b_in, the sum of log sigmoid(w . x_k + c) on the way along i's row and column, arXiv:2503.02130 both ways.
 
-    For one head: `weight` is (2 axes, 2 directions, D), `offset` (2, 2), with y and backwards first.
+    For one head: `weight` is (2 axes, 2 directions, D), `offset` (2, 2), with y and backwards first. Patches k that i does
+    not see are left out: visible[i, k].
     """
     width = grid[1]
 
-    def gate(axis: int, direction: int, y: int, x: int) -> float:
+    def gate(i: int, axis: int, direction: int, y: int, x: int) -> float:
+        if visible is not None and not visible[i, y * width + x]:
+            return 0.0
         return -math.log(1 + math.exp(-float(weight[axis, direction] @ tokens[y * width + x] + offset[axis, direction])))
 
     bias = torch.zeros(len(tokens), len(tokens), dtype=torch.float64)
@@ -508,8 +534,8 @@ def forget(tokens: Tensor, weight: Tensor, offset: Tensor, grid: Grid) -> Tensor
         y, x = i // width, i % width
         for n in range(len(tokens)):
             row, column = n // width, n % width
-            bias[i, n] += sum(gate(0, 0, k, x) for k in range(row + 1, y + 1))
-            bias[i, n] += sum(gate(0, 1, k, x) for k in range(y + 1, row + 1))
-            bias[i, n] += sum(gate(1, 0, y, k) for k in range(column + 1, x + 1))
-            bias[i, n] += sum(gate(1, 1, y, k) for k in range(x + 1, column + 1))
+            bias[i, n] += sum(gate(i, 0, 0, k, x) for k in range(row + 1, y + 1))
+            bias[i, n] += sum(gate(i, 0, 1, k, x) for k in range(y + 1, row + 1))
+            bias[i, n] += sum(gate(i, 1, 0, y, k) for k in range(column + 1, x + 1))
+            bias[i, n] += sum(gate(i, 1, 1, y, k) for k in range(x + 1, column + 1))
     return bias

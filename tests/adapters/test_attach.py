@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from sape2 import attach, create_model, detach, encoding_parameters
 from sape2.adapters.attached import Attached, attached_encodings
-from sape2.adapters.start import Gained, looks_beyond_pairs
-from sape2.encodings import create_encoding, list_encodings
+from sape2.adapters.start import Gained
 from sape2.encodings.content import Content
 
 
@@ -274,18 +273,36 @@ def test_the_grid_is_that_of_the_images_not_a_square_root(case):
     assert seen == [(2, 4), (4, 2), (1, 8)]
 
 
-def test_dropped_patches_are_refused_in_training_and_harmless_in_evaluation():
-    model, x = attach(make("timm.vit.dynamic"), "sape2"), images("timm.vit.dynamic")
-    outputs(model, x)
-    with pytest.raises(
-        ValueError, match=r"needs all 3x4 patches after 1 prefix tokens; attention got 7 tokens.*patch_drop_rate to 0"
-    ):
-        model.train()(x)
-    with pytest.raises(ValueError, match="needs all 3x4 patches"):
-        attach(timm.models.Eva(**TIMM, patch_drop_rate=0.5).train(), "sape2")(x.float())
+@pytest.mark.parametrize("case", ["timm.vit.dynamic", "timm.eva.dinov3"])
+@pytest.mark.parametrize("encoding", ["sape2+rpe", "pape"])
+def test_dropped_patches_are_those_that_a_mask_hides(case, encoding):
+    """An attention on what patch dropout leaves, against all patches under a mask that hides the others."""
+    model, x = make(case), images(case)
+    if case.startswith("timm.eva"):
+        model.patch_drop = timm.layers.PatchDropoutWithIndices(0.5, model.num_prefix_tokens)
+    expected = dropped(model.train(), x)
+    torch.testing.assert_close(dropped(attach(model, encoding), x), expected, rtol=1e-12, atol=1e-12)
+    open_gains(model)
+    attention, prefix, indices = model.blocks[0].attn, model.num_prefix_tokens, torch.tensor([[5, 0, 9, 2], [1, 11, 3, 4]])
+    tokens, rope = torch.randn(2, prefix + 12, 16).double(), getattr(model, "rope", None)
+    kept = torch.cat([torch.arange(prefix).expand(2, -1), indices + prefix], dim=1)
+    mask = torch.zeros(2, 1, 1, prefix + 12, dtype=torch.bool).scatter(3, kept[:, None, None], True)
+    turns = {} if rope is None else {"rope": rope.get_embed((3, 4))}
+    model.patch_embed(x)
+    whole = attention(tokens, attn_mask=mask, **turns)
+    model.sape2_attachment.tokens.keep(indices)
+    if rope is not None:
+        turns = {"rope": turns["rope"][indices][:, None]}
+    part = attention(tokens.gather(1, kept[..., None].expand(-1, -1, 16)), **turns)
+    torch.testing.assert_close(part, whole.gather(1, kept[..., None].expand(-1, -1, 16)))
 
 
-def test_a_mask_of_pairs_joins_the_bias():
+def dropped(model, x):
+    torch.manual_seed(3)
+    return model(x)
+
+
+def test_a_mask_of_pairs_joins_the_bias_and_what_it_hides_is_not_counted():
     model, x = attach(make("timm.vit.avg"), "sape2"), images("timm.vit.avg")
     open_gains(model)
     mask = torch.rand(13, 13) > 0.3
@@ -293,45 +310,30 @@ def test_a_mask_of_pairs_joins_the_bias():
     attention = model.blocks[0].attn
     tokens = torch.randn(2, 13, 16).double()
     model.patch_embed(x)
-    bias = attention.bias_map(*attention.qkv(tokens).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)[:2])
-    added = bias + torch.zeros_like(bias).masked_fill(~mask, float("-inf"))
-    expected = attention.host_class.forward(attention, tokens, attn_mask=added)
-    torch.testing.assert_close(attention(tokens, attn_mask=mask), expected)
-    additive = torch.zeros_like(bias).masked_fill(~mask, float("-inf"))
-    torch.testing.assert_close(attention(tokens, attn_mask=additive), expected)
-    causal = attention.host_class.forward(attention, tokens, attn_mask=bias + torch.full((13, 13), float("-inf")).triu(1))
-    torch.testing.assert_close(attention(tokens, is_causal=True), causal)
-
-
-@pytest.mark.parametrize(
-    "name", [n for n in list_encodings() if n not in ("ape", "sincos", "cpe", "none", "rope", "rope_mixed")]
-)
-def test_which_encodings_look_beyond_pairs_of_patches(name):
-    assert looks_beyond_pairs(create_encoding(name, 2, 8, (3, 4)), 2, 8) == (name in ("cope", "sape2", "forget"))
-
-
-def test_padding_is_refused_where_hidden_patches_would_be_counted():
-    model = attach(make("timm.vit.avg"), "sape2")
-    with pytest.raises(ValueError, match="counts all patches of a line, also those that a padding mask hides"):
-        model(images("timm.vit.avg"), attn_mask=torch.ones(2, 1, 1, 13, dtype=torch.bool))
+    heads = attention.qkv(tokens).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)[:2, :, :, 1:]
+    causal = torch.ones(13, 13, dtype=torch.bool).tril()
+    for kept, options in ((mask, {"attn_mask": mask}), (causal, {"is_causal": True})):
+        seen = Content(heads[0], heads[1], (3, 4), visible=kept[None, None, 1:, 1:])
+        additive = torch.zeros(13, 13, dtype=torch.float64).masked_fill(~kept, float("-inf"))
+        added = F.pad(attention.sape2.make_bias(seen).dense(), (1, 0, 1, 0)) + additive
+        expected = attention.host_class.forward(attention, tokens, attn_mask=added)
+        torch.testing.assert_close(attention(tokens, **options), expected)
+        torch.testing.assert_close(attention(tokens, attn_mask=additive), expected)
 
 
 @pytest.mark.parametrize("back_end", ["sdpa", "eager"])
-def test_padded_images_get_the_result_of_whole_ones_under_a_pairwise_encoding(back_end):
-    """Dinov2 on 24x24 with the last row of patches hidden, against 16x24, positions off, encoding rpe clamped."""
+@pytest.mark.parametrize("encoding", ["rpe:beyond=clamp", "sape2:normalize=sqrt_length+cope", "forget"])
+def test_padded_images_get_the_result_of_whole_ones(back_end, encoding):
+    """Dinov2 on 24x24 with the last row of patches hidden, against 16x24, positions off."""
     model = make(f"transformers.Dinov2.{back_end}")
     nn.init.zeros_(model.dinov2.embeddings.position_embeddings)
-    attach(model, "rpe:beyond=clamp")
+    attach(model, encoding)
     open_gains(model)
     x, mask = torch.randn(1, 3, 24, 24).double(), torch.tensor([[1] * 7 + [0] * 3])
     whole = model.dinov2(x[:, :, :16]).last_hidden_state
     padded = model.dinov2(x, attention_mask=mask).last_hidden_state[:, :7]
     torch.testing.assert_close(padded, whole, rtol=1e-5, atol=1e-5)
-    detach(model)
-    attach(model, "sape2")
-    with pytest.raises(ValueError, match="padding mask"):
-        model.dinov2(x, attention_mask=mask)
-    model.dinov2(x, attention_mask=torch.ones_like(mask))  # hides nothing
+    assert not torch.allclose(model.dinov2(x).last_hidden_state[:, :7], whole, atol=1e-3)
 
 
 # --- the back ends of transformers -----------------------------------------------------------------------------------
@@ -443,8 +445,12 @@ class Unknown(nn.Module):
     pass
 
 
-def swin():
-    return timm.create_model("swin_tiny_patch4_window7_224", embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=2)
+def swin_v2():
+    return timm.models.SwinTransformerV2(32, 4, embed_dim=8, depths=(1, 1), num_heads=(1, 1), num_classes=2, window_size=4)
+
+
+def features_only(name):
+    return timm.create_model(name, features_only=True, out_indices=(1,), **TIMM | {"num_classes": 0})
 
 
 @pytest.mark.parametrize(
@@ -452,7 +458,8 @@ def swin():
     [
         (Unknown, {}, "attach knows models of timm, torchvision, transformers, sape2; got test_attach.Unknown"),
         (lambda: nn.Sequential(make("timm.vit.avg")), {}, "Attach before wrapping or compiling"),
-        (swin, {}, "timm's VisionTransformer, Eva and what is made of them; got SwinTransformer"),
+        (swin_v2, {}, "timm's VisionTransformer, Eva, .* got SwinTransformerV2: its logits are cosines"),
+        (lambda: features_only("vit_tiny_patch16_224"), {}, r"FeatureGetterNet: .*attach to the one inside, model\.model"),
         (
             lambda: timm.models.VisionTransformer(**TIMM, attn_layer="diff"),
             {},
@@ -462,11 +469,6 @@ def swin():
             lambda: timm.models.VisionTransformer(**TIMM, block_fn=timm.models.vision_transformer.ParallelScalingBlock),
             {},
             "ParallelScalingBlock with the attention NoneType",
-        ),
-        (
-            lambda: timm.models.NaFlexVit(timm.models.NaFlexVitCfg(embed_dim=16, depth=1, num_heads=2)),
-            {},
-            "NaFlexVit: a batch holds images of several grids",
         ),
         (lambda: make("timm.vit.avg"), {"encoding": "ape+sape2"}, "Leave ape, sincos and cpe out"),
         (lambda: make("timm.vit.avg"), {"encoding": "sapes"}, "unknown encoding 'sapes'"),

@@ -132,7 +132,6 @@ def test_dropout_acts_in_training_only():
         (lambda: attach_attention(nn.MultiheadAttention(8, 2), grid=(2,)), r"grid needs two positive integers \(H, W\)"),
         (lambda: attention()(torch.zeros(1, 7, 8), torch.zeros(1, 7, 8), torch.zeros(1, 7, 8)), "for self-attention"),
         (lambda: attention()(*[torch.zeros(1, 7, 8)] * 3, is_causal=True), "is_causal=True"),
-        (lambda: attention()(*[torch.zeros(1, 7, 8)] * 3, key_padding_mask=torch.ones(1, 7) > 0), "padding mask"),
         (lambda: set_grid(nn.MultiheadAttention(8, 2), GRID), "nothing is attached"),
     ],
 )

@@ -216,11 +216,12 @@ def test_attached_models_of_transformers_export(case):
 
 
 @pytest.mark.usefixtures("as_users_call_it")
-def test_a_padding_mask_is_refused_in_an_export_too():
+def test_a_padding_mask_exports_too():
     model, x = opened("transformers.ViT.sdpa"), images("transformers")
     mask = torch.ones(2, 10, dtype=torch.bool)
-    with pytest.raises(ValueError, match="padding mask"):
-        torch.export.export(model, (x,), {"attention_mask": mask}, strict=False)
+    program = torch.export.export(model, (x,), {"attention_mask": mask}, strict=False)
+    mask[:, 7:] = False
+    torch.testing.assert_close(program.module()(x, attention_mask=mask).logits, model(x, attention_mask=mask).logits)
 
 
 @pytest.mark.parametrize("case", ["timm.vit.class", "torchvision", "transformers.ViT.sdpa", "sape2.ape"])

@@ -109,7 +109,7 @@ def test_copies_made_within_a_call_start_afresh():
         hook.remove()
         copies[0].blocks[0]._forward_hooks.clear()
         assert torch.equal(copies[0](square), expected[1])
-        assert copies[1].sape2_tokens.grid is None
+        assert copies[1].sape2_tokens.layout is None
         assert torch.equal(model(wide), expected[0])
 
 

@@ -157,7 +157,7 @@ def expected_bias(
     if name == "forget":
         return reference.forget(tokens, encoding.weight[:, :, head], encoding.offset[:, :, head], grid)
     rescale = min(1.0, math.prod(TRAINED) / math.prod(grid)) if getattr(options, "beyond", None) == "rescale" else 1.0
-    return by_name(name, encoding, q=q, k=k, tokens=tokens, grid=grid, head=head, rescale=rescale)
+    return by_name(name, encoding, q=q, k=k, tokens=tokens, grid=grid, head=head, rescale=rescale, visible=None)
 
 
 def expected_function(encoding: AttentionEncoding, name: str, head: int, grid: Grid) -> Tensor:

@@ -40,12 +40,19 @@ def attach(
     Its outputs stay the same up to rounding until it is trained: a bias that is not 0 to begin with enters under one
     learned gain per head that starts at 0. `start="as_is"` leaves the gain out, which is the only way for rotations.
     `trainable="encoding"` freezes everything else. `grid`, (H, W), sizes the tables; by default that of the images for
-    which the model was made. The grid of a call is that of its images, whatever their size.
+    which the model was made. The grid of a call is that of its images, whatever their size; where attention is within
+    windows, each window is a grid.
 
     Raises ValueError for models and encodings that this cannot be done for, with the reason.
     """
     check_free(model)
-    put_in(model, find_host(model), encoding, trainable, start, grid)
+    host = find_host(model)
+    own = list(dict.fromkeys(size.grid for size in host.sizes))
+    if grid and len(own) > 1:
+        raise ValueError(
+            f"the layers of this model attend over several grids, {own}, and its tables are for these; leave out grid"
+        )
+    put_in(model, host, encoding, trainable, start, [grid or size.grid for size in host.sizes])
     return model
 
 

@@ -12,19 +12,19 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, fx, nn
 
-from sape2.adapters.start import Start, looks_beyond_pairs, prepare, rotates
+from sape2.adapters.layouts import Scattered, bias_on, rotate_on
+from sape2.adapters.start import Start, prepare, rotates
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import create_encodings
 from sape2.encodings.base import AttentionEncoding, NoEncoding, names_without_decay
-from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
 
@@ -32,6 +32,13 @@ Trainable = Literal["all", "encoding"]
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
+
+
+class Window(NamedTuple):
+    """The grid that one call of attention is for, and which pairs of its patches see each other."""
+
+    grid: Grid
+    visible: Bool[Tensor, "#batch #heads tokens tokens"] | None = None
 
 
 class Attached:
@@ -62,33 +69,52 @@ class Attached:
         mask: Tensor | None = None,
         rotated: tuple[Tensor, Tensor] | None = None,
         tokens: Float[Tensor, "batch tokens dim"] | None = None,
+        window: Window | None = None,
     ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """Attention with the encoding. `mask`, `tokens`: as `bias_map`; `rotated`: q and k as the host turns them."""
+        """Attention with the encoding. `rotated`: q and k as the host turns them; the others: as `bias_map`."""
         if mask is None and rotated is None:
-            return attend(q, k, v, self.sape2_tokens.grid_of(q.shape[-2]), encoding_of(self), dropout, tokens=tokens)
-        bias = self.bias_map(q, k, mask, tokens)
-        q, k = rotated or self.rotate(q, k)
+            layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
+            if not isinstance(layout, Scattered):
+                return attend(q, k, v, layout, encoding_of(self), dropout, tokens=tokens)
+        bias = self.bias_map(q, k, mask, tokens, window)
+        q, k = rotated or self.rotate(q, k, window)
         mask = None if bias is None else bias.to(v.dtype)
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
 
-    def bias_map(self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor | None:
-        """The bias of all T tokens (0 for prefix tokens) plus a mask, in logits; q and k before any rotation.
+    def bias_map(
+        self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, window: Window | None = None
+    ) -> Tensor | None:
+        """The bias of all T tokens (0 for those that stand on no grid) plus a mask, in logits; q and k before any rotation.
 
-        A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added. `tokens`, (B, T, D), are what the host
-        projects to q and k, for encodings that read them.
+        A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added, and what it hides is not counted:
+        `Content.visible`. `tokens`, (B, T, D), are what the host projects to q and k, for encodings that read them. `window`
+        is for attention that the host calls for a grid of its own.
         """
-        grid, num_prefix = self.sape2_tokens.grid_of(q.shape[-2]), self.sape2_tokens.num_prefix
-        bias = encoding_of(self).make_bias(Content.of_grid(q, k, grid, tokens))
+        layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
+        first, last = self.sape2_tokens.ends(q.shape[-2])
+        of_grid = None if tokens is None else tokens[:, first:last]
+        visible = window.visible if window else seen_by(mask)
+        if visible is not None:
+            visible = visible.expand(*visible.shape[:-2], q.shape[-2], q.shape[-2])[..., first:last, first:last]
+        bias = bias_on(layout, encoding_of(self), q[:, :, first:last], k[:, :, first:last], of_grid, visible)
         additive = None if mask is None else as_additive(mask, q.dtype)
         if bias is None:
             return additive
-        matrix = F.pad(bias.dense(), (num_prefix, 0, num_prefix, 0))  # (B or 1, h, T, T)
+        matrix = F.pad(bias, (first, q.shape[-2] - last) * 2)  # (B or 1, h, T, T)
         matrix = matrix if matrix.dim() == 4 else matrix[None]
         return matrix if additive is None else matrix + additive
 
-    def rotate(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q and k turned by the encoding; prefix tokens stay."""
-        return encoding_of(self).rotate_all(q, k, self.sape2_tokens.grid_of(q.shape[-2]))
+    def rotate(self, q: Tensor, k: Tensor, window: Window | None = None) -> tuple[Tensor, Tensor]:
+        """q and k turned by the encoding; tokens that stand on no grid stay."""
+        layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
+        first, last = self.sape2_tokens.ends(q.shape[-2])
+        q_grid, k_grid = q[:, :, first:last], k[:, :, first:last]
+        turned_q, turned_k = rotate_on(layout, encoding_of(self), q_grid, k_grid)
+        if turned_q is q_grid:
+            return q, k
+        pairs = ((q, turned_q), (k, turned_k))
+        turned = [torch.cat([t[:, :, :first], of_grid, t[:, :, last:]], -2) for t, of_grid in pairs]
+        return turned[0], turned[1]
 
 
 def encoding_of(module: Any) -> AttentionEncoding:
@@ -130,6 +156,14 @@ def _one_node(forward: Callable) -> Callable:
     return called
 
 
+def seen_by(mask: Shaped[Tensor, "*shape"] | None) -> Bool[Tensor, "#batch #heads #tokens #tokens"] | None:
+    """Which pairs a mask of four axes or fewer keeps; of floats those above -65504, which hide in half precision as in any."""
+    if mask is None:
+        return None
+    kept = mask if mask.dtype == torch.bool else mask > torch.finfo(torch.float16).min
+    return kept.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+
+
 def as_additive(mask: Shaped[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
     """0 where a boolean mask keeps a pair and -inf where it does not; a float mask as it is."""
     if mask.dtype != torch.bool:
@@ -144,18 +178,38 @@ def causal_mask(total: int, device: torch.device) -> Bool[Tensor, "tokens tokens
 # --- putting in and taking out ---------------------------------------------------------------------------------------
 
 
+class Size(NamedTuple):
+    """What the tables of one attention module are made for. The grid is None where the model does not say it."""
+
+    num_heads: int
+    head_dim: int
+    grid: Grid | None
+
+
 @dataclass(frozen=True)
 class Host:
     """The places in a model of a host library where an encoding is attached."""
 
     name: str
     layers: list[tuple[nn.Module, type[Attached]]]  # each attention module and the class that it gets
-    projection: nn.Module | None  # its output is (B, D, H, W)
-    num_prefix: int
-    grid: Grid | None
-    num_heads: int
-    head_dim: int
+    source: nn.Module | None  # from whose calls `tokens` reads where the patches are
+    tokens: Tokens
+    sizes: list[Size]  # of each attention module
     rotates: bool = False
+    drops: tuple[nn.Module, type[nn.Module]] | None = None  # patch dropout and the class that it gets, which says what stays
+
+
+class Telling:
+    """A module whose class is changed to one that tells `sape2_tokens` of its calls, until `remove`, as a hook has it."""
+
+    def __init__(self, module: nn.Module, attached_class: type[nn.Module], tokens: Tokens) -> None:
+        self.module, self.host_class = module, type(module)
+        module.sape2_tokens = tokens  # pyrefly: ignore
+        module.__class__ = attached_class  # pyrefly: ignore
+
+    def remove(self) -> None:
+        self.module.__class__ = self.host_class  # pyrefly: ignore
+        del self.module.sape2_tokens
 
 
 @dataclass
@@ -165,10 +219,7 @@ class Attachment:
     host: str
     encoding: str
     start: Start
-    grid: Grid
-    num_heads: int
-    head_dim: int
-    depth: int
+    sizes: list[Size]
     attentions: dict[int, nn.Module]  # by layer; layers without encoding are left out
     tokens: Tokens
     hooks: list[Any]
@@ -200,15 +251,15 @@ class NoWeightDecay:
         return names_without_decay(self.model) | (set(own(self.model)) if own else set())
 
 
-def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grid: Grid | None) -> None:
-    """Gives the attention modules of `host` their encodings. Changes nothing if it raises."""
+def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grids: list[Grid | None]) -> None:
+    """Gives the attention modules of `host` their encodings, for a grid each. Changes nothing if it raises."""
     if trainable not in get_args(Trainable):
         raise ValueError(f"trainable must be one of {', '.join(get_args(Trainable))}; got {trainable!r}")
-    if grid is None and host.grid is None:
+    if None in grids:
         raise ValueError("the model does not say for which image size it was made; give grid=(H, W), the patches of one")
-    grid = check_grid(grid or host.grid or (0, 0))
-    layers = _create(host, encoding, start, grid)
-    tokens = Tokens(host.num_prefix, grid if host.projection is None else None, _counts(layers, host))
+    sizes = [size._replace(grid=check_grid(grid)) for size, grid in zip(host.sizes, grids, strict=True) if grid]
+    layers = _create(host, encoding, start, sizes)
+    tokens = host.tokens
     used = {
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
     }
@@ -217,28 +268,36 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
         _swap(module, attached_class, layer, tokens, model)
     for parameter in frozen:
         parameter.requires_grad_(False)
-    hooks = [] if host.projection is None else _listen(model, host.projection, tokens)
+    hooks = [] if host.source is None else _listen(model, host.source, tokens)
+    hooks += [] if host.drops is None else [Telling(*host.drops, tokens)]
     hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
-    sizes = (host.num_heads, host.head_dim, len(host.layers))
-    model.sape2_attachment = Attachment(host.name, encoding, start, grid, *sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
+    model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
     model.no_weight_decay = NoWeightDecay(model)  # pyrefly: ignore
 
 
-def _listen(model: nn.Module, projection: nn.Module, tokens: Tokens) -> list[Any]:
+def _listen(model: nn.Module, source: nn.Module, tokens: Tokens) -> list[Any]:
     """The hooks that tell `tokens` of every call."""
-    patches = next(module for module in model.modules() if any(part is projection for part in module.children()))
+    patches = next(module for module in model.modules() if any(part is source for part in module.children()))
     hooks = [
-        model.register_forward_pre_hook(tokens.enter, with_kwargs=True),
+        model.register_forward_pre_hook(tokens.enter),
         model.register_forward_hook(tokens.leave, always_call=True),
-        projection.register_forward_hook(tokens),
+        source.register_forward_hook(tokens, with_kwargs=True),
     ]
     return hooks if patches is model else [*hooks, patches.register_forward_pre_hook(tokens.forget)]
 
 
-def _create(host: Host, encoding: str, start: Start, grid: Grid) -> list[AttentionEncoding]:
+def _create(host: Host, encoding: str, start: Start, sizes: list[Size]) -> list[AttentionEncoding]:
+    """An encoding for each layer; modules that layers share are shared by those of one size."""
+    made = {size: _create_alike(host, encoding, start, size, len(sizes)) for size in dict.fromkeys(sizes)}
+    return [made[size][index] for index, size in enumerate(sizes)]
+
+
+def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: int) -> list[AttentionEncoding]:
+    num_heads, head_dim, grid = size
+    assert grid is not None
     with torch.device("cpu"):  # the probes of `prepare` are
-        tokens, layers = create_encodings(encoding, host.num_heads, host.head_dim, grid, len(host.layers))
+        tokens, layers = create_encodings(encoding, num_heads, head_dim, grid, depth)
     if tokens:
         raise ValueError(
             f"attach puts encodings into attention; {encoding!r} also changes the tokens, for which the model has its own "
@@ -248,12 +307,7 @@ def _create(host: Host, encoding: str, start: Start, grid: Grid) -> list[Attenti
         raise ValueError(
             f"this {host.name} turns q and k itself; a second rotation, {encoding!r}, would mix with it. Attach a bias"
         )
-    return prepare(layers, start, host.num_heads, host.head_dim)
-
-
-def _counts(layers: list[AttentionEncoding], host: Host) -> bool:
-    different = {str(layer): layer for layer in layers}  # layers of one kind and the same options do the same
-    return any(looks_beyond_pairs(layer, host.num_heads, host.head_dim) for layer in different.values())
+    return prepare(layers, start, num_heads, head_dim)
 
 
 def _swap(

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from sape2.adapters import Model, attach, find_host
-from sape2.adapters.attached import Trainable, attached_encodings, attachment_of, check_free
+from sape2.adapters import Model, find_host
+from sape2.adapters.attached import Size, Trainable, attached_encodings, attachment_of, check_free, put_in
 from sape2.runs.files import write_atomic, write_text
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -24,7 +24,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Writes the attached encodings alone, without the model; `load_adapter` puts them into another copy of it."""
     attachment, folder = attachment_of(model), Path(folder)
     attachment.tell_if_frozen()
-    config = {"format": FORMAT} | {key: getattr(attachment, key) for key in KEYS if key != "format"}
+    said = {key: getattr(attachment, key) for key in ("host", "encoding", "start")}
+    config = {"format": FORMAT} | said | _say(attachment.sizes)
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / WEIGHTS, lambda path: save_model(_encodings(model), str(path)))
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -40,13 +41,14 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
     check_free(model)
     config = _read_config(Path(folder))
     host = find_host(model)
-    sizes = {"depth": len(host.layers), "num_heads": host.num_heads, "head_dim": host.head_dim}
-    for name, here in sizes.items():
-        if config[name] != here:
+    here = _say(host.sizes)
+    for name in SIZES:
+        if config[name] != here[name]:
             raise ValueError(
-                f"the adapter in {folder} was made for {name}={config[name]} ({config['host']}); this model has {here}"
+                f"the adapter in {folder} was made for {name}={config[name]} ({config['host']}); this model has {here[name]}"
             )
-    attach(model, config["encoding"], trainable=trainable, start=config["start"], grid=tuple(config["grid"]))
+    grids = config["grid"] if isinstance(config["grid"][0], list) else [config["grid"]] * len(host.layers)
+    put_in(model, host, config["encoding"], trainable, config["start"], [tuple(grid) for grid in grids])
     try:
         load_model(_encodings(model), Path(folder) / WEIGHTS)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -57,6 +59,13 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
             f"{Path(folder) / WEIGHTS} does not hold this adapter: {str(error).splitlines()[-1].strip()}"
         ) from error
     return model
+
+
+def _say(sizes: list[Size]) -> dict[str, Any]:
+    """Grids, heads and channels of the layers: one of each where all are alike, else a list."""
+    columns = {"grid": [size.grid for size in sizes]} | {key: [getattr(s, key) for s in sizes] for key in SIZES[1:]}
+    said = {key: values[0] if len(set(values)) == 1 else values for key, values in columns.items()}
+    return {"grid": said.pop("grid"), "depth": len(sizes)} | said
 
 
 def _encodings(model: nn.Module) -> nn.ModuleDict:

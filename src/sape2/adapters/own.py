@@ -7,8 +7,9 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, encoding_of
+from sape2.adapters.attached import Attached, Host, Size, encoding_of
 from sape2.adapters.start import rotates
+from sape2.adapters.tokens import Tokens
 from sape2.attention import Attention, attend, logits
 from sape2.encodings.base import Composite
 from sape2.encodings.content import Content
@@ -47,10 +48,8 @@ def find(model: nn.Module) -> Host:
     return Host(
         name="sape2 ViT",
         layers=[(attention, AttachedOwn) for attention in attentions if attention is not None],
-        projection=model.patch_embed.proj,  # pyrefly: ignore
-        num_prefix=model.num_prefix_tokens,  # pyrefly: ignore
-        grid=config.grid,
-        num_heads=config.num_heads,
-        head_dim=config.head_dim,
+        source=model.patch_embed.proj,  # pyrefly: ignore
+        tokens=Tokens(model.num_prefix_tokens),  # pyrefly: ignore
+        sizes=[Size(config.num_heads, config.head_dim, config.grid)] * len(attentions),
         rotates=any(rotates(attention.encoding) for attention in attentions if attention is not None),
     )

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Trainable, as_additive, attachment_of, check_free, put_in
+from sape2.adapters.attached import Attached, Host, Size, Trainable, as_additive, attachment_of, check_free, put_in
 from sape2.adapters.start import Start
+from sape2.adapters.tokens import Tokens
 from sape2.attention import Attention
 from sape2.encodings import TokenEncoding, create_encoding
 from sape2.encodings.grid import Grid, check_grid
@@ -58,7 +59,6 @@ class AttachedMultihead(Attached, nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """As the host; `is_causal` is, as there, a hint about `attn_mask` and needs it."""
         _check_call(query, key, value, attn_mask, is_causal)
-        self.sape2_tokens.check_padding(key_padding_mask)
         batched = query.dim() == 3
         x = query if batched else query[None]
         x = x if self.batch_first or not batched else x.transpose(0, 1)  # (B, T, D)
@@ -133,9 +133,10 @@ def attach_attention(
     """
     check_free(attention)
     attention = check_multihead(attention)
-    name, sizes = "nn.MultiheadAttention", (attention.num_heads, attention.head_dim)
-    host = Host(name, [(attention, AttachedMultihead)], None, num_prefix_tokens, None, *sizes)
-    put_in(attention, host, encoding, trainable, start, grid)
+    tokens = Tokens(num_prefix_tokens, given=check_grid(grid))
+    sizes = [Size(attention.num_heads, attention.head_dim, grid)]
+    host = Host("nn.MultiheadAttention", [(attention, AttachedMultihead)], None, tokens, sizes)
+    put_in(attention, host, encoding, trainable, start, [grid])
     return attention
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Literal, get_args
 
 import torch
@@ -85,27 +84,6 @@ def rotates(encoding: AttentionEncoding) -> bool:
     if isinstance(encoding, Composite):
         return any(rotates(part) for part in encoding.parts if isinstance(part, AttentionEncoding))
     return type(encoding).rotate is not AttentionEncoding.rotate and not isinstance(encoding, Gained)
-
-
-def looks_beyond_pairs(encoding: AttentionEncoding, num_heads: int, head_dim: int) -> bool:
-    """True if b_in depends on the content of patches other than i and n, as counts along a line do.
-
-    Tested on a copy with random parameters: each image of a batch changes the content of another patch, and the bias among
-    the unchanged patches is compared with that of the first image, in which no patch is changed.
-    """
-    copied = copy.deepcopy(encoding).double().eval()
-    generator = torch.Generator().manual_seed(1)
-    for parameter in copied.parameters():
-        parameter.requires_grad_(False).normal_(generator=generator)
-    tokens = num_tokens(PROBE)
-    changed = torch.eye(tokens + 1, dtype=torch.bool)[:, 1:]  # image 0 none, image t + 1 token t
-    q, k = (tensor.double() + changed[:, None, :, None] for tensor in _probe(num_heads, head_dim))
-    bias = copied.bias(q, k, PROBE, _joined(q))
-    if bias is None:
-        return False
-    maps = bias.dense().expand(tokens + 1, num_heads, -1, -1)
-    others = ~(changed[:, None, :, None] | changed[:, None, None, :])
-    return bool(((maps - maps[:1]).abs() * others).max() > 1e-9)
 
 
 def _joined(q: Tensor) -> Tensor:

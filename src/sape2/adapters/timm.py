@@ -1,7 +1,7 @@
-"""timm: VisionTransformer (DeiT, DINOv2, CLIP and SigLIP towers, ...) and Eva (EVA-02, ViT-RoPE, DINOv3, ...).
+"""timm: VisionTransformer, Eva, Beit, VisionTransformerRelPos, VisionTransformerSAM, SwinTransformer and NaFlexVit.
 
 The forwards below are those of timm 1.0.31 with the attention product replaced: projections, norms, gates, rotation,
-grouped keys, dropout and masks are the host's.
+grouped keys, the bias of the host, dropout and masks are the host's.
 """
 
 from __future__ import annotations
@@ -9,17 +9,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
+from timm.layers import Attention, AttentionRope, PatchDropout, PatchDropoutWithIndices, apply_rot_embed_cat, to_2tuple
+from timm.layers.patch_dropout import patch_dropout_forward
+from timm.models import beit, swin_transformer, vision_transformer_sam
 from timm.models.eva import Eva, EvaAttention
+from timm.models.naflexvit import NaFlexEmbeds, NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, causal_mask
+from sape2.adapters.attached import Attached, Host, Size, Window, causal_mask
+from sape2.adapters.layouts import Layout, Scattered
+from sape2.adapters.tokens import Tokens, grid_of_output
+from sape2.encodings.grid import as_grid
 
-KNOWN = "VisionTransformer, Eva"
+HOSTS = (
+    VisionTransformer,
+    Eva,
+    beit.Beit,
+    VisionTransformerRelPos,
+    vision_transformer_sam.VisionTransformerSAM,
+    swin_transformer.SwinTransformer,
+    NaFlexVit,
+)
+COSINES = "its logits are cosines times a learned temperature, and encodings are made for q.k / sqrt(d)"
 REASONS = {
+    "DaVit": "half of its layers attend over channels, which have no position",
+    "Xcit": "it attends over channels, which have no position",
+    "SwinTransformerV2": COSINES,
+    "SwinTransformerV2Cr": COSINES,
+    "MultiScaleVit": "its keys are pooled, so queries and keys stand on different grids",
+    "PyramidVisionTransformerV2": "its keys are pooled, so queries and keys stand on different grids",
+    "FeatureGetterNet": "with features_only a model is wrapped; attach to the one inside, model.model",
+    "FeatureListNet": "features_only takes a model apart; make it with feature_cls='getter', attach to model.model",
     "DiffAttention": "it subtracts one softmax from another, and an added bias would mean something else in each",
-    "NaFlexVit": "a batch holds images of several grids there, padded, and the grid of each does not reach attention",
 }
 
 
@@ -31,7 +54,7 @@ class AttachedAttention(Attached, Attention):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        mask = _mask(self, x, attn_mask, is_causal)
+        mask = _mask(x, attn_mask, is_causal)
         return _finish(self, x, self.attend(q, k, v, dropout=_dropout(self), mask=mask, tokens=x))
 
 
@@ -57,9 +80,106 @@ class AttachedEvaAttention(Attached, EvaAttention):
         return _forward_rope(self, x, rope, attn_mask, is_causal)
 
 
+class AttachedBeitAttention(Attached, beit.Attention):
+    """The `Attention` of timm's BEiT with an encoding beside its own bias."""
+
+    host_class = beit.Attention
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
+        return _forward_with(self, x, own if shared_rel_pos_bias is None else shared_rel_pos_bias + (0 if own is None else own))
+
+
+class AttachedRelPosAttention(Attached, RelPosAttention):
+    """timm's `RelPosAttention` with an encoding beside its own bias."""
+
+    host_class = RelPosAttention
+
+    def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
+        return _forward_with(self, x, shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias())
+
+
+class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
+    """The `Attention` of timm's SAM with an encoding beside its own bias or rotation; x is a window or the whole grid."""
+
+    host_class = vision_transformer_sam.Attention
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        grid = as_grid(x.shape[1], x.shape[2])
+        tokens = x.flatten(1, 2)
+        q, k, v = _project(self, tokens)
+        bias = rotated = None
+        if self.use_rel_pos:
+            tables = (self.rel_pos_h, self.rel_pos_w)
+            bias = vision_transformer_sam.get_decomposed_rel_pos_bias(q.flatten(0, 1), *tables, grid, grid)
+            bias = bias.unflatten(0, (-1, self.num_heads))
+        elif self.rope is not None:
+            rope = self.rope.get_embed()
+            rotated = apply_rot_embed_cat(q, rope).type_as(v), apply_rot_embed_cat(k, rope).type_as(v)
+        output = self.attend(q, k, v, dropout=_dropout(self), mask=bias, rotated=rotated, tokens=tokens, window=Window(grid))
+        return _finish(self, tokens, output).unflatten(1, grid)
+
+
+class AttachedWindowAttention(Attached, swin_transformer.WindowAttention):
+    """The `WindowAttention` of timm's Swin with an encoding beside its own bias: each window is a grid."""
+
+    host_class = swin_transformer.WindowAttention
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`, (windows, T, T), keeps what a shift brings into one window apart."""
+        bias = self._get_rel_pos_bias()
+        if mask is None:
+            return _forward_with(self, x, bias, Window(self.window_size))
+        mask = mask.repeat(len(x) // len(mask), 1, 1).unsqueeze(1)
+        return _forward_with(self, x, bias + mask, Window(self.window_size, mask == 0))
+
+
 ATTACHED: dict[type[nn.Module], type[Attached]] = {
-    each.host_class: each for each in (AttachedAttention, AttachedAttentionRope, AttachedEvaAttention)
+    each.host_class: each
+    for each in (
+        AttachedAttention,
+        AttachedAttentionRope,
+        AttachedEvaAttention,
+        AttachedBeitAttention,
+        AttachedRelPosAttention,
+        AttachedSAMAttention,
+        AttachedWindowAttention,
+    )
 }
+
+
+class AttachedPatchDropout(PatchDropout):
+    """timm's `PatchDropout`, which tells which patches stay."""
+
+    sape2_tokens: Tokens
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _drop(self, x)[0]
+
+
+class AttachedPatchDropoutWithIndices(PatchDropoutWithIndices):
+    """timm's `PatchDropoutWithIndices`, which tells which patches stay."""
+
+    sape2_tokens: Tokens
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _drop(self, x)
+
+
+DROPOUTS = {PatchDropout: AttachedPatchDropout, PatchDropoutWithIndices: AttachedPatchDropoutWithIndices}
+
+
+def _drop(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    output, kept = patch_dropout_forward(x, module.prob, module.num_prefix_tokens, module.ordered, module.training)
+    if kept is not None:
+        module.sape2_tokens.keep(kept)
+    return output, kept
+
+
+def _forward_with(module: Any, x: Tensor, bias: Tensor | None, window: Window | None = None) -> Tensor:
+    """Attention under an encoding and a bias of the host."""
+    q, k, v = _project(module, x)
+    return _finish(module, x, module.attend(q, k, v, dropout=_dropout(module), mask=bias, tokens=x, window=window))
 
 
 def _forward_rope(module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
@@ -67,7 +187,7 @@ def _forward_rope(module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor
     rotated = None
     if rope is not None:
         rotated = _turn(module, q, rope).type_as(v), _turn(module, k, rope).type_as(v)
-    mask = _mask(module, x, attn_mask, is_causal)
+    mask = _mask(x, attn_mask, is_causal)
     output = module.attend(q, k, v, dropout=_dropout(module), mask=mask, rotated=rotated, tokens=x)
     return _finish(module, x, output)
 
@@ -82,7 +202,8 @@ def _project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     else:
         projections = (module.q_proj(x), module.k_proj(x), module.v_proj(x))
         q, k, v = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projections)
-    q, k = module.q_norm(q), module.k_norm(k)
+    if hasattr(module, "q_norm"):
+        q, k = module.q_norm(q), module.k_norm(k)
     groups = getattr(module, "num_kv_groups", 1)
     return q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
 
@@ -97,18 +218,16 @@ def _dropout(module: Any) -> float:
     return module.attn_drop.p if module.training else 0.0
 
 
-def _mask(module: Any, x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """As in timm, a causal mask takes the place of a given one. A mask with one row for all queries hides padded patches."""
-    if is_causal:
-        return causal_mask(x.shape[1], x.device)
-    if attn_mask is not None and attn_mask.shape[-2] == 1:
-        module.sape2_tokens.check_padding(attn_mask)
-    return attn_mask
+def _mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
+    """As in timm, a causal mask takes the place of a given one."""
+    return causal_mask(x.shape[1], x.device) if is_causal else attn_mask
 
 
 def _finish(module: Any, x: Tensor, output: Tensor) -> Tensor:
-    output = module.norm(output.transpose(1, 2).flatten(2))
-    if module.gate is not None:
+    output = output.transpose(1, 2).flatten(2)
+    if hasattr(module, "norm"):
+        output = module.norm(output)
+    if getattr(module, "gate", None) is not None:
         output = output * module.gate(x).sigmoid()
     return module.proj_drop(module.proj(output))
 
@@ -119,27 +238,47 @@ def _finish(module: Any, x: Tensor, output: Tensor) -> Tensor:
 def find(model: nn.Module) -> Host:
     """Raises ValueError for a model whose attention is not one of those above."""
     name = type(model).__name__
-    if not isinstance(model, (VisionTransformer, Eva)):
+    if not isinstance(model, HOSTS):
         reason = f": {REASONS[name]}" if name in REASONS else ""
-        raise ValueError(f"attach knows timm's {KNOWN} and what is made of them; got {name}{reason}")
-    attentions = [_attention(block) for block in model.blocks]
-    projection: Any = getattr(model.patch_embed, "proj", None)
-    if not isinstance(projection, nn.Conv2d):
-        raise ValueError(
-            f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(projection).__name__}"
-        )
-    first = attentions[0]
-    grid = model.patch_embed.grid_size
+        known = ", ".join(each.__name__ for each in HOSTS)
+        raise ValueError(f"attach knows timm's {known} and what is made of them; got {name}{reason}")
+    stages: Any = model.layers if isinstance(model, swin_transformer.SwinTransformer) else [model]
+    blocks = [block for stage in stages for block in stage.blocks]
+    attentions = [_attention(block) for block in blocks]
+    embeds: Any = getattr(model, "embeds", None) or model.patch_embed
+    source = embeds if isinstance(model, NaFlexVit) else getattr(embeds, "proj", None)
+    if not isinstance(source, (nn.Conv2d, NaFlexEmbeds)):
+        raise ValueError(f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(source).__name__}")
+    dropout: Any = getattr(model, "patch_drop", None)
+    whole: Any = embeds.pos_embed_grid_size if isinstance(model, NaFlexVit) else embeds.grid_size
     return Host(
         name=f"timm {name}",
         layers=[(attention, ATTACHED[type(attention)]) for attention in attentions],
-        projection=projection,
-        num_prefix=model.num_prefix_tokens,
-        grid=None if grid is None else tuple(grid),
-        num_heads=first.num_heads,
-        head_dim=first.head_dim,
-        rotates=getattr(model, "rope", None) is not None,
+        source=source,
+        tokens=Tokens(
+            getattr(model, "num_prefix_tokens", 0), read=_of_naflex if isinstance(model, NaFlexVit) else grid_of_output
+        ),
+        sizes=[_size(block.attn, getattr(block, "window_size", None) or whole) for block in blocks],
+        rotates=any(getattr(part, "rope", None) is not None for part in (model, *attentions)),
+        drops=(dropout, DROPOUTS[type(dropout)]) if type(dropout) in DROPOUTS else None,
     )
+
+
+def _of_naflex(embeds: Any, inputs: Any, keywords: dict[str, Any], output: Any) -> Layout:
+    """Whole images of one grid, or patches with coordinates (y, x), each image on a grid of its own, padded."""
+    grid = output[1]
+    if grid is not None:
+        return as_grid(*grid)
+    valid = keywords["patch_valid"].bool()
+    yx = keywords["patch_coord"] * valid[..., None]
+    sizes = yx.amax(1) + 1
+    return Scattered(tuple((height, width) for height, width in sizes.tolist()), yx[..., 0] * sizes[:, 1:] + yx[..., 1], valid)
+
+
+def _size(attention: Any, grid: Any) -> Size:
+    """`grid`: that of the images, or of a window, which may be a number for both sides."""
+    values = attention.qkv.out_features // 3 if attention.qkv is not None else attention.q_proj.out_features
+    return Size(attention.num_heads, values // attention.num_heads, grid and to_2tuple(grid))
 
 
 def _attention(block: nn.Module) -> Any:
@@ -148,6 +287,7 @@ def _attention(block: nn.Module) -> Any:
     if type(attention) not in ATTACHED:
         reason = REASONS.get(name, f"known are {', '.join(each.__name__ for each in ATTACHED)}")
         raise ValueError(f"attach cannot put a bias into {type(block).__name__} with the attention {name}: {reason}")
-    if abs(attention.scale - attention.head_dim**-0.5) > 1e-9:
-        raise ValueError(f"attach needs logits scaled by 1/sqrt({attention.head_dim}); this {name} scales by {attention.scale}")
+    head_dim = _size(attention, None).head_dim
+    if abs(attention.scale - head_dim**-0.5) > 1e-9:
+        raise ValueError(f"attach needs logits scaled by 1/sqrt({head_dim}); this {name} scales by {attention.scale}")
     return attention

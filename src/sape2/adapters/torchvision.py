@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from sape2.adapters.attached import Host
+from sape2.adapters.attached import Host, Size
 from sape2.adapters.pytorch import AttachedMultihead, check_multihead
+from sape2.adapters.tokens import Tokens
 
 
 def find(model: nn.Module) -> Host:
@@ -17,9 +18,7 @@ def find(model: nn.Module) -> Host:
     return Host(
         name="torchvision VisionTransformer",
         layers=[(attention, AttachedMultihead) for attention in attentions],
-        projection=model.conv_proj,
-        num_prefix=1,
-        grid=(side, side),
-        num_heads=attentions[0].num_heads,
-        head_dim=attentions[0].head_dim,
+        source=model.conv_proj,
+        tokens=Tokens(num_prefix=1),
+        sizes=[Size(each.num_heads, each.head_dim, (side, side)) for each in attentions],
     )

@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sape2.encodings.grid import Axis, Grid, check_grid, check_tokens, num_prefix_tokens
+from sape2.encodings.grid import Axis, Grid, check_grid, check_tokens, num_prefix_tokens, own_line
 from sape2.encodings.precision import full_precision
 
 Vectors = Float[Tensor, "batch heads tokens head_dim"]
 Tokens = Float[Tensor, "batch tokens dim"]
+
+
+class Seen(NamedTuple):
+    """For each patch: which patches of its own line it sees, and at which places of a line it sees any patch of the grid."""
+
+    own: Bool[Tensor, "#batch #heads tokens length"]
+    places: Bool[Tensor, "#batch #heads tokens length"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,14 @@ class Content:
     `scores`: q.k / sqrt(d) of every token with those of its own line, (B, h, N, S), for each axis of
     `AttentionEncoding.score_axes`, where attention has computed them anyway. `tokens`: what q and k were projected
     from, the normed input of the block, where it is known. Raises ValueError if the grid has another number of tokens.
+
+    `visible`: which patches n a patch i sees, (B or 1, h or 1, N, N), where a mask hides some, None where it sees all. What
+    is counted along a line counts what is seen: a gate g_ij is 0 if i does not see j, and a row or a column of which i sees
+    nothing is no place of its lines. So if i sees a rectangle R of the grid, every sum over j is the sum over the part of the
+    line in R, in the same order, and the vector s_i has the values of R alone and 0 elsewhere, which adds nothing to a
+    distance: pairs in R get the bias of a grid of the size of R. Hence a padded image gets the bias of the image without its
+    padding, and a part of a shifted window that of a window of its size. Patches hidden here and there, as by patch dropout,
+    are skipped by the counts and keep their places.
     """
 
     q: Vectors
@@ -30,6 +46,7 @@ class Content:
     grid: Grid
     scores: Mapping[Axis, Tensor] = field(default_factory=dict)
     tokens: Tokens | None = None
+    visible: Bool[Tensor, "#batch #heads tokens tokens"] | None = None
 
     def __post_init__(self) -> None:
         check_tokens(self.q, check_grid(self.grid))
@@ -45,6 +62,13 @@ class Content:
         """The content of whole sequences, without their prefix tokens."""
         first = num_prefix_tokens(q.shape[-2], grid)
         return cls(q[:, :, first:], k[:, :, first:], grid, tokens=None if tokens is None else tokens[:, first:])
+
+    def seen(self, axis: Axis) -> Seen | None:
+        """What each patch sees along `axis`; None if it sees all."""
+        if self.visible is None or axis == "raster":
+            return None if self.visible is None else Seen(self.visible, self.visible)
+        anywhere = self.visible.unflatten(-1, self.grid).any(-2 if axis == "x" else -1)
+        return Seen(own_line(self.visible, self.grid, axis).flatten(-2).mT, anywhere)
 
     def in_full_precision(self) -> Content:
         """With q and k in float32 or better."""

@@ -90,11 +90,13 @@ class CoPE(AttentionEncoding):
         with no_autocast(content.q):
             q, k = full_precision(content.q), full_precision(content.k)
             products = scores["raster"] if scores else self.head_dim**-0.5 * (q @ k.mT)
-            gates = torch.sigmoid(products)
-            positions = cope_positions(gates, self.options.count) * self._position_scale(grid, q)
+            gates, seen = torch.sigmoid(products), content.visible
+            gates = gates if seen is None else gates * seen
+            length = num_tokens(grid) if seen is None else seen.sum(-1, keepdim=True)
+            positions = cope_positions(gates, self.options.count) * self._position_scale(length, q)
             bias = interpolate(q @ full_precision(self.table).T, positions)
             divisor = self.head_dim**0.5 if self.options.divide_bias else 1.0
             return {"gates": gates, "positions": positions, "bias": bias / divisor}
 
-    def _position_scale(self, grid: Grid, like: Tensor) -> float | Tensor:
-        return 1.0 if self.options.beyond == "clamp" else rescaling(num_tokens(self.grid), num_tokens(grid), like)
+    def _position_scale(self, length: int | Tensor, like: Tensor) -> float | Tensor:
+        return 1.0 if self.options.beyond == "clamp" else rescaling(num_tokens(self.grid), length, like)

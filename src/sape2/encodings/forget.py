@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import PLACE_AXES, AttentionBias, Places
 from sape2.encodings.content import Content
-from sape2.encodings.grid import Axis, Grid, from_lines, to_lines
+from sape2.encodings.counting.readable import sides
+from sape2.encodings.grid import Axis, Grid, from_lines, line_coordinate, line_length, to_lines
 from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
 
@@ -49,20 +50,32 @@ class Forget(AttentionEncoding):
         self.offset = nn.Parameter(torch.full((2, 2, num_heads), self.options.start))
 
     def make_bias(self, content: Content) -> AttentionBias:
-        q, grid = content.q, content.grid
+        q = content.q
         tokens = content.read_tokens("forget", self.dim)
         with no_autocast(q):
             gates = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight))
             gates = F.logsigmoid(gates + full_precision(self.offset)[:, :, None, :, None])
-            by_row, by_column = (_forgotten(pair[0], pair[1], grid, axis) for pair, axis in zip(gates, PLACE_AXES, strict=True))
+            pairs = zip(gates, PLACE_AXES, strict=True)
+            by_row, by_column = (_forgotten(pair[0], pair[1], content, axis) for pair, axis in pairs)
             return AttentionBias(Places(by_row, by_column), dtype=q.dtype)
 
 
 def _forgotten(
-    backwards: Float[Tensor, "batch heads tokens"], onwards: Float[Tensor, "batch heads tokens"], grid: Grid, axis: Axis
+    backwards: Float[Tensor, "batch heads tokens"], onwards: Float[Tensor, "batch heads tokens"], content: Content, axis: Axis
 ) -> Float[Tensor, "batch heads tokens length"]:
     """The sum of the gates between a patch and every place m of its line: those after m up to it, or those after it up to m."""
-    back, on = (to_lines(gates[..., None], grid, axis).squeeze(-1).cumsum(-1) for gates in (backwards, onwards))  # (.., S)
-    before = back[..., :, None] - back[..., None, :]
-    after = on[..., None, :] - on[..., :, None]
-    return from_lines(before.tril() + after.triu(), axis)
+    place = line_coordinate(content.grid, axis, backwards.device)
+    after, before = sides(line_length(content.grid, axis), place)
+    back, on = (_running_sums(gates, content, axis) for gates in (backwards, onwards))
+    own = place[:, None].expand(*back.shape[:-1], 1)
+    return (back.gather(-1, own) - back) * before + (on - on.gather(-1, own)) * after
+
+
+def _running_sums(
+    gates: Float[Tensor, "batch heads tokens"], content: Content, axis: Axis
+) -> Float[Tensor, "batch heads tokens length"]:
+    """For each patch the sums of the gates of its line up to every place, without those of patches that it does not see."""
+    lines, seen = to_lines(gates[..., None], content.grid, axis).mT, content.seen(axis)  # (.., lines, 1, S)
+    lines = lines.cumsum(-1) if seen is None else lines
+    each = from_lines(lines.expand(*lines.shape[:-2], lines.shape[-1], -1), axis)
+    return each if seen is None else (each * seen.own).cumsum(-1)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from sape2.encodings.base import AttentionEncoding
 from sape2.encodings.bias import PLACE_AXES, AttentionBias, Factors, Matrix, Places
 from sape2.encodings.content import Content, Vectors
-from sape2.encodings.counting import form_for, readable, rescaling
+from sape2.encodings.counting import as_length, form_for, readable, rescaling
 from sape2.encodings.distances import Distances
 from sape2.encodings.grid import (
     Axis,
@@ -164,7 +164,7 @@ class SaPE2(AttentionEncoding):
         self._check_input(content.q)
         with no_autocast(content.q):
             full = content.in_full_precision()
-            if self.options.gates == "content":
+            if self.options.gates == "content" or full.visible is not None:
                 form = form_for(full.q, full.k, *self._tables())
                 vectors = {axis: maps.vectors for axis, maps in self._line_maps(full, form).items()}
             else:  # the same numbers by one product for each axis
@@ -221,10 +221,14 @@ class SaPE2(AttentionEncoding):
         products = table_products(self._vector(content), torch.cat(self._tables()))  # of all axes at once
         result: dict[Axis, LineMaps] = {}
         for axis, of_axis in zip(self.axes, products.split(self.num_positions, dim=-1), strict=True):
-            gates = self._gates(content, axis)
+            gates, seen, length = self._gates(content, axis), content.seen(axis), line_length(content.grid, axis)
+            if seen is not None:
+                gates, length = gates * seen.own, seen.places.sum(-1, keepdim=True)
             place = line_coordinate(content.grid, axis, gates.device)
-            positions = self._rescaled(form.count_positions(gates, self.options.count, place), content.grid, axis)
-            vectors = self._normalized(form.interpolate(of_axis, positions), content.grid, axis)
+            positions = self._rescaled(form.count_positions(gates, self.options.count, place), length, axis)
+            vectors = self._normalized(form.interpolate(of_axis, positions), length)
+            if seen is not None:
+                vectors = (vectors.unflatten(-1, (-1, gates.shape[-1])) * seen.places.unsqueeze(-2)).flatten(-2)
             result[axis] = LineMaps(gates, positions, vectors)
         return result
 
@@ -266,22 +270,21 @@ class SaPE2(AttentionEncoding):
         table, length = full_precision(getattr(self, f"table_{axis}")), line_length(grid, axis)
         place = torch.arange(1 if self._counts_alike else length, device=table.device)
         gates = table.new_full((1, 1), self._gate()).expand(len(place), length)
-        positions = self._rescaled(readable.count_positions(gates, self.options.count, place), grid, axis)
+        positions = self._rescaled(readable.count_positions(gates, self.options.count, place), length, axis)
         products = table.T[:, None].expand(-1, len(place), -1)  # (d, S, P)
-        return self._normalized(readable.interpolate(products, positions.expand(self.head_dim, -1, -1)), grid, axis)
+        return self._normalized(readable.interpolate(products, positions.expand(self.head_dim, -1, -1)), length)
 
-    def _rescaled(self, positions: Tensor, grid: Grid, axis: Axis) -> Tensor:
+    def _rescaled(self, positions: Tensor, length: int | Tensor, axis: Axis) -> Tensor:
         """Rule for lines longer than in training: clamp leaves positions alone, rescale maps them onto the trained range."""
         if self.options.beyond == "clamp":
             return positions
-        return positions * rescaling(line_length(self.grid, axis), line_length(grid, axis), positions)
+        return positions * rescaling(line_length(self.grid, axis), length, positions)
 
-    def _normalized(self, vectors: Tensor, grid: Grid, axis: Axis) -> Tensor:
+    def _normalized(self, vectors: Tensor, length: int | Tensor) -> Tensor:
         """Divided by sqrt(S), if asked for; in a tensor where an export leaves S open, for none takes the root of a symbol."""
         if self.options.normalize == "none":
             return vectors
-        length = line_length(grid, axis)
-        return vectors / (math.sqrt(length) if isinstance(length, int) else vectors.new_full((), length).sqrt())
+        return vectors / (math.sqrt(length) if isinstance(length, int) else as_length(length, vectors).clamp_min(1).sqrt())
 
     def _read_out(self, vectors: dict[Axis, Tensor], grid: Grid, dtype: torch.dtype) -> AttentionBias:
         """Eq. 15 (or another read-out), the sign and the division of eq. 16."""

@@ -22,8 +22,13 @@ def form_for(*tensors: Tensor) -> ModuleType:
     return fast if tensors[0].device.type == "cpu" and by_hand(*tensors) else readable
 
 
-def rescaling(trained: int, length: int, like: Tensor) -> float | Tensor:
-    """min(1, trained / length), which maps longer lines onto the trained range; a tensor where a graph leaves lengths open."""
+def rescaling(trained: int, length: int | Tensor, like: Tensor) -> float | Tensor:
+    """min(1, trained / length), which maps longer lines onto the trained range; a tensor where lengths differ or are open."""
     if isinstance(length, int):
         return min(1.0, trained / length)
-    return (trained / like.new_full((), length)).clamp_max(1)
+    return (trained / as_length(length, like)).clamp_max(1)
+
+
+def as_length(length: int | Tensor, like: Tensor) -> Tensor:
+    """A length that is no plain number: one for each patch, or one that an export leaves open."""
+    return length.to(like.dtype) if isinstance(length, Tensor) else like.new_full((), length)
