@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +21,7 @@ from sape2.encodings import list_encodings
 from sape2.encodings.distances import Distances
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
-from sape2.runs.run import Run
-from sape2.training.loop import Trainer
+from sape2.training.steps import ImageSteps
 
 ENCODINGS = [
     "ape+sape2", "ape+sape2:readout=direct", "ape+sape2:readout=squared_distance", "sape2:preset=equations",
@@ -138,18 +135,17 @@ def augmentation_rows(recipe: str, device: torch.device) -> list[Row]:
 def step_rows(recipe: str, options: argparse.Namespace) -> list[Row]:
     """Raises where PyTorch sees that the device is waited for."""
     config = config_of(recipe, options)
-    with tempfile.TemporaryDirectory() as folder:
-        data = random_images(config.train.batch_size * 2, 3, 32)
-        trainer = Trainer(build_model(config), data, lambda _: (0.0, 0.0), Run(Path(folder), config), quiet=True)
-        batches = trainer.stream.batches(0)
-        trainer._step(*next(batches))  # what is made at the first is kept
-        trainer.progress.step += 1
-        on_cuda = options.device.type == "cuda"
+    steps = ImageSteps(build_model(config), random_images(config.train.batch_size * 2, 3, 32), config)
+    batches = steps.stream.batches(0)
+    steps.take(next(batches))  # what is made at the first is kept
+    steps.progress.step += 1
+    on_cuda = options.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        steps.take(next(batches))
+    finally:
         if on_cuda:
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            trainer._step(*next(batches))
-        finally:
-            if on_cuda:
-                torch.cuda.set_sync_debug_mode("default")
-        return [{"augmentation": trainer.stream.where_augmented(), "loss": trainer.pending[-1][1][0].item()}]
+            torch.cuda.set_sync_debug_mode("default")
+    _, (_, numbers) = steps.look()
+    return [{"augmentation": steps.stream.where_augmented(), "loss": numbers["loss"]}]

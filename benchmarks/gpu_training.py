@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from unittest.mock import MagicMock, patch
 
 import torch
@@ -27,7 +25,7 @@ from sape2.models.vit import create_model
 from sape2.runs.run import Run
 from sape2.studies.run import run_to_end
 from sape2.training import record
-from sape2.training.loop import Trainer
+from sape2.training.steps import ImageSteps
 
 BASELINE, MASK = "ape", "ape+sape2, by mask"
 ENCODINGS = ["none", "ape", "rope", "ape+sape2", MASK, "ape+sape2:readout=direct"]
@@ -140,22 +138,20 @@ def config_of(recipe: str, options: argparse.Namespace, *settings: str) -> RunCo
 def input_rows(recipe: str, options: argparse.Namespace) -> list[Row]:
     """Images per second that are prepared, that are trained on when they lie ready, and of both together."""
     config, batches = config_of(recipe, options), options.size.batches
-    with tempfile.TemporaryDirectory() as folder:
-        data = random_images(options.size.images, 3, 32)
-        trainer = Trainer(build_model(config), data, lambda _: (0.0, 0.0), Run(Path(folder), config), quiet=True)
-        device, stream = trainer.accelerator.device, trainer.stream
+    steps = ImageSteps(build_model(config), random_images(options.size.images, 3, 32), config)
+    device, stream = steps.accelerator.device, steps.stream
 
-        def prepared() -> Iterator[list[torch.Tensor]]:
-            return ([part.to(device, non_blocking=True) for part in batch] for batch in stream.batches(0))
+    def prepared() -> Iterator[list[torch.Tensor]]:
+        return ([part.to(device, non_blocking=True) for part in batch] for batch in stream.batches(0))
 
-        ready = next(prepared())
-        mixed = partial(trainer.mixer, places=stream.places, size=config.train.batch_size)
-        ways = {
-            "input": lambda batch: mixed(normalize(batch[0], stream.data.mean, stream.data.std), batch[1]),
-            "step": lambda _: trainer._step(*(part.clone() for part in ready)),
-            "together": lambda batch: trainer._step(*batch),
-        }
-        rates = {way: rate(work, prepared() if way != "step" else iter(int, 1), batches) for way, work in ways.items()}
+    ready = next(prepared())
+    mixed = partial(steps.mixer, places=stream.places, size=config.train.batch_size)
+    ways = {
+        "input": lambda batch: mixed(normalize(batch[0], stream.data.mean, stream.data.std), batch[1]),
+        "step": lambda _: steps.take([part.clone() for part in ready]),
+        "together": steps.take,
+    }
+    rates = {way: rate(work, prepared() if way != "step" else iter(int, 1), batches) for way, work in ways.items()}
     images = config.train.batch_size
     row = {f"{way}_images_per_s": images * found for way, found in rates.items()}
     where = {"augmentation": stream.where_augmented(), "workers": config.train.workers, "batch": images}

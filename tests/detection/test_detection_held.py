@@ -12,7 +12,7 @@ from coco_cases import SETTINGS, write_coco
 from safetensors.torch import load_file
 
 from sape2.cli import main
-from sape2.detection.train import DetectionTrainer
+from sape2.detection.train import DetectionSteps
 from sape2.runs.checkpoint import last_checkpoint
 from sape2.runs.lock import NAME, hold
 from sape2.runs.rows import read_rows
@@ -34,16 +34,15 @@ def command(data, folder, *more):
 @pytest.fixture
 def after_step(monkeypatch):
     """Calls what is given once that many steps are done."""
-    step = DetectionTrainer._step
+    take = DetectionSteps.take
 
     def given(number, act):
-        def stepping(self, samples):
-            found = step(self, samples)
+        def stepping(self, batch):
+            take(self, batch)
             if self.progress.step + 1 == number:
                 act()
-            return found
 
-        monkeypatch.setattr(DetectionTrainer, "_step", stepping)
+        monkeypatch.setattr(DetectionSteps, "take", stepping)
 
     return given
 

@@ -9,20 +9,14 @@ from safetensors.torch import load_file
 
 from sape2.cli import main
 from sape2.config import override
-from sape2.config.detection import DetectionConfig, DetectorConfig, TrainingConfig
+from sape2.config.detection import DetectionConfig, DetectorConfig
 from sape2.config.recipes import get_detection_recipe, get_recipe
 from sape2.config.recipes.coco import DETECTION_RECIPES
 from sape2.data.pixels import RULE
 from sape2.detection import compose, create_detector, run_detection
 from sape2.detection.metrics import predict
-from sape2.detection.models import no_weight_decay
 from sape2.detection.splits import fingerprint, open_images
-from sape2.detection.train import (
-    DetectionTrainer,
-    make_optimizer,
-    make_schedule,
-    new_detector,
-)
+from sape2.detection.train import DetectionSteps, new_detector
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
 
@@ -77,13 +71,12 @@ def test_detectors_of_one_seed_differ_in_their_encodings_only():
     assert all(torch.equal(plain[name], sape2[name]) for name in plain)
 
 
-def test_encodings_norms_and_biases_do_not_decay():
-    model = small_detector()
-    names = dict(model.named_parameters())
-    assert no_weight_decay(model) & set(names) == {name for name in names if "encoding" in name}
-    decays = {
-        id(p): group["weight_decay"] for group in make_optimizer(model, TrainingConfig()).param_groups for p in group["params"]
-    }
+def test_encodings_norms_and_biases_do_not_decay(tiny):
+    config = tiny("weight_decay=0.1")
+    steps = DetectionSteps(new_detector(config), open_images(config)[0], config)
+    names = dict(steps.weights.model.named_parameters())
+    decays = {id(p): group["weight_decay"] for group in steps.optimizer.param_groups for p in group["params"]}
+    assert len(decays) == len(names)
     assert decays[id(names["backbone.body.vit.patch_embed.proj.weight"])] == 0.1
     assert all(decays[id(p)] == 0 for name, p in names.items() if "encoding" in name or name.endswith("bias") or p.dim() == 1)
 
@@ -129,49 +122,48 @@ def test_predictions_of_every_image_in_batches_of_one_size(tiny):
 # --- training --------------------------------------------------------------------------------------------------------
 
 
-def losses_of(trainer, samples, steps):
-    found = []
-    for _ in range(steps):
-        found.append(trainer._step(samples)["loss"])
-        trainer.progress.step += 1
-    return found
+def losses_of(steps, samples, number):
+    for _ in range(number):
+        steps.take(samples)
+        steps.progress.step += 1
+    return [numbers["loss"] for _, numbers in steps.look()]
 
 
-def test_a_few_steps_on_two_images_lower_the_loss(tiny, tmp_path):
+def test_a_few_steps_on_two_images_lower_the_loss(tiny):
     config = tiny("masks=true", "batch_size=2", "warmup_steps=0", "epochs=50")
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, Run(tmp_path, config), quiet=True, seen={})
+    steps = DetectionSteps(new_detector(config), images, config)
     alike = [i for i in range(len(images)) if images.sizes[i] == images.sizes[0]][:2]
     samples = [(image / 255, target) for image, target in (images[i] for i in alike)]
-    found = losses_of(trainer, samples, 12)
+    found = losses_of(steps, samples, 12)
     assert sum(found[-3:]) < 0.9 * sum(found[:3])
 
 
-def test_an_image_without_objects_can_be_learned_from(tiny, tmp_path):
+def test_an_image_without_objects_can_be_learned_from(tiny):
     config = tiny("masks=true")
     images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, Run(tmp_path, config), quiet=True, seen={})
+    steps = DetectionSteps(new_detector(config), images, config)
     image, target = images[0]
     empty = {key: value[:0] for key, value in target.items() if key in ("boxes", "labels", "masks")}
-    assert torch.isfinite(torch.tensor(losses_of(trainer, [(image / 255, empty)], 2))).all()
+    assert torch.isfinite(torch.tensor(losses_of(steps, [(image / 255, empty)], 2))).all()
 
 
 def test_a_run_that_was_stopped_goes_on_exactly(tiny, tmp_path, monkeypatch):
     config = tiny("flip=true")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     rows = run_detection(config, whole, quiet=True)
-    steps = DetectionTrainer._step
+    take = DetectionSteps.take
 
-    def stop_at_the_last(self, samples):
+    def stop_at_the_last(self, batch):
         if self.progress.step == 3:
             raise KeyboardInterrupt
-        return steps(self, samples)
+        take(self, batch)
 
-    monkeypatch.setattr(DetectionTrainer, "_step", stop_at_the_last)
+    monkeypatch.setattr(DetectionSteps, "take", stop_at_the_last)
     with pytest.raises(KeyboardInterrupt):
         run_detection(config, stopped, quiet=True)
     assert not (stopped / "model.safetensors").exists()
-    monkeypatch.setattr(DetectionTrainer, "_step", steps)
+    monkeypatch.setattr(DetectionSteps, "take", take)
     assert run_detection(config, stopped, quiet=True) == rows
     one, other = (load_file(folder / "model.safetensors") for folder in (whole, stopped))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -202,31 +194,14 @@ def test_a_run_that_may_have_read_other_pixels_does_not_go_on(tiny, tmp_path):
     assert "reading_rule" not in fingerprint(published, train, test)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path):
-    config = tiny()
-    images, _ = open_images(config)
-    trainer = DetectionTrainer(new_detector(config), images, Run(tmp_path, config), quiet=True, seen={})
-    image, target = images[0]
-    with pytest.raises(ValueError, match=r"nan at step 0 .* training\.lr"):
-        trainer._step([(image / 255 * float("nan"), target)])
-
-
-@pytest.mark.parametrize("schedule", ["cosine", "steps"])
-def test_schedules(schedule):
-    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
-    training = TrainingConfig(epochs=27, lr=1.0, min_lr=0.0, warmup_steps=10, schedule=schedule)
-    made = make_schedule(optimizer, training, steps_per_epoch=10)
-    rates = []
-    for step in (0, 5, 10, 130, 245, 265, 269):
-        made.step_update(step)
-        rates.append(optimizer.param_groups[0]["lr"])
-    wanted = {"steps": [0, 0.5, 1, 1, 0.1, 0.01, 0.01]}.get(schedule)
-    if wanted is None:
-        assert rates[:3] == pytest.approx([0, 0.5, 1])
-        assert rates == sorted(rates[:3]) + sorted(rates[3:], reverse=True)
-        assert rates[-1] < 0.001
-    else:
-        assert rates == pytest.approx(wanted)
+def test_a_loss_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
+    take = DetectionSteps.take
+    monkeypatch.setattr(
+        DetectionSteps, "take", lambda self, batch: take(self, [(image * float("nan"), target) for image, target in batch])
+    )
+    with pytest.raises(ValueError, match=r"loss is nan at step 0 .* no checkpoint yet.* training\.lr"):
+        run_detection(tiny(), tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "checkpoint").exists()
 
 
 # --- recipes and the command -----------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from sape2.runs.rows import read_rows, write_rows
 from sape2.studies.compare.outcome import accuracy_table, outcome, page, paired_table
 from sape2.studies.compare.rawrows import each_once, final_validation_accuracy, raw_row, read_raw
 from sape2.studies.run import StepMemory
-from sape2.training.loop import Trainer
+from sape2.training.steps import ImageSteps
 
 GRID = ["compare", "digits", "--encodings", "none,ape", "--seeds", "2", "--baseline", "ape"]
 GRID += [text for setting in TINY for text in ("--set", setting)]
@@ -87,7 +87,7 @@ def test_the_raw_line_holds_time_memory_size_and_curve_of_the_run(compared):
 
 def test_the_same_command_again_trains_nothing(compared, monkeypatch, capfd):
     folder = compared[0]
-    monkeypatch.setattr(Trainer, "_step", None)
+    monkeypatch.setattr(ImageSteps, "take", None)
     before = tree(folder)
     assert main([*GRID, "--out", str(folder)]) == 0
     assert {name: text for name, text in tree(folder).items() if not name.endswith(".png")} == {
@@ -110,17 +110,17 @@ class Broken(BaseException):
 
 
 def test_a_study_that_breaks_within_a_run_ends_with_the_same_weights(compared, tmp_path, monkeypatch):
-    folder, step, steps = tmp_path / "out", Trainer._step, []
+    folder, take, steps = tmp_path / "out", ImageSteps.take, []
 
-    def breaking(self, *batch):
+    def breaking(self, batch):
         steps.append(self.progress.step)
         if len(steps) == 6:  # the second of four steps of the second run
             raise Broken
-        step(self, *batch)
+        take(self, batch)
 
     argv = [*GRID, "--set", "train.checkpoint_every=1", "--out", str(folder)]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", breaking)
+        patch.setattr(ImageSteps, "take", breaking)
         with pytest.raises(Broken):
             main(argv)
     assert len(read_raw(folder / "rows.jsonl")) == 1
@@ -134,11 +134,12 @@ def test_a_study_that_breaks_within_a_run_ends_with_the_same_weights(compared, t
 def test_runs_of_one_seed_see_the_same_images_and_begin_with_the_same_weights_elsewhere(tmp_path, monkeypatch):
     seen = {}
 
-    def looking(self, images, labels):
-        seen[self.config.model.encoding, self.config.seed] = (images, labels, dict(self.model.state_dict()))
+    def looking(self, batch):
+        model = self.weights.model
+        seen[model.config.encoding, self.seed] = (*batch, dict(model.state_dict()))
         raise ValueError("seen enough")
 
-    monkeypatch.setattr(Trainer, "_step", looking)
+    monkeypatch.setattr(ImageSteps, "take", looking)
     assert main([*GRID, "--out", str(tmp_path / "out")]) == 1
     for seed in (0, 1):
         (images, labels, weights), (other_images, other_labels, others) = seen["none", seed], seen["ape", seed]
@@ -152,14 +153,14 @@ def test_runs_of_one_seed_see_the_same_images_and_begin_with_the_same_weights_el
 
 
 def test_a_run_that_diverges_is_reported_with_status_1_and_the_rest_is_finished(tmp_path, monkeypatch, capfd):
-    step = Trainer._step
+    take = ImageSteps.take
 
-    def diverging(self, *batch):
-        step(self, *batch)
-        if (self.config.model.encoding, self.config.seed) == ("none", 0):
-            self.pending[-1] = (self.progress.step, torch.tensor([float("nan"), 0.0, 1.0]))
+    def diverging(self, batch):
+        if (self.weights.model.config.encoding, self.seed) == ("none", 0):
+            torch.nn.init.constant_(self.weights.model.head.bias, float("nan"))
+        take(self, batch)
 
-    monkeypatch.setattr(Trainer, "_step", diverging)
+    monkeypatch.setattr(ImageSteps, "take", diverging)
     argv = [*GRID[:5], "1", *GRID[6:], "--out", str(tmp_path / "out")]
     assert main(argv) == 1
     out, err = capfd.readouterr()
@@ -172,15 +173,15 @@ def test_a_run_that_diverges_is_reported_with_status_1_and_the_rest_is_finished(
 
 
 def test_sigterm_stops_after_the_step_and_the_same_command_goes_on(tmp_path, monkeypatch, capfd):
-    step = Trainer._step
+    take = ImageSteps.take
 
-    def signalling(self, *batch):
-        step(self, *batch)
+    def signalling(self, batch):
+        take(self, batch)
         os.kill(os.getpid(), signal.SIGTERM)
 
     argv = [*GRID, "--out", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", signalling)
+        patch.setattr(ImageSteps, "take", signalling)
         assert main(argv) == 128 + signal.SIGTERM
     assert "the same command goes on from there" in capfd.readouterr().err
     assert last_checkpoint(tmp_path / "out" / "none-s0").name == "step-00000001"

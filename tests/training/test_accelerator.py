@@ -92,14 +92,6 @@ def test_no_variable_of_accelerate_changes_a_weight(expected, tmp_path, monkeypa
     assert {name: os.environ[name] for name in ACCELERATE} == ACCELERATE
 
 
-def test_detection_makes_the_same_accelerator(monkeypatch):
-    """One function for both: what it must not read is above."""
-    from sape2.detection import train as detection
-
-    assert detection.make_accelerator is make_accelerator
-    assert detection.prepare is prepare
-
-
 def test_a_program_that_accumulates_before_leaves_nothing_behind(expected, tmp_path):
     Accelerator(gradient_accumulation_steps=4, cpu=True)
     GradientState()._set_sync_gradients(False)  # as in the middle of an accumulation: an optimiser would not step

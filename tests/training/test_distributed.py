@@ -23,16 +23,16 @@ from sape2.data.augment import share_of
 from sape2.data.mixing import BatchMixer
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.trained import build_model
-from sape2.runs.checkpoint import last_checkpoint
+from sape2.runs.checkpoint import Progress, last_checkpoint
 from sape2.runs.lock import hold
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
 from sape2.studies.run import NOWHERE, shared_accuracy
 from sape2.training import processes
 from sape2.training.accelerator import make_accelerator
-from sape2.training.loop import Trainer, check_same_run, train
+from sape2.training.loop import check_same_run, train
 from sape2.training.processes import ALONE, Processes, joined
-from sape2.training.record import Record
+from sape2.training.steps import ImageSteps, Steps
 from sape2.training.weights import Weights
 
 # Everything that is drawn for a batch as a whole; without drop path, which each process draws for its own images.
@@ -212,37 +212,30 @@ class Sending(Processes):
         return value if self.is_main else next(self.sent)
 
 
-def trainer_of(processes, folder):
-    config = tiny("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0")
-    trainer = Trainer.__new__(Trainer)
-    trainer.processes, trainer.model = processes, build_model(config)
-    trainer.record = Record(Run(folder, config), processes.is_main, True)
-    trainer.weights = Weights(trainer.model, config.train, processes)
-    return trainer
-
-
 def test_the_weights_of_a_checkpoint_are_sent_by_the_main_process_alone_and_from_the_cpu(tmp_path):
     run(tmp_path / "run", ("train.ema_decay=0.9", "train.epochs=1", "train.warmup_epochs=0"))
-    main_one = trainer_of(Sending(0, ()), tmp_path / "run")
-    main_one.weights.take_up(last_checkpoint(tmp_path / "run"))
+    config = tiny("train.ema_decay=0.9")
+    main_one = Weights(build_model(config), config.train, Sending(0, ()))
+    main_one.take_up(last_checkpoint(tmp_path / "run"))
     taken, *sent = main_one.processes.given
-    assert [value.device.type for weights in sent for value in weights.values()] == ["cpu"] * 2 * len(
-        main_one.model.state_dict()
-    )
-    helper = trainer_of(Sending(1, [taken, *sent]), NOWHERE)
-    helper.weights.take_up(None)
+    assert [value.device.type for weights in sent for value in weights.values()] == ["cpu"] * 2 * len(sent[0])
+    helper = Weights(build_model(config), config.train, Sending(1, [taken, *sent]))
+    helper.take_up(None)
     assert helper.processes.given[1:] == [None, None]
-    for mine, theirs in zip(helper.weights.whole(), main_one.weights.whole(), strict=True):
+    for mine, theirs in zip(helper.whole(), main_one.whole(), strict=True):
         assert same(mine.state_dict(), theirs.state_dict())
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_state_of_another_version_is_named_with_its_place_where_there_is_one(tmp_path, rank):
     run(tmp_path / "run", ["train.epochs=1", "train.warmup_epochs=0"])
-    trainer = trainer_of(Sending(rank, ()), tmp_path / "run" if rank == 0 else NOWHERE)
-    trainer.optimizer = torch.optim.AdamW(trainer.model.parameters())
+    checkpoint, other = last_checkpoint(tmp_path / "run"), {"optimizer": {"state": {}, "param_groups": []}}
+    torch.save(other, checkpoint / "optimizer.pt")
+    config, accelerator = tiny(), make_accelerator("fp32")
+    model = build_model(config)
+    processes = Sending(rank, [(Progress(), other), model.state_dict()])
     with pytest.raises(ValueError, match="version of sape2") as refused:
-        trainer._load_optimizer({"optimizer": {"state": {}, "param_groups": []}})
+        Steps(model, config.train, lambda _: None, accelerator, None if rank else checkpoint, processes)
     assert ("step-00000005" in str(refused.value)) == (rank == 0)
     assert "None" not in str(refused.value)
 
@@ -347,14 +340,14 @@ class Broken(Exception):
 
 
 def break_at_step_7(rank):
-    step = Trainer._step
+    take = ImageSteps.take
 
-    def breaking(self, *batch):
+    def breaking(self, batch):
         if self.progress.step == 7:
             raise Broken
-        step(self, *batch)
+        take(self, batch)
 
-    Trainer._step = breaking
+    ImageSteps.take = breaking
 
 
 EVERY_STEP = "train.checkpoint_every=1"
@@ -429,14 +422,14 @@ def test_dividing_among_one_is_refused(tmp_path):
 
 
 def nothing_finite_on_process_1(rank):
-    step = Trainer._step
+    take = ImageSteps.take
 
-    def poisoned(self, pixels, labels):
+    def poisoned(self, batch):
         if self.progress.step == 7 and rank == 1:
             self.mixer = lambda images, labels, *_: (images * float("nan"), nn.functional.one_hot(labels, 10).float())
-        step(self, pixels, labels)
+        take(self, batch)
 
-    Trainer._step = poisoned
+    ImageSteps.take = poisoned
 
 
 def no_data_on_process_1(rank):
@@ -473,19 +466,19 @@ def break_process_1_before_backward(rank):
         raise Broken("lost in the middle of a step")
 
     if rank == 1:
-        sape2.training.loop.F.cross_entropy = broken
+        sape2.training.steps.F.cross_entropy = broken
 
 
 def stop_process_1(rank):
     """It alone gets the signal."""
-    step = Trainer._step
+    take = ImageSteps.take
 
-    def signalling(self, *batch):
-        step(self, *batch)
+    def signalling(self, batch):
+        take(self, batch)
         if self.progress.step == 3 and rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    Trainer._step = signalling
+    ImageSteps.take = signalling
 
 
 @pytest.mark.slow
@@ -599,13 +592,13 @@ def test_a_killed_process_ends_all_under_torchrun_and_leaves_a_checkpoint_to_go_
 
 
 def stop_soon(rank):
-    step = Trainer._step
+    take = ImageSteps.take
 
-    def signalling(self, *batch):
-        step(self, *batch)
+    def signalling(self, batch):
+        take(self, batch)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    Trainer._step = signalling
+    ImageSteps.take = signalling
 
 
 def wait_for_checkpoint(process, folder):

@@ -79,14 +79,24 @@ def test_frozen_parameters_are_in_no_group():
 
 
 def test_a_linear_schedule_falls_in_equal_steps_from_every_rate():
-    config = TrainConfig(optimizer="muon", lr=0.002, muon_lr=0.02, epochs=10, warmup_epochs=1, schedule="linear", min_lr=0.0)
-    schedule = make_schedule(make_optimizer(small(), config), config, steps_per_epoch=10)
+    config = TrainConfig(optimizer="muon", lr=0.002, muon_lr=0.02, min_lr=0.0)
+    schedule = make_schedule(make_optimizer(small(), config), "linear", steps=100, warmup=10, min_lr=0.0)
     rates = torch.tensor([schedule._get_lr(step) for step in range(101)], dtype=torch.float64)
     torch.testing.assert_close(rates[10], rates.max(0).values)
     assert sorted(set(rates[10].tolist())) == pytest.approx([0.002, 0.02])
     falls = rates[10:100].diff(dim=0)
     torch.testing.assert_close(falls, (-rates[10] / 90).expand_as(falls))
     assert rates[0].tolist() == rates[100].tolist() == [0.0] * len(rates[0])
+
+
+def test_a_schedule_in_steps_falls_to_a_tenth_twice():
+    optimizer = torch.optim.AdamW([torch.zeros(1)], lr=1.0)
+    made = make_schedule(optimizer, "steps", steps=270, warmup=10, min_lr=0.0)
+    rates = []
+    for step in (0, 5, 10, 130, 245, 265, 269):
+        made.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([0, 0.5, 1, 1, 0.1, 0.01, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from torch import nn
 
 from sape2.encodings import ATTENTION_ENCODINGS, TOKEN_ENCODINGS
 from sape2.models.trained import build_model
-from sape2.runs.run import Run
-from sape2.training import loop
-from sape2.training.loop import CHECK_EVERY, Trainer
+from sape2.training import steps
+from sape2.training.loop import CHECK_EVERY
 from sape2.training.optimisation import compiled, make_ema, make_optimizer
+from sape2.training.steps import ImageSteps
 
 BUSY = ("augment.mixup=0.8", "augment.cutmix=1", "train.clip_grad=1", "train.accumulation=2")
 META = torch.device("meta")
@@ -24,38 +24,38 @@ def on_meta(monkeypatch):
     monkeypatch.setattr(accelerate.Accelerator, "device", property(lambda self: META))
 
 
-def trainer_of(folder, *settings):
+def steps_of(*settings):
     config = tiny(*settings)
-    return Trainer(build_model(config), images(), lambda _: (0.0, 0.0), Run(folder, config), quiet=True)
+    return ImageSteps(build_model(config), images(), config)
 
 
-def step_on_meta(trainer):
-    pixels, labels = trainer.stream[0]
+def step_on_meta(training):
+    batch = training.stream[0]
     with no_waits(META):
-        trainer._step(pixels.to(META, non_blocking=True), labels.to(META, non_blocking=True))
+        training.take(batch)
 
 
 @pytest.mark.parametrize("encoding", ["ape", "ape+sape2", "rope", "ape+sape2:readout=direct"])
-def test_a_step_waits_for_no_device(tmp_path, on_meta, encoding):
-    trainer = trainer_of(tmp_path, *BUSY, f"model.encoding={encoding}")
-    trainer._step(*(part.to(META) for part in trainer.stream[0]))  # the first makes what is kept on the device
-    trainer.progress.step += 1
-    step_on_meta(trainer)
-    assert len(trainer.pending) == 2
-    assert trainer.pending[0][1].device == META
+def test_a_step_waits_for_no_device(on_meta, encoding):
+    training = steps_of(*BUSY, f"model.encoding={encoding}")
+    training.take(training.stream[0])  # the first makes what is kept on the device
+    training.progress.step += 1
+    step_on_meta(training)
+    assert [step for step, _ in training.pending] == [0, 1]
+    assert training.pending[0][1]["loss"].device == META
 
 
-def test_a_step_that_looks_at_its_loss_would_be_seen(tmp_path, on_meta, monkeypatch):
-    trainer = trainer_of(tmp_path)
-    monkeypatch.setattr(loop.F, "cross_entropy", lambda logits, target: logits.sum() * logits.new_tensor(1.0))
+def test_a_step_that_looks_at_its_loss_would_be_seen(on_meta, monkeypatch):
+    training = steps_of()
+    monkeypatch.setattr(steps.F, "cross_entropy", lambda logits, target: logits.sum() * logits.new_tensor(1.0))
     with pytest.raises(Waits):
-        step_on_meta(trainer)
+        step_on_meta(training)
 
 
 def test_losses_are_looked_at_every_tenth_step_and_where_something_is_saved(tmp_path, monkeypatch):
     looks = []
-    look = Trainer._look_at_losses
-    monkeypatch.setattr(Trainer, "_look_at_losses", lambda self: (looks.append(self.progress.step), look(self)))
+    look = ImageSteps.look
+    monkeypatch.setattr(ImageSteps, "look", lambda self: looks.append(self.progress.step) or look(self))
     run(tmp_path, tiny("train.batch_size=4", "train.epochs=2"))  # 20 steps an epoch
     assert [looks, CHECK_EVERY] == [[10, 20, 30, 40], 10]
 

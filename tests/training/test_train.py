@@ -30,7 +30,7 @@ from sape2.runs.checkpoint import Progress, keep_only, last_checkpoint, load_wei
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
 from sape2.training.interruption import TrainingStopped
-from sape2.training.loop import Trainer, train
+from sape2.training.loop import train
 from sape2.training.optimisation import make_optimizer, make_schedule, set_seeds
 
 TINY = [
@@ -51,10 +51,10 @@ def images(count=80):
     return ImageData(pixels, labels, tuple("0123456789"), (0.3,), (0.4,))
 
 
-def run(folder, config, evaluate=None):
+def run(folder, config, evaluate=None, watch=lambda progress: None, model=None):
     data = images()
-    model = build_model(config)
-    train(model, data, evaluate or (lambda trained: quick_accuracy(trained, data)), Run(folder, config), quiet=True)
+    model, evaluate = model or build_model(config), evaluate or (lambda trained: quick_accuracy(trained, data))
+    train(model, data, evaluate, Run(folder, config), quiet=True, watch=watch)
     return load_file(folder / "model.safetensors")
 
 
@@ -82,20 +82,16 @@ def unbroken(tmp_path_factory, request):
 
 
 @pytest.mark.parametrize("stop", [2, 5, 8, 13], ids=lambda s: f"step{s}")
-def test_a_run_that_breaks_at_any_step_ends_with_the_weights_of_one_that_did_not(tmp_path, monkeypatch, stop, unbroken):
+def test_a_run_that_breaks_at_any_step_ends_with_the_weights_of_one_that_did_not(tmp_path, stop, unbroken):
     """Steps 5 and 10 end an epoch; 13 lies within the last one."""
     config, whole_folder, expected = unbroken
-    step = Trainer._step
 
-    def breaking(self, *batch):
-        if self.progress.step == stop:
+    def breaking(progress):
+        if progress.step > stop:
             raise StopAt
-        step(self, *batch)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", breaking)
-        with pytest.raises(StopAt):
-            run(tmp_path / "broken", config)
+    with pytest.raises(StopAt):
+        run(tmp_path / "broken", config, watch=breaking)
     assert last_checkpoint(tmp_path / "broken").name == f"step-{stop:08d}"
     assert same(run(tmp_path / "broken", config), expected)
     whole, broken = (read_rows(folder / "metrics.jsonl") for folder in (whole_folder, tmp_path / "broken"))
@@ -166,19 +162,14 @@ def test_a_signal_to_the_whole_group_saves_a_checkpoint_though_data_workers_get_
     assert last_checkpoint(folder).name == f"step-{stopped:08d}"
 
 
-def test_sigterm_saves_a_checkpoint_and_stops(tmp_path, monkeypatch):
-    step = Trainer._step
-
-    def signalling(self, *batch):
-        step(self, *batch)
-        if self.progress.step == 6:
+def test_sigterm_saves_a_checkpoint_and_stops(tmp_path):
+    def signalling(progress):
+        if progress.step == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", signalling)
-        with pytest.raises(TrainingStopped, match="stopped at step 7") as stopped:
-            run(tmp_path / "run", tiny())
+    with pytest.raises(TrainingStopped, match="stopped at step 7") as stopped:
+        run(tmp_path / "run", tiny(), watch=signalling)
     assert stopped.value.signal_number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
     assert last_checkpoint(tmp_path / "run").name == "step-00000007"
@@ -258,7 +249,7 @@ def test_clipping_bounds_the_gradient(tmp_path, monkeypatch):
 def test_the_schedule_warms_up_and_falls_to_the_minimum():
     config = tiny("train.epochs=10", "train.warmup_epochs=2", "train.lr=0.01", "train.min_lr=0.0001").train
     optimizer = make_optimizer(nn.Linear(2, 2), config)
-    schedule = make_schedule(optimizer, config, steps_per_epoch=5)
+    schedule = make_schedule(optimizer, config.schedule, steps=50, warmup=10, min_lr=config.min_lr)
     rates = [float(schedule._get_lr(step)[0]) for step in range(51)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[5] == pytest.approx((1e-4 + 1e-2) / 2)
@@ -301,35 +292,27 @@ def test_several_processes_are_refused(tmp_path, monkeypatch):
 # --- runs that go wrong ----------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    step = Trainer._step
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path):
+    model = build_model(tiny())
 
-    def poisoned(self, pixels, labels):
-        if self.progress.step == 7:
-            nn.init.constant_(self.model.head.bias, float("nan"))
-        step(self, pixels, labels)
+    def poison(progress):
+        if progress.step == 7:
+            nn.init.constant_(model.head.bias, float("nan"))
 
-    monkeypatch.setattr(Trainer, "_step", poisoned)
     with pytest.raises(ValueError, match=r"nan at step 7 \(epoch 2, .*step-00000005") as error:
-        run(tmp_path, tiny())
+        run(tmp_path, tiny(), watch=poison, model=model)
     assert "--set train.lr" in str(error.value)
     weights = load_file(last_checkpoint(tmp_path) / "model.safetensors")
     assert all(value.isfinite().all() for value in weights.values())
 
 
 @pytest.mark.parametrize("step", [4, 14], ids=["end of an epoch", "end of the run"])
-def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, step):
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, step):
     """The loss of the step is finite; its gradient is not."""
-    one_step = Trainer._step
-
-    def breaking(self, pixels, labels):
-        one_step(self, pixels, labels)
-        if self.progress.step == step:
-            nn.init.constant_(self.model.head.bias, float("nan"))
-
-    monkeypatch.setattr(Trainer, "_step", breaking)
+    model, steps = build_model(tiny()), itertools.count()
+    model.head.bias.register_hook(lambda gradient: gradient * (float("nan") if next(steps) == step else 1))
     with pytest.raises(ValueError, match=f"weights .*step {step}"):
-        run(tmp_path, tiny())
+        run(tmp_path, tiny(), model=model)
     for path in tmp_path.rglob("*.safetensors"):
         assert all(value.isfinite().all() for value in load_file(path).values()), path
     assert not (tmp_path / "model.safetensors").exists()

@@ -40,9 +40,10 @@ from sape2.runs.run import Run
 from sape2.studies import run as run_study
 from sape2.studies.run import help_to_train
 from sape2.training import record
-from sape2.training.loop import Trainer, train
+from sape2.training.loop import train
 from sape2.training.memory_errors import OutOfMemory, count_tokens, memory_message, told_in_one_line, training_message
 from sape2.training.processes import Processes
+from sape2.training.steps import ImageSteps
 
 SETTINGS = [text for setting in [*TINY, "train.epochs=2", "train.checkpoint_every=2"] for text in ("--set", setting)]
 TRAIN = ["train", "digits", "--encoding", "ape", *SETTINGS, "--out"]
@@ -203,7 +204,7 @@ def test_a_read_only_folder_is_named_before_anything_is_trained(tmp_path, monkey
 
     monkeypatch.setattr(os, "open", refuse)
     full_for(monkeypatch, "study.json", errno.EROFS)
-    monkeypatch.setattr(Trainer, "_step", lambda *_: pytest.fail("it trains"))
+    monkeypatch.setattr(ImageSteps, "take", lambda *_: pytest.fail("it trains"))
     line = line_of(*argv, tmp_path / "out")
     assert "Read-only file system" in line
     assert str(tmp_path / "out") in line
@@ -244,14 +245,15 @@ def test_a_read_only_run_is_named_before_it_is_measured(run, monkeypatch, line_o
 
 @pytest.mark.parametrize("argv", [TRAIN, COMPARE])
 def test_a_folder_that_is_removed_in_the_middle_is_named_and_not_made_again(tmp_path, monkeypatch, line_of, argv):
-    step, folder = Trainer._step, tmp_path / "out"
+    take, folder = ImageSteps.take, tmp_path / "out"
 
-    def removing(self, *batch):
-        step(self, *batch)
+    def removing(self, batch):
+        take(self, batch)
         if self.progress.step == 2:
-            shutil.rmtree(self.record.run.folder)
+            (config,) = folder.rglob("config.json")
+            shutil.rmtree(config.parent)
 
-    monkeypatch.setattr(Trainer, "_step", removing)
+    monkeypatch.setattr(ImageSteps, "take", removing)
     line = line_of(*argv, folder)
     assert str(folder) in line
     assert "was removed" in line
@@ -311,10 +313,10 @@ SHORT = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 Gi
 
 @pytest.mark.parametrize("error", SHORT, ids=["cuda", "cpu", "python"])
 def test_memory_that_ends_in_training_names_the_batch_the_tokens_and_the_ways_out(tmp_path, monkeypatch, line_of, error):
-    def raising(self, *batch):
+    def raising(self, batch):
         raise error
 
-    monkeypatch.setattr(Trainer, "_step", raising)
+    monkeypatch.setattr(ImageSteps, "take", raising)
     line = line_of(*TRAIN, tmp_path / "run")
     wanted = ["32 images at a time", "16 tokens", "--set train.accumulation=2", "smaller --set train.batch_size", "lean path"]
     assert [text for text in wanted if text not in line] == []

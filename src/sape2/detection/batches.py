@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 
-from sape2.config.detection import ImagesConfig
-from sape2.data.augment import derive_seed, epoch_order
+from sape2.config.detection import DetectionConfig, ImagesConfig
+from sape2.data.augment import derive_seed, epoch_order, leave_signals_to_the_main_process
 from sape2.detection.coco import CocoImages
 from sape2.encodings.grid import Grid
 
@@ -128,6 +129,32 @@ def select(target: dict[str, Any], chosen: Tensor) -> dict[str, Any]:
         if key in target:  # indexing gives a plain tensor
             kept[key] = tv_tensors.wrap(kept[key], like=target[key])
     return kept
+
+
+class TrainBatches:
+    """All batches of a training, epoch after epoch; sides of images are padded to multiples of `divisor`."""
+
+    def __init__(self, images: CocoImages, config: DetectionConfig, divisor: int) -> None:
+        self.images, self.config = images, config
+        self.sizes = [padded_size(size, config.model.image_size, divisor) for size in images.sizes]
+        self.transform = make_transform(config.images, config.model.image_size)
+        self.steps_per_epoch = len(self._of_epoch(0))
+        self.total_steps = config.training.epochs * self.steps_per_epoch
+
+    def batches(self, start: int) -> Iterator[list[Sample]]:
+        """From step `start` to the end, prepared ahead by worker processes."""
+        first, skipped = divmod(start, self.steps_per_epoch)
+        for epoch in range(first, self.config.training.epochs):
+            yield from DataLoader(
+                TrainView(self.images, self.transform, self.config.seed, epoch),
+                batch_sampler=self._of_epoch(epoch)[skipped if epoch == first else 0 :],
+                collate_fn=list,
+                num_workers=self.config.training.workers,
+                worker_init_fn=leave_signals_to_the_main_process,
+            )
+
+    def _of_epoch(self, epoch: int) -> list[list[int]]:
+        return epoch_batches(self.sizes, self.config.training.batch_size, self.config.seed, epoch)
 
 
 class TrainView(Dataset):

@@ -79,12 +79,6 @@ class FitImages(GeneralizedRCNNTransform):
         return super().resize(image, target)
 
 
-def no_weight_decay(model: FasterRCNN) -> set[str]:
-    """Names of the parameters of encodings, which do not decay."""
-    backbone: Any = model.backbone
-    return {f"backbone.{name}" for name in backbone.no_weight_decay()}
-
-
 def _box_parts(
     detector: DetectorConfig, pyramid: SimpleFeaturePyramid, num_classes: int, level_strides: list[int]
 ) -> dict[str, Any]:

@@ -8,34 +8,34 @@ metrics.jsonl (a line per epoch), results.jsonl. Nothing is selected on the test
 
 from __future__ import annotations
 
-import math
 import sys
-import time
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
-from sape2.config.detection import DetectionConfig, TrainingConfig
+from sape2.config import TrainConfig
+from sape2.config.detection import DetectionConfig
 from sape2.config.recipes.changed import changed_in_words
-from sape2.data.augment import derive_seed, leave_signals_to_the_main_process
-from sape2.detection.batches import Sample, TrainView, epoch_batches, make_transform, padded_size
+from sape2.data.augment import derive_seed
+from sape2.detection.batches import Sample, TrainBatches
 from sape2.detection.coco import CocoImages, count_objects
 from sape2.detection.metrics import Row, evaluate_detector, make_metric
-from sape2.detection.models import build_detector, no_weight_decay
+from sape2.detection.models import build_detector
 from sape2.detection.pyramid import strides
 from sape2.detection.splits import check_sizes, fingerprint, open_images, read_all, same_content
 from sape2.machine import find_device, hardware, precision_of
 from sape2.progress import progress_bar
-from sape2.runs.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from sape2.runs.files import sweep
-from sape2.runs.rows import read_rows, write_rows
 from sape2.runs.run import Run
-from sape2.training.accelerator import make_accelerator, passed_over, prepare
-from sape2.training.interruption import TrainingStopped, catch_signals
+from sape2.training.accelerator import make_accelerator, passed_over
+from sape2.training.loop import run_steps
 from sape2.training.memory_errors import RESUMABLE, memory_message, told_in_one_line
+from sape2.training.optimisation import make_schedule
+from sape2.training.record import Record
+from sape2.training.steps import Steps
 
 
 def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) -> list[Row]:
@@ -64,7 +64,7 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
         check_images(config, train, test, quiet)
         if run.state != "finished":
             with memory_named(config):
-                DetectionTrainer(new_detector(config), train, run, quiet, seen).train()
+                train_detector(train, run, quiet, seen)
         return measure(run, test, quiet)
 
 
@@ -74,7 +74,7 @@ def check_images(config: DetectionConfig, train: CocoImages, test: CocoImages, q
     low = min(config.images.scale_jitter, default=None)
     check_sizes(train, config.model.image_size, stride, low)
     check_sizes(test, config.model.image_size, stride)
-    for note in (*train.notes, *test.notes, *passed_over()):
+    for note in (*train.notes, *test.notes):
         say(note, quiet)
     digests = []
     for images in (train, test):
@@ -128,127 +128,62 @@ def describe(config: DetectionConfig) -> Row:
     }
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
+# --- training --------------------------------------------------------------------------------------------------------
 
 
-class DetectionTrainer:
-    """The state of one run: model, optimiser, schedule, progress. Before it writes, it checks that the folder is still held."""
+def train_detector(images: CocoImages, run: Run[DetectionConfig], quiet: bool, seen: Row) -> None:
+    """From the last checkpoint, or from the start, to the last epoch; raises what `training.loop.run_steps` raises."""
+    config = run.config
+    steps = DetectionSteps(new_detector(config), images, config, run.checkpoint)
+    record = Record(run, True, quiet, curves=False)
+    record.begin(steps.progress, seen)
+    counts = sum(count_objects(images).values())
+    record.say(f"{len(images)} training images with {counts} objects of {len(images.classes)} classes")
 
-    def __init__(
-        self,
-        model: Any,
-        images: CocoImages,
-        run: Run[DetectionConfig],
-        quiet: bool,
-        seen: Row,
-    ) -> None:
-        config = run.config
-        self.run, self.config, self.images, self.quiet, self.seen = run, config, images, quiet, seen
-        self.accelerator = make_accelerator(config.training.precision, command="sape2 detect")
-        self.model = model.to(self.accelerator.device)
-        divisor = model.transform.size_divisible
-        self.sizes = [padded_size(size, config.model.image_size, divisor) for size in images.sizes]
-        self.transform = make_transform(config.images, config.model.image_size)
-        self.steps_per_epoch = len(epoch_batches(self.sizes, config.training.batch_size, config.seed, 0))
-        self.optimizer = make_optimizer(self.model, config.training)
-        self.schedule = make_schedule(self.optimizer, config.training, self.steps_per_epoch)
-        self.progress, state = Progress(), None
-        if run.checkpoint:
-            self.progress, state = load_checkpoint(run.checkpoint, self.model, None)
-        self.wrapped, self.stepper = prepare(self.accelerator, self.model, self.optimizer)
-        if state is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-
-    def train(self) -> None:
-        """Epoch by epoch to the end; at a signal saves, and raises TrainingStopped."""
-        self._begin()
-        with catch_signals() as caught:
-            for epoch in range(self.progress.step // self.steps_per_epoch, self.config.training.epochs):
-                self._run_epoch(epoch, caught)
-                if self.progress.step % self.steps_per_epoch == 0:
-                    self._end_epoch(epoch)
-                self.run.check_lock()
-                save_checkpoint(self.run.folder, self.progress, self.model, None, {"optimizer": self.optimizer.state_dict()})
-                if caught and self.progress.step < self.config.training.epochs * self.steps_per_epoch:
-                    raise TrainingStopped(caught[0], self.progress.step)
-        self.run.check_lock()
-        save_weights(self.run.weights("last"), self.model)
-
-    def _begin(self) -> None:
-        """Makes the folder, or takes it up: lines of epochs that will be run again are dropped."""
-        self.run.start(self.seen)
-        path, step = self.run.folder / "metrics.jsonl", self.progress.step
-        write_rows(path, [row for row in read_rows(path) if row["step"] <= step])
-        epoch, done = divmod(step, self.steps_per_epoch)
-        place = f"going on after epoch {epoch}" + (f" and {done} steps of the next" if done else "")
-        say(f"{self.run.folder}: {place if step else 'starting'}", self.quiet)
-        counts = sum(count_objects(self.images).values())
-        text = f"{len(self.images)} training images with {counts} objects of {len(self.images.classes)} classes"
-        say(text, self.quiet)
-
-    def _run_epoch(self, epoch: int, caught: list[int]) -> None:
-        """The steps of an epoch that are not done yet, until a signal; `progress.sums` adds up their losses and seconds."""
-        training, seed, sums = self.config.training, self.config.seed, self.progress.sums
-        first = self.progress.step % self.steps_per_epoch
-        loader: DataLoader[list[Sample]] = DataLoader(
-            TrainView(self.images, self.transform, seed, epoch),
-            batch_sampler=epoch_batches(self.sizes, training.batch_size, seed, epoch)[first:],
-            collate_fn=list,
-            num_workers=training.workers,
-            worker_init_fn=leave_signals_to_the_main_process,
-        )
-        mark = time.perf_counter()
-        with progress_bar(f"epoch {epoch + 1}/{training.epochs}", self.steps_per_epoch, self.quiet) as show:
-            for done, samples in enumerate(loader, start=first + 1):
-                for name, value in self._step(samples).items():
-                    sums[name] = sums.get(name, 0.0) + value
-                self.progress.step += 1
-                show(done)
-                if caught:
-                    break
-        sums["seconds"] = sums.get("seconds", 0.0) + time.perf_counter() - mark
-
-    def _end_epoch(self, epoch: int) -> None:
-        sums, self.progress.sums = self.progress.sums, {}
-        row = self._row(epoch, sums.pop("seconds"), sums)
-        self.run.check_lock()
-        path = self.run.folder / "metrics.jsonl"
-        write_rows(path, [*read_rows(path), row])
-        parts = "  ".join(f"{name.removeprefix('loss_')} {row[name]:.3f}" for name in sums)
-        say(f"epoch {epoch + 1}/{self.config.training.epochs}  {parts}  {row['images_per_s']:.1f} images/s", self.quiet)
-
-    def _step(self, samples: list[Sample]) -> dict[str, float]:
-        """One update; raises ValueError if the loss is not finite."""
-        step, device = self.progress.step, self.accelerator.device
-        torch.manual_seed(derive_seed(self.config.seed, "step", step))
-        self.schedule.step_update(step)
-        self.wrapped.train()
-        images = [image.to(device) for image, _ in samples]
-        parts = self.wrapped(images, [_of_training(target, device) for _, target in samples])
-        loss = torch.stack([part.float() for part in parts.values()]).sum()
-        if not torch.isfinite(loss):
-            raise ValueError(
-                f"the loss is {loss.item()} at step {step} (epoch {step // self.steps_per_epoch + 1}); try, with another "
-                "--out, a lower --set training.lr, --set training.clip_grad=1, or --set training.precision=fp32"
-            )
-        self.accelerator.backward(loss)
-        if self.config.training.clip_grad is not None:
-            self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.training.clip_grad)
-        self.stepper.step()
-        self.stepper.zero_grad()
-        return {"loss": loss.item()} | {name: part.item() for name, part in parts.items()}
-
-    def _row(self, epoch: int, seconds: float, sums: dict[str, float]) -> Row:
-        return {
-            "epoch": epoch + 1,
-            "step": self.progress.step,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **{name: value / self.steps_per_epoch for name, value in sums.items()},
-            "images_per_s": self.steps_per_epoch * self.config.training.batch_size / seconds,
-            "seconds": seconds,
-            "precision": precision_of(self.config.training.precision),
-            "device": str(self.accelerator.device),
+    def end_epoch(epoch: int, sums: dict[str, float], _: Row) -> None:
+        number, progress = steps.stream.steps_per_epoch, steps.progress
+        losses = {name: value / number for name, value in sums.items() if name.startswith("loss")}
+        row = {"epoch": epoch, "step": progress.step, "lr": steps.rate_at(progress.step - 1), **losses} | {
+            "images_per_s": number * config.training.batch_size / sums["seconds"],
+            "seconds": sums["seconds"],
+            "precision": precision_of(config.training.precision),
+            "device": str(steps.accelerator.device),
         }
+        record.check()
+        parts = "  ".join(f"{name.removeprefix('loss_')} {value:.3f}" for name, value in losses.items())
+        record.epoch(row, f"epoch {epoch}/{config.training.epochs}  {parts}  {row['images_per_s']:.1f} images/s")
+
+    run_steps(steps, record, end_epoch)
+
+
+class DetectionSteps(Steps):
+    """The training of a detector, in one process. AdamW; norms, biases and everything of an encoding do not decay."""
+
+    settings = "training"
+
+    def __init__(self, model: Any, images: CocoImages, config: DetectionConfig, checkpoint: Path | None = None) -> None:
+        training, self.seed = config.training, config.seed
+        self.stream = TrainBatches(images, config, model.transform.size_divisible)
+        shared = ("epochs", "batch_size", "lr", "min_lr", "weight_decay", "clip_grad", "precision")
+        settings = TrainConfig(warmup_epochs=0, **{name: getattr(training, name) for name in shared})
+        schedule = partial(
+            make_schedule,
+            decay=training.schedule,
+            steps=self.stream.total_steps,
+            warmup=training.warmup_steps,
+            min_lr=training.min_lr,
+        )
+        accelerator = make_accelerator(training.precision, command="sape2 detect")
+        super().__init__(model, settings, schedule, accelerator, checkpoint)
+
+    def take(self, batch: list[Sample]) -> None:
+        torch.manual_seed(derive_seed(self.seed, "step", self.progress.step))
+        self.update(self.progress.step, [batch], self._losses)
+
+    def _losses(self, batch: list[Sample]) -> dict[str, torch.Tensor]:
+        device = self.accelerator.device
+        parts = self.called([image.to(device) for image, _ in batch], [_of_training(target, device) for _, target in batch])
+        return {"loss": torch.stack([part.float() for part in parts.values()]).sum(), **parts}
 
 
 def _of_training(target: dict[str, Any], device: torch.device) -> dict[str, torch.Tensor]:
@@ -260,29 +195,3 @@ def _of_training(target: dict[str, Any], device: torch.device) -> dict[str, torc
 def say(text: str, quiet: bool) -> None:
     if not quiet:
         print(text, file=sys.stderr)
-
-
-# --- parts -----------------------------------------------------------------------------------------------------------
-
-
-def make_optimizer(model: Any, training: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW; norms, biases and everything of an encoding do not decay."""
-    from timm.optim import param_groups_weight_decay
-
-    groups = param_groups_weight_decay(model, training.weight_decay, no_weight_decay_list=no_weight_decay(model))
-    return torch.optim.AdamW(groups, lr=training.lr)
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, training: TrainingConfig, steps_per_epoch: int) -> Any:
-    """Linear warm-up, then cosine or steps; a function of the step alone."""
-    from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler
-
-    total = training.epochs * steps_per_epoch
-    warmup = min(training.warmup_steps, total - 1)
-    shared: dict[str, Any] = {"warmup_t": warmup, "t_in_epochs": False}
-    shared["warmup_lr_init"] = min(training.min_lr, training.lr) if warmup else training.lr
-    if training.schedule == "cosine":
-        decay = {"t_initial": total - warmup, "lr_min": training.min_lr, "warmup_prefix": True}
-        return CosineLRScheduler(optimizer, **decay, **shared)
-    milestones = [math.ceil(total * 8 / 9), math.ceil(total * 26 / 27)]
-    return MultiStepLRScheduler(optimizer, decay_t=milestones, decay_rate=0.1, warmup_prefix=False, **shared)

@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from sape2.runs.rows import read_rows, write_rows
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
 from sape2.tables import Row
-from sape2.training.optimisation import make_optimizer, make_schedule
+from sape2.training.accelerator import make_accelerator
+from sape2.training.optimisation import make_schedule
+from sape2.training.steps import Steps
 
 DIM, NUM_HEADS = 128, 4
 WARMUP_SHARE = 0.1
@@ -105,10 +108,7 @@ def run_cell(cell: Cell, on_step: Callable[[], None] = lambda: None) -> list[Row
     start = time.perf_counter()
     task, precision, device = find_task(cell.task), precision_of("auto"), find_device()
     model = build_model(cell).to(device)
-    for module in model.modules():
-        if isinstance(module, AttentionEncoding):
-            module.check_trainable()
-    loss = train(model, task, cell, device, on_step)
+    loss = train(model, task, cell, on_step)
     about = {
         "train_loss": loss,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -120,31 +120,26 @@ def run_cell(cell: Cell, on_step: Callable[[], None] = lambda: None) -> list[Row
     return [row | {"seconds": time.perf_counter() - start} for row in rows]
 
 
-def train(model: ViT, task: Task, cell: Cell, device: torch.device, on_step: Callable[[], None] = lambda: None) -> float:
+def train(model: ViT, task: Task, cell: Cell, on_step: Callable[[], None] = lambda: None) -> float:
     """AdamW, linear warm-up over a tenth of the steps, cosine; the mean loss of the last tenth."""
-    steps = cell.key["steps"]
-    config = TrainConfig(
-        epochs=1, warmup_epochs=WARMUP_SHARE, batch_size=task.batch_size, lr=task.lr, label_smoothing=0.0, clip_grad=CLIP_GRAD
-    )
-    optimizer = make_optimizer(model, config)
-    schedule = make_schedule(optimizer, config, steps)
-    model.train()
-    losses = []
-    for step in range(steps):
-        schedule.step_update(step)
-        scenes = training_batch(task, cell.task, cell.seed, step)
-        with autocast(device):
-            logits = answer(model, scenes.cells.to(device), task).float()
-        loss = F.cross_entropy(logits.flatten(0, -2), scenes.labels.flatten().to(device), ignore_index=NOT_ASKED)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP_GRAD)
-        optimizer.step()
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise ValueError(f"{cell.encoding}, seed {cell.seed}: the loss is {losses[-1]} at step {step}")
+    number, config = cell.key["steps"], TrainConfig(epochs=1, warmup_epochs=0, lr=task.lr, clip_grad=CLIP_GRAD)
+    schedule = partial(make_schedule, decay="cosine", steps=number, warmup=round(WARMUP_SHARE * number), min_lr=config.min_lr)
+    steps = Steps(model, config, schedule, make_accelerator("auto", command="sape2 probe"))
+
+    def losses(scenes: Scenes) -> dict[str, Tensor]:
+        with steps.accelerator.autocast():
+            logits = answer(model, scenes.cells.to(steps.accelerator.device), task).float()
+        labels = scenes.labels.flatten().to(logits.device)
+        return {"loss": F.cross_entropy(logits.flatten(0, -2), labels, ignore_index=NOT_ASKED)}
+
+    found = []
+    for step in range(number):
+        steps.update(step, [training_batch(task, cell.task, cell.seed, step)], losses)
+        found += [numbers["loss"] for _, numbers in steps.look()]
+        if not math.isfinite(found[-1]):
+            raise ValueError(f"{cell.encoding}, seed {cell.seed}: the loss is {found[-1]} at step {step}")
         on_step()
-    last = losses[-max(1, steps // 10) :]
+    last = found[-max(1, number // 10) :]
     return sum(last) / len(last)
 
 

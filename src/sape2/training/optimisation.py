@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import random
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,18 +92,17 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
     return [{"params": parameters} | settings[name] for name, parameters in groups.items() if parameters]
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, config: TrainConfig, steps_per_epoch: int) -> Any:
-    """Linear warm-up, then cosine or linear decay of every group's rate to min_lr; a function of the step alone."""
-    from timm.scheduler import CosineLRScheduler, PolyLRScheduler
+def make_schedule(optimizer: torch.optim.Optimizer, decay: str, steps: int, warmup: int, min_lr: float) -> Any:
+    """Linear warm-up from `min_lr`, then decay of every group's rate; a function of the step alone.
 
-    warmup = min(round(config.warmup_epochs * steps_per_epoch), config.epochs * steps_per_epoch - 1)
-    decay = partial(PolyLRScheduler, power=1.0) if config.schedule == "linear" else CosineLRScheduler
-    return decay(
-        optimizer,
-        t_initial=config.epochs * steps_per_epoch - warmup,
-        lr_min=config.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=config.min_lr if warmup else config.lr,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
+    The decay is cosine or linear, to `min_lr`, or in "steps": to a tenth at 8/9 and again at 26/27 of all steps.
+    """
+    from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler
+
+    warmup = min(warmup, steps - 1)
+    shared: dict[str, Any] = {"warmup_t": warmup, "warmup_lr_init": min_lr, "t_in_epochs": False}
+    if decay == "steps":
+        at = [math.ceil(steps * 8 / 9), math.ceil(steps * 26 / 27)]
+        return MultiStepLRScheduler(optimizer, decay_t=at, decay_rate=0.1, warmup_prefix=False, **shared)
+    shared |= {"t_initial": steps - warmup, "lr_min": min_lr, "warmup_prefix": True}
+    return PolyLRScheduler(optimizer, power=1.0, **shared) if decay == "linear" else CosineLRScheduler(optimizer, **shared)

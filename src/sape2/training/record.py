@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from sape2.config import RunConfig
 from sape2.runs.checkpoint import Progress, save_checkpoint, save_weights
 from sape2.runs.rows import read_rows, write_rows
 from sape2.runs.run import Run
@@ -20,11 +19,11 @@ CONDITIONS = {"epoch", "step", "precision", "device", "processes"}  # of an epoc
 class Record:
     """Writes the run folder in the main process; in other processes every method does nothing.
 
-    Before it writes, it checks that this process still holds the folder.
+    Before it writes, it checks that this process still holds the folder. With `curves`, TensorBoard has the epochs too.
     """
 
-    def __init__(self, run: Run[RunConfig], is_main: bool, quiet: bool) -> None:
-        self.run, self.is_main, self.quiet = run, is_main, quiet or not is_main
+    def __init__(self, run: Run, is_main: bool, quiet: bool, curves: bool = True) -> None:
+        self.run, self.is_main, self.quiet, self.curves = run, is_main, quiet or not is_main, curves
         self.board: Any = None
 
     def check(self) -> None:
@@ -35,29 +34,29 @@ class Record:
         """Creates the folder, or prepares it to resume at a step: lines of epochs that will be repeated are removed."""
         if self.is_main:
             self.run.start(fingerprint)
-            self.board = open_board(self.run.folder)
+            if self.curves:
+                self.board = open_board(self.run.folder)
             self._forget_epochs_after(progress.step)
         self.say(f"{self.run.folder}: {f'going on from step {progress.step}' if progress.step else 'starting'}")
 
-    def epoch(self, row: Row, best: nn.Module | None) -> None:
-        """An epoch's line; `best` are its weights if none were better on the validation set before."""
+    def epoch(self, row: Row, told: str, best: nn.Module | None = None) -> None:
+        """The row of an epoch, `told` in a line; `best` are its weights if none were better on the validation set before."""
         if self.is_main:
             if best is not None:
                 save_weights(self.run.weights("best"), best)
             path = self.run.folder / "metrics.jsonl"
             write_rows(path, [*read_rows(path), row])
-            for name in row.keys() - CONDITIONS:
-                self.board.add_scalar(name, row[name], row["epoch"])
-            self.board.flush()
-        self.say(
-            f"epoch {row['epoch']}/{self.run.config.train.epochs}  loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  "
-            f"validation {row['validation_accuracy']:.4f}  {row['images_per_s']:.0f} images/s"
-        )
+            if self.board is not None:
+                for name in row.keys() - CONDITIONS:
+                    self.board.add_scalar(name, row[name], row["epoch"])
+                self.board.flush()
+        self.say(told)
 
-    def checkpoint(self, progress: Progress, model: nn.Module, average: nn.Module | None, state: dict[str, Any]) -> None:
+    def checkpoint(self, progress: Progress, weights: list[nn.Module], state: dict[str, Any]) -> None:
+        """`weights` are the model and, where there is one, its average."""
         self.check()
         if self.is_main:
-            save_checkpoint(self.run.folder, progress, model, average, state)
+            save_checkpoint(self.run.folder, progress, weights[0], weights[1] if len(weights) > 1 else None, state)
 
     def finish(self, weights: nn.Module) -> None:
         """Writes the final weights, whose file marks the run as finished."""

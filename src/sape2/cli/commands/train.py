@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from functools import cache
 from pathlib import Path
@@ -98,19 +97,16 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
     from sape2.evaluation.cost.measure import count_macs, count_parameters
     from sape2.evaluation.cost.timing import median_seconds
     from sape2.machine import precision_of
-    from sape2.runs.run import Run
-    from sape2.training.loop import Trainer
+    from sape2.training.steps import ImageSteps
 
     stream = TrainStream(splits.train, config.augment, config.train, config.seed)
-    images, labels = stream[0]
+    batch = stream[0]
     macs = count_macs(model, config.model.in_channels, config.model.image_size)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(model, splits.train, lambda _: (0.0, 0.0), Run(Path(scratch), config), quiet=True)
-        device = trainer.accelerator.device
-        step_s = median_seconds(lambda: trainer._step(images.to(device), labels.to(device)))
-        start = time.perf_counter()
-        quick_accuracy(trainer.model, splits.validation)
-        validation_s = time.perf_counter() - start
+    steps = ImageSteps(model, splits.train, config)
+    step_s = median_seconds(lambda: steps.take(batch))
+    start = time.perf_counter()
+    quick_accuracy(model, splits.validation)
+    validation_s = time.perf_counter() - start
     test_s = TEST_PASSES * validation_s * len(splits.test) / len(splits.validation)
     evaluation_s = config.train.epochs * validation_s + test_s
     summary: Row = {
@@ -122,8 +118,8 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
         "steps_per_epoch": stream.steps_per_epoch,
         "steps": stream.total_steps,
         "precision": precision_of(config.train.precision),
-        "device": str(device),
-        "augmentation": trainer.stream.where_augmented(),
+        "device": str(steps.accelerator.device),
+        "augmentation": steps.stream.where_augmented(),
         "seconds_per_step": step_s,
         "images_per_s": config.train.batch_size / step_s,
         "expected_training_minutes": stream.total_steps * step_s / 60,
