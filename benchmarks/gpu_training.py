@@ -19,7 +19,7 @@ from torch import nn
 from sape2.config import RunConfig, override, with_epochs
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData, Splits, load_data, normalize
-from sape2.evaluation.cost.timing import synchronize
+from sape2.machine import synchronize
 from sape2.models.trained import build_model
 from sape2.models.vit import create_model
 from sape2.runs.run import Run

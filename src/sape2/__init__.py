@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sape2._version import __version__ as __version__
+
 if TYPE_CHECKING:
     from sape2.adapters import attach, attach_attention, detach, encoding_parameters, set_grid
     from sape2.adapters.files import load_adapter, save_adapter
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from sape2.models.export import export_model
     from sape2.models.frozen import freeze
     from sape2.models.vit import create_model
-
-__version__ = "0.1.0"
 
 # Looked up when first used, so that `import sape2` and `sape2 --help` do not wait for torch.
 _HOMES = {

@@ -14,6 +14,12 @@ def find_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def synchronize() -> None:
+    """Waits for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
 def hardware() -> str:
     """What result rows call this machine: the name of its GPU, or the kind and number of its CPU cores."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU x{os.cpu_count()}"

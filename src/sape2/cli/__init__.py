@@ -11,7 +11,7 @@ import os
 import sys
 from typing import Any, NoReturn
 
-import sape2
+from sape2._version import __version__
 from sape2.cli.commands import COMMANDS
 from sape2.cli.text import print_anything
 from sape2.config.names import did_you_mean
@@ -74,7 +74,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     parser = Parser(prog="sape2", description="Position encodings for vision transformers: train, measure, compare.")
-    parser.add_argument("--version", action="version", version=f"sape2 {sape2.__version__}")
+    parser.add_argument("--version", action="version", version=f"sape2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
         subparser = commands.add_parser(name, help=command.HELP)

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-import sape2
+from sape2._version import __version__
 from sape2.config import HUB_IDS, ModelConfig, RunConfig, model_config
 from sape2.config.command import command
 from sape2.config.names import cell
@@ -48,7 +48,7 @@ def describe(
     """
     if license is not None and not LICENCE.fullmatch(license):
         raise ValueError(f"a license is an identifier such as apache-2.0, cc-by-4.0 or other; got {license!r}")
-    description: Description = {"library_name": "sape2", "format": FORMAT, "sape2_version": sape2.__version__}
+    description: Description = {"library_name": "sape2", "format": FORMAT, "sape2_version": __version__}
     description |= {} if license is None else {"license": license}
     description |= {"paper": PAPER, "encoding": config.encoding, "model": asdict(config)}
     if run is None:
@@ -284,7 +284,7 @@ def _licence(description: Description) -> str:
 
 _CITATION = f"""## Citation
 
-Made with sape2 {sape2.__version__}, which is not by the authors of the paper.
+Made with sape2 {__version__}, which is not by the authors of the paper.
 
 ```bibtex
 @article{{sape2_2025,
@@ -295,7 +295,7 @@ Made with sape2 {sape2.__version__}, which is not by the authors of the paper.
 @software{{sape2_software,
   title   = {{sape2: position encodings for vision transformers}},
   author  = {{The sape2 developers}},
-  version = {{{sape2.__version__}}}
+  version = {{{__version__}}}
 }}
 ```
 """

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import sape2
+from sape2._version import __version__
 from sape2.config import RunConfig
 from sape2.config.detection import DetectionConfig
 from sape2.encodings import canonical_name
@@ -24,7 +24,7 @@ def canonical(config: Config) -> Config:
 
 
 def write_config(folder: Path, config: RunConfig | DetectionConfig) -> None:
-    values = {"format": FORMAT, "sape2_version": sape2.__version__} | config.to_dict()
+    values = {"format": FORMAT, "sape2_version": __version__} | config.to_dict()
     write_text(folder / NAME, json.dumps(values, indent=2) + "\n")
 
 
@@ -51,7 +51,7 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     except ValueError as error:
         writer = f", but was written by {wrote}" if wrote else ""
         raise ValueError(
-            f"{path} does not fit this version of sape2, {sape2.__version__}{writer}: {error}. "
+            f"{path} does not fit this version of sape2, {__version__}{writer}: {error}. "
             "Use the version that wrote it, or choose another --out"
         ) from error
     return config

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-import torch
+
+from sape2.machine import synchronize
 
 
 def alternate(
@@ -35,12 +36,6 @@ def time_once(step: Callable[[], object]) -> float:
     step()
     synchronize()
     return time.perf_counter() - start
-
-
-def synchronize() -> None:
-    """Waits for the accelerator, if there is one."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def median_seconds(step: Callable[[], object], warmup: int = 2, repeats: int = 5) -> float:
