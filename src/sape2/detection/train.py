@@ -30,7 +30,7 @@ from sape2.machine import find_device, hardware, precision_of
 from sape2.progress import progress_bar
 from sape2.runs.files import sweep
 from sape2.runs.run import Run
-from sape2.training.accelerator import make_accelerator, passed_over
+from sape2.training.accelerator import make_accelerator
 from sape2.training.loop import run_steps
 from sape2.training.memory_errors import RESUMABLE, memory_message, told_in_one_line
 from sape2.training.optimisation import make_schedule
