@@ -18,7 +18,7 @@ from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageData
 from sape2.inspect import explore
-from sape2.inspect.explore import SHIPPED
+from sape2.inspect.explore import SHIPPED, open_microscope
 from sape2.inspect.explore.change import changes
 from sape2.inspect.explore.microscope import LARGEST_GRID, Microscope, Subject
 from sape2.inspect.explore.page import Desk, open_socket
@@ -49,7 +49,7 @@ def samples(channels=1, size=8):
 
 
 def microscope(encoding="ape+sape2", against=None, **settings):
-    return Microscope(subject(encoding=encoding, **settings), samples(), against)
+    return Microscope(subject(encoding=encoding, **settings), samples(), against=against)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_every_encoding_opens_and_shows_what_there_is(encoding, shown):
 
 
 def test_a_second_column_is_another_head_layer_run_or_the_image_not_moved(scope):
-    both = Microscope(scope.subject, scope.samples, subject("other run", "rope"))
+    both = Microscope(scope.subject, scope.samples, against=subject("other run", "rope"))
     state = replace(both.start, layer=1, head=1)
     for beside in ("head:2", "layer:2"):
         what, _, which = beside.partition(":")
@@ -240,7 +240,7 @@ def test_an_address_that_cannot_be_shown_is_told_in_one_line(scope, query, messa
 
 def test_runs_on_other_images_are_not_set_beside_each_other(scope):
     with pytest.raises(ValueError, match=r"image_size is \(8, 8\) in one and \(16, 16\) in the other"):
-        Microscope(scope.subject, scope.samples, subject("larger", image_size=16))
+        Microscope(scope.subject, scope.samples, against=subject("larger", image_size=16))
 
 
 # --- answers and files -----------------------------------------------------------------------------------------------
@@ -334,14 +334,24 @@ def test_an_upload_is_looked_at_as_the_data_set_is(scope, tmp_path):
 
 def test_the_shipped_model_is_small_trained_and_says_how_it_was_made():
     config = Run.open(SHIPPED).config
-    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 3_000_000
-    assert config.model.encoding == "ape+sape2"
-    command = re.search(r"^sape2 (train digits .*)$", (SHIPPED / "README.md").read_text(), flags=re.MULTILINE)[1]
+    assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 2_000_000
+    assert "sape2" in config.model.encoding
+    command = re.search(r"^sape2 (train cifar10_sprint .*)$", (SHIPPED / "README.md").read_text(), flags=re.MULTILINE)[1]
     from sape2.cli import build_parser
     from sape2.cli.options import resolve
 
     assert resolve(build_parser().parse_args(command.split())).identity() == config.identity()
-    load_run_model(Run.open_finished(SHIPPED))
+    assert {parameter.dtype for parameter in load_run_model(Run.open_finished(SHIPPED)).parameters()} == {torch.float32}
+
+
+def test_without_a_run_photographs_and_drawings_are_looked_at_under_their_names():
+    scope = open_microscope()
+    for number, name in enumerate(scope.names):
+        view = scope.view(replace(scope.start, image=f"test:{number}"))
+        assert view.notes == name
+        assert view.columns[0].bias.std() > 0
+    assert len(scope.names) == len(scope.samples)
+    assert scope.samples.images.flatten(1).float().std(1).min() > 10  # none is empty
 
 
 def test_the_package_takes_the_shipped_files_along():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sape2.config import RunConfig
 from sape2.data import load_data
+from sape2.inspect.explore.examples import examples
 from sape2.inspect.explore.microscope import Microscope, Subject
 from sape2.inspect.explore.page import import_gradio, serve
 from sape2.models.trained import load_run_model
@@ -45,19 +46,20 @@ def open_microscope(
     data: str | None = None,
     weights: str = "last",
 ) -> Microscope:
-    """The models of one or two finished runs, and the test images of the first."""
-    if run is None:
-        subject = _subject(Run.open_finished(SHIPPED), "shipped model", weights)
-    else:
-        subject = _subject(run, run.folder.name, weights)
+    """The models of one or two finished runs with the test images of the first, or the shipped model with examples."""
+    shipped = run is None
+    run = run or Run.open_finished(SHIPPED)
+    subject = _subject(run, "shipped model" if shipped else run.folder.name, weights)
     other = None if against is None else _subject(against, against.folder.name, weights)
     if other is not None and other.name == subject.name:
         other = replace(other, name=f"{other.name} (2)")
+    if shipped and data is None:
+        return Microscope(subject, *examples(run), against=other)
     config = subject.config.data if data is None else replace(subject.config.data, source=data)
     images = load_data(config, subject.config.model).test
-    for known in filter(None, (run, against)):
+    for known in filter(None, (None if shipped else run, against)):
         known.check_images(images.fingerprint, "take a run of these images")
-    return Microscope(subject, images, other)
+    return Microscope(subject, images, against=other)
 
 
 def _subject(run: Run[RunConfig], name: str, weights: str) -> Subject:

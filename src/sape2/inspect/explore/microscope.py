@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -44,11 +45,18 @@ class Subject:
 class Microscope:
     """Images, one trained model and perhaps another one; `view(state)` gives what is to be shown.
 
-    Both models must take the same images: size, patches, channels and classes. Raises ValueError otherwise.
+    Both models must take the same images: size, patches, channels and classes. Raises ValueError otherwise. `names` are
+    given for samples that are no test set.
     """
 
-    def __init__(self, subject: Subject, samples: ImageData | ImageFiles, against: Subject | None = None) -> None:
-        self.subject, self.samples, self.against = subject, samples, against
+    def __init__(
+        self,
+        subject: Subject,
+        samples: ImageData | ImageFiles,
+        names: Sequence[str] = (),
+        against: Subject | None = None,
+    ) -> None:
+        self.subject, self.samples, self.names, self.against = subject, samples, names, against
         self.uploads: OrderedDict[str, Picture] = OrderedDict()
         self._seen: OrderedDict[tuple, Look] = OrderedDict()
         if against is not None:
@@ -189,6 +197,8 @@ class Microscope:
         kind, _, which = image.partition(":")
         if kind == "upload":
             return f"uploaded: {self.uploads[which].notes}"
+        if self.names:
+            return self.names[int(which)]
         label = self.samples.classes[int(self.samples.labels[int(which)])]
         return f"image {which} of the test set, labelled {label}"
 

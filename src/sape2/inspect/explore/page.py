@@ -206,7 +206,7 @@ def _controls(gradio: Any, microscope: Microscope, state: State) -> dict[str, An
     (height, width), last = config.image_size, len(microscope.samples) - 1
     sizes = [f"{size[0]}x{size[1]}" for size in microscope.sizes]
     return {
-        "image": gradio.Slider(0, last, 0, step=1, label="Test image", elem_id="sape2-image"),
+        "image": gradio.Slider(0, last, 0, step=1, label="Image" if microscope.names else "Test image", elem_id="sape2-image"),
         "layer": gradio.Slider(1, config.depth, state.layer, step=1, label="Layer", elem_id="sape2-layer"),
         "head": gradio.Radio(heads, value=state.head, label="Head", elem_id="sape2-head"),
         "opacity": gradio.Slider(0, 100, state.opacity, step=5, label="Map opacity (%)", elem_id="sape2-opacity"),
