@@ -21,6 +21,7 @@ from sape2.models.trained import build_model
 from sape2.runs.run import Run
 from sape2.training.accelerator import config_alone, make_accelerator, passed_over, prepare
 from sape2.training.loop import train
+from sape2.training.steps import Steps
 
 SETTINGS = [
     "model.dim=16", "model.depth=1", "model.num_heads=2", "train.epochs=1", "train.warmup_epochs=0", "train.batch_size=16",
@@ -90,6 +91,14 @@ def test_no_variable_of_accelerate_changes_a_weight(expected, tmp_path, monkeypa
     found = weights(tmp_path)
     assert all(torch.equal(found[key], expected[key]) for key in expected)
     assert {name: os.environ[name] for name in ACCELERATE} == ACCELERATE
+
+
+def test_detection_makes_the_same_accelerator():
+    """One function for both, and one class that prepares: what they must not read is above."""
+    from sape2.detection import train as detection
+
+    assert detection.make_accelerator is make_accelerator
+    assert issubclass(detection.DetectionSteps, Steps)
 
 
 def test_a_program_that_accumulates_before_leaves_nothing_behind(expected, tmp_path):
