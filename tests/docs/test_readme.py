@@ -60,7 +60,7 @@ def test_the_two_commands():
 def test_the_tree_has_every_file_of_the_package():
     """Files by name, folders with a slash; those of `__init__` and the version are left out."""
     (tree,) = [block for block in code_blocks(README, "") if block.startswith("src/sape2/")]
-    there = {path.name + "/" * path.is_dir() for path in (ROOT / "src" / "sape2").iterdir() if not path.name.startswith("__")}
+    there = {path.name + "/" * path.is_dir() for path in (ROOT / "src" / "sape2").iterdir() if not path.name.startswith("_")}
     named = {line.split()[0] for line in tree.splitlines()[1:]}
     assert there - named == set()
     assert named - there == set()
