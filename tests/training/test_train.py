@@ -22,7 +22,7 @@ from sape2.config.recipes import RECIPES, get_recipe
 from sape2.data import ImageData
 from sape2.data.augment import TrainStream, derive_seed, epoch_order
 from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accuracy
-from sape2.evaluation.cost.measure import count_macs, count_parameters
+from sape2.evaluation.cost.measure import count_model_operations, count_parameters
 from sape2.machine import precision_of
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
@@ -424,7 +424,7 @@ def test_macs_count_attention():
     dim, depth, tokens = 96, 4, 64
     linear = tokens * dim * (3 * 16 + depth * (3 * dim + dim + 8 * dim)) + dim * 10
     attention = depth * 2 * tokens**2 * dim
-    assert count_macs(model, 3, (32, 32)) == linear + attention
+    assert count_model_operations(model, 3, (32, 32)).macs == linear + attention
     assert count_parameters(model) == 453_226
 
 

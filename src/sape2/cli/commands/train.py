@@ -94,14 +94,14 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
     from sape2.config.recipes.changed import changed_in_words
     from sape2.data.augment import TrainStream
     from sape2.evaluation.accuracy import quick_accuracy
-    from sape2.evaluation.cost.measure import count_macs, count_parameters
+    from sape2.evaluation.cost.measure import count_model_operations, count_parameters
     from sape2.evaluation.cost.timing import median_seconds
     from sape2.machine import precision_of
     from sape2.training.steps import ImageSteps
 
     stream = TrainStream(splits.train, config.augment, config.train, config.seed)
     batch = stream[0]
-    macs = count_macs(model, config.model.in_channels, config.model.image_size)
+    macs = count_model_operations(model, config.model.in_channels, config.model.image_size).macs
     steps = ImageSteps(model, splits.train, config)
     step_s = median_seconds(lambda: steps.take(batch))
     start = time.perf_counter()

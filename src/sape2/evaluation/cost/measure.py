@@ -55,14 +55,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_model_operations(model: nn.Module, channels: int, image_size: tuple[int, int]) -> Operations:
-    """MACs, element-wise operations and copied numbers of one image's forward pass (`operations` says what they are)."""
+    """MACs (attention included), element-wise operations and copied numbers of one image's forward pass."""
     shadow = on_meta(model)
     return count_operations(lambda: shadow(torch.empty(1, channels, *image_size, device="meta")))
-
-
-def count_macs(model: nn.Module, channels: int, image_size: tuple[int, int]) -> int:
-    """Multiply-accumulates of one image's forward pass in matrix products and convolutions, attention included."""
-    return count_model_operations(model, channels, image_size).macs
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -84,13 +79,6 @@ def forward_backward(attention: nn.Module, inputs: list[Tensor]) -> tuple[Tensor
 @torch.no_grad()
 def infer(model: nn.Module, images: Tensor) -> Tensor:
     return model(images)
-
-
-def loss_gradients(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, ...]:
-    """Cross-entropy of (images, labels) and its gradients with respect to all parameters that it depends on."""
-    images, labels = batch
-    loss = F.cross_entropy(model(images), labels)
-    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
 
 class TrainingStep:

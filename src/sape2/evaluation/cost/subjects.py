@@ -1,7 +1,7 @@
 """The subjects that `sape2 cost` times in turn: attention with one encoding, or a whole model with it.
 
-A subject runs, predicts and describes each of its phases: for attention `forward` and `forward_backward`, for a model
-`inference` and `training_step`. It makes its inputs when it first runs, so that what is too large is never allocated.
+A subject runs and describes each of its phases: for attention `forward` and `forward_backward`, for a model
+`inference` and `training_step`. It makes its inputs when it first runs, where a want of memory is caught.
 """
 
 from __future__ import annotations
@@ -15,15 +15,13 @@ from sape2.attention import attend, describe_path
 from sape2.config import model_config
 from sape2.encodings import AttentionEncoding, create_encoding
 from sape2.encodings.grid import Grid, num_tokens
-from sape2.evaluation.cost.measure import TrainingStep, count_parameters, forward, forward_backward, infer, loss_gradients
-from sape2.evaluation.cost.memory import predicted_peak
+from sape2.evaluation.cost.measure import TrainingStep, count_parameters, forward, forward_backward, infer
 from sape2.evaluation.cost.operations import count_operations, on_meta
 from sape2.models.vit import create_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN, NONE = "plain", "none"  # the yardsticks: attention written with products, and the same code without an encoding
 PATCH_SIZE, NUM_CLASSES = 16, 1000  # of the models: a 14x14 grid is an image of 224 pixels
-GENEROUS = 64  # N x N maps a head, and arrays of the tokens, that a layer never holds at once
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,6 @@ class Point:
     def __str__(self) -> str:
         what = "attention" if self.level == "attention" else self.model
         return f"{what}, {self.dtype}, batch {self.batch}, {self.grid[0]}x{self.grid[1]} tokens"
-
-    @property
-    def ceiling(self) -> int:
-        """More bytes than one layer needs: what stays below what is available need not be predicted."""
-        config, tokens = model_config(self.model), num_tokens(self.grid) + 1
-        return 4 * GENEROUS * self.batch * tokens * (config.num_heads * tokens + config.dim)
 
 
 class PlainAttention(nn.Module):
@@ -94,7 +86,6 @@ class AttentionSubject:
         shape = (point.batch, config.num_heads, num_tokens(point.grid), config.head_dim)
         self.shapes = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=index < 3) for index in range(4)]
         self.inputs: list[Tensor] = []
-        self.ceiling = point.ceiling
         self.parameters = count_parameters(self.module)
         shadow, one = on_meta(self.attention), [torch.empty(1, *shape[1:], device="meta") for _ in range(3)]
         self.operations = count_operations(lambda: shadow(*one))
@@ -103,10 +94,6 @@ class AttentionSubject:
         self.inputs = self.inputs or _normal(self.shapes, self.point.device)
         _set_training(self.module, phase == "forward_backward")
         (forward_backward if phase == "forward_backward" else forward)(self.module, self.inputs)
-
-    def predict(self, phase: str) -> int | None:
-        step = forward_backward if phase == "forward_backward" else forward
-        return predicted_peak(step, self.module, self.shapes, self.point.device)
 
     def describe(self, phase: str) -> str:
         q, k, v = self.inputs[:3]
@@ -126,8 +113,6 @@ class ModelSubject:
         self.shapes = [torch.empty(point.batch, 3, *size, device="meta")]
         self.inputs: list[Tensor] = []
         self.labels = torch.zeros(point.batch, dtype=torch.long, device=point.device)
-        self.moments = 2 * sum(parameter.nbytes for parameter in self.module.parameters())  # what AdamW keeps
-        self.ceiling = point.ceiling * (self.model.config.depth + 1) + 4 * self.moments
         self.parameters = count_parameters(self.module)
         shadow = on_meta(self.model)
         self.operations = count_operations(lambda: shadow(self.shapes[0][:1]))
@@ -139,12 +124,6 @@ class ModelSubject:
             self.step(self.inputs[0], self.labels)
         else:
             infer(self.module, self.inputs[0])
-
-    def predict(self, phase: str) -> int | None:
-        if phase == "inference":
-            return predicted_peak(lambda module, inputs: infer(module, inputs[0]), self.module, self.shapes, self.point.device)
-        needed = predicted_peak(loss_gradients, self.module, [*self.shapes, self.labels], self.point.device)
-        return None if needed is None else needed + self.moments
 
     def describe(self, phase: str) -> str:
         """The path of every kind of layer that the model has."""

@@ -19,15 +19,14 @@ from sape2.config import model_config
 from sape2.config.names import unknown
 from sape2.encodings import canonical_name, create_encodings, parse_encoding
 from sape2.encodings.grid import Grid, check_grid, num_tokens
-from sape2.evaluation.cost.memory import peak_bytes
+from sape2.evaluation.cost.memory import peak_bytes, within_available
 from sape2.evaluation.cost.rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
 from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, AttentionSubject, ModelSubject, Point, Subject
 from sape2.evaluation.cost.timing import alternate
 from sape2.runs.files import write_text
-from sape2.training.memory_errors import available_bytes, is_out_of_memory
+from sape2.training.memory_errors import is_out_of_memory
 
 WARMUP = 2
-SAFE_SHARE = 0.9  # of the available memory, which a prediction must not exceed
 SUBJECTS: dict[str, type[Subject]] = {"attention": AttentionSubject, "model": ModelSubject}
 
 
@@ -154,7 +153,7 @@ def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_ro
     """Measures `seconds`, `bytes` and `path` of every subject, or gives a `note` on why it was not run."""
     results: dict[str, Row] = {}
     for name, subject in subjects.items():
-        note = _too_large(subject, phase) or _out_of_memory(subject, phase)
+        note = _out_of_memory(subject, phase)
         results[name] = {"note": note} if note else {"path": subject.describe(phase)}
     steps: dict[str, Callable[[], object]] = {
         name: partial(subject.run, phase) for name, subject in subjects.items() if "note" not in results[name]
@@ -167,23 +166,11 @@ def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_ro
     return results
 
 
-def _too_large(subject: Subject, phase: str) -> str | None:
-    """Reason for skipping a phase that would run out of memory and end the process; None if the phase may run."""
-    available = available_bytes(subject.point.device)
-    if subject.ceiling <= available:
-        return None
-    needed = subject.predict(phase)
-    if needed is None or needed <= SAFE_SHARE * available:
-        return None
-    return (
-        f"too large: needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available; choose a smaller grid or batch"
-    )
-
-
 def _out_of_memory(subject: Subject, phase: str) -> str | None:
-    """Runs the phase once; why it cannot run, if memory ends although it was predicted to be enough."""
+    """Runs the phase once; why it cannot run, if memory ends."""
     try:
-        subject.run(phase)
+        with within_available(subject.point.device):
+            subject.run(phase)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
