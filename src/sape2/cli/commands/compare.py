@@ -63,10 +63,10 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.studies.compare.runner import runner
     from sape2.training.interruption import catch_signals
 
-    for cell in study.cells()[: len(study.encodings)]:
+    for cell in study.cells[: len(study.encodings)]:
         build_model(cell.config)  # a mistake in one of them is told before the first is trained
     splits = load_data(config.data, config.model)
-    for cell in study.cells():
+    for cell in study.cells:
         cell.run.check_images(splits.train.fingerprint, "choose another --out for a new study")
     study.start()
     if arguments.retry_failed:

@@ -171,7 +171,7 @@ def launch(
     Raises OSError when a job met an error that is not of its run alone, Stopped once a signal is in `caught`; jobs in the
     queue go on then.
     """
-    jobs = _Jobs(study, launcher, at_a_time or len(study.cells()))
+    jobs = _Jobs(study, launcher, at_a_time or len(study.cells))
     while left := jobs.settle(tell):
         if caught:
             raise Stopped(caught[0])
@@ -206,7 +206,7 @@ class _Jobs:
             if digest in settled | over:
                 del self.running[digest]
         settled = self.study.settled() if over else settled
-        return [cell for cell in self.study.cells() if cell.digest not in settled]
+        return [cell for cell in self.study.cells if cell.digest not in settled]
 
     def _is_given_up(self, cell: Cell) -> bool:
         """Handles a job that ended before its run did; True, and the failure is recorded, after too many of them."""

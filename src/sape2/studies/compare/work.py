@@ -37,7 +37,7 @@ def work(
     OSError (a full disk, a folder that is gone) stops the work. `tell` hears "starting", "finished", "failed" or "waiting".
     Raises Stopped before the next run, or while waiting, once a signal is in `caught`.
     """
-    for cell in _until_settled(study, study.cells() if cells is None else cells, caught, tell):
+    for cell in _until_settled(study, study.cells if cells is None else cells, caught, tell):
         try:
             lock = cell.run.hold()
         except Held:
@@ -93,32 +93,5 @@ def reason_of(error: Exception) -> str:
 
 def forget_failures(study: Study) -> None:
     """Deletes the records of failures, so that failed runs are tried again from their last checkpoint."""
-    for cell in study.cells():
+    for cell in study.cells:
         (cell.folder / FAILED).unlink(missing_ok=True)
-
-
-def seconds_left(
-    study: Study, rows: list[Row], workers: int, present: tuple[Cell, float, float] | None, besides: float = 0.0
-) -> float | None:
-    """Estimate from the training times of finished runs: the mean of the same encoding, else of all; None if there are none.
-
-    `present` is the run under way, the share of it that is done, and the seconds that its whole training takes at this
-    pace; `besides` is what a run takes besides its training. `workers` share the rest evenly.
-    """
-    finished = [row for row in rows if "failed" not in row]
-    took: dict[str, list[float]] = {}
-    for row in finished:
-        took.setdefault(row["encoding"], []).append(row["training_s"])
-    if present:
-        took.setdefault(present[0].config.model.encoding, [present[2]])
-    everything = [seconds for some in took.values() for seconds in some]
-    if not everything:
-        return None
-    settled = {row["digest"] for row in rows}
-    left = 0.0
-    for cell in study.cells():
-        if cell.digest not in settled:
-            known = took.get(cell.config.model.encoding, everything)
-            done = present[1] if present and present[0] == cell else 0.0
-            left += sum(known) / len(known) * (1 - done) + besides
-    return left / max(1, workers)
