@@ -10,7 +10,7 @@ from sape2.cli.options import add_json, one_name, recipe_name, resolve, split_en
 from sape2.cli.output import say, show_comparison
 
 if TYPE_CHECKING:
-    from sape2.studies.compare.launch import Launcher
+    from sape2.studies.compare.launch import Slurm
 
 HELP = "train encodings x seeds under one recipe, with paired differences"
 
@@ -88,7 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _launcher(arguments: argparse.Namespace) -> Launcher | None:
+def _launcher(arguments: argparse.Namespace) -> Slurm | None:
     """The launcher of jobs, or None if this process does the work. Raises ValueError for options that need one."""
     if arguments.launcher is None:
         for option, value in (("--jobs", arguments.jobs), ("--slurm", arguments.slurm)):
