@@ -19,7 +19,7 @@ from sape2.runs.lock import NAME, hold
 from sape2.studies.compare import launch as launching
 from sape2.studies.compare.launch import CellJob, launch
 from sape2.studies.compare.rawrows import read_raw
-from sape2.studies.compare.work import Stopped
+from sape2.training.interruption import Stopped
 
 ALL = ["none seed 0", "ape seed 0", "none seed 1", "ape seed 1"]
 

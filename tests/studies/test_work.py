@@ -17,7 +17,8 @@ from sape2.studies.compare import rawrows
 from sape2.studies.compare import work as working
 from sape2.studies.compare.progress import study_progress
 from sape2.studies.compare.rawrows import digest_of, raw_row, read_raw
-from sape2.studies.compare.work import Stopped, forget_failures, work
+from sape2.studies.compare.work import forget_failures, work
+from sape2.training.interruption import Stopped
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sape2.runs.files import check_writable
     from sape2.studies.compare.plan import Study
-    from sape2.studies.compare.work import Stopped, forget_failures, work
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 compare")
@@ -60,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.models.trained import build_model
     from sape2.studies.compare.outcome import outcome
     from sape2.studies.compare.progress import study_progress
-    from sape2.studies.compare.runner import runner
-    from sape2.training.interruption import catch_signals
+    from sape2.studies.compare.work import forget_failures, runner, work
+    from sape2.training.interruption import Stopped, catch_signals
 
     for cell in study.cells[: len(study.encodings)]:
         build_model(cell.config)  # a mistake in one of them is told before the first is trained

@@ -24,9 +24,8 @@ from sape2.runs.files import digest_of, write_text
 from sape2.runs.lock import Held
 from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import Row, failure, note_failure
-from sape2.studies.compare.runner import runner
-from sape2.studies.compare.work import DEATHS, LOOK_S, Stopped, Tell, reason_of, work
-from sape2.training.interruption import catch_signals
+from sape2.studies.compare.work import DEATHS, LOOK_S, Tell, reason_of, runner, work
+from sape2.training.interruption import Stopped, catch_signals
 
 REQUEUES = 10**6  # of a job, at most: submitit wants a number, and a run goes on as often as it must
 OURS = ("array_parallelism", "dependency", "job_name", "name", "nodes", "ntasks_per_node", "tasks_per_node")

@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """`config` without its encoding and seed, which the grid gives. Raises ValueError for an empty or ambiguous grid."""
+    """`config` without its encoding and seed, which the grid gives. Raises ValueError for an ambiguous grid."""
 
     config: RunConfig
     encodings: tuple[str, ...]
@@ -51,8 +51,6 @@ class Study:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encodings", tuple(map(canonical_name, self.encodings)))
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1; got {self.seeds}")
         names = [cell.folder.name for cell in self.cells]
         if len(set(names)) < len(names):
             raise ValueError(

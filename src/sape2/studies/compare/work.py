@@ -5,9 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from sape2.data import Splits
+from sape2.data.augment import TrainStream
+from sape2.models.trained import build_model
+from sape2.runs.checkpoint import Progress
 from sape2.runs.lock import Held, Lock, LockLost
 from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import FAILED, Row, failure, note_failure
+from sape2.studies.run import run_to_end
+from sape2.training.interruption import Stopped
 
 DEATHS = 3  # so many processes that vanished in a run without a new checkpoint: it is not tried a further time
 LOOK_S = 2.0  # between looks at runs that others hold
@@ -15,12 +21,15 @@ Work = Callable[[Cell], None]  # trains and measures one cell, from where it sta
 Tell = Callable[[str, Cell, list[Row]], None]  # hears what happens to which cell, and the rows there are then
 
 
-class Stopped(Exception):
-    """The process was asked to stop, by this signal."""
+def runner(splits: Splits, step: Callable[[Progress, int], None] = lambda progress, total: None) -> Work:
+    """Runs a cell as `sape2 train` would, without a bar of its own; `step` hears the progress and the total after each step."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__("stopped; the same command goes on from there")
-        self.signal_number = signal_number
+    def run(cell: Cell) -> None:
+        config = cell.config
+        total = TrainStream(splits.train, config.augment, config.train, config.seed).total_steps
+        run_to_end(build_model(config), splits, cell.run, True, lambda progress: step(progress, total))
+
+    return run
 
 
 def work(
