@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
-from sape2.evaluation.base import LabelledImages, Row, count_images, drawn_images, image_size, mean_row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, image_size, mean_row
 from sape2.evaluation.layers import Layer, grid_of, layers_of, mapped
 from sape2.evaluation.scenes import make_scenes
 
@@ -78,7 +78,7 @@ def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, b
     number = count_images(data, limit, LIMIT)
     images, _ = next(data.batches(1))
     grid = grid_of(model, images)
-    shown = drawn_images(data, number, batch_size)
+    shown = drawn(data, number).batches(batch_size)
     found = ((layer.number, without_labels(layer)) for some, _ in shown for layer in layers_of(model, some))
     yield from _rows(found, grid)
     if min(grid) >= 3:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sape2.evaluation.base import LabelledImages, Row, drawn_images, evaluating, mean_row
+from sape2.evaluation.base import LabelledImages, Row, drawn, evaluating, mean_row
 from sape2.evaluation.translation import Border, ShiftAxis, shift_derivative
 
 
@@ -50,7 +50,7 @@ def lie_derivative_error(
         try:
             batches = [
                 lie_derivative(model, images.to(device), axis, border).float().cpu()
-                for images, _ in drawn_images(data, limit, batch_size)
+                for images, _ in drawn(data, limit).batches(batch_size)
             ]
         except torch.OutOfMemoryError:
             raise
