@@ -7,7 +7,7 @@ Measured: peak extra memory (what PyTorch's allocator gives out above what was a
 (medians of alternating rounds), for squares of 8x8 to 64x64 tokens; a form whose predicted memory the machine does not have
 is left out and says so. Largest grid: the side of the largest square whose *predicted* memory stays within the budget;
 predicted means that the step is run on tensors without memory, whose storages are added up while they live
-(`sape2.evaluation.cost.memory.predicted_peak`). Forms that keep whole maps: by bisection. Forms in blocks: by a law in N
+(`predicted_memory.py`). Forms that keep whole maps: by bisection. Forms in blocks: by a law in N
 and N * side through the predictions at two sides beyond which no weights are kept, since a prediction runs block by block,
 too. The rows hold predicted and measured bytes where both exist, so that one can judge the prediction. Once for the
 attention of one layer alone, once for a ViT-Small (patch 16, one image, gradients and the two moments of AdamW included;
@@ -37,6 +37,7 @@ from peers import (
     random_tokens,
     straightforward_sape2,
 )
+from predicted_memory import predicted_peak
 from timing import Row, compare, conditions, parser, save
 from torch import Tensor, nn
 
@@ -46,8 +47,8 @@ from sape2.attention import module as attention_module
 from sape2.attention.kernels import blocks
 from sape2.attention.kernels.workspace import Workspace
 from sape2.encodings import AttentionEncoding
-from sape2.evaluation.cost.measure import forward_backward, growth_exponent, loss_gradients
-from sape2.evaluation.cost.memory import peak_bytes, predicted_peak
+from sape2.evaluation.cost.measure import forward_backward, growth_exponent
+from sape2.evaluation.cost.memory import peak_bytes
 from sape2.runs.rows import read_rows
 from sape2.tables import markdown_table
 from sape2.training.memory_errors import available_bytes
@@ -110,6 +111,13 @@ def model_bytes(form: str, side: int) -> int | None:
     """Of a training step of ViT-Small: what lives during forward and backward, the parameters and their two moments."""
     one, two = (shallow_model_bytes(form, side, depth) for depth in (1, 2))
     return None if one is None or two is None else one + (LAYERS - 1) * (two - one)
+
+
+def loss_gradients(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, ...]:
+    """Cross-entropy of (images, labels) and its gradients with respect to all parameters that it depends on."""
+    images, labels = batch
+    loss = F.cross_entropy(model(images), labels)
+    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
 
 
 def shallow_model_bytes(form: str, side: int, depth: int) -> int | None:

@@ -9,6 +9,7 @@ from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.encodings import canonical_name, create_encodings, find_encoding, list_encodings
 from sape2.evaluation.cost.sweep import Sweep
+from sape2.machine import precision_of
 from sape2.runs.files import digest_of
 from sape2.runs.run import Run
 from sape2.studies.compare.plan import Study
@@ -79,7 +80,7 @@ def test_a_sweep_and_a_probe_know_it_under_one_name():
     cell = Cell("count", "sape2:sign=plus+ape", steps=1)
     assert cell.encoding == "ape+sape2"
     splits = measured_splits(find_task("count"))
-    rows = [cell.key | {"encoding": "sape2+ape", "split": split} for split in splits]  # as an older version wrote them
+    rows = [cell.key | {"split": split, "precision": precision_of("auto")} for split in splits]
     assert [row["encoding"] for row in finished(rows, cell)] == ["ape+sape2"] * len(splits)
     assert finished([row | {"precision": "another"} for row in rows], cell) == []
 

@@ -10,7 +10,7 @@ from encoding_cases import documented, evaluate
 from sape2.attention import module
 from sape2.encodings import TokenEncoding, find_encoding
 from sape2.encodings.grid import Grid
-from sape2.evaluation.cost.measure import count_macs
+from sape2.evaluation.cost.operations import count_model_macs
 from sape2.models.vit import create_model
 
 # Grid, heads, head_dim: five numbers that differ, so that no symbol of a formula passes for another.
@@ -27,7 +27,8 @@ def added_macs(name: str, grid: Grid, num_heads: int, head_dim: int, depth: int 
 def macs(name: str, grid: Grid, num_heads: int, head_dim: int, depth: int) -> int:
     image_size = (2 * grid[0], 2 * grid[1])
     shape = {"dim": num_heads * head_dim, "num_heads": num_heads, "depth": depth, "pool": "mean"}
-    return count_macs(create_model("vit_nano", encoding=name, image_size=image_size, patch_size=2, **shape), 3, image_size)
+    model = create_model("vit_nano", encoding=name, image_size=image_size, patch_size=2, **shape)
+    return count_model_macs(model, 3, image_size)
 
 
 def check_macs(name: str, formula: str, grid: Grid, num_heads: int, head_dim: int) -> None:

@@ -6,7 +6,7 @@ from evaluation_cases import Images, random_vit
 
 from sape2.data import ImageData
 from sape2.evaluation.accuracy import accuracy
-from sape2.evaluation.base import drawn, drawn_images, drawn_labels, interval_of, mean_row, wilson_interval
+from sape2.evaluation.base import drawn, interval_of, mean_row, wilson_interval
 from sape2.evaluation.measures import LIMITS, MEASURES, images_taken
 
 
@@ -21,7 +21,7 @@ def sorted_images(classes=5, each=8, size=8):
 def test_a_limit_takes_every_class_in_its_share(limit):
     data = sorted_images()
     assert drawn(data, limit).labels.bincount().tolist() == [limit // 5] * 5
-    assert drawn_labels(data, limit).tolist() == drawn(data, limit).labels.tolist()
+    assert drawn(data, limit).labels.cpu().tolist() == drawn(data, limit).labels.tolist()
 
 
 def test_a_smaller_draw_is_a_part_of_a_larger_one_and_the_same_every_time():
@@ -36,7 +36,7 @@ def test_a_smaller_draw_is_a_part_of_a_larger_one_and_the_same_every_time():
 def test_a_set_that_takes_no_index_gives_the_same_images():
     data = sorted_images()
     plain = Images(torch.cat([images for images, _ in data.batches(7)]), data.labels)
-    for ours, theirs in zip(drawn_images(data, 10, 4), drawn_images(plain, 10, 4), strict=True):
+    for ours, theirs in zip(drawn(data, 10).batches(4), drawn(plain, 10).batches(4), strict=True):
         assert torch.equal(ours[0], theirs[0])
         assert torch.equal(ours[1], theirs[1])
 

@@ -40,6 +40,12 @@ def random_labels(images=3):
     return labels
 
 
+def label_pairs(labels):
+    """(same, labelled): pairs of one label, and pairs of which both patches have one."""
+    known = labels >= 0
+    return labels[:, :, None] == labels[:, None], known[:, :, None] & known[:, None]
+
+
 def over_images_and_heads(literal, *maps):
     """literal(map of one image and head, ..., image number) for all of them, as a tensor (B, h)."""
     shape = maps[0].shape[:2]
@@ -107,7 +113,7 @@ def test_lift_and_auroc_against_literal_loops(stratum):
     if stratum == "farther":  # 3x4 has no such pair
         assert stratum not in pairs.distance_strata(GRID)
         return
-    same, labelled = pairs.label_pairs(labels)
+    same, labelled = label_pairs(labels)
     counts = labelled & pairs.distance_strata(GRID)[stratum]
     chosen = [counted(image, first, last) for image in labels.tolist()]
     agree(
@@ -123,7 +129,7 @@ def test_lift_and_auroc_against_literal_loops(stratum):
 
 def test_separation_and_grouping_index_against_literal_loops():
     labels, attention, bias = random_labels(), random_attention(3, 2), torch.randn(3, 2, N, N, dtype=torch.float64)
-    same, labelled = pairs.label_pairs(labels)
+    same, labelled = label_pairs(labels)
     counts = labelled & pairs.distance_strata(GRID)["all"]
     chosen = [counted(image, 1, 99) for image in labels.tolist()]
 
@@ -170,7 +176,7 @@ HALVES = (torch.arange(N) >= 6).long()[None]  # two objects of 6 patches
 
 
 def counted_halves():
-    same, labelled = pairs.label_pairs(HALVES)
+    same, labelled = label_pairs(HALVES)
     return same, labelled & pairs.distance_strata(GRID)["all"]
 
 
@@ -226,7 +232,7 @@ def test_a_constant_bias_says_nothing():
 
 def test_a_random_bias_is_at_chance():
     labels = torch.randint(0, 2, (200, N))
-    same, labelled = pairs.label_pairs(labels)
+    same, labelled = label_pairs(labels)
     counts = labelled & pairs.distance_strata(GRID)["all"]
     bias = torch.randn(200, 1, N, N, dtype=torch.float64)
     found = pairs.auroc(pairs.rank(-bias.flatten(2)), same.flatten(1)[:, None], counts.flatten(1)[:, None])
@@ -237,14 +243,14 @@ def test_a_random_bias_is_at_chance():
 def test_separation_of_two_gaussians_is_their_distance_in_standard_deviations():
     grid = (20, 20)
     labels = torch.randint(0, 2, (1, 400))
-    same, labelled = pairs.label_pairs(labels)
+    same, labelled = label_pairs(labels)
     counts = labelled & pairs.distance_strata(grid)["all"]
     bias = 0.5 * torch.randn(1, 1, 400, 400, dtype=torch.float64) + 0.75 * (~same)[:, None]
     assert pairs.separation(bias, same, counts).item() == pytest.approx(1.5, abs=0.02)  # 160,000 pairs
 
 
 def test_one_label_alone_leaves_the_comparisons_undefined():
-    same, labelled = pairs.label_pairs(torch.zeros(1, N, dtype=torch.long))
+    same, labelled = label_pairs(torch.zeros(1, N, dtype=torch.long))
     counts = labelled & pairs.distance_strata(GRID)["all"]
     bias = torch.randn(1, 1, N, N, dtype=torch.float64)
     assert math.isnan(auroc_of(bias, same, counts))
@@ -281,9 +287,8 @@ def find(rows, **conditions):
 def test_rows_of_a_model_are_per_layer_and_say_what_they_were_measured_on():
     rows = list(grouping(small("ape+sape2"), labelled_images(6), limit=4))
     assert {row["layer"] for row in rows} == {1, 2}
-    assert {row.get("masks") for row in rows} == {None, "colour clusters", "scenes"}
+    assert {row.get("masks") for row in rows} == {None, "scenes"}
     assert all(row["n"] <= 4 and row["measure"] == "grouping" and "chance" in row for row in rows)
-    assert all("not objects" in row["protocol"] for row in find(rows, masks="colour clusters"))
     assert all("out of distribution" in row["protocol"] for row in find(rows, masks="scenes"))
     (entropy,) = (row for row in find(rows, name="attention_entropy", layer=1) if "head" not in row)
     assert entropy["maximum"] == pytest.approx(math.log(16))

@@ -21,7 +21,7 @@ from sape2.evaluation.health import (
     position_statistics,
     tabled_positions,
 )
-from sape2.evaluation.position import Moments, position_content, ridge, shuffle_patches
+from sape2.evaluation.position import moments, position_content, ridge, shuffle_patches
 
 
 def small(encoding, **changes):
@@ -345,10 +345,8 @@ def test_each_rule_speaks_beyond_its_limit_and_is_silent_within(rule):
 
 def test_ridge_against_numpy_on_standardised_features():
     features, targets = torch.randn(50, 4, dtype=torch.float64) * torch.tensor([1, 10, 0.1, 3.0]), torch.randn(50, 2).double()
-    moments = Moments(4, 2, torch.device("cpu"))
-    moments.add(features[:20], targets[:20])
-    moments.add(features[20:], targets[20:])
-    weights, intercept = ridge(moments, penalty=0.1)
+    sums = moments(features[:20], targets[:20]) + moments(features[20:], targets[20:])
+    weights, intercept = ridge(sums, penalty=0.1)
     x = (features - features.mean(0)) / features.std(0, unbiased=False)
     y = targets - targets.mean(0)
     solution = np.linalg.solve((x.T @ x).numpy() / 50 + 0.1 * np.eye(4), (x.T @ y).numpy() / 50)
@@ -359,9 +357,7 @@ def test_ridge_against_numpy_on_standardised_features():
 def test_a_feature_that_never_changes_gets_weight_zero():
     features, targets = torch.randn(50, 3).double(), torch.randn(50, 2).double()
     features[:, 1] = 0.1
-    moments = Moments(3, 2, torch.device("cpu"))
-    moments.add(features, targets)
-    assert ridge(moments)[0][1].tolist() == [0, 0]
+    assert ridge(moments(features, targets))[0][1].tolist() == [0, 0]
 
 
 class GivenTokens(torch.nn.Module):

@@ -259,13 +259,6 @@ def test_rescaling_is_what_an_encoding_built_so_does():
     assert not torch.equal(model(images), built(images))
 
 
-def test_an_unknown_rule_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"'wrap'.* clamp, extrapolate, rescale"):
-        with_beyond(random_vit("rope+sape2"), "wrap")
-    with pytest.raises(ValueError, match="known rules: none"):
-        with_beyond(random_vit("ape"), "clamp")
-
-
 def test_what_is_taken_over_from_a_rule_that_changes_nothing_is_what_would_be_measured(measured, monkeypatch):
     calls = []
     monkeypatch.setattr(sys.modules["sape2.evaluation.resolution"], "answer_alike", lambda *_: calls.append(1))
@@ -318,5 +311,4 @@ def test_a_timm_model_is_measured_where_it_runs_and_differentiated_through_its_f
     assert "Input height (4) doesn't match model (8)" in select(rows, "sizes_refused")[0]["protocol"]
     assert model.training
     (error, _) = lie_derivative_error(model, data, "x", "reflect")
-    assert error["method"] == "forward_mode"
     assert error["value"] > 0

@@ -280,7 +280,7 @@ def raw(tmp_path):
     """Raw rows of three seeds of three encodings, and one of a fourth."""
     study = tiny_study(tmp_path / "raw", tuple(LAST), 3)
     rows = []
-    for cell in study.cells():
+    for cell in study.cells:
         values = LAST[cell.config.model.encoding]
         if cell.config.seed < len(values):
             finish(cell, values[cell.config.seed], best=values[cell.config.seed] - 0.25)
@@ -347,7 +347,7 @@ def test_failed_runs_are_rows_of_their_own_and_count_nowhere(raw):
 
 
 def test_rows_of_different_settings_are_refused(raw, tmp_path):
-    other = tiny_study(tmp_path / "other", ("ape",), 1, ["train.lr=0.1"]).cells()[0]
+    other = tiny_study(tmp_path / "other", ("ape",), 1, ["train.lr=0.1"]).cells[0]
     finish(other)
     with pytest.raises(ValueError, match=r"more than encoding and seed, train.lr \(0.001 there, 0.1 here\)"):
         outcome([*raw, raw_row(other.run)])

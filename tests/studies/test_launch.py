@@ -19,7 +19,7 @@ from sape2.runs.lock import NAME, hold
 from sape2.studies.compare import launch as launching
 from sape2.studies.compare.launch import CellJob, launch
 from sape2.studies.compare.rawrows import read_raw
-from sape2.studies.compare.work import Stopped
+from sape2.training.interruption import Stopped
 
 ALL = ["none seed 0", "ape seed 0", "none seed 1", "ape seed 1"]
 
@@ -68,7 +68,7 @@ def test_no_more_jobs_at_a_time_than_are_asked_for(study):
 
 
 def test_what_is_settled_is_not_submitted(study):
-    finish(study.cells()[1])
+    finish(study.cells[1])
     jobs = Jobs()
     assert len(launch(study, jobs)) == 4
     assert jobs.submitted == [ALL[0], *ALL[2:]]
@@ -95,7 +95,7 @@ def test_a_run_whose_job_vanished_is_submitted_again_and_after_three_noted_as_fa
 
 def test_a_run_that_someone_holds_is_not_noted_as_failed_for_it(study):
     """Its jobs came to nothing, but a process outside of them works on it."""
-    cell = study.cells()[0]
+    cell = study.cells[0]
     lock, submitted = hold(cell.folder), []
 
     def end(which):
@@ -122,7 +122,7 @@ def test_an_error_that_is_not_of_one_run_stops_and_is_told_in_one_line(study):
 
 
 def test_an_old_reason_does_not_stop_a_new_job(study):
-    folder = launching.jobs_folder(study, study.cells()[0])
+    folder = launching.jobs_folder(study, study.cells[0])
     folder.mkdir(parents=True)
     (folder / "reason.txt").write_text("OSError: yesterday")
     vanish = [1]
@@ -158,7 +158,7 @@ def test_a_job_out_of_time_stops_training_first_and_is_requeued_then(study, monk
     monkeypatch.setattr(launching, "work", working)
     before = signal.signal(signal.SIGUSR2, lambda number, frame: heard.append("requeued"))
     try:
-        CellJob(study, study.cells()[0])()
+        CellJob(study, study.cells[0])()
     finally:
         signal.signal(signal.SIGUSR2, before)
     assert heard == [[signal.SIGTERM], "requeued"]
@@ -170,8 +170,8 @@ def test_a_job_leaves_the_reason_of_an_error_of_everyone(study, monkeypatch, cap
 
     monkeypatch.setattr(launching, "load_data", lambda *_: None)
     monkeypatch.setattr(launching, "work", working)
-    CellJob(study, study.cells()[0])()
-    folder = launching.jobs_folder(study, study.cells()[0])
+    CellJob(study, study.cells[0])()
+    folder = launching.jobs_folder(study, study.cells[0])
     assert (folder / "reason.txt").read_text() == "OSError: [Errno 28] No space left on device"
     assert "Traceback" in capfd.readouterr().err
 

@@ -107,10 +107,10 @@ def test_a_number_over_a_part_of_the_images_says_so(make):
 
 def study_rows(tmp_path, name, seen, seeds=(0, 1)):
     study = tiny_study(tmp_path / name, ("ape", "none"), 2)
-    for cell in study.cells():
+    for cell in study.cells:
         finish(cell, 0.5 + 0.1 * cell.config.seed)
         (cell.folder / "data.json").write_text(json.dumps(seen))
-    return [raw_row(cell.run) for cell in study.cells() if cell.config.seed in seeds]
+    return [raw_row(cell.run) for cell in study.cells if cell.config.seed in seeds]
 
 
 def test_raw_rows_of_other_images_do_not_stand_in_one_comparison(tmp_path):

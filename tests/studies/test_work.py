@@ -13,12 +13,12 @@ from sape2.cli.options import default_name
 from sape2.runs.files import safe_name
 from sape2.runs.lock import NAME, Holder, hold
 from sape2.runs.rows import read_rows
-from sape2.studies.compare import progress as progress_module
 from sape2.studies.compare import rawrows
 from sape2.studies.compare import work as working
-from sape2.studies.compare.progress import duration, study_progress
+from sape2.studies.compare.progress import study_progress
 from sape2.studies.compare.rawrows import digest_of, raw_row, read_raw
-from sape2.studies.compare.work import Stopped, forget_failures, seconds_left, work
+from sape2.studies.compare.work import forget_failures, work
+from sape2.training.interruption import Stopped
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def test_what_is_finished_is_not_done_again_though_its_line_or_its_folder_is_mis
     whole = read_raw(study.rows)
     study.rows.unlink()
     assert work(study, Runner()) == whole
-    shutil.rmtree(study.cells()[1].folder)
+    shutil.rmtree(study.cells[1].folder)
     run = Runner()
     assert work(study, run) == whole
     assert run.seen == []
@@ -167,13 +167,13 @@ def test_workers_share_the_runs_without_double_work_and_all_see_all_lines(tmp_pa
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(name for run in runners for name in run.seen) == sorted(cell.name for cell in study.cells())
+    assert sorted(name for run in runners for name in run.seen) == sorted(cell.name for cell in study.cells)
     assert [len(rows) for rows in results] == [6] * 4
     assert len(read_rows(study.rows)) == 6
 
 
 def test_a_run_that_another_holds_is_left_for_the_end_and_waited_for(study):
-    held = hold(study.cells()[0].folder)
+    held = hold(study.cells[0].folder)
     run, told = Runner(), []
 
     def tell(what, cell, rows):
@@ -193,8 +193,8 @@ def leave_lock(folder, **values):
 
 def test_the_run_of_a_killed_worker_is_taken_up_but_not_if_it_kills_every_worker(study):
     dead = {"note": "no checkpoint yet"}
-    leave_lock(study.cells()[0].folder, **dead)
-    leave_lock(study.cells()[1].folder, **dead, deaths=2)
+    leave_lock(study.cells[0].folder, **dead)
+    leave_lock(study.cells[1].folder, **dead, deaths=2)
     run = Runner()
     rows = work(study, run)
     assert run.seen == [ALL[0], *ALL[2:]]
@@ -204,7 +204,7 @@ def test_the_run_of_a_killed_worker_is_taken_up_but_not_if_it_kills_every_worker
 
 def test_lines_written_by_two_at_once_are_all_there_in_the_end(study, monkeypatch):
     """The other one writes what it knew, which is less, after this one."""
-    first, second = study.cells()[:2]
+    first, second = study.cells[:2]
     finish(first)
     finish(second)
     rows, write = [raw_row(cell.run) for cell in (first, second)], rawrows.write_rows
@@ -227,9 +227,9 @@ def test_another_study_in_the_folder_is_refused_and_the_difference_named(tmp_pat
     work(study, Runner())
     with pytest.raises(ValueError, match=r"train.lr \(0.001 there, 0.1 here\)"):
         tiny_study(tmp_path / "out", settings=["train.lr=0.1"]).check()
-    config = json.loads((study.cells()[0].folder / "config.json").read_text())
+    config = json.loads((study.cells[0].folder / "config.json").read_text())
     config["model"]["depth"] = 3
-    (study.cells()[0].folder / "config.json").write_text(json.dumps(config))
+    (study.cells[0].folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=r"none-s0 .*model.depth \(3 there, 1 here\)"):
         study.check()
 
@@ -249,7 +249,7 @@ def test_damaged_settings_are_named(study, text, as_users_call_it):
         study.check()
 
 
-# --- names and time --------------------------------------------------------------------------------------------------
+# --- names and progress --------------------------------------------------------------------------------------------------
 
 
 def test_folders_have_safe_names_and_two_encodings_never_share_one(tmp_path):
@@ -264,52 +264,9 @@ def test_folders_have_safe_names_and_two_encodings_never_share_one(tmp_path):
         tiny_study(tmp_path, ("rope+sape2", "sape2+rope"))
 
 
-def test_the_time_left_is_the_mean_of_what_the_encoding_took(study):
-    assert seconds_left(study, [], 1, None) is None
-    rows = [{"digest": cell.digest, "encoding": "none", "training_s": 10.0} for cell in study.cells()[:1]]
-    assert seconds_left(study, rows, 1, None) == 30
-    assert seconds_left(study, rows, 3, None) == 10
-    ape = study.cells()[1]
-    assert seconds_left(study, rows, 1, (ape, 0.25, 40.0)) == 30 + 10 + 40
-    assert seconds_left(study, rows, 1, (ape, 0.25, 40.0), besides=2.0) == 30 + 10 + 40 + 3 * 2
-    everything = [{"digest": cell.digest, "encoding": "none", "training_s": 10.0} for cell in study.cells()]
-    assert seconds_left(study, everything, 1, None) == 0
-
-
 def test_runs_of_other_encodings_in_the_folder_are_not_counted(tmp_path, study, capfd):
     work(study, Runner())
     part = tiny_study(study.folder, encodings=("ape",))
     with study_progress(part) as progress:
-        progress.tell("finished", part.cells()[0], part.gather())
-    assert "(2 of 2 runs" in capfd.readouterr().err
-
-
-def test_measuring_counts_as_time_left_once_a_whole_run_was_seen(study, monkeypatch, capfd):
-    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
-    monkeypatch.setattr(progress_module, "time", clock)
-    first, *others = study.cells()
-    with study_progress(study) as progress:
-        progress.tell("starting", first, [])
-        progress.step(SimpleNamespace(step=1), 4)
-        clock.now += 25
-        work(tiny_study(study.folder, encodings=(first.config.model.encoding,), seeds=1), Runner())
-        rows = study.gather()
-        progress.tell("finished", first, rows)
-        trained = rows[0]["training_s"]
-        assert progress.besides == pytest.approx(25 - trained)
-        progress.tell("starting", others[0], [])
-        progress.step(SimpleNamespace(step=3), 4)  # a run taken up in its middle tells nothing of a whole one
-        clock.now += 1000
-        progress.tell("finished", first, rows)
-        assert progress.besides == pytest.approx(25 - trained)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(4.2, "4 s"), (720.0, "12 min"), (11100.0, "3 h 05 min")])
-def test_durations_are_read_at_a_glance(seconds, text):
-    assert duration(seconds) == text
-
-
-def test_cells_are_made_once_since_progress_asks_for_them_every_second(study):
-    assert all(one is other for one, other in zip(study.cells(), study.cells(), strict=True))
-    study.cells().clear()
-    assert study.cells()
+        progress.tell("finished", part.cells[0], part.gather())
+    assert "(2 of 2 runs)" in capfd.readouterr().err

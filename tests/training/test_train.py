@@ -22,14 +22,15 @@ from sape2.config.recipes import RECIPES, get_recipe
 from sape2.data import ImageData
 from sape2.data.augment import TrainStream, derive_seed, epoch_order
 from sape2.evaluation.accuracy import accuracy, confusion, predict, quick_accuracy
-from sape2.evaluation.cost.measure import count_macs, count_parameters
+from sape2.evaluation.cost.measure import count_parameters
+from sape2.evaluation.cost.operations import count_model_macs
 from sape2.machine import precision_of
 from sape2.models.trained import build_model
 from sape2.models.vit import ViT, create_model
 from sape2.runs.checkpoint import Progress, keep_only, last_checkpoint, load_weights, save_checkpoint, save_weights
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
-from sape2.training.interruption import TrainingStopped
+from sape2.training.interruption import Stopped
 from sape2.training.loop import train
 from sape2.training.optimisation import make_optimizer, make_schedule, set_seeds
 
@@ -168,7 +169,7 @@ def test_sigterm_saves_a_checkpoint_and_stops(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)
 
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TrainingStopped, match="stopped at step 7") as stopped:
+    with pytest.raises(Stopped, match="stopped at step 7") as stopped:
         run(tmp_path / "run", tiny(), watch=signalling)
     assert stopped.value.signal_number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == before
@@ -424,7 +425,7 @@ def test_macs_count_attention():
     dim, depth, tokens = 96, 4, 64
     linear = tokens * dim * (3 * 16 + depth * (3 * dim + dim + 8 * dim)) + dim * 10
     attention = depth * 2 * tokens**2 * dim
-    assert count_macs(model, 3, (32, 32)) == linear + attention
+    assert count_model_macs(model, 3, (32, 32)) == linear + attention
     assert count_parameters(model) == 453_226
 
 

@@ -152,7 +152,6 @@ LIFT = {"masks": "scenes", "distance": "far", "chance": 1.0}
 def test_a_number_is_shown_by_layer_for_the_mean_of_heads(drawn):
     rows = [row("same_label_lift", 1.0 + layer, layer=layer, **LIFT) for layer in (2, 1)]
     rows += [row("same_label_lift", 9.0, layer=1, head=1, **LIFT)]
-    rows += [row("same_label_lift", 9.0, layer=1, **LIFT | {"masks": "colour clusters"})]
     viz.plot_grouping({"none": rows}, UNUSED)
     (panel,) = drawn[0].axes
     line, chance = panel.lines

@@ -42,7 +42,7 @@ def run_detection(config: DetectionConfig, folder: Path, quiet: bool = False) ->
     """Trains (or goes on, or finds that it is done), measures the test images, writes and returns the rows.
 
     All images are read once before the first step. Raises ValueError, FileNotFoundError or ImportError, in one line, for
-    what the user can put right; Held if another process works on the folder; TrainingStopped on SIGINT and SIGTERM.
+    what the user can put right; Held if another process works on the folder; Stopped on SIGINT and SIGTERM.
     """
     run = Run(folder, config)
     config = run.config

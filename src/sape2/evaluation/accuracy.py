@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, drawn_images, row, wilson_interval
+from sape2.evaluation.base import LabelledImages, count_images, drawn, mean_row, row
 from sape2.training.memory_errors import is_out_of_memory
 
 
@@ -22,17 +22,18 @@ def accuracy(model: nn.Module, data: LabelledImages, limit: int | None = None, b
     logits, labels = predict(model, data, batch_size), data.labels
     correct = logits.argmax(1) == labels
     n, num_classes = len(labels), logits.shape[1]
-    rows = [_share("accuracy", correct, "top-1, one view")]
+    rows = [mean_row("accuracy", "accuracy", correct.double(), "fraction", "top-1, one view")]
     if num_classes > 5:
         top5 = (logits.topk(5).indices == labels[:, None]).any(1)
-        rows.append(_share("top5_accuracy", top5, "top-5, one view"))
+        rows.append(mean_row("accuracy", "top5_accuracy", top5.double(), "fraction", "top-5, one view"))
     rows.append(row("accuracy", "loss", F.cross_entropy(logits, labels).item(), "nats", n, "cross-entropy, no smoothing"))
     error = calibration_error(logits.softmax(1), labels).item()
     rows.append(row("accuracy", "calibration_error", error, "fraction", n, "expected calibration error, 15 equal bins, l1"))
     for label, name in enumerate(data.classes):
         members = correct[labels == label]
         if len(members):
-            rows.append(_share("class_accuracy", members, "top-1, one view") | {"class": name})
+            about = {"class": name}
+            rows.append(mean_row("accuracy", "class_accuracy", members.double(), "fraction", "top-1, one view", **about))
     return rows
 
 
@@ -69,7 +70,7 @@ def predict(
     was_training = model.training
     model.eval()
     try:
-        logits = [model(images.to(device)).float().cpu() for images, _ in drawn_images(data, limit, batch_size)]
+        logits = [model(images.to(device)).float().cpu() for images, _ in drawn(data, limit).batches(batch_size)]
     except (RuntimeError, MemoryError) as error:
         if batch_size == 1 or not is_out_of_memory(error):
             raise
@@ -85,9 +86,3 @@ def confusion(logits: Float[Tensor, "images classes"], labels: Int[Tensor, " ima
     """Confusion matrix: row true class, column predicted class, entries numbers of images."""
     size = logits.shape[1]
     return (labels * size + logits.argmax(1)).bincount(minlength=size * size).view(size, size)
-
-
-def _share(name: str, correct: Bool[Tensor, " images"], protocol: str) -> Row:
-    value, n = correct.double().mean().item(), len(correct)
-    low, high = wilson_interval(value, n)
-    return row("accuracy", name, value, "fraction", n, protocol, ci_low=low, ci_high=high)

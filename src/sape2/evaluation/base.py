@@ -182,16 +182,6 @@ class Drawn:
         yield from zip(torch.cat(images).split(batch_size), torch.cat(labels).split(batch_size), strict=True)
 
 
-def drawn_images(data: LabelledImages, limit: int | None, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of the images of `drawn`."""
-    return drawn(data, limit).batches(batch_size)
-
-
-def drawn_labels(data: LabelledImages, limit: int | None) -> Tensor:
-    """Labels of the images of `drawn`, in the same order, on the CPU."""
-    return drawn(data, limit).labels.cpu()
-
-
 def count_images(data: LabelledImages, limit: int | None, default: int | None = None) -> int:
     """Number of images to measure: `limit`, or `default` (None: all) where it is None; never more than there are.
 

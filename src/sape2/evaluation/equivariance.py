@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid
-from sape2.evaluation.base import LabelledImages, Row, device_of, drawn_images, mean_row, patch_size
+from sape2.evaluation.base import LabelledImages, Row, device_of, drawn, mean_row, patch_size
 from sape2.evaluation.layers import layers_of, mapped
 from sape2.evaluation.translation import translate
 
@@ -67,7 +67,7 @@ def equivariance(model: nn.Module, data: LabelledImages, limit: int | None = Non
     mapped(model, "equivariance of features and biases")
     patch = patch_size(model, data)
     errors: dict[tuple[str, str, int, int], list[Tensor]] = {}  # (name, axis, shift_px, layer)
-    for images, _ in drawn_images(data, limit, batch_size):
+    for images, _ in drawn(data, limit).batches(batch_size):
         images = images.to(device_of(model))
         still = states(model, images)
         grid = (images.shape[-2] // patch[0], images.shape[-1] // patch[1])

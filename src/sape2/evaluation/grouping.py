@@ -1,7 +1,7 @@
 """Measures whether attention connects patches that belong together, and whether the bias contributes, layer by layer.
 
 Early layers attend to patches that are similar, late ones to patches that differ (arXiv:2405.14880), so a mean over
-layers would say nothing. The statistics are in `pairs`, the labels of the patches in `masks` and `scenes`;
+layers would say nothing. The statistics are in `pairs`, the labels of the patches in `scenes`;
 docs/evaluation/grouping.md explains what each number shows and what it does not.
 """
 
@@ -21,15 +21,11 @@ from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
 from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, image_size, mean_row
 from sape2.evaluation.layers import Layer, grid_of, layers_of, mapped
-from sape2.evaluation.masks import colour_clusters, patch_labels
 from sape2.evaluation.scenes import make_scenes
 
 LIMIT = 1000  # images
 SCENES = 256  # synthetic ones, fewer if there are fewer images
-LABELS = {
-    "colour clusters": "pseudo-mask, 2-means of patch mean colour: colour clusters, not objects",
-    "scenes": "synthetic scenes with true masks, out of distribution for a model trained on other images",
-}
+ON_SCENES = "synthetic scenes with true masks, out of distribution for a model trained on other images"
 PATCHES_ONLY = "grid tokens only, attention rows scaled to sum to 1 again"
 
 
@@ -75,38 +71,22 @@ Statistics = dict[Key, Float[Tensor, "batch heads"]]
 def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, batch_size: int = 32) -> Iterator[Row]:
     """Attention distance and entropy, same-label lift, what the bias tells of objects; per layer.
 
-    Labels come from colour clusters; the same once more on synthetic scenes with true masks, where the grid has at least
-    3x3 patches.
-    `limit`: so many images, drawn by class (None: 1,000).
+    What needs labels of patches is measured on synthetic scenes, where the grid has at least 3x3 patches. `limit`: so many
+    images, drawn by class (None: 1,000).
     """
     mapped(model, "grouping")
     number = count_images(data, limit, LIMIT)
-    data = drawn(data, number)
     images, _ = next(data.batches(1))
     grid = grid_of(model, images)
-    coloured = ((images, colour_clusters(images, grid)) for images, _ in data.batches(batch_size))
-    yield from _rows(_collect(model, coloured), grid, "colour clusters")
+    shown = drawn(data, number).batches(batch_size)
+    found = ((layer.number, without_labels(layer)) for some, _ in shown for layer in layers_of(model, some))
+    yield from _rows(found, grid)
     if min(grid) >= 3:
         height, width = image_size(data)
-        patch = height // grid[0], width // grid[1]
-        scenes = make_scenes(min(number, SCENES), images.shape[1], grid, patch)
-        parts = zip(scenes.images.split(batch_size), scenes.masks.split(batch_size), strict=True)
-        labelled = ((images, patch_labels(masks, grid)) for images, masks in parts)
-        found = _collect(model, labelled, labels_only=True)
-        yield from _rows(found, grid, "scenes")
-
-
-def _collect(model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], labels_only: bool = False) -> dict[int, Statistics]:
-    """Layer number -> every statistic of every image and head."""
-    found: dict[int, dict[Key, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    for images, labels in batches:
-        for layer in layers_of(model, images):
-            statistics = with_labels(layer, labels.to(layer.attention.device))
-            if not labels_only:
-                statistics |= without_labels(layer)
-            for key, values in statistics.items():
-                found[layer.number][key].append(values.cpu())
-    return {number: {key: torch.cat(values) for key, values in layer.items()} for number, layer in found.items()}
+        scenes, labels = make_scenes(min(number, SCENES), images.shape[1], grid, (height // grid[0], width // grid[1]))
+        labelled = zip(scenes.split(batch_size), labels.split(batch_size), strict=True)
+        found = ((layer.number, with_labels(layer, of)) for some, of in labelled for layer in layers_of(model, some))
+        yield from _rows(found, grid)
 
 
 def without_labels(layer: Layer) -> Statistics:
@@ -125,8 +105,9 @@ def without_labels(layer: Layer) -> Statistics:
 
 def with_labels(layer: Layer, labels: Int[Tensor, "batch tokens"]) -> Statistics:
     """Statistics that need labels of patches; pairs of a patch with itself are never counted."""
-    same, labelled = pairs.label_pairs(labels)
-    strata = {name: labelled & stratum for name, stratum in pairs.distance_strata(layer.grid, labels.device).items()}
+    labels = labels.to(layer.attention.device)
+    same = labels[:, :, None] == labels[:, None]
+    strata = {name: some.expand_as(same) for name, some in pairs.distance_strata(layer.grid, labels.device).items()}
     statistics = {
         Key("same_label_lift", name): pairs.same_label_lift(layer.attention, same, counted) for name, counted in strata.items()
     }
@@ -149,26 +130,32 @@ def _of_bias(bias: Tensor, same: Tensor, strata: dict[str, Tensor]) -> Statistic
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
-def _rows(layers: dict[int, Statistics], grid: Grid, masks: str) -> Iterator[Row]:
-    for (number, statistics), name in itertools.product(layers.items(), ABOUT):
+def _rows(found: Iterator[tuple[int, Statistics]], grid: Grid) -> Iterator[Row]:
+    """Rows of the statistics of (layer, batch): layer by layer, in the order of `ABOUT`."""
+    layers: dict[int, dict[Key, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    for number, statistics in found:
         for key, values in statistics.items():
+            layers[number][key].append(values.cpu())
+    for (number, layer), name in itertools.product(layers.items(), ABOUT):
+        for key, parts in layer.items():
             if key.name == name:
-                yield from _rows_of(key, values, grid, number, masks if key.distance else None)
+                yield from _rows_of(key, torch.cat(parts), grid, number)
 
 
-def _rows_of(key: Key, values: Float[Tensor, "images heads"], grid: Grid, layer: int, masks: str | None) -> Iterator[Row]:
-    """The mean over heads, then single heads where that is told; no masks for what needs no labels."""
+def _rows_of(key: Key, values: Float[Tensor, "images heads"], grid: Grid, layer: int) -> Iterator[Row]:
+    """The mean over heads, then single heads where that is told."""
     about = ABOUT[key.name]
-    conditions = {"layer": layer} | _conditions(key, grid, masks)
-    protocol = about.protocol if masks is None else f"{about.protocol}; {LABELS[masks]}"
+    conditions = {"layer": layer} | _conditions(key, grid)
+    protocol = f"{about.protocol}; {ON_SCENES}" if key.distance else about.protocol
     yield mean_row("grouping", key.name, values.nanmean(1), about.unit, f"{protocol}; mean of heads", **conditions)
     if about.per_head and key.distance in (None, "all") and key.sign in (None, "minus"):
         for head, single in enumerate(values.unbind(1), start=1):
             yield mean_row("grouping", key.name, single, about.unit, protocol, head=head, **conditions)
 
 
-def _conditions(key: Key, grid: Grid, masks: str | None) -> Row:
+def _conditions(key: Key, grid: Grid) -> Row:
     """The fields beside layer and head: distance, sign, masks, and the value that chance gives."""
+    masks = "scenes" if key.distance else None
     given = {"masks": masks, "distance": key.distance, "sign": key.sign, "chance": _chance(key.name, grid)}
     if key.name == "attention_entropy":
         given["maximum"] = given["chance"]

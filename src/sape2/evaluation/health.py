@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, Row, count_images, drawn_images, evaluating, mean_row, row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, evaluating, mean_row, row
+from sape2.evaluation.equivariance import centred
 from sape2.evaluation.findings import findings
 from sape2.evaluation.layers import Layer, layers_of, mapped
 from sape2.evaluation.position import position_content
@@ -53,7 +54,7 @@ def health(model: nn.Module, data: LabelledImages, limit: int | None = None, bat
     """
     mapped(model, "health")
     number = count_images(data, limit, LIMIT)
-    batches = (layers_of(model, images) for images, _ in drawn_images(data, number, batch_size))
+    batches = (layers_of(model, images) for images, _ in drawn(data, number).batches(batch_size))
     rows = [*layer_rows(batches, encodings_of(model)), *parameter_rows(model, data, number)]
     yield from rows
     yield from position_content("health", model, data, number, batch_size)
@@ -136,10 +137,10 @@ def bias_statistics(
     where one works against the other.
     """
     attention, bias = attention.double(), bias.double()
-    logits, centred = _centred(attention.clamp_min(tiny).log()), _centred(bias)
-    content = logits - centred
-    var_b, var_c, var_a = (values.square().mean((-1, -2)) for values in (centred, content, logits))  # (B, h)
-    together = (centred * content).mean((-1, -2))
+    logits, added = centred(attention.clamp_min(tiny).log()), centred(bias)
+    content = logits - added
+    var_b, var_c, var_a = (values.square().mean((-1, -2)) for values in (added, content, logits))  # (B, h)
+    together = (added * content).mean((-1, -2))
     statistics = {
         "bias_mean": bias.mean((-1, -2)),
         "bias_std": bias.std((-1, -2), unbiased=False),
@@ -150,10 +151,6 @@ def bias_statistics(
         "bias_content_correlation": together / (var_b * var_c).sqrt(),
     }
     return {name: values.nanmean(1) for name, values in statistics.items()}
-
-
-def _centred(values: Tensor) -> Tensor:
-    return values - values.mean(-1, keepdim=True)
 
 
 class TableUse:
@@ -246,7 +243,7 @@ def _gradients(model: nn.Module, data: LabelledImages, limit: int) -> dict[int, 
     if not parameters:
         return {}
     number = min(limit, GRADIENT_IMAGES)
-    images, labels = next(drawn_images(data, number, number))
+    images, labels = next(drawn(data, number).batches(number))
     with evaluating(model) as device, torch.enable_grad():
         loss = F.cross_entropy(model(images.to(device)), labels.to(device))
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

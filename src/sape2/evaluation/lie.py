@@ -1,29 +1,20 @@
 """Local equivariance error: the derivative of the softmax outputs along the translation of the image (arXiv:2210.02984).
 
 L f(x) = d/ds softmax(f(S_s x)) at s = 0, S_s the translation by s pixels; class outputs do not move, so an
-invariant model has L f = 0. Computed by forward-mode differentiation. Models that do not support it get central
-differences in float64, and their rows say so.
+invariant model has L f = 0. Computed by forward-mode differentiation.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sape2.evaluation.base import LabelledImages, Row, drawn_images, evaluating, mean_row
+from sape2.evaluation.base import LabelledImages, Row, drawn, evaluating, mean_row
 from sape2.evaluation.translation import Border, ShiftAxis, shift_derivative
-
-Method = Literal["forward_mode", "central_difference"]
-DESCRIPTION: dict[Method, str] = {
-    "forward_mode": "forward-mode derivative",
-    "central_difference": "central difference in float64, as the model has no forward-mode derivative",
-}
 
 
 def lie_derivative(
@@ -42,18 +33,6 @@ def lie_derivative(
         return torch.func.jvp(lambda s: model(images + s * direction).softmax(-1), (start,), (torch.ones_like(start),))[1]
 
 
-def lie_difference(
-    model: nn.Module,
-    images: Float[Tensor, "batch channels height width"],
-    axis: ShiftAxis,
-    border: Border,
-    step_px: float = 1e-4,
-) -> Float[Tensor, "batch classes"]:
-    """`lie_derivative` by a central difference along the same line; model and images should be in float64."""
-    step = step_px * shift_derivative(images, axis, border)
-    return (model(images + step).softmax(-1) - model(images - step).softmax(-1)) / (2 * step_px)
-
-
 def lie_derivative_error(
     model: nn.Module,
     data: LabelledImages,
@@ -65,47 +44,26 @@ def lie_derivative_error(
     """Rows: lie_derivative_error, the mean over images of ||L f||^2 / classes (the paper's norm), and
 
     lie_derivative_magnitude, the mean over images and classes of |L f| (what the paper's code writes down).
-    Raises ValueError for a model that has neither kind of derivative.
+    Raises ValueError for a model with an operation that has no forward-mode derivative.
     """
-    derivative, method = _derivatives(model, data, axis, border, limit, batch_size)
-    where = f"softmax(f(S_s x)) along {axis}, bilinear translation, {border} border, {DESCRIPTION[method]}"
-    conditions = {"transform": "translation", "border": border, "axis": axis, "method": method}
+    with evaluating(model) as device:
+        try:
+            batches = [
+                lie_derivative(model, images.to(device), axis, border).float().cpu()
+                for images, _ in drawn(data, limit).batches(batch_size)
+            ]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"a {type(model).__name__} has no forward-mode derivative ({reason}), so its Lie derivative cannot be measured"
+            ) from error
+    derivative = torch.cat(batches)
+    where = f"softmax(f(S_s x)) along {axis}, bilinear translation, {border} border, forward-mode derivative"
+    conditions = {"transform": "translation", "border": border, "axis": axis}
     squared, magnitude = derivative.square().mean(-1), derivative.abs().mean(-1)
     return [
         mean_row("shift", "lie_derivative_error", squared, "1/px^2", f"||d/ds {where}||^2 / classes", **conditions),
         mean_row("shift", "lie_derivative_magnitude", magnitude, "1/px", f"mean over classes of |d/ds {where}|", **conditions),
     ]
-
-
-def _derivatives(
-    model: nn.Module, data: LabelledImages, axis: ShiftAxis, border: Border, limit: int | None, batch_size: int
-) -> tuple[Float[Tensor, "images classes"], Method]:
-    with evaluating(model) as device:
-        try:
-            batches = [
-                lie_derivative(model, images.to(device), axis, border).float().cpu()
-                for images, _ in drawn_images(data, limit, batch_size)
-            ]
-            return torch.cat(batches), "forward_mode"
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).split("\n")[0]
-    return _differences(model, data, axis, border, limit, batch_size, reason), "central_difference"
-
-
-def _differences(
-    model: nn.Module, data: LabelledImages, axis: ShiftAxis, border: Border, limit: int | None, batch_size: int, reason: str
-) -> Float[Tensor, "images classes"]:
-    wide = copy.deepcopy(model).to("cpu", torch.float64)
-    try:
-        with evaluating(wide):
-            batches = [
-                lie_difference(wide, images.double(), axis, border) for images, _ in drawn_images(data, limit, batch_size)
-            ]
-    except (RuntimeError, NotImplementedError) as error:
-        raise ValueError(
-            f"a {type(model).__name__} has no forward-mode derivative ({reason}) and does not run in float64 on the CPU "
-            f"({str(error).splitlines()[0]}), so its Lie derivative cannot be measured"
-        ) from error
-    return torch.cat(batches)

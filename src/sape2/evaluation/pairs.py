@@ -39,12 +39,6 @@ def distance_strata(grid: Grid, device: torch.device | None = None) -> dict[str,
     return {name: pairs for name, pairs in strata.items() if pairs.any()}
 
 
-def label_pairs(labels: Int[Tensor, "batch tokens"]) -> tuple[PairMask, PairMask]:
-    """(same, labelled): pairs of one label, and pairs of which both patches have one (not -1)."""
-    known = labels >= 0
-    return labels[:, :, None] == labels[:, None], known[:, :, None] & known[:, None]
-
-
 # --- attention -------------------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid, coordinates
-from sape2.evaluation.base import LabelledImages, Row, count_images, drawn_images, mean_row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, mean_row
 from sape2.evaluation.layers import grid_of, layers_of
 
 PENALTY = 1e-4  # of the ridge regression, in units of the variance of a feature
@@ -25,41 +25,29 @@ PROTOCOL = (
 )
 
 
-class Moments:
-    """Sums over tokens, in float64, from which a ridge regression follows without keeping the tokens."""
-
-    def __init__(self, num_features: int, num_targets: int, device: torch.device) -> None:
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        self.number = 0
-        self.x, self.y = zeros(num_features), zeros(num_targets)
-        self.xx, self.xy = zeros(num_features, num_features), zeros(num_features, num_targets)
-
-    def add(self, features: Float[Tensor, "rows features"], targets: Float[Tensor, "rows targets"]) -> None:
-        self.number += len(features)
-        self.x += features.sum(0)
-        self.y += targets.sum(0)
-        self.xx += features.T @ features
-        self.xy += features.T @ targets
+def moments(features: Float[Tensor, "rows features"], targets: Float[Tensor, "rows targets"]) -> Float[Tensor, "all all"]:
+    """z^T z of the rows z = (1, features, targets): sums from which a ridge regression follows without keeping the rows."""
+    rows = torch.cat([torch.ones_like(targets[:, :1]), features, targets], dim=1)
+    return rows.T @ rows
 
 
-def ridge(moments: Moments, penalty: float = PENALTY) -> tuple[Float[Tensor, "features targets"], Float[Tensor, " targets"]]:
+def ridge(
+    sums: Float[Tensor, "all all"], num_targets: int = 2, penalty: float = PENALTY
+) -> tuple[Float[Tensor, "features targets"], Float[Tensor, " targets"]]:
     """(weights, intercept) that minimise mean |y - w x - c|^2 + penalty |w s|^2, s the standard deviation of each feature.
 
-    A feature that never changes gets weight 0.
+    `sums` are those of `moments`. A feature that never changes gets weight 0.
     """
-    n = moments.number
-    mean_x, mean_y = moments.x / n, moments.y / n
-    covariance = moments.xx / n - mean_x[:, None] * mean_x
-    variance = covariance.diagonal()
-    varies = variance > 1e-12 * moments.xx.diagonal() / n  # less is rounding
+    second, x, y = sums / sums[0, 0], slice(1, -num_targets), slice(-num_targets, None)
+    mean = second[0]
+    covariance = second - mean[:, None] * mean
+    variance = covariance.diagonal()[x]
+    varies = variance > 1e-12 * second.diagonal()[x]  # less is rounding
     scale = torch.where(varies, variance.clamp_min(0).sqrt(), torch.inf)
-    correlation = covariance / (scale[:, None] * scale)
+    correlation = covariance[x, x] / (scale[:, None] * scale)
     identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
-    with_targets = (moments.xy / n - mean_x[:, None] * mean_y) / scale[:, None]
-    weights = torch.linalg.solve(correlation + penalty * identity, with_targets) / scale[:, None]
-    return weights, mean_y - mean_x @ weights
+    weights = torch.linalg.solve(correlation + penalty * identity, covariance[x, y] / scale[:, None]) / scale[:, None]
+    return weights, mean[y] - mean[x] @ weights
 
 
 def position_content(
@@ -79,20 +67,20 @@ def position_content(
 
 
 def _half(data: LabelledImages, limit: int | None, batch_size: int, start: int) -> Iterator[Tensor]:
-    for images, _ in drawn_images(data, limit, batch_size):
+    for images, _ in drawn(data, limit).batches(batch_size):
         if len(images) > start:
             yield images[start::2]
 
 
 def _fit(model: nn.Module, batches: Iterator[Tensor], shuffled: bool) -> list[tuple[Tensor, Tensor]]:
     """One probe a layer."""
-    sums: dict[int, Moments] = {}
+    sums: dict[int, Tensor] = {}
     generator = torch.Generator().manual_seed(0)
     for images in batches:
         for layer, tokens, grid in _tokens(model, images, generator if shuffled else None):
-            moments = sums.setdefault(layer, Moments(tokens.shape[-1], 2, tokens.device))
-            moments.add(tokens.flatten(0, 1), _targets(grid, tokens).repeat(len(tokens), 1))
-    return [ridge(moments) for _, moments in sorted(sums.items())]
+            found = moments(tokens.flatten(0, 1), _targets(grid, tokens).repeat(len(tokens), 1))
+            sums[layer] = sums[layer] + found if layer in sums else found
+    return [ridge(some) for _, some in sorted(sums.items())]
 
 
 def _measure(

@@ -21,8 +21,7 @@ from sape2.evaluation.base import (
     as_mapped,
     chance_agreement,
     count_images,
-    drawn_images,
-    drawn_labels,
+    drawn,
     evaluating,
     image_size,
     mean_row,
@@ -46,7 +45,7 @@ def resolution(model: nn.Module, data: LabelledImages, limit: int | None = None,
     model's own first. Raises ValueError for a model that does not tell its patch, or does not run at its own size.
     """
     size, patch, images = image_size(data), patch_size(model, data), count_images(data, limit, LIMIT)
-    labels, refused = drawn_labels(data, images), dict[View, str]()
+    labels, refused = drawn(data, images).labels.cpu(), dict[View, str]()
     built: Curve | None = None
     for rule, variant in rules(model).items():
         curve = Curve(size, patch, labels, rule, describe_rule(variant), {})
@@ -75,7 +74,7 @@ def predict_view(
     """The predicted class of `limit` images (`drawn`) under a view; larger images go through the model in smaller batches."""
     classes = []
     with evaluating(model) as device:
-        for images, _ in drawn_images(data, limit, batch_size):
+        for images, _ in drawn(data, limit).batches(batch_size):
             share = images[0, 0].numel() / math.prod(view.size)
             parts = images.split(max(1, int(batch_size * min(1.0, share))))
             classes += [model(view(part.to(device))).argmax(-1).cpu() for part in parts]
@@ -222,7 +221,7 @@ def bias_size(
     for view in shown:
         biases: dict[int, list[Tensor]] = {}
         with evaluating(model) as device:
-            for images, _ in drawn_images(data, limit, batch_size):
+            for images, _ in drawn(data, limit).batches(batch_size):
                 for layer, maps in enumerate(mapped.maps(view(images.to(device))), start=1):
                     if "bias" in maps:
                         biases.setdefault(layer, []).append(_spread_and_mean(maps["bias"]).cpu())

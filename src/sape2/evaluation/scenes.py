@@ -22,53 +22,35 @@ NOISE = 0.25  # standard deviation of the pixel noise, in units of a normalised 
 Segment = tuple[int, int, int, int]  # top, left, height, width, in patches
 
 
-@dataclass(frozen=True)
-class Scenes:
-    """Images in normalised units (mean about 0, standard deviation about 1) and the label of every pixel.
+def make_scenes(
+    number: int, channels: int, grid: Grid, patch: tuple[int, int], seed: int = 0
+) -> tuple[Float[Tensor, "images channels height width"], Int[Tensor, "images tokens"]]:
+    """`number` scenes of `grid` patches of `patch` pixels (height, width), and the label of every patch.
 
-    Has what a measurement needs of a data set; its only class is "scene".
-    """
-
-    images: Float[Tensor, "images channels height width"]
-    masks: Int[Tensor, "images height width"]
-    classes: tuple[str, ...] = ("scene",)
-
-    @property
-    def labels(self) -> Int[Tensor, " images"]:
-        return torch.zeros(len(self.images), dtype=torch.long)
-
-    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from zip(self.images.split(batch_size), self.labels.split(batch_size), strict=True)
-
-
-def make_scenes(number: int, channels: int, grid: Grid, patch: tuple[int, int], seed: int = 0) -> Scenes:
-    """`number` scenes of `grid` patches of `patch` pixels (height, width); raises ValueError for grids below 3x3.
-
-    Segments are rectangles of whole patches, so no patch is mixed. Every label of a scene has a colour and a grating of
-    its own, the same in both segments, which differ in the phase of the grating; white noise covers all.
+    Images are in normalised units, mean about 0 and standard deviation about 1. Segments are rectangles of whole patches, so
+    no patch is mixed. Every label of a scene has a colour and a grating of its own, the same in both segments, which differ in
+    the phase of the grating; white noise covers all. Raises ValueError for grids below 3x3.
     """
     if min(grid) < 3:
         raise ValueError(f"a scene needs a grid of at least 3x3 patches for its four segments; got {grid[0]}x{grid[1]}")
     generator = torch.Generator().manual_seed(seed)
     drawn = [_scene(channels, grid, patch, generator) for _ in range(number)]
-    return Scenes(torch.stack([image for image, _ in drawn]), torch.stack([mask for _, mask in drawn]))
+    return torch.stack([image for image, _ in drawn]), torch.stack([labels for _, labels in drawn])
 
 
 def _scene(channels: int, grid: Grid, patch: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One image (C, height, width) and its mask (height, width)."""
+    """One image (C, height, width) and the labels of its patches, (N,)."""
     height, width = grid[0] * patch[0], grid[1] * patch[1]
     textures = [_Texture.draw(channels, colour, generator) for colour in _colours(channels, generator)]
     image = textures[0].paint(height, width, generator)
-    mask = torch.zeros(height, width, dtype=torch.long)
+    labels = torch.zeros(grid, dtype=torch.long)
     for index, (top, left, rows, columns) in enumerate(_layout(grid, generator)):
         label = 1 + index // 2
-        inside = (
-            slice(top * patch[0], (top + rows) * patch[0]),
-            slice(left * patch[1], (left + columns) * patch[1]),
-        )
-        mask[inside] = label
-        image[:, *inside] = textures[label].paint(rows * patch[0], columns * patch[1], generator)
-    return image + NOISE * torch.randn(image.shape, generator=generator), mask
+        labels[top : top + rows, left : left + columns] = label
+        y, x = top * patch[0], left * patch[1]
+        height, width = rows * patch[0], columns * patch[1]
+        image[:, y : y + height, x : x + width] = textures[label].paint(height, width, generator)
+    return image + NOISE * torch.randn(image.shape, generator=generator), labels.flatten()
 
 
 # --- where -----------------------------------------------------------------------------------------------------------

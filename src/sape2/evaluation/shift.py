@@ -19,8 +19,7 @@ from sape2.evaluation.base import (
     as_mapped,
     chance_agreement,
     count_images,
-    drawn_images,
-    drawn_labels,
+    drawn,
     evaluating,
     image_size,
     mean_row,
@@ -79,7 +78,7 @@ def read_moved(
     """`read` of the logits of as many images (`drawn`) under every draw of shifts, put together along its last dimension."""
     results, start = [], 0
     with evaluating(model) as device:
-        for images, _ in drawn_images(data, shifts.shape[1], batch_size):
+        for images, _ in drawn(data, shifts.shape[1]).batches(batch_size):
             images, part = images.to(device), shifts[:, start : start + len(images)].to(device)
             logits = torch.stack([model(translate(images, draw, border)) for draw in part])
             results.append(read(logits.float().cpu()))
@@ -101,7 +100,7 @@ def same_for_all(shifts: list[tuple[int, int]], images: int) -> Float[Tensor, "d
 
 def _correct(predictions: Tensor, data: LabelledImages) -> tuple[Float[Tensor, "*draws images"], float]:
     """1 where a prediction is the label, and how often it would be by chance."""
-    labels = drawn_labels(data, predictions.shape[-1])
+    labels = drawn(data, predictions.shape[-1]).labels.cpu()
     return (predictions == labels).double(), chance_agreement(predictions, labels)
 
 

@@ -113,16 +113,9 @@ def rules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def with_beyond(model: nn.Module, rule: str) -> nn.Module:
-    """A copy, weights and all, whose encodings follow `rule` (their option `beyond`) wherever they know it.
-
-    Raises ValueError if none does.
-    """
+    """A copy, weights and all, whose encodings follow `rule` (their option `beyond`) wherever they know it."""
     changed = copy.deepcopy(model)
-    encodings = [encoding for encoding in _with_rule(changed) if rule in _known(encoding)]
-    if not encodings:
-        known = ", ".join(sorted({name for encoding in _with_rule(model) for name in _known(encoding)})) or "none"
-        raise ValueError(f"no encoding of this {type(model).__name__} knows the rule {rule!r}; known rules: {known}")
-    for encoding in encodings:
+    for encoding in (encoding for encoding in _with_rule(changed) if rule in _known(encoding)):
         encoding.options = dataclasses.replace(encoding.options, beyond=rule)
     return changed
 

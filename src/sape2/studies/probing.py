@@ -6,7 +6,6 @@ on the same scenes, with the weights of the last step; no checkpoint is selected
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -209,15 +208,8 @@ def run_cells(cells: list[Cell], folder: Path, on_step: Callable[[], None] = lam
 def finished(rows: list[Row], cell: Cell) -> list[Row]:
     """The rows of a cell, trained in the precision of this machine; [] unless every split is there."""
     now = precision_of("auto")  # seeds of one line are trained in one precision
-    found = [row for row in map(_under_one_name, rows) if row.items() >= cell.key.items() and row.get("precision", now) == now]
+    found = [row for row in rows if row.items() >= (cell.key | {"precision": now}).items()]
     return found if {row["split"] for row in found} >= set(measured_splits(find_task(cell.task))) else []
-
-
-def _under_one_name(row: Row) -> Row:
-    """A row with its encoding as it is written now; of an encoding that is not known any more as it is."""
-    with contextlib.suppress(ValueError, KeyError):
-        return row | {"encoding": canonical_name(row["encoding"])}
-    return row
 
 
 def measured_splits(task: Task) -> list[str]:

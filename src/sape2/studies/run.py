@@ -21,7 +21,8 @@ from sape2.runs.checkpoint import Progress
 from sape2.runs.files import sweep
 from sape2.runs.run import Run
 from sape2.tables import Row
-from sape2.training.loop import TrainingStopped, train
+from sape2.training.interruption import Stopped
+from sape2.training.loop import train
 from sape2.training.memory_errors import told_in_one_line, training_message
 from sape2.training.processes import ALONE, Dismissed, Processes
 
@@ -73,7 +74,7 @@ def help_to_train(config: RunConfig, processes: Processes) -> int:
         model, validate = build_model(config), validation_of(splits, processes)
         with told_in_one_line(lambda: training_message(config, processes.size)):
             train(model, splits.train, validate, Run(NOWHERE, config), processes=processes)
-    except TrainingStopped as stopped:
+    except Stopped as stopped:
         return 128 + stopped.signal_number
     except Dismissed:  # the main process found nothing to train
         pass

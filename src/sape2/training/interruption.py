@@ -11,11 +11,11 @@ from sape2.progress import bars
 from sape2.runs.checkpoint import Progress
 
 
-class TrainingStopped(Exception):
-    """A signal asked the run to stop; its checkpoint is saved."""
+class Stopped(Exception):
+    """A signal asked the process to stop; what it did is saved."""
 
-    def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped at step {step}; the same command goes on from there")
+    def __init__(self, signal_number: int, where: str = "") -> None:
+        super().__init__(f"stopped{where}; the same command goes on from there")
         self.signal_number = signal_number
 
 

@@ -24,7 +24,7 @@ from sape2.runs.checkpoint import Progress
 from sape2.runs.run import Run
 from sape2.runs.settings import difference
 from sape2.training.accelerator import passed_over
-from sape2.training.interruption import TrainingStopped, catch_signals, progress_bar
+from sape2.training.interruption import Stopped, catch_signals, progress_bar
 from sape2.training.processes import ALONE, Processes
 from sape2.training.record import Record
 from sape2.training.steps import ImageSteps, Steps
@@ -49,7 +49,7 @@ def train(
 
     Problems that would stop the first step are found before anything is written. Writes config.json, metrics.jsonl, TensorBoard
     events, checkpoints, best.safetensors, and last of all model.safetensors. `watch` stops the run by raising. Raises
-    ValueError when the loss is no longer finite, OSError once a lock on the folder is lost, TrainingStopped on SIGINT and
+    ValueError when the loss is no longer finite, OSError once a lock on the folder is lost, Stopped on SIGINT and
     SIGTERM. Of several `processes` all must call it; the folder is that of the main one.
     """
     config = run.config
@@ -139,7 +139,7 @@ def run_steps(
                 record.checkpoint(progress, steps.weights.whole(), steps.state())
                 mark = time.perf_counter()
             if stop and progress.step < stream.total_steps:
-                raise TrainingStopped(stop, progress.step)
+                raise Stopped(stop, f" at step {progress.step}")
     record.finish(steps.weights.whole()[-1])
 
 

@@ -40,19 +40,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(MESSAGES.search(str(error)))
 
 
-def count_tokens(model: ModelConfig) -> int:
-    """Number of tokens of one image at the training size, including class and register tokens."""
-    height, width = model.grid
-    return height * width + model.num_registers + (model.pool == "class")
-
-
 ON_CPU = 'the CPU (CUDA_VISIBLE_DEVICES="")'
 RESUMABLE = "the last checkpoint is kept. Try, with another --out,"
 
 
 def memory_message(what: str, model: ModelConfig, ways: Iterable[str], then: str = "try") -> str:
     """The one line: what did not fit and of how many tokens, what is kept, and the ways out, those of attention last."""
-    return f"out of memory {what}, {count_tokens(model)} tokens each; {then} {', '.join([*ways, *_of_attention(model)])}"
+    height, width = model.grid
+    tokens = height * width + model.num_registers + (model.pool == "class")
+    return f"out of memory {what}, {tokens} tokens each; {then} {', '.join([*ways, _of_attention(model)])}"
 
 
 def training_message(config: RunConfig, size: int = 1) -> str:
@@ -70,15 +66,13 @@ def training_message(config: RunConfig, size: int = 1) -> str:
     return memory_message(f"in training with {part} images at a time{where}", model, ways, RESUMABLE)
 
 
-def _of_attention(model: ModelConfig) -> list[str]:
+def _of_attention(model: ModelConfig) -> str:
     """The lean path, attention in blocks, is chosen by itself (`attention.choose_path`), but not with dropout."""
     if model.attention_dropout:
-        return ["--set model.attention_dropout=0, without which attention cannot take its lean path (in blocks)"]
+        return "--set model.attention_dropout=0, without which attention cannot take its lean path (in blocks)"
     if "sape2" in model.encoding and "readout" not in model.encoding:
-        return [
-            "an encoding without a map of all pairs (sape2:readout=direct; the lean path, attention in blocks, is automatic)"
-        ]
-    return ["a coarser grid (the lean path, attention in blocks, is automatic)"]
+        return "an encoding without a map of all pairs (sape2:readout=direct; the lean path, attention in blocks, is automatic)"
+    return "a coarser grid (the lean path, attention in blocks, is automatic)"
 
 
 # --- how much there is ------------------------------------------------------------------------------------------------

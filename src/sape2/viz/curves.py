@@ -202,11 +202,7 @@ def _own_rule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
-    """Attention and bias between patches of the same and of other objects, by layer, mean of heads.
-
-    Objects are those of generated scenes, else colour clusters.
-    """
-    masks = next((m for m in MASKS if any(row.get("masks") == m for rows in runs.values() for row in rows)), MASKS[0])
+    """Attention and bias between patches of the same and of other objects, those of scenes; by layer, mean of heads."""
     kinds = (
         ("same_label_lift", "lift over uniform attention", "attention to patches of the same object", "far", {}),
         ("bias_separation", "d' (standard deviations)", "bias, same object against others", "all", {}),
@@ -217,17 +213,16 @@ def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
         Panel(
             name,
             value,
-            f"{title}\n{PAIRS[far]}, {masks}",
+            f"{title}\n{PAIRS[far]}, scenes",
             "layer",
             "layer",
-            {"head": None, "masks": masks, "distance": far} | more,
+            {"head": None, "masks": "scenes", "distance": far} | more,
         )
         for name, value, title, far, more in kinds
     ]
     plot_rows(runs, panels, path, notes)
 
 
-MASKS = ("scenes", "colour clusters")  # the first that there is
 PAIRS = {"near": "neighbouring patches", "far": "patches further apart", "all": "all pairs of patches"}
 
 

@@ -10,7 +10,7 @@ from sape2.cli.options import add_json, one_name, recipe_name, resolve, split_en
 from sape2.cli.output import say, show_comparison
 
 if TYPE_CHECKING:
-    from sape2.studies.compare.launch import Launcher
+    from sape2.studies.compare.launch import Slurm
 
 HELP = "train encodings x seeds under one recipe, with paired differences"
 
@@ -36,7 +36,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sape2.runs.files import check_writable
     from sape2.studies.compare.plan import Study
-    from sape2.studies.compare.work import Stopped, forget_failures, work
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 compare")
@@ -60,13 +59,13 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.models.trained import build_model
     from sape2.studies.compare.outcome import outcome
     from sape2.studies.compare.progress import study_progress
-    from sape2.studies.compare.runner import runner
-    from sape2.training.interruption import catch_signals
+    from sape2.studies.compare.work import forget_failures, runner, work
+    from sape2.training.interruption import Stopped, catch_signals
 
-    for cell in study.cells()[: len(study.encodings)]:
+    for cell in study.cells[: len(study.encodings)]:
         build_model(cell.config)  # a mistake in one of them is told before the first is trained
     splits = load_data(config.data, config.model)
-    for cell in study.cells():
+    for cell in study.cells:
         cell.run.check_images(splits.train.fingerprint, "choose another --out for a new study")
     study.start()
     if arguments.retry_failed:
@@ -88,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _launcher(arguments: argparse.Namespace) -> Launcher | None:
+def _launcher(arguments: argparse.Namespace) -> Slurm | None:
     """The launcher of jobs, or None if this process does the work. Raises ValueError for options that need one."""
     if arguments.launcher is None:
         for option, value in (("--jobs", arguments.jobs), ("--slurm", arguments.slurm)):

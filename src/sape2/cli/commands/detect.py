@@ -50,12 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.detection import run_detection
     from sape2.runs.files import check_writable
     from sape2.tables import print_json, print_table
-    from sape2.training.interruption import TrainingStopped
+    from sape2.training.interruption import Stopped
 
     check_writable(folder)
     try:
         rows = run_detection(config, folder)
-    except TrainingStopped as stopped:
+    except Stopped as stopped:
         say(f"sape2: {stopped}")
         return 128 + stopped.signal_number
     changed = f", {words}" if (words := changed_in_words(config)) else ""

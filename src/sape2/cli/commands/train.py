@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from functools import cache
 from pathlib import Path
@@ -78,12 +79,12 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
     if arguments.dry_run:
         return _dry_run(model, splits, config, arguments.json, time.perf_counter() - began)
     from sape2.studies.run import run_to_end
-    from sape2.training.loop import TrainingStopped
+    from sape2.training.interruption import Stopped
 
     with run.hold():
         try:
             rows = run_to_end(model, splits, run, processes=processes)
-        except TrainingStopped as stopped:
+        except Stopped as stopped:
             say(f"sape2: {stopped}")
             return 128 + stopped.signal_number
     return show_results(rows, run, arguments.json, drawn(*pictures(run, load).values()))
@@ -94,16 +95,17 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
     from sape2.config.recipes.changed import changed_in_words
     from sape2.data.augment import TrainStream
     from sape2.evaluation.accuracy import quick_accuracy
-    from sape2.evaluation.cost.measure import count_macs, count_parameters
-    from sape2.evaluation.cost.timing import median_seconds
+    from sape2.evaluation.cost.measure import count_parameters
+    from sape2.evaluation.cost.operations import count_model_macs
+    from sape2.evaluation.cost.timing import alternate
     from sape2.machine import precision_of
     from sape2.training.steps import ImageSteps
 
     stream = TrainStream(splits.train, config.augment, config.train, config.seed)
     batch = stream[0]
-    macs = count_macs(model, config.model.in_channels, config.model.image_size)
+    macs = count_model_macs(model, config.model.in_channels, config.model.image_size)
     steps = ImageSteps(model, splits.train, config)
-    step_s = median_seconds(lambda: steps.take(batch))
+    step_s = statistics.median(alternate({"step": lambda: steps.take(batch)}, repeats=5)["step"])
     start = time.perf_counter()
     quick_accuracy(model, splits.validation)
     validation_s = time.perf_counter() - start

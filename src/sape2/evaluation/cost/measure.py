@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, Row, drawn_images, row
+from sape2.evaluation.base import LabelledImages, Row, drawn, row
 from sape2.evaluation.cost.memory import peak_bytes
-from sape2.evaluation.cost.operations import Operations, count_operations, on_meta
+from sape2.evaluation.cost.operations import count_model_macs
 from sape2.evaluation.cost.timing import alternate, spread
 
 MIB = 2**20
@@ -20,22 +20,21 @@ LIMIT = 64  # images of the batch that is timed
 
 
 def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> list[Row]:
-    """Parameters, MACs and element-wise operations of one image, images per second and peak memory of inference.
+    """Parameters and MACs of one image, images per second and peak memory of inference.
 
     Speed and memory are those of one batch in eval mode, 64 images or `limit`; the speed is the median of seven passes.
     """
     device = next(model.parameters()).device
-    images, _ = next(drawn_images(data, limit or LIMIT, LIMIT))
+    images, _ = next(drawn(data, limit or LIMIT).batches(LIMIT))
     images = images.to(device)
     was_training = model.training
     model.eval()
-    operations = count_model_operations(model, images.shape[1], (images.shape[2], images.shape[3]))
+    macs = count_model_macs(model, images.shape[1], (images.shape[2], images.shape[3]))
     seconds = alternate({"inference": lambda: infer(model, images)}, repeats=7)["inference"]
     low, high = spread([len(images) / s for s in seconds])
     rows = [
         row("cost", "parameters", count_parameters(model), "parameters", 1, "all parameters"),
-        row("cost", "macs", operations.macs, "MACs per image", 1, "forward, attention counted, on meta"),
-        row("cost", "elementwise", operations.elementwise, "operations per image", 1, "forward, on meta"),
+        row("cost", "macs", macs, "MACs per image", 1, "forward, attention counted, on meta"),
         row("cost", "inference_images_per_s", len(images) / statistics.median(seconds), "images/s", len(seconds),
             f"median of alternating passes, batch of {len(images)}", p10=low, p90=high),
     ]  # fmt: skip
@@ -52,17 +51,6 @@ def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> li
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def count_model_operations(model: nn.Module, channels: int, image_size: tuple[int, int]) -> Operations:
-    """MACs, element-wise operations and copied numbers of one image's forward pass (`operations` says what they are)."""
-    shadow = on_meta(model)
-    return count_operations(lambda: shadow(torch.empty(1, channels, *image_size, device="meta")))
-
-
-def count_macs(model: nn.Module, channels: int, image_size: tuple[int, int]) -> int:
-    """Multiply-accumulates of one image's forward pass in matrix products and convolutions, attention included."""
-    return count_model_operations(model, channels, image_size).macs
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -86,13 +74,6 @@ def infer(model: nn.Module, images: Tensor) -> Tensor:
     return model(images)
 
 
-def loss_gradients(model: nn.Module, batch: list[Tensor]) -> tuple[Tensor, ...]:
-    """Cross-entropy of (images, labels) and its gradients with respect to all parameters that it depends on."""
-    images, labels = batch
-    loss = F.cross_entropy(model(images), labels)
-    return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-
-
 class TrainingStep:
     """Forward, cross-entropy, backward and AdamW, for `step(images, labels)`; the gradients are freed at the end."""
 
@@ -112,10 +93,5 @@ class TrainingStep:
 
 
 def growth_exponent(points: Sequence[tuple[int | float, int | float]]) -> float:
-    """The slope of log y over log x by least squares: 1 for what grows in proportion, 2 for what grows with the square.
-
-    Raises ValueError unless there are two different x, and for values that are not above 0.
-    """
-    if len({x for x, _ in points}) < 2 or any(x <= 0 or y <= 0 for x, y in points):
-        raise ValueError(f"a growth exponent needs positive values at two sizes or more; got {list(points)}")
+    """The slope of log y over log x by least squares: 1 for what grows in proportion, 2 for what grows with the square."""
     return statistics.linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope

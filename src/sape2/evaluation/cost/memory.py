@@ -1,24 +1,23 @@
-"""Peak memory of a step: measured at the allocator, or predicted without allocating anything.
+"""Peak memory of a step, measured at the allocator, and a limit under which a step that is too large fails.
 
-Both count *extra* bytes: the maximum allocated at one moment of the step, minus what was allocated before it.
+What counts is *extra* bytes: the maximum allocated at one moment of the step, minus what was allocated before it.
 """
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-# --- measured --------------------------------------------------------------------------------------------------------
+from sape2.training.memory_errors import available_bytes
+
+STATM = Path("/proc/self/statm")
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device | str = "cpu") -> int:
@@ -81,67 +80,17 @@ def highest_sum(changes: list[int]) -> int:
     return highest
 
 
-# --- predicted -------------------------------------------------------------------------------------------------------
-
-
-def predicted_peak(
-    step: Callable[[Any, list[Tensor]], object], module: nn.Module, inputs: list[Tensor], device: torch.device | str = "cpu"
-) -> int | None:
-    """The extra bytes of `step(module, inputs)` on `device`, counted on tensors that have a shape there but no memory.
-
-    Every storage that an operator returns counts from then until nothing holds it, autograd included. Temporaries
-    inside an operator are not seen, so this is a little below `peak_bytes`. The module, taken in eval mode, and the
-    inputs may themselves be on the device "meta". None if what the step does depends on values.
-    """
-    parts = [*module.parameters(), *module.buffers()]
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        memo = {id(part): _without_memory(part, device) for part in parts}
-        shadow = copy.deepcopy(module, memo).eval()
-        fakes = [_without_memory(tensor, device) for tensor in inputs]
-        with LiveStorages() as live:
-            try:
-                result = step(shadow, fakes)
-            except (DataDependentOutputException, DynamicOutputShapeException):
-                return None
-            del result
-    return live.highest
-
-
-def _without_memory(like: Tensor, device: torch.device | str) -> Tensor:
-    """A fake tensor of this shape that reports `device`; for use inside a FakeTensorMode."""
-    fake = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=device)
-    return nn.Parameter(fake, like.requires_grad) if isinstance(like, nn.Parameter) else fake.requires_grad_(like.requires_grad)
-
-
-class LiveStorages(TorchDispatchMode):
-    """Adds up the bytes of the storages that operators return, for as long as anything holds them.
-
-    `highest` is the most there was after any operator. What an operator is given and did not come from one counts 0.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.highest = 0
-        self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        for tensor in _tensors((args, kwargs)):
-            self._add(tensor, 0)
-        output = func(*args, **(kwargs or {}))
-        self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-        for tensor in _tensors(output):
-            self._add(tensor, tensor.untyped_storage().nbytes())
-        self.highest = max(self.highest, sum(size for _, size in self._storages.values()))
-        return output
-
-    def _add(self, tensor: Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._storages:
-            self._storages[storage._cdata] = (StorageWeakRef(storage), size)
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
-
-
-# --- available -------------------------------------------------------------------------------------------------------
+@contextmanager
+def within_available(device: torch.device) -> Iterator[None]:
+    """On a CPU, an allocation beyond the available memory fails with an error instead of ending the process. Linux only."""
+    if device.type != "cpu" or not STATM.exists():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    used = int(STATM.read_text().split()[5]) * resource.getpagesize()
+    limit = used + available_bytes()
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from functools import partial
 
+from sape2.evaluation import base
 from sape2.evaluation.cost.measure import MIB, growth_exponent
-from sape2.evaluation.cost.operations import Operations
 from sape2.evaluation.cost.timing import spread
 from sape2.tables import Row
 
 LEVELS = ("attention", "model")
 PHASES = {"attention": ("forward", "forward_backward"), "model": ("inference", "training_step")}
-COUNTED = {"macs": "MACs, M", "elementwise": "element-wise, M", "copied": "copied, M"}
 YARDSTICKS = ("none", "plain")
+SHORT = {"forward_backward": "f + b", "training_step": "step"}
+_row = partial(base.row, "cost")
 
 
-def _row(name: str, value: int | float | None, unit: str, n: int, protocol: str, **further: Any) -> Row:
-    return {"measure": "cost", "name": name, "value": value, "unit": unit, "n": n, "protocol": protocol} | further
-
-
-def counted_rows(parameters: int, operations: Operations, path: str | None) -> list[Row]:
-    protocol = "forward pass of one image, counted on meta"
+def counted_rows(parameters: int, macs: int, path: str | None) -> list[Row]:
     return [
         _row("parameters", parameters, "parameters", 1, "all parameters", path=path),
-        _row("macs", operations.macs, "MACs per image", 1, protocol, path=path),
-        _row("elementwise", operations.elementwise, "operations per image", 1, protocol, path=path),
-        _row("copied", operations.copied, "numbers per image", 1, protocol, path=path),
+        _row("macs", macs, "MACs per image", 1, "forward pass of one image, counted on meta", path=path),
     ]
 
 
@@ -86,36 +80,29 @@ def growth_rows(rows: list[Row]) -> list[Row]:
 
 
 def count_table(rows: list[Row]) -> list[Row]:
-    """Counts of one cell, in millions, and the path of the phase with gradients; one line for each encoding."""
+    """Parameters and MACs of one cell, and the path of the phase with gradients; one line for each encoding."""
     lines = _lines(rows)
-    for row in rows:
-        line, name = lines[row["encoding"]], row["name"]
-        if name == "parameters":
-            line["parameters"] = row["value"]
-        elif name in COUNTED:
-            line[COUNTED[name]] = row["value"] / 1e6
-        elif name == f"{PHASES[row['level']][1]}_ms":
-            line["path"] = row.get("path") or row["note"]
+    for found in rows:
+        line = lines[found["encoding"]]
+        if found["name"] == "parameters":
+            line["parameters"] = found["value"]
+        elif found["name"] == "macs":
+            line["MACs, M"] = found["value"] / 1e6
+        elif found["name"] == f"{PHASES[found['level']][1]}_ms":
+            line["path"] = found.get("path") or found["note"]
     return list(lines.values())
 
 
 def time_table(rows: list[Row]) -> list[Row]:
     """Times of one cell; spread, speed, memory and ratios are those of the phase with gradients."""
-    lines = _lines(rows)
-    for row in rows:
-        line, value, (short, long) = lines[row["encoding"]], row["value"], PHASES[row["level"]]
-        heading = short.replace("_", " "), "f + b" if long == "forward_backward" else "step"
-        if row["name"] == f"{short}_ms":
-            line[f"{heading[0]}, ms"] = value
-        elif row["name"] == f"{long}_ms":
-            line[f"{heading[1]}, ms"] = value
-            line["p10 to p90"] = None if row["p10"] is None else f"{row['p10']:.1f} to {row['p90']:.1f}"
-        elif row["name"] == f"{long}_images_per_s":
-            line["images/s"] = value
-        elif row["name"] == f"{long}_memory":
-            line["peak, MiB"] = value
-        elif row["name"].startswith(f"{long}_ms_to_"):
-            line[f"/ {row['name'].rpartition('_')[2]}"] = value
+    lines, (short, long) = _lines(rows), PHASES[rows[0]["level"]]
+    headings = {f"{short}_ms": f"{short}, ms", f"{long}_ms": f"{SHORT[long]}, ms", f"{long}_images_per_s": "images/s"}
+    headings |= {f"{long}_memory": "peak, MiB"} | {f"{long}_ms_to_{name}": f"/ {name}" for name in YARDSTICKS}
+    for found in (found for found in rows if found["name"] in headings):
+        line = lines[found["encoding"]]
+        line[headings[found["name"]]] = found["value"]
+        if found["name"] == f"{long}_ms":
+            line["p10 to p90"] = None if found["p10"] is None else f"{found['p10']:.1f} to {found['p90']:.1f}"
     return list(lines.values())
 
 

@@ -1,12 +1,15 @@
 """The subjects that `sape2 cost` times in turn: attention with one encoding, or a whole model with it.
 
-A subject runs, predicts and describes each of its phases: for attention `forward` and `forward_backward`, for a model
-`inference` and `training_step`. It makes its inputs when it first runs, so that what is too large is never allocated.
+Its phases are `forward` and `forward_backward` of attention, `inference` and `training_step` of a model. Inputs are made when
+a phase first runs, where a want of memory is caught.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +18,14 @@ from sape2.attention import attend, describe_path
 from sape2.config import model_config
 from sape2.encodings import AttentionEncoding, create_encoding
 from sape2.encodings.grid import Grid, num_tokens
-from sape2.evaluation.cost.measure import TrainingStep, count_parameters, forward, forward_backward, infer, loss_gradients
-from sape2.evaluation.cost.memory import predicted_peak
-from sape2.evaluation.cost.operations import count_operations, on_meta
+from sape2.evaluation.cost.measure import TrainingStep, forward, forward_backward, infer
+from sape2.evaluation.cost.operations import count_macs, count_model_macs, on_meta
 from sape2.models.vit import create_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN, NONE = "plain", "none"  # the yardsticks: attention written with products, and the same code without an encoding
+Module = TypeVar("Module", bound=nn.Module)
 PATCH_SIZE, NUM_CLASSES = 16, 1000  # of the models: a 14x14 grid is an image of 224 pixels
-GENEROUS = 64  # N x N maps a head, and arrays of the tokens, that a layer never holds at once
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,6 @@ class Point:
     def __str__(self) -> str:
         what = "attention" if self.level == "attention" else self.model
         return f"{what}, {self.dtype}, batch {self.batch}, {self.grid[0]}x{self.grid[1]} tokens"
-
-    @property
-    def ceiling(self) -> int:
-        """More bytes than one layer needs: what stays below what is available need not be predicted."""
-        config, tokens = model_config(self.model), num_tokens(self.grid) + 1
-        return 4 * GENEROUS * self.batch * tokens * (config.num_heads * tokens + config.dim)
 
 
 class PlainAttention(nn.Module):
@@ -84,86 +80,66 @@ class Autocast(nn.Module):
             return self.module(*inputs)
 
 
-class AttentionSubject:
+@dataclass(frozen=True)
+class Subject:
+    """A module, the MACs of one image, the step of each phase, and how attention is computed in a phase."""
+
+    module: nn.Module
+    macs: int
+    steps: dict[str, Callable[[], object]]
+    describe: Callable[[str], str]
+
+
+def attention_subject(name: str, point: Point) -> Subject:
     """q, k, v -> output; under mixed precision q, k, v come in the low precision, as from a projection."""
+    config, dtype = model_config(point.model), DTYPES[point.dtype]
+    attention = PlainAttention() if name == PLAIN else _encoded(name, config.num_heads, config.head_dim, point.grid)
+    module = Autocast(attention, dtype).to(point.device)
+    shape = (point.batch, config.num_heads, num_tokens(point.grid), config.head_dim)
+    shadow, one = on_meta(attention), [torch.empty(1, *shape[1:], device="meta") for _ in range(3)]
 
-    def __init__(self, name: str, point: Point) -> None:
-        config, self.point, dtype = model_config(point.model), point, DTYPES[point.dtype]
-        self.attention = PlainAttention() if name == PLAIN else _encoded(name, config.num_heads, config.head_dim, point.grid)
-        self.module = Autocast(self.attention, dtype).to(point.device)
-        shape = (point.batch, config.num_heads, num_tokens(point.grid), config.head_dim)
-        self.shapes = [torch.empty(shape, dtype=dtype, device="meta", requires_grad=index < 3) for index in range(4)]
-        self.inputs: list[Tensor] = []
-        self.ceiling = point.ceiling
-        self.parameters = count_parameters(self.module)
-        shadow, one = on_meta(self.attention), [torch.empty(1, *shape[1:], device="meta") for _ in range(3)]
-        self.operations = count_operations(lambda: shadow(*one))
+    @cache
+    def inputs() -> list[Tensor]:
+        return [torch.randn(shape, dtype=dtype, device=point.device, requires_grad=index < 3) for index in range(4)]
 
-    def run(self, phase: str) -> None:
-        self.inputs = self.inputs or _normal(self.shapes, self.point.device)
-        _set_training(self.module, phase == "forward_backward")
-        (forward_backward if phase == "forward_backward" else forward)(self.module, self.inputs)
+    def describe(phase: str) -> str:
+        with torch.set_grad_enabled(phase == "forward_backward"), _autocast(point):
+            return attention.describe(*inputs()[:3])
 
-    def predict(self, phase: str) -> int | None:
-        step = forward_backward if phase == "forward_backward" else forward
-        return predicted_peak(step, self.module, self.shapes, self.point.device)
-
-    def describe(self, phase: str) -> str:
-        q, k, v = self.inputs[:3]
-        with torch.set_grad_enabled(phase == "forward_backward"), _autocast(self.point):
-            return self.attention.describe(q, k, v)
+    steps: dict[str, Callable[[], object]] = {
+        "forward": lambda: forward(_in_mode(module, training=False), inputs()),
+        "forward_backward": lambda: forward_backward(_in_mode(module, training=True), inputs()),
+    }
+    return Subject(module, count_macs(lambda: shadow(*one)), steps, describe)
 
 
-class ModelSubject:
+def model_subject(name: str, point: Point) -> Subject:
     """A vision transformer on images of the size that makes the grid; a training step ends with AdamW."""
+    size, dtype = (point.grid[0] * PATCH_SIZE, point.grid[1] * PATCH_SIZE), DTYPES[point.dtype]
+    torch.manual_seed(0)
+    model = create_model(point.model, encoding=name, image_size=size, patch_size=PATCH_SIZE, num_classes=NUM_CLASSES)
+    module = Autocast(model, dtype).to(point.device)
+    step, labels = TrainingStep(module), torch.zeros(point.batch, dtype=torch.long, device=point.device)
 
-    def __init__(self, name: str, point: Point) -> None:
-        self.point, size = point, (point.grid[0] * PATCH_SIZE, point.grid[1] * PATCH_SIZE)
-        torch.manual_seed(0)
-        self.model = create_model(point.model, encoding=name, image_size=size, patch_size=PATCH_SIZE, num_classes=NUM_CLASSES)
-        self.module = Autocast(self.model, DTYPES[point.dtype]).to(point.device)
-        self.step = TrainingStep(self.module)
-        self.shapes = [torch.empty(point.batch, 3, *size, device="meta")]
-        self.inputs: list[Tensor] = []
-        self.labels = torch.zeros(point.batch, dtype=torch.long, device=point.device)
-        self.moments = 2 * sum(parameter.nbytes for parameter in self.module.parameters())  # what AdamW keeps
-        self.ceiling = point.ceiling * (self.model.config.depth + 1) + 4 * self.moments
-        self.parameters = count_parameters(self.module)
-        shadow = on_meta(self.model)
-        self.operations = count_operations(lambda: shadow(self.shapes[0][:1]))
+    @cache
+    def images() -> Tensor:
+        return torch.randn(point.batch, 3, *size, device=point.device)
 
-    def run(self, phase: str) -> None:
-        self.inputs = self.inputs or _normal(self.shapes, self.point.device)
-        _set_training(self.module, phase == "training_step")
-        if phase == "training_step":
-            self.step(self.inputs[0], self.labels)
-        else:
-            infer(self.module, self.inputs[0])
-
-    def predict(self, phase: str) -> int | None:
-        if phase == "inference":
-            return predicted_peak(lambda module, inputs: infer(module, inputs[0]), self.module, self.shapes, self.point.device)
-        needed = predicted_peak(loss_gradients, self.module, [*self.shapes, self.labels], self.point.device)
-        return None if needed is None else needed + self.moments
-
-    def describe(self, phase: str) -> str:
+    def describe(phase: str) -> str:
         """The path of every kind of layer that the model has."""
-        config, training = self.model.config, phase == "training_step"
-        shape = (
-            self.point.batch,
-            config.num_heads,
-            self.model.num_prefix_tokens + num_tokens(self.point.grid),
-            config.head_dim,
-        )
-        kinds = {type(block.attn.encoding): block.attn.encoding for block in self.model.layers()}
-        dtype, device = DTYPES[self.point.dtype], self.point.device
-        q, k, v = (torch.randn(shape, dtype=dtype, device=device, requires_grad=training) for _ in range(3))
-        with torch.set_grad_enabled(training), _autocast(self.point):
-            tokens = v.transpose(1, 2).flatten(2)
-            return "; ".join(dict.fromkeys(describe_path(q, k, v, self.point.grid, kind, tokens) for kind in kinds.values()))
+        training, tokens = phase == "training_step", model.num_prefix_tokens + num_tokens(point.grid)
+        shape = (point.batch, model.config.num_heads, tokens, model.config.head_dim)
+        kinds = {type(block.attn.encoding): block.attn.encoding for block in model.layers()}
+        q, k, v = (torch.randn(shape, dtype=dtype, device=point.device, requires_grad=training) for _ in range(3))
+        with torch.set_grad_enabled(training), _autocast(point):
+            of = v.transpose(1, 2).flatten(2)
+            return "; ".join(dict.fromkeys(describe_path(q, k, v, point.grid, kind, of) for kind in kinds.values()))
 
-
-Subject = AttentionSubject | ModelSubject
+    steps: dict[str, Callable[[], object]] = {
+        "inference": lambda: infer(_in_mode(module, training=False), images()),
+        "training_step": lambda: step(images(), labels),
+    }
+    return Subject(module, count_model_macs(model, 3, size), steps, describe)
 
 
 def _encoded(name: str, num_heads: int, head_dim: int, grid: Grid) -> EncodedAttention:
@@ -172,15 +148,9 @@ def _encoded(name: str, num_heads: int, head_dim: int, grid: Grid) -> EncodedAtt
     return EncodedAttention(encoding, grid)
 
 
-def _normal(shapes: list[Tensor], device: torch.device) -> list[Tensor]:
-    """Random tensors like those without memory."""
-    return [torch.randn_like(like, device=device).requires_grad_(like.requires_grad) for like in shapes]
-
-
 def _autocast(point: Point) -> torch.autocast:
     return torch.autocast(point.device.type, DTYPES[point.dtype], enabled=point.dtype != "fp32")
 
 
-def _set_training(module: nn.Module, training: bool) -> None:
-    if module.training != training:
-        module.train(training)
+def _in_mode(module: Module, training: bool) -> Module:
+    return module if module.training == training else module.train(training)

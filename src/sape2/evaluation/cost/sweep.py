@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ from sape2.config import model_config
 from sape2.config.names import unknown
 from sape2.encodings import canonical_name, create_encodings, parse_encoding
 from sape2.encodings.grid import Grid, check_grid, num_tokens
-from sape2.evaluation.cost.memory import peak_bytes
+from sape2.evaluation.cost.measure import count_parameters
+from sape2.evaluation.cost.memory import peak_bytes, within_available
 from sape2.evaluation.cost.rows import LEVELS, PHASES, Row, counted_rows, growth_rows, timed_rows
-from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, AttentionSubject, ModelSubject, Point, Subject
+from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, Point, Subject, attention_subject, model_subject
 from sape2.evaluation.cost.timing import alternate
 from sape2.runs.files import write_text
-from sape2.training.memory_errors import available_bytes, is_out_of_memory
+from sape2.training.memory_errors import is_out_of_memory
 
 WARMUP = 2
-SAFE_SHARE = 0.9  # of the available memory, which a prediction must not exceed
-SUBJECTS: dict[str, type[Subject]] = {"attention": AttentionSubject, "model": ModelSubject}
+SUBJECTS = {"attention": attention_subject, "model": model_subject}
 
 
 # --- what to measure -------------------------------------------------------------------------------------------------
@@ -52,9 +51,6 @@ class Sweep:
         for dtype in self.dtypes:
             if dtype not in DTYPES:
                 raise unknown("dtype", dtype, DTYPES)
-        for name, values in (("batches", self.batches), ("repeats", (self.repeats,))):
-            if min(values) < 1:
-                raise ValueError(f"{name} must be at least 1; got {min(values)}")
         config = model_config(self.model)
         for grid in map(check_grid, self.grids):
             for encoding in self.encodings:
@@ -128,7 +124,7 @@ def measure(point: Point, sweep: Sweep, conditions: Row, on_round: Callable[[], 
     for name, timed in timed_as.items():
         subject, about = subjects[timed], {"encoding": name, "timed_as": timed} | _about(point) | conditions
         paths = [result[timed].get("path") for result in results.values()]
-        found = counted_rows(subject.parameters, subject.operations, paths[0])
+        found = counted_rows(count_parameters(subject.module), subject.macs, paths[0])
         for phase, result in results.items():
             found += timed_rows(phase, timed, result, point.batch)
         rows += [row | about for row in found]
@@ -154,11 +150,9 @@ def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_ro
     """Measures `seconds`, `bytes` and `path` of every subject, or gives a `note` on why it was not run."""
     results: dict[str, Row] = {}
     for name, subject in subjects.items():
-        note = _too_large(subject, phase) or _out_of_memory(subject, phase)
+        note = _out_of_memory(subject.steps[phase], sweep.device)
         results[name] = {"note": note} if note else {"path": subject.describe(phase)}
-    steps: dict[str, Callable[[], object]] = {
-        name: partial(subject.run, phase) for name, subject in subjects.items() if "note" not in results[name]
-    }
+    steps = {name: subject.steps[phase] for name, subject in subjects.items() if "note" not in results[name]}
     if sweep.device.type in ("cpu", "cuda"):
         for name, step in steps.items():
             results[name]["bytes"] = peak_bytes(step, sweep.device)
@@ -167,23 +161,11 @@ def _measure_phase(phase: str, subjects: dict[str, Subject], sweep: Sweep, on_ro
     return results
 
 
-def _too_large(subject: Subject, phase: str) -> str | None:
-    """Reason for skipping a phase that would run out of memory and end the process; None if the phase may run."""
-    available = available_bytes(subject.point.device)
-    if subject.ceiling <= available:
-        return None
-    needed = subject.predict(phase)
-    if needed is None or needed <= SAFE_SHARE * available:
-        return None
-    return (
-        f"too large: needs about {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are available; choose a smaller grid or batch"
-    )
-
-
-def _out_of_memory(subject: Subject, phase: str) -> str | None:
-    """Runs the phase once; why it cannot run, if memory ends although it was predicted to be enough."""
+def _out_of_memory(step: Callable[[], object], device: torch.device) -> str | None:
+    """Runs a step once; why it cannot run, if memory ends."""
     try:
-        subject.run(phase)
+        with within_available(device):
+            step()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

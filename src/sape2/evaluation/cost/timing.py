@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -18,8 +17,6 @@ def alternate(
     while meets all of them; `warmup` rounds before are not kept. Synchronised with an accelerator if there is one.
     `on_round` is called after every round.
     """
-    if repeats < 1:
-        raise ValueError(f"timing needs at least one repeat; got {repeats}")
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(warmup + repeats):
         for name, step in steps.items():
@@ -36,11 +33,6 @@ def time_once(step: Callable[[], object]) -> float:
     step()
     synchronize()
     return time.perf_counter() - start
-
-
-def median_seconds(step: Callable[[], object], warmup: int = 2, repeats: int = 5) -> float:
-    """Median wall time of `step`."""
-    return statistics.median(alternate({"step": step}, repeats, warmup)["step"])
 
 
 def spread(values: list[float]) -> tuple[float, float]:

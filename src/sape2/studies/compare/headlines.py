@@ -87,15 +87,12 @@ def step_ms(run: MeasuredRun) -> float | None:
     return 1000 * run.config.train.batch_size / statistics.median(speeds) if speeds else None
 
 
-OBJECTS = "scenes"  # the patch labels that count: colour clusters are not objects
-
-
 def telling_layer(runs: list[MeasuredRun]) -> int | None:
     """The layer whose bias, far pairs, is furthest from chance in either direction, by the mean over the runs."""
     found: dict[int, list[float]] = {}
     for row in (row for run in runs for row in run.rows if row["name"] == "bias_auroc" and "head" not in row):
         conditions = row["masks"], row["distance"], row["sign"], row["value"] is None
-        if conditions == (OBJECTS, "far", "minus", False):
+        if conditions == ("scenes", "far", "minus", False):
             found.setdefault(row["layer"], []).append(row["value"])
     return max(found, key=lambda layer: abs(statistics.mean(found[layer]) - 0.5), default=None)
 
@@ -113,7 +110,7 @@ class Headline:
 
 def _of_bias(name: str, distance: str, **where: Any) -> Callable[[MeasuredRun, int | None], float | None]:
     def pick(run: MeasuredRun, layer: int | None) -> float | None:
-        place = {"masks": OBJECTS, "distance": distance, "layer": layer, "head": None}
+        place = {"masks": "scenes", "distance": distance, "layer": layer, "head": None}
         return None if layer is None else run.value(name, "grouping", **place, **where)
 
     return pick

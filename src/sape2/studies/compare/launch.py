@@ -17,33 +17,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from sape2.data import load_data
 from sape2.runs.files import digest_of, write_text
 from sape2.runs.lock import Held
 from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import Row, failure, note_failure
-from sape2.studies.compare.runner import runner
-from sape2.studies.compare.work import DEATHS, LOOK_S, Stopped, Tell, reason_of, work
-from sape2.training.interruption import catch_signals
+from sape2.studies.compare.work import DEATHS, LOOK_S, Tell, reason_of, runner, work
+from sape2.training.interruption import Stopped, catch_signals
 
 REQUEUES = 10**6  # of a job, at most: submitit wants a number, and a run goes on as often as it must
 OURS = ("array_parallelism", "dependency", "job_name", "name", "nodes", "ntasks_per_node", "tasks_per_node")
-
-
-class Job(Protocol):
-    """The part of submitit's job interface that is used here."""
-
-    job_id: Any
-
-    def done(self) -> bool: ...
-
-
-class Launcher(Protocol):
-    """Submits jobs."""
-
-    def submit(self, study: Study, cell: Cell) -> Job: ...
 
 
 def jobs_folder(study: Study, cell: Cell) -> Path:
@@ -119,7 +104,7 @@ class Slurm:
             raise ValueError(f"--slurm may not set {', '.join(taken)}: every job is one task for one run, and named after it")
         self._executor(Path(os.devnull), "sape2")
 
-    def submit(self, study: Study, cell: Cell) -> Job:
+    def submit(self, study: Study, cell: Cell) -> Any:
         """The job of this cell that an earlier command left in the queue, else a new one."""
         folder = jobs_folder(study, cell)
         return self._in_queue(folder) or self._executor(folder, _job_name(cell)).submit(CellJob(study, cell))
@@ -135,7 +120,7 @@ class Slurm:
             raise ValueError(f"--slurm: {' '.join(str(error).split())}") from error
         return executor
 
-    def _in_queue(self, folder: Path) -> Job | None:
+    def _in_queue(self, folder: Path) -> Any:
         for path in sorted(folder.glob("*_submitted.pkl"), reverse=True):
             job = self._submitit.SlurmJob(folder, path.name.removesuffix("_submitted.pkl"))
             if not job.done(force_check=True) and job.state != "UNKNOWN":  # forgotten by Slurm: `singleton` guards the next
@@ -160,7 +145,7 @@ def _submitit() -> Any:
 
 def launch(
     study: Study,
-    launcher: Launcher,
+    launcher: Slurm,
     at_a_time: int | None = None,
     tell: Tell = lambda what, cell, rows: None,
     caught: Sequence[int] = (),
@@ -171,7 +156,7 @@ def launch(
     Raises OSError when a job met an error that is not of its run alone, Stopped once a signal is in `caught`; jobs in the
     queue go on then.
     """
-    jobs = _Jobs(study, launcher, at_a_time or len(study.cells()))
+    jobs = _Jobs(study, launcher, at_a_time or len(study.cells))
     while left := jobs.settle(tell):
         if caught:
             raise Stopped(caught[0])
@@ -183,9 +168,9 @@ def launch(
 class _Jobs:
     """The jobs under way, by the digest of their cell: (cell, job)."""
 
-    def __init__(self, study: Study, launcher: Launcher, at_a_time: int) -> None:
+    def __init__(self, study: Study, launcher: Slurm, at_a_time: int) -> None:
         self.study, self.launcher, self.at_a_time = study, launcher, at_a_time
-        self.running: dict[str, tuple[Cell, Job]] = {}
+        self.running: dict[str, tuple[Cell, Any]] = {}
         self.fruitless: Counter[tuple[str, str]] = Counter()
 
     def submit(self, left: list[Cell], tell: Tell) -> None:
@@ -206,7 +191,7 @@ class _Jobs:
             if digest in settled | over:
                 del self.running[digest]
         settled = self.study.settled() if over else settled
-        return [cell for cell in self.study.cells() if cell.digest not in settled]
+        return [cell for cell in self.study.cells if cell.digest not in settled]
 
     def _is_given_up(self, cell: Cell) -> bool:
         """Handles a job that ended before its run did; True, and the failure is recorded, after too many of them."""

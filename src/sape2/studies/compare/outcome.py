@@ -58,13 +58,13 @@ class Outcome:
         """The numbers of the test set that are not of one class."""
         return list(dict.fromkeys(row["name"] for run in self.finished for row in run["rows"] if "class" not in row))
 
-    def values(self, number: Callable[[Row], float | None]) -> dict[str, dict[int, float]]:
-        """encoding -> seed -> a number of the runs that have it."""
-        return grouped(self.finished, number)
+    def values(self, name: str, weights: str) -> dict[str, dict[int, float]]:
+        """encoding -> seed -> a number of the test set."""
+        return grouped(self.finished, lambda row: of_test_set(row, name, weights))
 
     def summaries(self, name: str, weights: str) -> dict[str, Summary]:
         """encoding -> a number of the test set, in pairs with the baseline."""
-        return summarize(self.values(lambda row: of_test_set(row, name, weights)), self.baseline)
+        return summarize(self.values(name, weights), self.baseline)
 
     def paired(self, name: str, weights: str) -> dict[str, Paired]:
         """encoding -> its differences to the baseline, for those that have any."""
@@ -85,11 +85,11 @@ class Outcome:
 
     def costs(self, name: str) -> dict[str, Summary]:
         """encoding -> one of `COSTS`."""
-        return summarize(self.values(lambda row: row[name]))
+        return summarize(grouped(self.finished, lambda row: row[name]))
 
     def _compared(self, name: str, weights: str) -> Iterator[Row]:
         unit = next(row["unit"] for run in self.finished for row in run["rows"] if row["name"] == name)
-        values = self.values(lambda row: of_test_set(row, name, weights))
+        values = self.values(name, weights)
         for encoding, found in self.summaries(name, weights).items():
             number = {"name": name, "encoding": encoding, "baseline": self.baseline} | numbers(found)
             about = {"seeds": sorted(values[encoding]), "split": "test", "weights": weights, "unit": unit}
@@ -127,7 +127,7 @@ class Outcome:
         """comparison.png: every seed, best mean first, and the differences. Raises ImportError without matplotlib."""
         if not self.finished:
             return []
-        last, best = (self.values(lambda row, kind=kind: of_test_set(row, "accuracy", kind)) for kind in ("last", "best"))
+        last, best = (self.values("accuracy", weights) for weights in ("last", "best"))
         order = sorted(last, key=lambda encoding: -mean_and_std(list(last[encoding].values()))[0])
         last, best = ({encoding: some.get(encoding, {}) for encoding in order} for some in (last, best))
         paired = {e: (pair.difference, pair.ci_low, pair.ci_high) for e, pair in self.paired("accuracy", "last").items()}

@@ -42,7 +42,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Study:
-    """`config` without its encoding and seed, which the grid gives. Raises ValueError for an empty or ambiguous grid."""
+    """`config` without its encoding and seed, which the grid gives. Raises ValueError for an ambiguous grid."""
 
     config: RunConfig
     encodings: tuple[str, ...]
@@ -51,21 +51,15 @@ class Study:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "encodings", tuple(map(canonical_name, self.encodings)))
-        if self.seeds < 1:
-            raise ValueError(f"--seeds must be at least 1; got {self.seeds}")
-        names = [cell.folder.name for cell in self.cells()]
+        names = [cell.folder.name for cell in self.cells]
         if len(set(names)) < len(names):
             raise ValueError(
                 f"two of these encodings are one, or would share a folder: {', '.join(self.encodings)}; give one of them"
             )
 
-    def cells(self) -> list[Cell]:
-        """The cells, seed by seed, so that an interrupted study has about equally many seeds of every encoding."""
-        return list(self._cells)
-
     @cached_property
-    def _cells(self) -> tuple[Cell, ...]:
-        """The cells, created once: progress asks for them every second, and each checks its settings when created."""
+    def cells(self) -> tuple[Cell, ...]:
+        """The cells, seed by seed, so that an interrupted study has about equally many seeds of every encoding."""
         return tuple(self._cell(encoding, seed) for seed in range(self.seeds) for encoding in self.encodings)
 
     def _cell(self, encoding: str, seed: int) -> Cell:
@@ -95,7 +89,7 @@ class Study:
         there = json.loads(json.dumps(shared_settings(there)))
         if there != self.settings():
             raise ValueError(f"{self.folder} holds another study, {how_it_differs(there, self.settings())}")
-        for cell in self.cells():
+        for cell in self.cells:
             cell.run.check_settings()
 
     def start(self) -> None:
@@ -107,9 +101,9 @@ class Study:
     def settled(self) -> set[str]:
         """The digests of the cells that are finished or have failed; a finished one may have lost its folder."""
         done = {row["digest"] for row in finished_rows(self.rows)}
-        left = [cell for cell in self.cells() if cell.digest not in done]
+        left = [cell for cell in self.cells if cell.digest not in done]
         return done | {cell.digest for cell in left if cell.run.is_measured or failure(cell.run)}
 
     def gather(self) -> list[Row]:
         """OUT/rows.jsonl, brought up to date."""
-        return gather(self.rows, [cell.run for cell in self.cells()])
+        return gather(self.rows, [cell.run for cell in self.cells])

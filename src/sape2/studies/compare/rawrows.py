@@ -15,7 +15,8 @@ from typing import Any
 
 from sape2.config import ModelConfig, RunConfig
 from sape2.config.recipes.changed import changed_in_words
-from sape2.evaluation.cost.measure import count_model_operations, count_parameters
+from sape2.evaluation.cost.measure import count_parameters
+from sape2.evaluation.cost.operations import count_model_macs
 from sape2.evaluation.runs import describe
 from sape2.models.vit import ViT
 from sape2.runs.files import digest_of, write_text
@@ -87,7 +88,7 @@ def _head(config: RunConfig) -> Row:
 @cache
 def _size(config: ModelConfig) -> Row:
     model = ViT(config)
-    macs = count_model_operations(model, config.in_channels, config.image_size).macs
+    macs = count_model_macs(model, config.in_channels, config.image_size)
     return {"parameters": count_parameters(model), "macs_per_image": macs}
 
 

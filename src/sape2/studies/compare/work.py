@@ -5,9 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from sape2.data import Splits
+from sape2.data.augment import TrainStream
+from sape2.models.trained import build_model
+from sape2.runs.checkpoint import Progress
 from sape2.runs.lock import Held, Lock, LockLost
 from sape2.studies.compare.plan import Cell, Study
 from sape2.studies.compare.rawrows import FAILED, Row, failure, note_failure
+from sape2.studies.run import run_to_end
+from sape2.training.interruption import Stopped
 
 DEATHS = 3  # so many processes that vanished in a run without a new checkpoint: it is not tried a further time
 LOOK_S = 2.0  # between looks at runs that others hold
@@ -15,12 +21,15 @@ Work = Callable[[Cell], None]  # trains and measures one cell, from where it sta
 Tell = Callable[[str, Cell, list[Row]], None]  # hears what happens to which cell, and the rows there are then
 
 
-class Stopped(Exception):
-    """The process was asked to stop, by this signal."""
+def runner(splits: Splits, step: Callable[[Progress, int], None] = lambda progress, total: None) -> Work:
+    """Runs a cell as `sape2 train` would, without a bar of its own; `step` hears the progress and the total after each step."""
 
-    def __init__(self, signal_number: int) -> None:
-        super().__init__("stopped; the same command goes on from there")
-        self.signal_number = signal_number
+    def run(cell: Cell) -> None:
+        config = cell.config
+        total = TrainStream(splits.train, config.augment, config.train, config.seed).total_steps
+        run_to_end(build_model(config), splits, cell.run, True, lambda progress: step(progress, total))
+
+    return run
 
 
 def work(
@@ -37,7 +46,7 @@ def work(
     OSError (a full disk, a folder that is gone) stops the work. `tell` hears "starting", "finished", "failed" or "waiting".
     Raises Stopped before the next run, or while waiting, once a signal is in `caught`.
     """
-    for cell in _until_settled(study, study.cells() if cells is None else cells, caught, tell):
+    for cell in _until_settled(study, study.cells if cells is None else cells, caught, tell):
         try:
             lock = cell.run.hold()
         except Held:
@@ -93,32 +102,5 @@ def reason_of(error: Exception) -> str:
 
 def forget_failures(study: Study) -> None:
     """Deletes the records of failures, so that failed runs are tried again from their last checkpoint."""
-    for cell in study.cells():
+    for cell in study.cells:
         (cell.folder / FAILED).unlink(missing_ok=True)
-
-
-def seconds_left(
-    study: Study, rows: list[Row], workers: int, present: tuple[Cell, float, float] | None, besides: float = 0.0
-) -> float | None:
-    """Estimate from the training times of finished runs: the mean of the same encoding, else of all; None if there are none.
-
-    `present` is the run under way, the share of it that is done, and the seconds that its whole training takes at this
-    pace; `besides` is what a run takes besides its training. `workers` share the rest evenly.
-    """
-    finished = [row for row in rows if "failed" not in row]
-    took: dict[str, list[float]] = {}
-    for row in finished:
-        took.setdefault(row["encoding"], []).append(row["training_s"])
-    if present:
-        took.setdefault(present[0].config.model.encoding, [present[2]])
-    everything = [seconds for some in took.values() for seconds in some]
-    if not everything:
-        return None
-    settled = {row["digest"] for row in rows}
-    left = 0.0
-    for cell in study.cells():
-        if cell.digest not in settled:
-            known = took.get(cell.config.model.encoding, everything)
-            done = present[1] if present and present[0] == cell else 0.0
-            left += sum(known) / len(known) * (1 - done) + besides
-    return left / max(1, workers)
