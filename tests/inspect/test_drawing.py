@@ -1,5 +1,6 @@
 """Drawings: the same shapes as SVG and as pixels; panels that show the numbers they are given."""
 
+import base64
 import io
 import sys
 import xml.etree.ElementTree as ET
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sape2.inspect.drawing import Dot, Drawing, Line, Raster, Rect, Text, colour, flow, ink_on, moved, stack
+from sape2.inspect.drawing import Drawing, colour, dot, flow, ink_on, line, raster, rect, stack, text
 from sape2.inspect.figures import answer_figure, as_one, counts_figure, distance_figure, even_columns, pairs_figure
 from sape2.inspect.panels import (
     HEAD,
@@ -38,17 +39,26 @@ def titles(drawing):
     return [element.text for element in tree(drawing).iter(f"{SVG}title")]
 
 
+def texts(drawing):
+    return [element.text or "" for element in tree(drawing).iter(f"{SVG}text")]
+
+
+def cells(drawing):
+    """Patch -> what its cell is filled with."""
+    return {rect.get("data-patch"): rect.get("fill") for rect in tree(drawing).iter(f"{SVG}rect") if rect.get("data-patch")}
+
+
 def pixels(drawing, scale=2):
     return np.asarray(Image.open(io.BytesIO(drawing.png(scale))).convert("RGB"))
 
 
 def test_shapes_are_where_they_were_put_in_both_forms():
-    raster = np.zeros((1, 2, 3), np.uint8)
-    raster[0, 1] = 255, 0, 0
+    image = np.zeros((1, 2, 3), np.uint8)
+    image[0, 1] = 255, 0, 0
     shapes = (
-        Rect(0, 0, 10, 10, "#00ff00", title="a < b", patch="1,2"),
-        Raster(20, 0, 20, 10, raster),
-        Dot(50, 5, 4, "#0000ff"),
+        rect(0, 0, 10, 10, "#00ff00", title="a < b", patch="1,2"),
+        raster(20, 0, 20, 10, image),
+        dot(50, 5, 4, "#0000ff"),
     )
     drawing = Drawing(60, 10, shapes, "green, black & red, blue")
     found = pixels(drawing)
@@ -58,15 +68,15 @@ def test_shapes_are_where_they_were_put_in_both_forms():
         assert tuple(found[y, x]) == rgb
     root = tree(drawing)
     assert root.get("aria-label") == "green, black & red, blue"
-    rect = root.findall(f"{SVG}rect")[1]  # the first is the ground
-    assert (rect.get("data-patch"), rect.get("fill"), rect.find(f"{SVG}title").text) == ("1,2", "#00ff00", "a < b")
+    box = root.findall(f"{SVG}rect")[1]  # the first is the ground
+    assert (box.get("data-patch"), box.get("fill"), box.find(f"{SVG}title").text) == ("1,2", "#00ff00", "a < b")
 
 
 def test_lines_areas_and_text_leave_ink():
     shapes = (
-        Line(((0, 5), (40, 5)), "#000000", 2),
-        Line(((0, 10), (40, 10), (40, 20)), "none", 0, "#ff0000"),
-        Text(2, 38, "text", 14),
+        line(((0, 5), (40, 5)), "#000000", 2),
+        line(((0, 10), (40, 10), (40, 20)), "none", 0, "#ff0000"),
+        text(2, 38, "text", 14),
     )
     found = pixels(Drawing(40, 40, shapes))
     assert found[10, 40].max() < 60
@@ -76,12 +86,12 @@ def test_lines_areas_and_text_leave_ink():
 
 
 def test_drawings_flow_into_rows_and_stack():
-    boxes = [Drawing(30, 10 * (at + 1), (Rect(0, 0, 1, 1),)) for at in range(3)]
+    boxes = [Drawing(30, 10 * (at + 1), (rect(0, 0, 1, 1),)) for at in range(3)]
     row = flow(boxes, 70, gap=10)
     assert (row.width, row.height) == (70, 20 + 10 + 30)
-    assert [(shape.x, shape.y) for shape in row.shapes] == [(0, 0), (40, 0), (0, 30)]
+    moves = [group.get("transform") for group in tree(row).iter(f"{SVG}g")]
+    assert moves == ["translate(0.00 0.00)", "translate(40.00 0.00)", "translate(0.00 30.00)"]
     assert stack(boxes, gap=10).height == 80
-    assert moved(Line(((1, 2), (3, 4))), 1, 1).points == ((2, 3), (4, 5))
 
 
 @pytest.mark.parametrize("name", ["cividis", "RdBu_r"])
@@ -106,21 +116,19 @@ def test_a_map_says_every_value_where_it_is():
     values = np.arange(6.0).reshape(2, 3)
     panel = map_panel(values, "Bias", "logits")
     assert titles(panel) == [f"row {y}, column {x}: {values[y, x]:.5g} logits" for y in range(2) for x in range(3)]
-    rects = [shape for shape in panel.shapes if isinstance(shape, Rect)]
-    assert rects[-1].fill == "#fee838"
-    assert rects[0].fill == "#00224e"
-    assert [rect.patch for rect in rects] == ["0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
+    found = cells(panel)
+    assert list(found) == ["0,0", "0,1", "0,2", "1,0", "1,1", "1,2"]
+    assert (found["0,0"], found["1,2"]) == ("#00224e", "#fee838")
 
 
 def test_lines_and_heads_say_what_their_colours_mean():
     image = np.zeros((1, 4, 4), np.uint8)
-    line = {"gate": np.array([0.2, 0.4]), "position": np.array([1.0, 2.0, 0.5, 3.0]), "vector": np.array([-2.0, 1.0])}
-    panel = line_panel(image, (2, 2), (0, 0), "x", line, "Along the row")
-    texts = [shape.text for shape in panel.shapes if isinstance(shape, Text)]
-    assert texts[-9:] == ["gate (share)", "0.000", "1.000", "position (rows)", "0.500", "3.000", "vector (logits)", "-2.000",
-                          "2.000"]  # fmt: skip
+    values = {"gate": np.array([0.2, 0.4]), "position": np.array([1.0, 2.0, 0.5, 3.0]), "vector": np.array([-2.0, 1.0])}
+    panel = line_panel(image, (2, 2), (0, 0), "x", values, "Along the row")
+    assert texts(panel)[-9:] == ["gate (share)", "0.000", "1.000", "position (rows)", "0.500", "3.000", "vector (logits)",
+                                 "-2.000", "2.000"]  # fmt: skip
     heads = heads_panel(np.array([[0.5, 1.5]]), "Positions", "rows of the table")
-    assert [shape.text for shape in heads.shapes if isinstance(shape, Text)][-2:] == ["0.000", "1.500"]
+    assert texts(heads)[-2:] == ["0.000", "1.500"]
 
 
 def test_the_table_is_read_where_the_positions_are():
@@ -138,12 +146,13 @@ def test_all_pairs_and_each_patch_are_where_they_belong():
     """The map of a patch is its row of the pairs, on the grid; both on one scale."""
     pairs = torch.arange(144.0).view(12, 12)
     matrix, layer = pairs_figure({"layer 1": pairs}, (3, 4), {"the centre": (1, 2)})
-    shown = [shape.pixels for shape in matrix.shapes if isinstance(shape, Raster)]
-    assert shown[0].shape == (12, 12, 3)
-    np.testing.assert_array_equal(shown[0], colour(pairs.numpy() / 143))
-    cells = {shape.patch: shape.fill for shape in layer.shapes if isinstance(shape, Rect) and shape.patch}
+    data = next(tree(matrix).iter(f"{SVG}image")).get("href").removeprefix("data:image/png;base64,")
+    shown = np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
+    np.testing.assert_array_equal(shown, colour(pairs.numpy() / 143))
     expected = colour(pairs[6].view(3, 4).numpy() / 143)
-    assert cells == {f"{y},{x}": "#{:02x}{:02x}{:02x}".format(*expected[y, x].tolist()) for y in range(3) for x in range(4)}
+    assert cells(layer) == {
+        f"{y},{x}": "#{:02x}{:02x}{:02x}".format(*expected[y, x].tolist()) for y in range(3) for x in range(4)
+    }
 
 
 @pytest.mark.parametrize("opacity", [0.0, 0.25, 1.0])
@@ -153,8 +162,8 @@ def test_a_map_over_an_image_is_mixed_with_it_in_both_forms(opacity):
     over = Over(values, "logits", opacity=opacity)
     plain, panel, answer = answer_figure(image, (2, 3), [], {"Bias": over}, [("cat", 0.5)])
     assert (plain.label, answer.label) == ("Image 4x6 px, 2x3 patches", "Prediction: cat 50.0%")
-    cells = [rect for rect in tree(panel).iter(f"{SVG}rect") if rect.get("data-patch")]
-    assert {rect.get("fill-opacity") for rect in cells} == {f"{opacity:g}"}
+    boxes = [box for box in tree(panel).iter(f"{SVG}rect") if box.get("data-patch")]
+    assert {box.get("fill-opacity") for box in boxes} == {f"{opacity:g}"}
     assert titles(panel)[1] == "row 0, column 1: 0.5 logits"
     found = pixels(panel, 1)
     for (y, x), value in np.ndenumerate(values):
@@ -166,11 +175,11 @@ def test_a_map_over_an_image_is_mixed_with_it_in_both_forms(opacity):
 def test_a_tall_image_leaves_room_for_its_scale():
     tall = image_panel(np.zeros((1, 90, 10), np.uint8), (9, 1), [], "Image", over=Over(np.ones((9, 1)), "logits"))
     assert tall.height < 2 * tall.width
-    assert [shape.text for shape in tall.shapes if isinstance(shape, Text)][-2:] == ["1.000 everywhere", ""]
+    assert texts(tall)[-2:] == ["1.000 everywhere", ""]
 
 
 @pytest.mark.parametrize(
-    ("limits", "texts"),
+    ("limits", "ends"),
     [
         ((0.0047, 0.0054), ("0.0047", "0.0054")),
         ((0.00449, 0.00551), ("0.0045", "0.0055")),
@@ -180,8 +189,8 @@ def test_a_tall_image_leaves_room_for_its_scale():
         ((2.0, 2.0 + 1e-9), ("2.000", "")),
     ],
 )
-def test_the_ends_of_a_scale_can_be_told_apart(limits, texts):
-    assert ends_of(limits) == texts
+def test_the_ends_of_a_scale_can_be_told_apart(limits, ends):
+    assert ends_of(limits) == ends
 
 
 def test_rounding_is_not_stretched_over_all_colours():
@@ -193,7 +202,7 @@ def test_rounding_is_not_stretched_over_all_colours():
 def test_long_names_of_classes_are_shortened_but_pointed_at_whole():
     names = ["the longest of all the names of classes", "the longest of all the other names of classes"]
     panel = bars_panel(names, [0.6, 0.4], "Prediction")
-    shown = [shape.text for shape in panel.shapes if isinstance(shape, Text)][1::2]
+    shown = texts(panel)[1::2]
     assert len(set(shown)) == 2
     assert max(map(len, shown)) <= 24
     assert titles(panel)[::2] == [f"{names[0]}: 0.600000", f"{names[1]}: 0.400000"]
@@ -220,19 +229,19 @@ def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
     layers = {
         f"layer {layer}": torch.zeros(2, 12, 12) if layer == 1 else torch.randn(2, 12, 12) for layer in range(1, depth + 1)
     }
-    line = {"gates": torch.rand(2, 4), "positions": 3 * torch.rand(2, 8)}
+    row = {"gates": torch.rand(2, 4), "positions": 3 * torch.rand(2, 8)}
     column = {"gates": torch.rand(2, 3), "positions": torch.zeros(2, 3)}
     sequence = {"gates": torch.rand(2, 12), "positions": torch.rand(2, 12)}
     figures = {
         "pairs": pairs_figure({n: m.mean(0) for n, m in layers.items()}, (3, 4), {"a": (0, 0), "b": (2, 3)}),
         "distance": distance_figure(layers, (3, 4)),
-        "counts": counts_figure(image, {"x": line, "y": column, "sequence": sequence}, (3, 4), (1, 2)),
+        "counts": counts_figure(image, {"x": row, "y": column, "sequence": sequence}, (3, 4), (1, 2)),
     }
     for name, drawings in figures.items():
         whole = as_one("photo.png: dog, 70.1%", "vit_small with ape", drawings[:1], drawings)
         ET.fromstring(whole.svg(standalone=True))
         assert "nan" not in whole.svg()
-        assert [text.text for text in whole.shapes[:2]] == ["photo.png: dog, 70.1%", "vit_small with ape"]
+        assert texts(whole)[:2] == ["photo.png: dog, 70.1%", "vit_small with ape"]
         if depth == 1:
             whole.save(tmp_path / f"{name}.png")
             assert Image.open(tmp_path / f"{name}.png").size[0] > 300
@@ -249,6 +258,6 @@ def test_pixels_do_not_depend_on_the_fonts_of_the_system(monkeypatch):
     called = []
     real = sys.modules.get("resvg_py") or __import__("resvg_py")
     monkeypatch.setattr(real, "svg_to_bytes", lambda **how: called.append(how) or b"")
-    Drawing(10, 10, (Text(0, 9, "a"),)).png()
+    Drawing(10, 10, (text(0, 9, "a"),)).png()
     assert called[0]["skip_system_fonts"]
     assert all(Path(file).is_file() for file in called[0]["font_files"])

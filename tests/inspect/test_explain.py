@@ -1,5 +1,6 @@
 """`sape2 explain`: one page or picture about one image, whatever the file, and one line for what cannot be."""
 
+import html
 import json
 import re
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ from sape2.cli import main
 from sape2.config import override
 from sape2.config.recipes import get_recipe
 from sape2.data.picture import read_picture
-from sape2.inspect.drawing import Drawing, Text
+from sape2.inspect.drawing import Drawing
 from sape2.inspect.explain import explain
 from sape2.models.trained import build_model, load_run_model
 from sape2.runs.checkpoint import save_weights
@@ -251,7 +252,7 @@ def test_the_picture_says_which_image_and_model_and_what_was_predicted(run, phot
     saved = []
     monkeypatch.setattr(Drawing, "save", lambda drawing, path: saved.append(drawing))
     assert status_of("explain", run, photo, "--out", tmp_path / "picture.png") == 0
-    texts = [shape.text for shape in saved[0].shapes if isinstance(shape, Text)]
+    texts = [html.unescape(words) for words in re.findall(r"<text[^>]*>([^<]*)</text>", saved[0].svg())]
     assert re.fullmatch(r"photo\.png: predicted \d, \d+\.\d%", texts[0])
     assert texts[1].startswith("vit_nano* with ape+sape2, trained on digits for 60 epochs (seed 0; model.depth=2)")
     assert {"Prediction", "Bias from patch a", "Attention from patch a"} <= set(texts)

@@ -58,26 +58,28 @@ class AttachedAttention(Attached, Attention):
         return _finish(self, x, self.attend(q, k, v, dropout=_dropout(self), mask=mask, tokens=x))
 
 
-class AttachedAttentionRope(Attached, AttentionRope):
+class _AttachedRope(Attached):
+    """Those of timm that may turn queries and keys themselves."""
+
+    def forward(
+        self: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        q, k, v = _project(self, x)
+        rotated = None if rope is None else (_turn(self, q, rope).type_as(v), _turn(self, k, rope).type_as(v))
+        mask = _mask(x, attn_mask, is_causal)
+        return _finish(self, x, self.attend(q, k, v, dropout=_dropout(self), mask=mask, rotated=rotated, tokens=x))
+
+
+class AttachedAttentionRope(_AttachedRope, AttentionRope):
     """timm's `AttentionRope` with an encoding."""
 
     host_class = AttentionRope
 
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        return _forward_rope(self, x, rope, attn_mask, is_causal)
 
-
-class AttachedEvaAttention(Attached, EvaAttention):
+class AttachedEvaAttention(_AttachedRope, EvaAttention):
     """timm's `EvaAttention` with an encoding."""
 
     host_class = EvaAttention
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        return _forward_rope(self, x, rope, attn_mask, is_causal)
 
 
 class AttachedBeitAttention(Attached, beit.Attention):
@@ -180,16 +182,6 @@ def _forward_with(module: Any, x: Tensor, bias: Tensor | None, window: Window | 
     """Attention under an encoding and a bias of the host."""
     q, k, v = _project(module, x)
     return _finish(module, x, module.attend(q, k, v, dropout=_dropout(module), mask=bias, tokens=x, window=window))
-
-
-def _forward_rope(module: Any, x: Tensor, rope: Tensor | None, attn_mask: Tensor | None, is_causal: bool) -> Tensor:
-    q, k, v = _project(module, x)
-    rotated = None
-    if rope is not None:
-        rotated = _turn(module, q, rope).type_as(v), _turn(module, k, rope).type_as(v)
-    mask = _mask(x, attn_mask, is_causal)
-    output = module.attend(q, k, v, dropout=_dropout(module), mask=mask, rotated=rotated, tokens=x)
-    return _finish(module, x, output)
 
 
 def _project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

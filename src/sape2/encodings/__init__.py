@@ -179,12 +179,8 @@ def canonical_name(name: str) -> str:
 
 
 def _spelled(part: Part) -> str:
-    encoding, given = find_encoding(part.name), dict(part.options)
-    presets = encoding.presets or {"": {}}
-    preset = given.pop("preset", next(iter(presets)))
-    if preset not in presets:
-        raise ValueError(f"{part.name}:preset must be one of {', '.join(presets)}; got {preset!r}")
-    meant = make_options(encoding.Options, part.name, presets[preset] | given, *({"preset"} & {*options_of(part.name)}))
+    encoding = find_encoding(part.name)
+    meant, presets = encoding.read_options(part.options), encoding.presets or {"": {}}
     spellings = [
         ({"preset": known} if known != next(iter(presets)) else {}) | _changed(meant, encoding.Options(**values))
         for known, values in presets.items()

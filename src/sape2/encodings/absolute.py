@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from sape2.encodings.base import AttentionEncoding, Facts, TokenEncoding
 from sape2.encodings.bias import AttentionBias, Factors, Places
 from sape2.encodings.content import Content, Vectors
-from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, is_symbolic
-from sape2.encodings.options import make_options
+from sape2.encodings.grid import Grid, check_tokens, coordinates, is_symbolic
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.resample import Kernel, resample
 
@@ -48,16 +47,16 @@ class LearnedAbsolute(TokenEncoding):
     that tells whether a gain comes from meeting a table in every layer.
     """
 
+    name = "ape"
     Options = LearnedAbsoluteOptions
     summary = "learned absolute table, resampled to other grids"
     source = "arXiv:2010.11929"
     facts = Facts()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(LearnedAbsoluteOptions, "ape", options)
+        super().__init__(num_heads, head_dim, grid, **options)
         self.every_layer = self.options.every_layer
-        self.table = nn.Parameter(torch.empty(*check_grid(grid), num_heads * head_dim))  # (H, W, D)
+        self.table = nn.Parameter(torch.empty(*self.grid, self.dim))  # (H, W, D)
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
@@ -82,15 +81,14 @@ class SinCosOptions:
 class SinCos(TokenEncoding):
     """x_i + [sin(x w), cos(x w), sin(y w), cos(y w)], fixed, w = temperature^(-f / (D/4)) (MoCo v3, arXiv:2104.02057)."""
 
+    name = "sincos"
     Options = SinCosOptions
     summary = "fixed sine-cosine of x and y, any grid"
     source = "arXiv:1706.03762, 2D as in arXiv:2104.02057"
     facts = Facts()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(SinCosOptions, "sincos", options)
-        self.dim = num_heads * head_dim
+        super().__init__(num_heads, head_dim, grid, **options)
         if self.dim % 4:
             raise ValueError(f"sincos needs a width divisible by 4; got {self.dim}")
 
@@ -130,6 +128,7 @@ class KeyTable(AttentionEncoding):
     counts. Vectors start as those of `ape`, normal of std 0.02, and are resampled like them on other grids.
     """
 
+    name = "key_table"
     Options = KeyTableOptions
     summary = "a learned vector per row and column, or per place, added to the keys in every layer"
     source = "the control of SaPE2's read-out (ours)"
@@ -141,9 +140,8 @@ class KeyTable(AttentionEncoding):
     facts = Facts(content_dependent=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(KeyTableOptions, "key_table", options)
-        height, width = check_grid(grid)
+        super().__init__(num_heads, head_dim, grid, **options)
+        height, width = self.grid
         tables = num_heads if self.options.heads == "each" else 1
         shapes = {"": (height, width)} if self.options.by == "token" else {"_y": (height, 1), "_x": (1, width)}
         for side in ("keys", "queries") if self.options.to == "both" else ("keys",):

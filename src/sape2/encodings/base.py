@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content, Tokens, Vectors
-from sape2.encodings.grid import Axis, Grid, num_prefix_tokens
+from sape2.encodings.grid import Axis, Grid, check_grid, num_prefix_tokens
 from sape2.encodings.options import changed_options, make_options
 
 MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
@@ -48,60 +48,69 @@ class Facts:
     any_grid: bool = True
 
 
-class TokenEncoding(nn.Module):
-    """Adds position to the tokens once: before the first block, or after block `after_block`.
+class PositionEncoding(nn.Module):
+    """What encodings of tokens and of attention have in common, made for the training `grid` with the options of their name.
 
-    With `every_layer` a model has a module before every block, see `sape2.encodings.create_encodings`.
-
-    A class says what it is (`summary`), where it comes from (`source`), and which settings of its options are worth a
-    comparison (`variants`: options -> what they are and where they come from); `sape2 list encodings` shows all three.
+    A class says its `name`, what it is (`summary`), where it comes from (`source`), and which settings of its options are
+    worth a comparison (`variants`: options -> what they are and where they come from); `sape2 list encodings` shows all.
     """
 
+    name: str = ""
     Options: type = NoOptions
     summary: str
     source: str
     variants: ClassVar[dict[str, str]] = {}
     presets: ClassVar[dict[str, dict[str, Any]]] = {}  # names of several options at once, the default first
     facts = Facts()
-    after_block: int | None = None
-    every_layer: bool = False
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__()
+        self.num_heads, self.head_dim, self.dim = num_heads, head_dim, num_heads * head_dim
+        self.grid = check_grid(grid)
+        self.options = self.read_options(options)
+
+    @classmethod
+    def read_options(cls, given: dict[str, Any]) -> Any:
+        """`Options` of these values over those of a preset. Raises ValueError that lists what is known."""
+        if not cls.presets:
+            return make_options(cls.Options, cls.name, given)
+        preset = given.get("preset", next(iter(cls.presets)))
+        if preset not in cls.presets:
+            raise ValueError(f"{cls.name}:preset must be one of {', '.join(cls.presets)}; got {preset!r}")
+        own = {name: value for name, value in given.items() if name != "preset"}
+        return make_options(cls.Options, cls.name, cls.presets[preset] | own, "preset")
+
+    def extra_repr(self) -> str:
+        return changed_options(self.Options, getattr(self, "options", None))
+
+
+class TokenEncoding(PositionEncoding):
+    """Adds position to the tokens once: before the first block, or after block `after_block`.
+
+    With `every_layer` a model has a module before every block, see `sape2.encodings.create_encodings`.
+    """
+
+    after_block: int | None = None
+    every_layer: bool = False
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
         raise NotImplementedError
 
-    def extra_repr(self) -> str:
-        return changed_options(self.Options, getattr(self, "options", None))
 
-
-class AttentionEncoding(nn.Module):
+class AttentionEncoding(PositionEncoding):
     """Adds position inside attention by two hooks, `rotate` and `make_bias`. Both see grid tokens only.
 
-    `summary`, `source` and `variants` as in `TokenEncoding`. A bias may depend on the `Content` and the encoding's
-    parameters, image by image, and on nothing else. An encoding that reads the products q.k of the tokens of one line says
-    so in `score_axes`, and must give the same without them. One that reads the tokens says so in `reads_tokens`.
+    A bias may depend on the `Content` and the encoding's parameters, image by image, and on nothing else. An encoding that
+    reads the products q.k of the tokens of one line says so in `score_axes`, and must give the same without them. One that
+    reads the tokens says so in `reads_tokens`.
     """
 
-    Options: type = NoOptions
-    summary: str
-    source: str
-    variants: ClassVar[dict[str, str]] = {}
-    presets: ClassVar[dict[str, dict[str, Any]]] = {}  # names of several options at once, the default first
-    facts = Facts()
     score_axes: tuple[Axis, ...] = ()
     reads_tokens: bool = False
-
-    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__()
 
     @property
     def makes_bias(self) -> bool:
         return type(self).make_bias is not AttentionEncoding.make_bias
-
-    def extra_repr(self) -> str:
-        return changed_options(self.Options, getattr(self, "options", None))
 
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
@@ -150,7 +159,7 @@ def encoding_names(model: nn.Module) -> set[str]:
     return {
         f"{prefix}.{name}" if prefix else name
         for prefix, module in model.named_modules()
-        if isinstance(module, (TokenEncoding, AttentionEncoding))
+        if isinstance(module, PositionEncoding)
         for name, _ in module.named_parameters()
     }
 
@@ -164,13 +173,13 @@ def names_without_decay(model: nn.Module) -> set[str]:
 class NoEncoding(AttentionEncoding):
     """No position at all: the control of every comparison."""
 
+    name = "none"
     summary = "no position encoding, the control"
     source = "-"
     facts = Facts(translation=True, row_permutation=True, column_permutation=True, circular_shift=True, flip=True)
 
     def __init__(self, num_heads: int = 1, head_dim: int = 1, grid: Grid = (1, 1), **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        make_options(NoOptions, "none", options)
+        super().__init__(num_heads, head_dim, grid, **options)
 
 
 class Composite(AttentionEncoding):

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sape2.encodings.base import Facts, TokenEncoding
 from sape2.encodings.grid import Grid, check_tokens
-from sape2.encodings.options import make_options
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class Conditional(TokenEncoding):
     circular shifts, and no place is told from another. Weights start as PyTorch starts a convolution, as in the source.
     """
 
+    name = "cpe"
     Options = ConditionalOptions
     summary = "depthwise 3x3 convolution of the tokens after the first block (PEG)"
     source = "arXiv:2102.10882"
@@ -35,10 +35,8 @@ class Conditional(TokenEncoding):
     after_block = 0
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(ConditionalOptions, "cpe", options)
-        dim = num_heads * head_dim
-        self.conv = nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim, padding_mode=self.options.padding)
+        super().__init__(num_heads, head_dim, grid, **options)
+        self.conv = nn.Conv2d(self.dim, self.dim, 3, padding=1, groups=self.dim, padding_mode=self.options.padding)
         self.facts = Facts(content_dependent=True, circular_shift=self.options.padding == "circular")
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:

@@ -18,8 +18,7 @@ from sape2.encodings.bias import AttentionBias, Matrix
 from sape2.encodings.content import Content
 from sape2.encodings.counting import rescaling
 from sape2.encodings.counting.readable import count_positions, interpolate
-from sape2.encodings.grid import Grid, check_grid, num_tokens
-from sape2.encodings.options import make_options
+from sape2.encodings.grid import Grid, num_tokens
 from sape2.encodings.precision import full_precision, no_autocast
 
 Count = Literal["suffix", "causal", "between"]
@@ -62,6 +61,7 @@ class CoPE(AttentionEncoding):
     which is the default here. Sums and positions are in float32 or better.
     """
 
+    name = "cope"
     Options = CoPEOptions
     summary = "contextual positions: gated counts along the raster order"
     source = "arXiv:2405.18719"
@@ -74,9 +74,7 @@ class CoPE(AttentionEncoding):
     score_axes = ("raster",)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(CoPEOptions, "cope", options)
-        self.head_dim, self.grid = head_dim, check_grid(grid)
+        super().__init__(num_heads, head_dim, grid, **options)
         self.num_positions = self.options.num_positions or num_tokens(grid) + 1
         self.table = nn.Parameter(torch.zeros(self.num_positions, head_dim))
 

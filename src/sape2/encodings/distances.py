@@ -29,12 +29,7 @@ BLOCK_ELEMENTS = 2**21  # of a map that is worked on at a time: 8 MB of float32,
 
 @dataclass(frozen=True)
 class Distances(Term):
-    """b_in = gain * sum over the vectors of ||s_i - s_n||_2, eq. 15 and 16 of arXiv:2505.09466; vectors (B, h, N, S).
-
-    Squared distances are one matrix product, |s_i|^2 + |s_n|^2 - 2 s_i . s_n, of vectors whose mean has been taken away
-    and with the norms made smaller by a few roundings: so in blocks, too, the diagonal and equal vectors come out as
-    exactly 0, which a product alone would not give (up to 5e-3 in float32). Gradients need products only.
-    """
+    """b_in = gain * sum over the vectors of ||s_i - s_n||_2, eq. 15 and 16 of arXiv:2505.09466; vectors (B, h, N, S)."""
 
     vectors: tuple[Float[Tensor, "*batch_heads tokens _"], ...]
     gain: float | Float[Tensor, "*heads 1 1"] = 1.0
@@ -162,7 +157,3 @@ def blocks(count: int, rows: int, columns: int) -> list[tuple[slice, slice]]:
         return [(slice(c, c + 1), slice(r, r + step)) for c in range(count) for r in range(0, rows, step)]
     step = BLOCK_ELEMENTS // (rows * columns)
     return [(slice(c, c + step), slice(None)) for c in range(0, count, step)]
-
-
-def _part(sides: Sides, count: slice) -> Sides:
-    return Sides(sides.queries[count], sides.keys[count])

@@ -15,7 +15,6 @@ from sape2.encodings.bias import PLACE_AXES, AttentionBias, Places
 from sape2.encodings.content import Content
 from sape2.encodings.counting.readable import sides
 from sape2.encodings.grid import Axis, Grid, from_lines, line_coordinate, line_length, to_lines
-from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
 
 
@@ -35,6 +34,7 @@ class Forget(AttentionEncoding):
     block. Spatial decay on two axes: arXiv:2508.09525. Raises ValueError without tokens.
     """
 
+    name = "forget"
     Options = ForgetOptions
     summary = "gates along rows and columns that patches on the way close, both ways"
     source = "arXiv:2503.02130, both ways as in x-transformers, 2D here"
@@ -42,9 +42,7 @@ class Forget(AttentionEncoding):
     reads_tokens = True
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(ForgetOptions, "forget", options)
-        self.dim = num_heads * head_dim
+        super().__init__(num_heads, head_dim, grid, **options)
         weight = torch.empty(2, 2, num_heads, self.dim).uniform_(-(self.dim**-0.5), self.dim**-0.5)
         self.weight = nn.Parameter(weight)  # (axis y or x, backwards or onwards, h, D)
         self.offset = nn.Parameter(torch.full((2, 2, num_heads), self.options.start))

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Matrix
 from sape2.encodings.content import Content
-from sape2.encodings.grid import Grid, check_grid, num_offsets, offset_index
-from sape2.encodings.options import make_options
+from sape2.encodings.grid import Grid, num_offsets, offset_index
 from sape2.encodings.precision import full_precision, no_autocast
 
 MAX_WIDTH = 2**16
@@ -94,14 +93,13 @@ class LogCPB(OffsetFunction):
     Swin, so its weights fit. The cosine attention of Swin V2 is not part of it.
     """
 
+    name = "log_cpb"
     Options = LogCPBOptions
     summary = "a network of the offset on a logarithmic scale, between 0 and 16 (Swin V2)"
     source = "arXiv:2111.09883"
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(LogCPBOptions, "log_cpb", options)
-        self.grid = check_grid(grid)
+        super().__init__(num_heads, head_dim, grid, **options)
         self.network = OffsetNetwork(self.options.width, num_heads)
 
     def table(self, grid: Grid, like: Tensor) -> Float[Tensor, "rows columns heads"]:
@@ -134,14 +132,13 @@ class FIRE(OffsetFunction):
     grid, and L is a learned multiple of the training size. c and the multiple are learned, one each.
     """
 
+    name = "fire"
     Options = FIREOptions
     summary = "a network of the offset over the size of the grid, on a learned logarithmic scale (FIRE)"
     source = "arXiv:2310.04418, 2D here"
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(FIREOptions, "fire", options)
-        self.grid = check_grid(grid)
+        super().__init__(num_heads, head_dim, grid, **options)
         self.network = OffsetNetwork(self.options.width, num_heads)
         self.c = nn.Parameter(torch.tensor([self.options.c]))
         self.threshold = nn.Parameter(torch.ones(1))  # L in training sizes

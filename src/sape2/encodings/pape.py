@@ -15,7 +15,6 @@ from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Factors
 from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, coordinates
-from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
 
 PARABOLAS = 50
@@ -48,6 +47,7 @@ class PaPE(AttentionEncoding):
     drawn once, uniform within 1/sqrt(2), and kept. All start as in the source. Raises ValueError without tokens.
     """
 
+    name = "pape"
     Options = PaPEOptions
     summary = "parabolas of the offset, with curvature and slope read from the query's token"
     source = "arXiv:2602.01418"
@@ -58,9 +58,7 @@ class PaPE(AttentionEncoding):
     reads_tokens = True
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(PaPEOptions, "pape", options)
-        self.dim = num_heads * head_dim
+        super().__init__(num_heads, head_dim, grid, **options)
         if self.options.form == "rotation_invariant":
             self.facts = Facts(content_dependent=True, translation=True, flip=True)
             self.curvature = _uniform(self.dim**-0.5, num_heads, self.dim)  # W_a, (h, D)

@@ -23,7 +23,6 @@ from sape2.encodings.bias import PLACE_AXES, AttentionBias, Matrix, Places
 from sape2.encodings.content import Content
 from sape2.encodings.grid import (
     Grid,
-    check_grid,
     from_lines,
     is_symbolic,
     line_length,
@@ -32,7 +31,6 @@ from sape2.encodings.grid import (
     offsets,
     to_lines,
 )
-from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.resample import resample
 
@@ -66,15 +64,15 @@ class RelativeTable(AttentionEncoding):
     its table is ours turned by half a turn.
     """
 
+    name = "rpe"
     Options = RelativeTableOptions
     summary = "a learned number per head and offset (Swin)"
     source = "arXiv:2103.14030"
     facts = Facts(translation=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(RelativeTableOptions, "rpe", options)
-        self.table = nn.Parameter(torch.empty(num_heads, *num_offsets(check_grid(grid))))
+        super().__init__(num_heads, head_dim, grid, **options)
+        self.table = nn.Parameter(torch.empty(num_heads, *num_offsets(self.grid)))
         nn.init.trunc_normal_(self.table, std=0.02)
 
     def make_bias(self, content: Content) -> AttentionBias:
@@ -107,16 +105,16 @@ class RelativeContextual(AttentionEncoding):
     its published "product" models.
     """
 
+    name = "rpe_contextual"
     Options = RelativeContextualOptions
     summary = "query times a learned vector per offset (iRPE product, Shaw)"
     source = "arXiv:2107.14222, arXiv:1803.02155"
     facts = Facts(content_dependent=True, translation=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(RelativeContextualOptions, "rpe_contextual", options)
+        super().__init__(num_heads, head_dim, grid, **options)
         tables = 1 if self.options.heads == "shared" else num_heads
-        self.table = nn.Parameter(torch.zeros(tables, *num_offsets(check_grid(grid)), head_dim))
+        self.table = nn.Parameter(torch.zeros(tables, *num_offsets(self.grid), head_dim))
 
     def make_bias(self, content: Content) -> AttentionBias:
         q, grid = content.q, content.grid
@@ -154,15 +152,15 @@ class RelativeDecomposed(AttentionEncoding):
     so they are ours upside down.
     """
 
+    name = "rpe_decomposed"
     Options = RelativeDecomposedOptions
     summary = "query times a vector per row offset and one per column offset (MViTv2, SAM)"
     source = "arXiv:2112.01526, arXiv:2304.02643"
     facts = Facts(content_dependent=True, translation=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(RelativeDecomposedOptions, "rpe_decomposed", options)
-        rows, columns = num_offsets(check_grid(grid))
+        super().__init__(num_heads, head_dim, grid, **options)
+        rows, columns = num_offsets(self.grid)
         self.table_y = nn.Parameter(torch.zeros(rows, head_dim))
         self.table_x = nn.Parameter(torch.zeros(columns, head_dim))
 
@@ -205,15 +203,14 @@ class ALiBi(AttentionEncoding):
     fixes them; learned ones are free, so a head may come to prefer what is far.
     """
 
+    name = "alibi"
     Options = ALiBiOptions
     summary = "a slope per head times the distance in the plane"
     source = "arXiv:2108.12409, 2D here"
     facts = Facts(translation=True, flip=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(ALiBiOptions, "alibi", options)
-        self.num_heads = num_heads
+        super().__init__(num_heads, head_dim, grid, **options)
         if self.options.slopes == "learned":
             self.slopes = nn.Parameter(alibi_slopes(num_heads, torch.zeros(())))
 

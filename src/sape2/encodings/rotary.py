@@ -20,8 +20,7 @@ from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Factors
 from sape2.encodings.content import Content, Vectors
 from sape2.encodings.derivatives import by_hand
-from sape2.encodings.grid import Grid, check_grid, check_tokens, coordinates, num_prefix_tokens
-from sape2.encodings.options import make_options
+from sape2.encodings.grid import Grid, check_tokens, coordinates, num_prefix_tokens
 from sape2.encodings.precision import full_precision, no_autocast
 
 Beyond = Literal["extrapolate", "rescale"]
@@ -143,6 +142,7 @@ class Rotary(Rotation):
     Raises ValueError unless head_dim is divisible by twice the number of directions.
     """
 
+    name = "rope"
     Options = RotaryOptions
     summary = "rotary: half of the channels turn with x, half with y; or in more directions, or as in DINOv3"
     source = "arXiv:2104.09864, 2D as in arXiv:2403.13298"
@@ -154,14 +154,10 @@ class Rotary(Rotation):
     }
     facts = Facts(translation=True)
 
-    def __init__(self, num_heads: int, head_dim: int, grid: Grid, preset: str = "rope_vit", **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        if preset not in PRESETS:
-            raise ValueError(f"rope:preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-        self.options = make_options(RotaryOptions, "rope", PRESETS[preset] | options, "preset")
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid, **options)
         self.layout = self.options.layout
         check_head_dim("rope", num_heads, head_dim, 1 if self.options.spread == "golden" else self.options.directions)
-        self.head_dim, self.grid = head_dim, check_grid(grid)
 
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "tokens planes"]:
         first, second = self._moved(self._places(grid, like))
@@ -229,16 +225,15 @@ class RotaryMixed(Rotation):
     divisible by 4.
     """
 
+    name = "rope_mixed"
     Options = RotaryMixedOptions
     summary = "rotary with learned 2D frequencies per head"
     source = "arXiv:2403.13298"
     facts = Facts(translation=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(RotaryMixedOptions, "rope_mixed", options)
+        super().__init__(num_heads, head_dim, grid, **options)
         check_head_dim("rope_mixed", num_heads, head_dim)
-        self.grid = check_grid(grid)
         self.frequencies = nn.Parameter(self._initial_frequencies(num_heads, head_dim // 4))
 
     def _initial_frequencies(self, num_heads: int, per_direction: int) -> Float[Tensor, "2 heads planes"]:
@@ -281,16 +276,15 @@ class PoPE(AttentionEncoding):
     head_dim is even.
     """
 
+    name = "pope"
     Options = PoPEOptions
     summary = "polar: softplus of q and k as lengths, places as angles, instead of their product"
     source = "arXiv:2509.10534, 2D here"
     facts = Facts(content_dependent=True, translation=True)
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        self.options = make_options(PoPEOptions, "pope", options)
+        super().__init__(num_heads, head_dim, grid, **options)
         check_head_dim("pope", num_heads, head_dim, directions=1)
-        self.head_dim, self.grid = head_dim, check_grid(grid)
         self.phase = nn.Parameter(torch.zeros(num_heads, head_dim))
 
     def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:

@@ -28,14 +28,12 @@ from sape2.encodings.distances import Distances
 from sape2.encodings.grid import (
     Axis,
     Grid,
-    check_grid,
     from_lines,
     line_coordinate,
     line_length,
     num_tokens,
     to_lines,
 )
-from sape2.encodings.options import make_options
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.sape2_options import PRESETS, VARIANTS, SaPE2Options, facts_of
 
@@ -119,18 +117,15 @@ class SaPE2(AttentionEncoding):
     Options: `SaPE2Options`. Raises ValueError for an option that is unknown, out of range or without effect.
     """
 
+    name = "sape2"
     Options = SaPE2Options
     summary = "semantic positions: gated counts along rows and columns, compared by distance"
     source = "arXiv:2505.09466"
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     variants: ClassVar[dict[str, str]] = VARIANTS
 
-    def __init__(self, num_heads: int, head_dim: int, grid: Grid, preset: str = "listing", **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid)
-        if preset not in PRESETS:
-            raise ValueError(f"sape2:preset must be one of {', '.join(PRESETS)}; got {preset!r}")
-        self.options = make_options(SaPE2Options, "sape2", PRESETS[preset] | options, "preset")
-        self.num_heads, self.head_dim, self.grid = num_heads, head_dim, check_grid(grid)
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid, **options)
         self.axes: tuple[Axis, ...] = ("x", "y") if self.options.axes == "xy" else (self.options.axes,)
         longest = num_tokens(grid) if self.options.axes == "raster" else max(grid)
         self.num_positions = self.options.num_positions or longest + 1

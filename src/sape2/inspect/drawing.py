@@ -1,4 +1,4 @@
-"""A drawing of a few kinds of shapes, written as SVG.
+"""Drawings as SVG: shapes are texts of it, one below or beside the other.
 
 For pages that must respond at once: a drawing takes a hundredth of a second. Lengths are in CSS pixels, y points down.
 """
@@ -6,7 +6,6 @@ For pages that must respond at once: a drawing takes a hundredth of a second. Le
 from __future__ import annotations
 
 import base64
-import dataclasses
 import functools
 import html
 import io
@@ -25,99 +24,59 @@ INK, FAINT = "#1a1a1a", "#595959"
 FONT = "DejaVu Sans, Verdana, sans-serif"
 Length = float | int
 Point = tuple[Length, Length]
+Anchor = Literal["start", "middle", "end"]
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rect:
+def rect(
+    x: Length,
+    y: Length,
+    width: Length,
+    height: Length,
+    fill: str = "none",
+    stroke: str = "none",
+    line: Length = 1.0,
+    title: str = "",
+    patch: str = "",
+    opacity: Length | None = None,
+) -> str:
     """`title` is shown where one points at it; `patch`, "row,column", is what a click on it chooses.
 
     `opacity` is that of the fill; a page may override it for all rectangles that are not opaque.
     """
-
-    x: Length
-    y: Length
-    width: Length
-    height: Length
-    fill: str = "none"
-    stroke: str = "none"
-    line: Length = 1.0
-    title: str = ""
-    patch: str = ""
-    opacity: Length | None = None
-
-    def svg(self) -> str:
-        stroke = "" if self.stroke == "none" else f" stroke='{self.stroke}' stroke-width='{self.line:g}'"
-        patch = f" data-patch='{self.patch}'" if self.patch else ""
-        box = f"x='{self.x:.2f}' y='{self.y:.2f}' width='{self.width:.2f}' height='{self.height:.2f}'"
-        fill = self.fill if self.fill != "none" or not (self.title or self.patch) else "transparent"  # none is not pointed at
-        opacity = "" if self.opacity is None else f" fill-opacity='{self.opacity:g}'"
-        return f"<rect {box} fill='{fill}'{opacity}{stroke}{patch}>{_title(self.title)}</rect>"
+    edge = "" if stroke == "none" else f" stroke='{stroke}' stroke-width='{line:g}'"
+    chosen = f" data-patch='{patch}'" if patch else ""
+    shown = fill if fill != "none" or not (title or patch) else "transparent"  # none is not pointed at
+    mixed = "" if opacity is None else f" fill-opacity='{opacity:g}'"
+    return f"<rect {_box(x, y, width, height)} fill='{shown}'{mixed}{edge}{chosen}>{_title(title)}</rect>"
 
 
-@dataclass(frozen=True)
-class Line:
+def line(points: Iterable[Point], stroke: str = INK, width: Length = 1.0, fill: str = "none") -> str:
     """Through all points; filled, it is an area."""
-
-    points: tuple[Point, ...]
-    stroke: str = INK
-    line: Length = 1.0
-    fill: str = "none"
-
-    def svg(self) -> str:
-        points = " ".join(f"{x:.2f},{y:.2f}" for x, y in self.points)
-        return f"<polyline points='{points}' fill='{self.fill}' stroke='{self.stroke}' stroke-width='{self.line:g}'/>"
+    through = " ".join(f"{x:.2f},{y:.2f}" for x, y in points)
+    return f"<polyline points='{through}' fill='{fill}' stroke='{stroke}' stroke-width='{width:g}'/>"
 
 
-@dataclass(frozen=True)
-class Dot:
-    x: Length
-    y: Length
-    radius: Length
-    fill: str
-    stroke: str = "none"
-    title: str = ""
-
-    def svg(self) -> str:
-        place = f"cx='{self.x:.2f}' cy='{self.y:.2f}' r='{self.radius:g}'"
-        return f"<circle {place} fill='{self.fill}' stroke='{self.stroke}'>{_title(self.title)}</circle>"
+def dot(x: Length, y: Length, radius: Length, fill: str, stroke: str = "none", title: str = "") -> str:
+    return f"<circle cx='{x:.2f}' cy='{y:.2f}' r='{radius:g}' fill='{fill}' stroke='{stroke}'>{_title(title)}</circle>"
 
 
-@dataclass(frozen=True)
-class Text:
+def text(
+    x: Length, y: Length, words: str, size: Length = 12.0, fill: str = INK, anchor: Anchor = "start", bold: bool = False
+) -> str:
     """`y` is the baseline."""
-
-    x: Length
-    y: Length
-    text: str
-    size: Length = 12.0
-    fill: str = INK
-    anchor: Literal["start", "middle", "end"] = "start"
-    bold: bool = False
-
-    def svg(self) -> str:
-        weight = " font-weight='600'" if self.bold else ""
-        place = f"x='{self.x:.2f}' y='{self.y:.2f}' font-size='{self.size:g}' text-anchor='{self.anchor}'"
-        return f"<text {place} fill='{self.fill}'{weight}>{escape(self.text)}</text>"
+    weight = " font-weight='600'" if bold else ""
+    place = f"x='{x:.2f}' y='{y:.2f}' font-size='{size:g}' text-anchor='{anchor}'"
+    return f"<text {place} fill='{fill}'{weight}>{escape(words)}</text>"
 
 
-@dataclass(frozen=True, eq=False)
-class Raster:
+def raster(x: Length, y: Length, width: Length, height: Length, pixels: np.ndarray) -> str:
     """Pixels (height, width, 3), uint8, stretched without smoothing."""
-
-    x: Length
-    y: Length
-    width: Length
-    height: Length
-    pixels: np.ndarray
-
-    def svg(self) -> str:
-        data = _encoded(self.pixels.tobytes(), self.pixels.shape)
-        box = f"x='{self.x:.2f}' y='{self.y:.2f}' width='{self.width:.2f}' height='{self.height:.2f}'"
-        how = "preserveAspectRatio='none' style='image-rendering:pixelated'"
-        return f"<image {box} {how} href='data:image/png;base64,{data}'/>"
+    data = _encoded(pixels.tobytes(), pixels.shape)
+    how = "preserveAspectRatio='none' style='image-rendering:pixelated'"
+    return f"<image {_box(x, y, width, height)} {how} href='data:image/png;base64,{data}'/>"
 
 
 @functools.lru_cache(maxsize=512)  # a click draws the same image and the same scales again
@@ -127,25 +86,28 @@ def _encoded(pixels: bytes, shape: tuple[int, ...]) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-Shape = Rect | Line | Dot | Text | Raster
+def _box(x: Length, y: Length, width: Length, height: Length) -> str:
+    return f"x='{x:.2f}' y='{y:.2f}' width='{width:.2f}' height='{height:.2f}'"
 
 
-def moved(shape: Shape, dx: Length, dy: Length) -> Shape:
-    if isinstance(shape, Line):
-        return dataclasses.replace(shape, points=tuple((x + dx, y + dy) for x, y in shape.points))
-    return dataclasses.replace(shape, x=shape.x + dx, y=shape.y + dy)
+def _title(words: str) -> str:
+    return f"<title>{escape(words)}</title>" if words else ""
+
+
+def escape(words: Any) -> str:
+    return html.escape(plain(str(words)), quote=True)
 
 
 # --- drawings --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Drawing:
     """Shapes on white, later ones above earlier ones; `label` says in words what is shown."""
 
     width: Length
     height: Length
-    shapes: tuple[Shape, ...]
+    shapes: Sequence[str]
     label: str = ""
 
     def svg(self, standalone: bool = False) -> str:
@@ -153,9 +115,8 @@ class Drawing:
         space = " xmlns='http://www.w3.org/2000/svg'" if standalone else ""
         size = f"viewBox='0 0 {self.width:g} {self.height:g}' width='{self.width:g}' height='{self.height:g}'"
         ground = f"<rect width='{self.width:g}' height='{self.height:g}' fill='#fff'/>"
-        body = "".join(shape.svg() for shape in self.shapes)
         about = f"role='img' aria-label='{escape(self.label)}' font-family='{FONT}'"
-        return f"<svg{space} {size} {about}>{ground}{body}</svg>"
+        return f"<svg{space} {size} {about}>{ground}{''.join(self.shapes)}</svg>"
 
     def png(self, scale: int = 2) -> bytes:
         """`scale` pixels for each CSS pixel; drawn by resvg, with the font that comes with matplotlib."""
@@ -174,15 +135,15 @@ class Drawing:
 
 def flow(drawings: Sequence[Drawing], width: Length, gap: Length = 16.0, label: str = "") -> Drawing:
     """Side by side from the left as long as there is room, then in the next row."""
-    shapes: list[Shape] = []
+    shapes: list[str] = []
     x = y = row_height = used = 0.0
     for drawing in drawings:
         if x and x + drawing.width > width:
             x, y, row_height = 0.0, y + row_height + gap, 0.0
-        shapes += [moved(shape, x, y) for shape in drawing.shapes]
+        shapes.append(_moved(drawing, x, y))
         x, row_height = x + drawing.width + gap, max(row_height, drawing.height)
         used = max(used, x - gap)
-    return Drawing(used, y + row_height, tuple(shapes), label or "; ".join(d.label for d in drawings if d.label))
+    return Drawing(used, y + row_height, shapes, label or "; ".join(d.label for d in drawings if d.label))
 
 
 def stack(drawings: Iterable[Drawing], gap: Length = 16.0, label: str = "") -> Drawing:
@@ -192,19 +153,11 @@ def stack(drawings: Iterable[Drawing], gap: Length = 16.0, label: str = "") -> D
 
 def framed(drawing: Drawing, margin: Length = 16.0) -> Drawing:
     """With white around it."""
-    shapes = tuple(moved(shape, margin, margin) for shape in drawing.shapes)
-    return Drawing(drawing.width + 2 * margin, drawing.height + 2 * margin, shapes, drawing.label)
+    return Drawing(drawing.width + 2 * margin, drawing.height + 2 * margin, [_moved(drawing, margin, margin)], drawing.label)
 
 
-# --- text ------------------------------------------------------------------------------------------------------------
-
-
-def escape(text: Any) -> str:
-    return html.escape(plain(str(text)), quote=True)
-
-
-def _title(text: str) -> str:
-    return f"<title>{escape(text)}</title>" if text else ""
+def _moved(drawing: Drawing, x: Length, y: Length) -> str:
+    return f"<g transform='translate({x:.2f} {y:.2f})'>{''.join(drawing.shapes)}</g>"
 
 
 # --- colours ---------------------------------------------------------------------------------------------------------
@@ -214,15 +167,9 @@ DIVERGING = "RdBu_r"  # blue and red, which colour-blind readers tell apart (Col
 
 
 def colour(share: float | np.ndarray, name: str = SEQUENTIAL) -> np.ndarray:
-    """Colours of values from 0 to 1 in one of matplotlib's maps, interpolated; (..., 3) uint8."""
-    stops = _stops(name)
-    channels = [np.interp(share, np.linspace(0, 1, len(stops)), stops[:, channel]) for channel in range(3)]
-    return np.stack(channels, axis=-1).round().astype(np.uint8)
-
-
-@functools.lru_cache(maxsize=2)
-def _stops(name: str) -> np.ndarray:
-    return 255 * import_optional("matplotlib").colormaps[name](np.linspace(0, 1, 256))[:, :3]
+    """Colours of values from 0 to 1 in one of matplotlib's maps; (..., 3) uint8."""
+    rgba = np.asarray(import_optional("matplotlib").colormaps[name](share))
+    return (255 * rgba[..., :3]).round().astype(np.uint8)
 
 
 def code(rgb: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from sape2.encodings.grid import Grid
-from sape2.inspect.drawing import Drawing, Length, Text, flow, framed, stack
+from sape2.inspect.drawing import Drawing, Length, flow, framed, stack, text
 from sape2.inspect.look import Patch
 from sape2.inspect.panels import (
     FIRST,
@@ -130,8 +130,8 @@ def as_one(title: str, about: str, first: Sequence[Drawing], drawings: Sequence[
 
 
 def written(lines: Sequence[str], width: Length, size: Length, bold: bool = False) -> Drawing:
-    texts = [Text(0, (at + 1) * 1.35 * size, line, size, bold=bold) for at, line in enumerate(lines)]
-    return Drawing(width, 1.35 * size * len(lines) + 2, tuple(texts))
+    texts = [text(0, (at + 1) * 1.35 * size, line, size, bold=bold) for at, line in enumerate(lines)]
+    return Drawing(width, 1.35 * size * len(lines) + 2, texts)
 
 
 def wrapped(text: str, length: int) -> list[str]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sape2.encodings.grid import Grid
-from sape2.inspect.drawing import FAINT, INK, Dot, Drawing, Length, Line, Rect, Shape, Text
+from sape2.inspect.drawing import FAINT, INK, Drawing, Length, dot, line, rect, text
 from sape2.inspect.panels import FIRST, HEAD, LINE_NAMES, OVERLAID, SECOND, WIDE, Limits, ends_of, heading, limits_of
 from sape2.viz.base import shortened
 
@@ -31,22 +31,26 @@ class Plot(NamedTuple):
         share_y = (y - self.up[0]) / (self.up[1] - self.up[0])
         return self.left + share_x * self.width, self.top + (1 - share_y) * self.height
 
-    def axes(self, across: str, ticks: Sequence[Length]) -> Iterator[Shape]:
+    def curve(self, values: np.ndarray) -> list[tuple[Length, Length]]:
+        """Where the values of 0, 1, 2, ... lie."""
+        return [self.at(x, y) for x, y in enumerate(values.tolist())]
+
+    def axes(self, across: str, ticks: Sequence[Length]) -> Iterator[str]:
         """A frame of ticks: the ends of the vertical scale, zero, and `ticks` below."""
         bottom = self.top + self.height
         texts = dict(zip(self.up, ends_of(self.up), strict=True))
-        yield Line(((self.left, self.top), (self.left, bottom), (self.left + self.width, bottom)), "#808080")
+        yield line(((self.left, self.top), (self.left, bottom), (self.left + self.width, bottom)), "#808080")
         for value in sorted({*self.up, *([0.0] if self.up[0] < 0 < self.up[1] else [])}):
             y = self.at(self.across[0], value)[1]
             if value == 0 and min(abs(y - self.top), abs(y - bottom)) < 12:
                 continue
-            yield Line(((self.left - 3, y), (self.left, y)), "#808080")
-            yield Text(self.left - 5, y + 4, texts.get(value, "0"), 10.5, FAINT, "end")
+            yield line(((self.left - 3, y), (self.left, y)), "#808080")
+            yield text(self.left - 5, y + 4, texts.get(value, "0"), 10.5, FAINT, "end")
         for value in ticks:
             x = self.at(value, self.up[0])[0]
-            yield Line(((x, bottom), (x, bottom + 3)), "#808080")
-            yield Text(x, bottom + 14, f"{value:g}", 10.5, FAINT, "middle")
-        yield Text(self.left + self.width / 2, bottom + 29, across, 11, FAINT, "middle")
+            yield line(((x, bottom), (x, bottom + 3)), "#808080")
+            yield text(x, bottom + 14, f"{value:g}", 10.5, FAINT, "middle")
+        yield text(self.left + self.width / 2, bottom + 29, across, 11, FAINT, "middle")
 
 
 def _ticks(largest: int) -> list[Length]:
@@ -66,19 +70,18 @@ def table_panel(products: np.ndarray, positions: np.ndarray, axis: str, title: s
     plot = Plot(62, HEAD + 4, WIDE - 70, 120, _widened((0.0, float(last))), _widened(limits_of([products])))
     clamped = positions.clip(0, last)
     values = np.interp(clamped, np.arange(last + 1), products)
-    shapes: list[Shape] = [
+    shapes: list[str] = [
         *heading(title, "grey: rows of the table; orange: positions of the line of i"),
         *plot.axes("position p (rows of the table)", _ticks(last)),
-        Line(tuple(plot.at(p, z) for p, z in enumerate(products.tolist())), "#808080", 1.5),
+        line(plot.curve(products), "#808080", 1.5),
     ]
     for p, z in enumerate(products.tolist()):
-        shapes.append(Dot(*plot.at(p, z), 3, "#808080", title=f"position {p}: {z:.5g}"))
-    lengths = len(positions)
+        shapes.append(dot(*plot.at(p, z), 3, "#808080", title=f"position {p}: {z:.5g}"))
     for m, (p, z) in enumerate(zip(clamped.tolist(), values.tolist(), strict=True)):
         beyond = f", beyond the last row of the table ({positions[m]:.4g})" if positions[m] > last else ""
-        says = f"{'column' if axis == 'x' else 'row'} {m % lengths}: position {p:.4g}{beyond}, value {z:.5g}"
-        shapes.append(Dot(*plot.at(p, z), 4.5, FIRST, "#ffffff", says))
-    return Drawing(WIDE, HEAD + 4 + 120 + 34, tuple(shapes), f"{title}, {last + 1} positions")
+        says = f"{'column' if axis == 'x' else 'row'} {m}: position {p:.4g}{beyond}, value {z:.5g}"
+        shapes.append(dot(*plot.at(p, z), 4.5, FIRST, "#ffffff", says))
+    return Drawing(WIDE, HEAD + 4 + 120 + 34, shapes, f"{title}, {last + 1} positions")
 
 
 def pair_panel(first: np.ndarray, second: np.ndarray, axis: str, title: str, note: str) -> Drawing:
@@ -88,35 +91,35 @@ def pair_panel(first: np.ndarray, second: np.ndarray, axis: str, title: str, not
     plot = Plot(62, HEAD + 4, WIDE - 70, 100, (-0.5, size - 0.5), limits)
     added = (first - second) ** 2
     bars = Plot(62, HEAD + 124, WIDE - 70, 40, (-0.5, size - 0.5), (0.0, max(float(added.max()), 1e-9)))
-    shapes: list[Shape] = [*heading(title, note), *plot.axes("", [])]
+    shapes: list[str] = [*heading(title, note), *plot.axes("", [])]
     shapes += bars.axes(f"place m in the {LINE_NAMES.get(axis, 'sequence')}", _ticks(size - 1))
     for letter, ink, values in (("i", FIRST, first), ("n", SECOND, second)):
-        points = tuple(plot.at(m, z) for m, z in enumerate(values.tolist()))
-        shapes.append(Line(points, ink, 1.5))
+        points = plot.curve(values)
+        shapes.append(line(points, ink, 1.5))
         shapes += [
-            Dot(*point, 4, ink, "#ffffff", f"s_{letter} at place {m}: {values[m]:.5g}") for m, point in enumerate(points)
+            dot(*point, 4, ink, "#ffffff", f"s_{letter} at place {m}: {values[m]:.5g}") for m, point in enumerate(points)
         ]
     wide = 0.7 * bars.width / size
     for m, value in enumerate(added.tolist()):
         x, y = bars.at(m, value)
         shapes.append(
-            Rect(
+            rect(
                 x - wide / 2, y, wide, bars.top + bars.height - y, "#808080", title=f"place {m}: squared difference {value:.5g}"
             )
         )
-    return Drawing(WIDE, HEAD + 124 + 40 + 34, tuple(shapes), f"{title}, {note}")
+    return Drawing(WIDE, HEAD + 124 + 40 + 34, shapes, f"{title}, {note}")
 
 
 def bars_panel(names: Sequence[str], values: Sequence[Length], title: str, note: str = "") -> Drawing:
     """Shares from 0 to 1, each a bar below its name and its number."""
     width, tall = OVERLAID, 34.0
-    shapes: list[Shape] = list(heading(title, note))
-    for line, (name, short, value) in enumerate(zip(names, shortened(names, 24), values, strict=True)):
-        top = HEAD + line * tall
-        shapes += [Text(0, top + 15, short, 12), Text(width, top + 15, f"{value:.1%}", 12, INK, "end")]
-        shapes.append(Rect(0, top + 20, width, 7, "#e4e4e4", title=f"{name}: {value:.6f}"))
-        shapes.append(Rect(0, top + 20, max(value * width, 0.5), 7, SECOND, title=f"{name}: {value:.6f}"))
-    return Drawing(width, HEAD + len(names) * tall, tuple(shapes), f"{title}: {names[0]} {values[0]:.1%}")
+    shapes: list[str] = list(heading(title, note))
+    for at, (name, short, value) in enumerate(zip(names, shortened(names, 24), values, strict=True)):
+        top = HEAD + at * tall
+        shapes += [text(0, top + 15, short, 12), text(width, top + 15, f"{value:.1%}", 12, INK, "end")]
+        shapes.append(rect(0, top + 20, width, 7, "#e4e4e4", title=f"{name}: {value:.6f}"))
+        shapes.append(rect(0, top + 20, max(value * width, 0.5), 7, SECOND, title=f"{name}: {value:.6f}"))
+    return Drawing(width, HEAD + len(names) * tall, shapes, f"{title}: {names[0]} {values[0]:.1%}")
 
 
 def distance_panel(maps: np.ndarray, grid: Grid, title: str, unit: str, limits: Limits | None = None) -> Drawing:
@@ -124,17 +127,16 @@ def distance_panel(maps: np.ndarray, grid: Grid, title: str, unit: str, limits: 
     middle, spread = by_distance(maps, grid)
     plot = Plot(48, HEAD + 4, WIDE / 2 + 20 - 56, 110, _widened((0.0, float(len(middle) - 1))),
                 _widened(limits or limits_of([middle - spread, middle + spread])))  # fmt: skip
-    up, down = ([plot.at(step, value) for step, value in enumerate((middle + sign * spread).tolist())] for sign in (1, -1))
-    line = [plot.at(step, value) for step, value in enumerate(middle.tolist())]
+    up, means, down = (plot.curve(middle + sign * spread) for sign in (1, 0, -1))
     dots = [
-        Dot(*point, 2.5, SECOND, title=f"{step} patches: mean {middle[step]:.5g}, standard deviation {spread[step]:.3g}")
-        for step, point in enumerate(line)
+        dot(*point, 2.5, SECOND, title=f"{step} patches: mean {middle[step]:.5g}, standard deviation {spread[step]:.3g}")
+        for step, point in enumerate(means)
     ]
     shapes = (
         *heading(title, unit),
-        Line((*up, *reversed(down)), "none", 0, "#c9dcea"),
+        line((*up, *reversed(down)), "none", 0, "#c9dcea"),
         *plot.axes("distance (patches)", _ticks(len(middle) - 1)[::2]),
-        Line(tuple(line), SECOND, 1.5),
+        line(means, SECOND, 1.5),
         *dots,
     )
     return Drawing(WIDE / 2 + 20, HEAD + 4 + 110 + 34, shapes, f"{title} ({unit}) against distance")

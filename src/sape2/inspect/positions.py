@@ -31,7 +31,7 @@ from sape2.inspect.figures import as_one, named_marks
 from sape2.inspect.look import of_head
 from sape2.inspect.panels import Over, image_panel
 from sape2.inspect.watched import Watched
-from sape2.viz.curves import Notes, Panel, plot_rows
+from sape2.viz.curves import Notes, by_layer, plot_rows
 
 LIMIT, MOVED = 200, 20  # images of the probe, and of the equivariance errors
 
@@ -116,10 +116,9 @@ def table(rows: list[Row]) -> list[dict[str, Any]]:
 
 def draw_layers(rows: list[Row], path: Path, about: str) -> Path:
     """R² of the probe, and the error when the image moves by one patch around the torus, by layer."""
-    title = "linear probe of tokens for row and column"
     panels = [
-        Panel("position_r2", "R²", title, "layer", "layer", {}),
-        Panel("feature_equivariance_error", "relative error", "tokens of an image moved by one patch", "layer", "layer", {}),
+        by_layer("position_r2", "R²", "linear probe of tokens for row and column"),
+        by_layer("feature_equivariance_error", "relative error", "tokens of an image moved by one patch"),
     ]
     plot_rows(by_line(rows), panels, path, Notes(about=about))
     return path

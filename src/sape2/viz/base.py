@@ -86,6 +86,13 @@ def legend_below(figure: Any, handles: Sequence[Any], labels: Sequence[str], **a
     figure.legend(handles, texts, loc="outside lower center", ncols=columns, fontsize=8, **about)
 
 
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, dashes and marker of a line: no two alike up to twenty-four."""
+    turn = index // len(LINES)
+    marker = MARKERS[(index + turn) % len(MARKERS)]
+    return {"color": LINES[index % len(LINES)], "linestyle": DASHES[turn % len(DASHES)], "marker": marker, "markersize": 4}
+
+
 LETTER = 0.07  # inches of the figure for a character beside a panel
 LINE = 0.17  # inches of the figure for a line of the legend
 

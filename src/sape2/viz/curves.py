@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sape2.viz.base import (
-    DASHES,
     LINES,
     MARKERS,
     as_text,
     legend_below,
+    line_style,
     picture,
     put_title,
     pyplot,
@@ -129,25 +129,26 @@ def _start_at_zero(axis: Any, shown: Sequence[dict[str, list[Point]]]) -> None:
         axis.set_ylim(-0.03 * top, top)
 
 
-def plot_shift(runs: Runs, path: Path, name: str = "shift_accuracy", notes: Notes = PLAIN) -> None:
-    """Accuracy (or shift_agreement) against the shift, along both axes, with both borders."""
-    value = name.replace("_", " ") + " (fraction)"
+def plot_shift(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
+    """Accuracy against the shift, along both axes, with both borders."""
+    value, px = "shift accuracy (fraction)", "shift (px)"
     panels = [
-        Panel(name, value, f"shift along {axis}, {BORDERS[border]}", "shift_px", "shift (px)", {"axis": axis, "border": border})
-        for border in ("circular", "reflect")
+        Panel("shift_accuracy", value, f"shift along {axis}, {words}", "shift_px", px, {"axis": axis, "border": border})
+        for border, words in (("circular", "circular border"), ("reflect", "reflected border"))
         for axis in ("x", "y")
     ]
     plot_rows(runs, panels, path, notes)
 
 
-BORDERS = {"circular": "circular border", "reflect": "reflected border"}
+def by_layer(name: str, value: str, title: str, **where: Any) -> Panel:
+    return Panel(name, value, title, "layer", "layer", where)
 
 
 def plot_equivariance(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """Relative equivariance error of features and biases under a circular shift by one patch, by layer."""
     shortest = {run: _shortest_shift(rows) for run, rows in runs.items()}
     panels = [
-        Panel(f"{what}_equivariance_error", "relative error", f"{title}, shift along {axis}", "layer", "layer", {"axis": axis})
+        by_layer(f"{what}_equivariance_error", "relative error", f"{title}, shift along {axis}", axis=axis)
         for what, title in (("feature", "features"), ("bias", "row-centred bias"))
         for axis in ("x", "y")
     ]
@@ -203,22 +204,15 @@ def _own_rule(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def plot_grouping(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """Attention and bias between patches of the same and of other objects, those of scenes; by layer, mean of heads."""
-    kinds = (
-        ("same_label_lift", "lift over uniform attention", "attention to patches of the same object", "far", {}),
-        ("bias_separation", "d' (standard deviations)", "bias, same object against others", "all", {}),
-        ("bias_auroc", "AUROC", "negative bias as a score for the same object", "near", {"sign": "minus"}),
-        ("bias_auroc", "AUROC", "negative bias as a score for the same object", "far", {"sign": "minus"}),
-    )
+
+    def panel(name: str, value: str, title: str, far: str, **where: Any) -> Panel:
+        return by_layer(name, value, f"{title}\n{PAIRS[far]}, scenes", head=None, masks="scenes", distance=far, **where)
+
+    score = ("bias_auroc", "AUROC", "negative bias as a score for the same object")
     panels = [
-        Panel(
-            name,
-            value,
-            f"{title}\n{PAIRS[far]}, scenes",
-            "layer",
-            "layer",
-            {"head": None, "masks": "scenes", "distance": far} | more,
-        )
-        for name, value, title, far, more in kinds
+        panel("same_label_lift", "lift over uniform attention", "attention to patches of the same object", "far"),
+        panel("bias_separation", "d' (standard deviations)", "bias, same object against others", "all"),
+        *(panel(*score, far, sign="minus") for far in ("near", "far")),
     ]
     plot_rows(runs, panels, path, notes)
 
@@ -228,18 +222,13 @@ PAIRS = {"near": "neighbouring patches", "far": "patches further apart", "all": 
 
 def plot_health(runs: Runs, path: Path, notes: Notes = PLAIN) -> None:
     """Health of the encoding by layer: share of the bias, saturated gates, clamped positions, position read from tokens."""
-    kinds = (
-        ("bias_variance_share", "fraction", "share of the bias in the variance of the logits", {}),
-        ("gate_saturated_share", "fraction", "saturated gates (below 0.01 or above 0.99),\nmean of axes", {}),
-        ("position_clamped_share", "fraction", "positions clamped at the end of the table,\nmean of axes", {}),
-        (
-            "position_r2",
-            "R²",
-            "linear probe of tokens for row and column,\nmean of axes, patches shuffled",
-            {"patches": "shuffled"},
-        ),
-    )
-    panels = [Panel(name, value, title, "layer", "layer", where) for name, value, title, where in kinds]
+    probe = "linear probe of tokens for row and column,\nmean of axes, patches shuffled"
+    panels = [
+        by_layer("bias_variance_share", "fraction", "share of the bias in the variance of the logits"),
+        by_layer("gate_saturated_share", "fraction", "saturated gates (below 0.01 or above 0.99),\nmean of axes"),
+        by_layer("position_clamped_share", "fraction", "positions clamped at the end of the table,\nmean of axes"),
+        by_layer("position_r2", "R²", probe, patches="shuffled"),
+    ]
     plot_rows({run: _mean_of_axes(rows) for run, rows in runs.items()}, panels, path, notes)
 
 
@@ -274,8 +263,8 @@ def _draw_curves(axis: Any, curves: dict[str, list[Point]]) -> None:
         if not curve:
             continue
         place, value, low, high = np.array([point[:4] for point in curve]).T
-        style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
-        axis.plot(place, value, marker=MARKERS[(index + index // len(LINES)) % len(MARKERS)], markersize=4, label=run, **style)
+        style = line_style(index)
+        axis.plot(place, value, label=run, **style)
         axis.fill_between(place, low, high, color=style["color"], alpha=0.15, linewidth=0)
     chance = [point.chance for curve in curves.values() for point in curve if point.chance is not None]
     if chance and max(chance) - min(chance) < 0.05:  # chance that hangs on predictions differs a little between runs

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sape2.viz.base import DASHES, LETTER, LINES, MARKERS, legend_names, picture, pyplot, save
+from sape2.viz.base import LETTER, legend_names, line_style, picture, pyplot, save
 
 Points = list[tuple[int | float, int | float]]
 
@@ -20,9 +20,7 @@ def plot_growth(panels: dict[str, dict[str, Points]], path: Path, label: str) ->
     figure, grid = plt.subplots(1, number, figsize=(width, 4.2), squeeze=False, layout="constrained")
     for panel, (title, lines) in zip(grid[0], panels.items(), strict=False):
         for index, (name, points) in enumerate(lines.items()):
-            style = {"color": LINES[index % len(LINES)], "linestyle": DASHES[index // len(LINES) % len(DASHES)]}
-            marker = MARKERS[(index + index // len(LINES)) % len(MARKERS)]
-            panel.plot(*zip(*sorted(points), strict=True), marker=marker, markersize=4, label=names[name], **style)
+            panel.plot(*zip(*sorted(points), strict=True), label=names[name], **line_style(index))
         points = [point for line in lines.values() for point in line]
         if len({x for x, _ in points}) > 1:  # of one size nothing grows, and a line of no length would be in the legend
             _mark_slopes(panel, points)
