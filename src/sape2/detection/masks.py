@@ -35,11 +35,6 @@ def encode_segmentation(segmentation: Any, size: Grid) -> RunLengths:
     return _check_compressed(run_lengths | {"counts": counts})
 
 
-def decode_mask(segmentation: Any, size: Grid) -> np.ndarray:
-    """Any form of segmentation -> (height, width) of 0 and 1. Raises ValueError as `encode_segmentation`."""
-    return decode_run_lengths(encode_segmentation(segmentation, size))
-
-
 def decode_run_lengths(run_lengths: RunLengths) -> np.ndarray:
     return _library().decode(run_lengths)
 
