@@ -18,6 +18,7 @@ from typing import IO, Any
 import numpy as np
 
 from sape2.config import DataConfig
+from sape2.config.extras import from_extra
 from sape2.data.base import Source, plain_name, tell, tell_missing, waiting_for
 from sape2.data.labels import renumber, tell_unnamed
 from sape2.data.splits import by_split, files_by_split, open_labelled
@@ -129,11 +130,7 @@ class ParquetImages:
 
 def opened(stream: IO[bytes]) -> Any:
     """A parquet file that is open already: of paths, pyarrow takes some for addresses, and none that is not UTF-8."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError("reading parquet needs pyarrow: pip install 'sape2[train]'") from error
-    return pyarrow.parquet.ParquetFile(stream)
+    return from_extra("train", "pyarrow.parquet", "reading parquet needs pyarrow").ParquetFile(stream)
 
 
 def inside(root: Path, path: str, where: str) -> Path:
@@ -294,10 +291,7 @@ def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
 
 
 def _load_quietly(source: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("reading hub data sets needs datasets: pip install 'sape2[train]'") from error
+    datasets = from_extra("train", "datasets", "reading hub data sets needs datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs every error that it also raises
     try:

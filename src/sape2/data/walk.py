@@ -70,11 +70,13 @@ def walk(root: Path) -> Files:
 
 
 def lying(files: Files, paths: Iterable[str]) -> dict[str, str]:
-    """Maps the real path of each file that data refer to by `paths`, most of them below the root, to that path."""
-    found = {}
+    """Maps the real path of each file that data refer to by `paths` to that path; only files inside the root."""
+    found, top = {}, os.path.join(os.path.realpath(files.root), "")
     for path in paths:
         if "\0" not in path:  # no file has such a name
-            found[files.real.get(posixpath.normpath(path)) or os.path.realpath(files.root / path)] = path
+            real = files.real.get(posixpath.normpath(path)) or os.path.realpath(files.root / path)
+            if real.startswith(top):
+                found[real] = path
     return found
 
 

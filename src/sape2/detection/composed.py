@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from sape2.config.extras import from_extra
 from sape2.runs.files import beside, write_text
 
 SIZES = ((96, 96), (64, 96), (96, 64))  # (height, width) of an image
@@ -99,12 +100,9 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
 
 def _sources() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """The photographs, the digits as ink from 0 to 1, their labels."""
-    try:
-        from sklearn.datasets import load_digits, load_sample_image
-    except ImportError as error:
-        raise ImportError("the composed set needs scikit-learn: pip install 'sape2[data]'") from error
-    digits: Any = load_digits()
-    return [load_sample_image(name) for name in PHOTOGRAPHS], (digits.images / 16).astype(np.float32), digits.target
+    sets = from_extra("data", "sklearn.datasets", "the composed set needs scikit-learn")
+    digits = sets.load_digits()
+    return [sets.load_sample_image(name) for name in PHOTOGRAPHS], (digits.images / 16).astype(np.float32), digits.target
 
 
 # --- one image -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sape2.config.extras import from_extra
 from sape2.encodings.grid import Grid
 
 RunLengths = dict[str, Any]  # "size" [height, width] and "counts", compressed to bytes
@@ -100,8 +101,4 @@ def _check_compressed(run_lengths: RunLengths) -> RunLengths:
 
 
 def _library() -> Any:
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError as error:
-        raise ImportError("masks in COCO format need faster-coco-eval: pip install 'sape2[detect]'") from error
-    return mask
+    return from_extra("detect", "faster_coco_eval.core.mask", "masks in COCO format need faster-coco-eval")

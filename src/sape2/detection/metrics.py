@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sape2.config.detection import DetectionConfig
+from sape2.config.extras import from_extra
 from sape2.detection.batches import one_size_batches, padded_size, to_unit
 from sape2.detection.coco import CocoImages
 from sape2.tables import Row
@@ -28,12 +29,10 @@ KINDS = {"bbox": ("box", "boxes"), "segm": ("mask", "masks")}  # COCO's name, on
 
 def make_metric(masks: bool) -> Any:
     """torchmetrics' MeanAveragePrecision of boxes and, if asked for, masks."""
-    try:
-        import faster_coco_eval  # noqa: F401
-        from torchmetrics.detection import MeanAveragePrecision
-    except ImportError as error:
-        raise ImportError("COCO metrics need torchmetrics and faster-coco-eval: pip install 'sape2[detect]'") from error
-    metric = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval")
+    need = "COCO metrics need torchmetrics and faster-coco-eval"
+    from_extra("detect", "faster_coco_eval", need)
+    library = from_extra("detect", "torchmetrics.detection", need)
+    metric = library.MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval")
     metric.warn_on_many_detections = False
     return metric
 
