@@ -21,7 +21,6 @@ from timing import Row, conditions, parser, save, summary
 from sape2.config import RunConfig
 from sape2.config.recipes import RECIPES, get_recipe
 from sape2.data import normalize
-from sape2.data.augment import augment_images
 from sape2.data.mixing import BatchMixer
 from sape2.tables import markdown_table
 from sape2.training.optimisation import set_seeds
@@ -51,7 +50,7 @@ def parts(config: RunConfig, pixels: torch.Tensor) -> dict[str, dict[str, Callab
     augment = replace(config.augment, crop_area=None)
     found = {}
     if augment.crop_padding or augment.flip or augment.policy != "none":
-        forms = {"plain": plain_augmentation.augment_images, "ours": augment_images}
+        forms = {"plain": plain_augmentation.augment_images, "ours": plain_augmentation.ours}
         found["augment"] = {form: partial(function, pixels, augment, 0) for form, function in forms.items()}
     if augment.erase or augment.mixes:
         batch, labels = normalize(pixels, config.data.mean, config.data.std), torch.arange(len(pixels)) % 10

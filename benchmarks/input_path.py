@@ -13,10 +13,12 @@ import argparse
 import io
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import datasets
 import numpy as np
+import plain_augmentation
 import torch
 import write_layouts
 from PIL import Image
@@ -24,8 +26,8 @@ from PIL import Image
 from sape2.config import AugmentConfig, DataConfig, ModelConfig, TrainConfig, model_config
 from sape2.config.recipes import get_recipe
 from sape2.data import ImageFiles, files, load_data
-from sape2.data.augment import TrainStream, augment_images
-from sape2.data.decoding import CenterCrop, decode
+from sape2.data.augment import TrainStream
+from sape2.data.decoding import center_crop, decode
 from sape2.runs.rows import write_rows
 from sape2.tables import print_table
 
@@ -104,8 +106,8 @@ def stages(data: ImageFiles, model: ModelConfig) -> list[dict]:
     return [
         timed("any", "JPEG to pixels", BATCH, lambda: [Image.open(io.BytesIO(e["bytes"])).convert("RGB") for e in entries]),
         timed("any", "resize to 224x224", BATCH, lambda: [i.resize((224, 224), Image.Resampling.BICUBIC) for i in opened]),
-        timed("any", "test view", BATCH, lambda: [decode(e, model, "", CenterCrop(0.875)) for e in entries]),
-        timed("any", "RandAugment", BATCH, lambda: augment_images(images, policy, seed=0)),
+        timed("any", "test view", BATCH, lambda: [decode(e, model, "", partial(center_crop, share=0.875)) for e in entries]),
+        timed("any", "RandAugment", BATCH, lambda: plain_augmentation.ours(images, policy, seed=0)),
     ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from sape2.config import AugmentConfig
-from sape2.data.augment import derive_seed
+from sape2.data.augment import augment, derive_seed, draw
 
 
 def augment_images(images: Tensor, config: AugmentConfig, seed: int) -> Tensor:
@@ -25,6 +25,11 @@ def augment_images(images: Tensor, config: AugmentConfig, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, "policy"))
         return torch.cat([policy_of(config)(group) for group in images.split(config.policy_group)])
+
+
+def ours(images: Tensor, config: AugmentConfig, seed: int) -> Tensor:
+    """The same by `sape2.data`."""
+    return augment(images, draw(config, seed, torch.arange(len(images)), len(images), tuple(images.shape[1:])))
 
 
 def policy_of(config: AugmentConfig) -> v2.Transform:

@@ -16,7 +16,7 @@ from sape2.config.recipes import RECIPES, get_recipe
 from sape2.data import augment as module
 from sape2.data import images as kept
 from sape2.data import mixing
-from sape2.data.augment import Plans, TrainStream, augment, augment_images, draw, share_of
+from sape2.data.augment import Plans, TrainStream, augment, draw, share_of
 from sape2.data.mixing import BatchMixer, erase_areas
 from sape2.data.policies import make_policy
 
@@ -46,7 +46,7 @@ def test_every_recipe_gives_the_images_of_the_plain_form(name):
     images = synthetic(48, shape=(channels, height, width)).images
     for seed in range(3):
         expected = plain_augmentation.augment_images(images, AUGMENTS[name], seed)
-        assert torch.equal(augment_images(images, AUGMENTS[name], seed), expected)
+        assert torch.equal(plain_augmentation.ours(images, AUGMENTS[name], seed), expected)
 
 
 @pytest.mark.parametrize("policy", ["randaugment", "autoaugment"])
@@ -55,7 +55,7 @@ def test_every_recipe_gives_the_images_of_the_plain_form(name):
 def test_policies_give_what_torchvision_gives_group_by_group(policy, group, shape):
     images = synthetic(50, shape=shape).images
     config = AugmentConfig(policy=policy, policy_group=group, policy_magnitude=20)
-    got, expected = augment_images(images, config, 3), plain_augmentation.augment_images(images, config, 3)
+    got, expected = plain_augmentation.ours(images, config, 3), plain_augmentation.augment_images(images, config, 3)
     assert torch.equal(got, expected)
     assert not torch.equal(got, images)
 
@@ -84,7 +84,7 @@ def test_an_operation_on_the_wrong_images_would_be_seen(monkeypatch):
     monkeypatch.setattr(
         module, "do_rounds", lambda images, rounds: right(images, [r._replace(order=r.order.roll(1)) for r in rounds])
     )
-    assert not torch.equal(augment_images(images, HEAVY, 0), plain_augmentation.augment_images(images, HEAVY, 0))
+    assert not torch.equal(plain_augmentation.ours(images, HEAVY, 0), plain_augmentation.augment_images(images, HEAVY, 0))
 
 
 @pytest.mark.parametrize("write", [mixing.write_one_by_one, mixing.write_at_once])
@@ -221,7 +221,7 @@ def test_what_waits_for_a_device_would_be_seen(wait):
 
 def test_draws_of_a_share_are_those_of_the_batch():
     images = synthetic(16, shape=(3, 8, 8)).images
-    whole = augment_images(images, HEAVY, 5)
+    whole = plain_augmentation.ours(images, HEAVY, 5)
     for rank in range(4):
         places = share_of(16, rank, 4)
         assert torch.equal(augment(images[places], draw(HEAVY, 5, places, 16, (3, 8, 8))), whole[places])

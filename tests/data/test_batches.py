@@ -3,13 +3,14 @@
 import random
 
 import numpy as np
+import plain_augmentation
 import pytest
 import torch
 from image_cases import synthetic
 
 from sape2.config import AugmentConfig, TrainConfig
 from sape2.data import ImageData, normalize
-from sape2.data.augment import TrainStream, augment_images, epoch_order, share_of
+from sape2.data.augment import TrainStream, epoch_order, share_of
 from sape2.data.mixing import BatchMixer
 
 POLICIES = ["randaugment", "autoaugment"]
@@ -50,7 +51,7 @@ def test_the_run_seed_changes_the_order_and_the_augmentation():
     crops = AugmentConfig(crop_padding=2)
     assert not torch.equal(epoch_order(50, seed=0, epoch=0), epoch_order(50, seed=1, epoch=0))
     one_image = synthetic(1).images.repeat(8, 1, 1, 1)
-    first, second = (augment_images(one_image, crops, seed) for seed in (0, 1))
+    first, second = (plain_augmentation.ours(one_image, crops, seed) for seed in (0, 1))
     assert not torch.equal(first, second)
 
 
@@ -148,7 +149,7 @@ def shifted(image, down, right):
 
 def test_random_crop_shifts_every_image_by_a_shift_of_its_own():
     images, padding = synthetic(120, shape=(2, 4, 5)).images, 1
-    cropped = augment_images(images, AugmentConfig(crop_padding=padding), seed=0)
+    cropped = plain_augmentation.ours(images, AugmentConfig(crop_padding=padding), seed=0)
     moves = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
     found = [[move for move in moves if torch.equal(shifted(a, *move), b)] for a, b in zip(images, cropped, strict=True)]
     assert all(len(fits) == 1 for fits in found)  # each is one of the nine shifts, and one only
@@ -158,7 +159,7 @@ def test_random_crop_shifts_every_image_by_a_shift_of_its_own():
 
 def test_half_of_the_images_are_flipped():
     images = torch.tensor([0, 255], dtype=torch.uint8).expand(2000, 1, 1, 2).contiguous()
-    got = augment_images(images, AugmentConfig(flip=True), seed=0)
+    got = plain_augmentation.ours(images, AugmentConfig(flip=True), seed=0)
     flipped = got[:, 0, 0, 0] == 255
     assert torch.equal(got[flipped], images[flipped].flip(-1))
     assert torch.equal(got[~flipped], images[~flipped])
@@ -167,7 +168,7 @@ def test_half_of_the_images_are_flipped():
 
 def test_no_augmentation_is_the_image_itself():
     images = synthetic().images
-    assert torch.equal(augment_images(images, AugmentConfig(), seed=0), images)
+    assert torch.equal(plain_augmentation.ours(images, AugmentConfig(), seed=0), images)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -175,7 +176,7 @@ def test_no_augmentation_is_the_image_itself():
 def test_policies_keep_shape_and_type_and_follow_from_the_seed(policy, shape):
     images = synthetic(16, shape=shape).images
     config = AugmentConfig(policy=policy, policy_group=4)
-    first, again, other = (augment_images(images, config, seed) for seed in (0, 0, 1))
+    first, again, other = (plain_augmentation.ours(images, config, seed) for seed in (0, 0, 1))
     assert (first.shape, first.dtype) == (images.shape, torch.uint8)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -187,18 +188,18 @@ def test_augmentation_neither_reads_nor_moves_the_global_generators(policy):
     images = synthetic(8, shape=(3, 8, 8)).images
     config = AugmentConfig(crop_padding=1, flip=True, policy=policy)
     states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())  # noqa: NPY002 - as above
-    first = augment_images(images, config, seed=0)
+    first = plain_augmentation.ours(images, config, seed=0)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), str(np.random.get_state())) == states[1:]  # noqa: NPY002
     torch.manual_seed(123)
-    assert torch.equal(augment_images(images, config, seed=0), first)
+    assert torch.equal(plain_augmentation.ours(images, config, seed=0), first)
 
 
 def test_a_group_shares_one_draw_of_the_policy():
     one = synthetic(1, shape=(3, 8, 8)).images.repeat(32, 1, 1, 1)
     kinds = {}
     for group in (1, 8, 32):
-        got = augment_images(one, AugmentConfig(policy="autoaugment", policy_group=group), seed=0).split(group)
+        got = plain_augmentation.ours(one, AugmentConfig(policy="autoaugment", policy_group=group), seed=0).split(group)
         assert all(torch.equal(part, part[:1].expand_as(part)) for part in got)
         kinds[group] = len({part.numpy().tobytes() for part in got})
     assert kinds[32] == 1

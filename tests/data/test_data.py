@@ -14,7 +14,8 @@ from PIL import Image
 
 from sape2.config import DataConfig, ModelConfig
 from sape2.config.recipes import get_recipe
-from sape2.data import ImageData, decode, limit_by_class, load_data, split_by_class
+from sape2.data import decode, load_data
+from sape2.data.images import class_split, draw_by_class
 
 CLASSES = ["cat", "dog", "eel"]
 MODEL = ModelConfig(image_size=(4, 6), patch_size=2, num_classes=3)
@@ -312,18 +313,16 @@ def test_more_than_one_batch_of_rows_is_read_and_named_by_its_own_row(tmp_path):
 
 def test_splits_share_no_image_and_lose_none():
     data = synthetic(60)
-    rest, part = split_by_class(data, 0.25, seed=0)
-    kept = [image.numpy().tobytes() for half in (rest, part) for image in half.images]
+    kept = [image.numpy().tobytes() for half in class_split(data.labels, 0.25, seed=0) for image in data[half].images]
     assert sorted(kept) == sorted(image.numpy().tobytes() for image in data.images)
     assert len(set(kept)) == 60  # no two of these images are equal, so none is in both
 
 
 def test_splits_hold_the_same_share_of_every_class():
     labels = torch.tensor([0] * 40 + [1] * 20 + [2] * 4)
-    data = ImageData(torch.zeros(64, 1, 2, 2, dtype=torch.uint8), labels, tuple(CLASSES), (0.5,), (0.5,))
-    rest, part = split_by_class(data, 0.1, seed=0)
-    assert part.labels.bincount().tolist() == [4, 2, 1]  # at least one of each
-    assert rest.labels.bincount().tolist() == [36, 18, 3]
+    rest, part = class_split(labels, 0.1, seed=0)
+    assert labels[part].bincount().tolist() == [4, 2, 1]  # at least one of each
+    assert labels[rest].bincount().tolist() == [36, 18, 3]
 
 
 def test_splits_depend_on_the_split_seed_and_on_nothing_global(tmp_path):
@@ -365,5 +364,4 @@ def test_a_train_limit_above_the_size_changes_nothing(tmp_path):
 
 def test_limits_keep_the_shares_of_unequal_classes():
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
-    data = ImageData(torch.zeros(100, 1, 2, 2, dtype=torch.uint8), labels, tuple(CLASSES), (0.5,), (0.5,))
-    assert limit_by_class(data, 50, seed=0).labels.bincount().tolist() == [30, 15, 5]
+    assert labels[draw_by_class(labels, 50, seed=0)].bincount().tolist() == [30, 15, 5]

@@ -20,6 +20,7 @@ from layout_cases import MODEL, file_of, picture
 
 from sape2.config import DataConfig
 from sape2.data import as_images, decode
+from sape2.data.labels import as_numbers
 from sape2.data.parquet import ParquetImages
 from sape2.data.webdataset import index_shard
 
@@ -97,8 +98,9 @@ entries = st.none() | st.fixed_dictionaries({"bytes": st.none() | image_bytes, "
 def read_all(path):
     """Every image of one parquet file, decoded."""
     config = DataConfig("tiny", max_bad_samples=2)
-    images = as_images(ParquetImages(f"{path.parent} train", path.parent, [path], config), config, MODEL)
-    return images.decoded()
+    source = ParquetImages(f"{path.parent} train", path.parent, [path], config)
+    as_numbers(source)
+    return as_images(source, config, MODEL).decoded()
 
 
 rows = st.lists(st.tuples(entries, st.none() | st.integers(-1, 4)), max_size=6)

@@ -160,7 +160,7 @@ def test_a_class_whose_only_validation_image_is_damaged_is_told_in_one_line(tmp_
     assert main(["train", "images", "--data", str(folder), "--out", str(tmp_path / "run")]) == 2
     told = capfd.readouterr().err.splitlines()
     assert len([line for line in told if line.startswith("sape2:")]) == 1
-    assert f"the only image of the class {damaged.parent.name!r}" in told[-1]
+    assert f"no image of the class {damaged.parent.name!r}" in told[-1]
     assert str(damaged) in told[-1]
 
 

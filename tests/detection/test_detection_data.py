@@ -14,8 +14,8 @@ from sape2.detection import composed
 from sape2.detection.batches import TrainView, epoch_batches, make_transform, one_size_batches, padded_size
 from sape2.detection.coco import count_objects, open_split
 from sape2.detection.composed import MIN_VISIBLE, TEST_COLUMNS, TEST_EVERY, _draw, _sources, compose, run_lengths
-from sape2.detection.masks import decode_mask
-from sape2.detection.metrics import CocoMetric
+from sape2.detection.masks import decode_run_lengths, encode_segmentation
+from sape2.detection.metrics import metric_rows
 
 pytest.importorskip("faster_coco_eval")
 
@@ -117,19 +117,23 @@ def test_nothing_is_left_of_a_composition_that_fails(tmp_path, monkeypatch):
 # --- masks -----------------------------------------------------------------------------------------------------------
 
 
+def decoded(segmentation, size):
+    return decode_run_lengths(encode_segmentation(segmentation, size))
+
+
 def test_run_lengths_and_their_compressed_form_decode_to_the_mask():
     from faster_coco_eval.core import mask as rle
 
     generator = np.random.default_rng(0)
     for mask in (generator.random((5, 7)) > 0.5, np.ones((3, 2), bool), np.zeros((3, 2), bool)):
         size = mask.shape
-        assert (decode_mask({"size": list(size), "counts": run_lengths(mask)}, size) == mask).all()
+        assert (decoded({"size": list(size), "counts": run_lengths(mask)}, size) == mask).all()
         compressed = rle.encode(np.asfortranarray(mask.astype(np.uint8)))
-        assert (decode_mask({"size": list(size), "counts": compressed["counts"]}, size) == mask).all()
+        assert (decoded({"size": list(size), "counts": compressed["counts"]}, size) == mask).all()
 
 
 def test_polygons_are_filled_and_joined():
-    mask = decode_mask([[1, 1, 4, 1, 4, 3, 1, 3], [5, 0, 6, 0, 6, 4, 5, 4]], (4, 6))
+    mask = decoded([[1, 1, 4, 1, 4, 3, 1, 3], [5, 0, 6, 0, 6, 4, 5, 4]], (4, 6))
     wanted = np.zeros((4, 6))
     wanted[1:3, 1:4] = 1
     wanted[:, 5] = 1
@@ -310,10 +314,7 @@ def perfect(targets):
 
 
 def rows_of(predictions, targets, masks=True):
-    metric = CocoMetric(masks)
-    for i in range(0, len(targets), 2):
-        metric.update(predictions[i : i + 2], targets[i : i + 2])
-    return metric.rows()
+    return metric_rows([(predictions[i : i + 2], targets[i : i + 2]) for i in range(0, len(targets), 2)], masks)
 
 
 def values(predictions, targets, masks=True):

@@ -483,7 +483,7 @@ def test_another_sweep_or_other_files_are_not_written_over(command, tmp_path):
     assert (status, "sweep.json" in err) == (2, True)
     assert [path.name for path in (tmp_path / "photos").iterdir()] == ["notes.txt"]
     (out / "sweep.json").write_text("{")
-    assert "out/sweep.json" in command(*sweep, "--out", "out")[2]
+    assert "sweep.json" in command(*sweep, "--out", "out")[2]
     assert "is a file" in command(*sweep, "--out", "photos/notes.txt")[2]
 
 

@@ -239,7 +239,7 @@ def test_no_file_of_weights_runs_code(tmp_path, weights):
         (["builtins:dict"], "builtins:dict must return a torch.nn.Module; got dict"),
         (["resnet18"], "no list of blocks with attention"),
         (["test_vit", "--weights", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
-        (["test_vit", "--size", "160"], "--size is HxW in pixels"),
+        (["test_vit", "--size", "160"], "--size needs HxW in pixels"),
         (["test_vit", "--data", "nowhere"], "--data must be a folder of images"),
     ],
 )

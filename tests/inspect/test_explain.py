@@ -438,7 +438,7 @@ def test_files_that_are_no_images_are_told_in_one_line(mistake, run, photo, tmp_
     (tmp_path / "shapes.svg").write_text("<?xml version='1.0'?>\n<svg xmlns='http://www.w3.org/2000/svg'/>")
     for name, why in (("notes.png", ""), ("half.png", ""), ("empty.jpg", "the file is empty"), ("shapes.svg", "it is SVG")):
         assert f"{name} cannot be read as an image: {why}" in mistake(run, tmp_path / name)
-    assert "there is no image" in mistake(run, tmp_path / "nowhere.png")
+    assert "there is no such file" in mistake(run, tmp_path / "nowhere.png")
     assert "is a folder" in mistake(run, tmp_path)
 
 

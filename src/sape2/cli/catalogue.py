@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sape2
-from sape2.config.options import describe_option
+from sape2.config.checks import describe_option
 from sape2.tables import Row
 
 Node = ast.ClassDef | ast.FunctionDef | ast.expr

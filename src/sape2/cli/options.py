@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +31,11 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
     if config.recipe == "images":
-        config = fitted(override(config, [setting for setting in arguments.set if setting.partition("=")[0] in READ_BY]))
+        from sape2.data.own import fit
+
+        config, lines = fit(override(config, [setting for setting in arguments.set if setting.partition("=")[0] in READ_BY]))
+        for line in lines:
+            say_once(line)
     if arguments.model is not None:
         config = replace(config, model=resized(config.model, arguments.model))
     if arguments.encoding is not None:
@@ -45,16 +50,6 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
         from sape2.data.own import settings_in_words
 
         say_once(settings_in_words(config))
-    return config
-
-
-def fitted(config: RunConfig) -> RunConfig:
-    """The recipe `images` for the folder that --data names; what is filled in is told."""
-    from sape2.data.own import fit
-
-    config, lines = fit(config)
-    for line in lines:
-        say_once(line)
     return config
 
 
@@ -108,6 +103,14 @@ def whole_number(option: str, text: str) -> int:
     if not (text.strip().isascii() and text.strip().isdigit() and int(text) > 0):
         raise ValueError(f"{option} needs whole numbers from 1 on; got {text.strip()!r}")
     return int(text)
+
+
+def pixel_size(text: str) -> tuple[int, int]:
+    """(height, width) of --size."""
+    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip(), re.ASCII)
+    if found is None:
+        raise ValueError(f"--size needs HxW in pixels, for example 224x224; got {text!r}")
+    return int(found[1]), int(found[2])
 
 
 def chosen_measures(text: str) -> list[str]:

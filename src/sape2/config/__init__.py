@@ -18,6 +18,7 @@ from sape2.config.checks import (
     PartOf1,
     Positive,
     Real,
+    Sections,
     Share,
     ShareBelow1,
     Size,
@@ -124,22 +125,23 @@ def check_image_size(image_size: tuple[int, int], patch_size: int) -> tuple[int,
     return height // patch_size, width // patch_size
 
 
-def model_config(name: str, **overrides: Any) -> ModelConfig:
-    """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
+def sizes_of(name: str) -> dict[str, Any]:
+    """The settings that make the named size. Raises ValueError for unknown names."""
     if name not in MODELS:
         raise unknown("model", name, MODELS)
+    return dict(zip(("dim", "depth", "num_heads", "mlp_ratio"), MODELS[name], strict=True))
+
+
+def model_config(name: str, **overrides: Any) -> ModelConfig:
+    """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
     if isinstance(overrides.get("image_size"), int):
         overrides["image_size"] = (overrides["image_size"],) * 2
-    sizes = dict(zip(("dim", "depth", "num_heads", "mlp_ratio"), MODELS[name], strict=True))
-    return make_config(ModelConfig, {"name": name} | sizes | overrides, "model.")
+    return make_config(ModelConfig, {"name": name} | sizes_of(name) | overrides, "model.")
 
 
 def resized(model: ModelConfig, name: str) -> ModelConfig:
     """The recipe's model in another size: only the name, width, depth, heads and MLP ratio change."""
-    size = model_config(name)
-    return dataclasses.replace(
-        model, name=name, dim=size.dim, depth=size.depth, num_heads=size.num_heads, mlp_ratio=size.mlp_ratio
-    )
+    return dataclasses.replace(model, name=name, **sizes_of(name))
 
 
 # Data sets of recipes that a hub has under an id.
@@ -303,7 +305,7 @@ ADDED = ("optimizer", "encoding_lr", "muon_lr", "muon_momentum", "betas", "sched
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Sections):
     """Everything that decides the result of a run."""
 
     recipe: str
@@ -314,7 +316,7 @@ class RunConfig:
     seed: Number = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(
             len(self.data.mean) == self.model.in_channels,
             f"the model takes {self.model.in_channels} channels but data.mean has {len(self.data.mean)}",
@@ -323,17 +325,6 @@ class RunConfig:
             not self.augment.mixes or self.train.batch_size % 2 == 0,
             f"mixup and cutmix need an even train.batch_size; got {self.train.batch_size}",
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> RunConfig:
-        """Raises ValueError that names the field for anything unknown, missing or of another type."""
-        return make_config(RunConfig, values, "")
 
     def identity(self) -> dict[str, Any]:
         """The config without what does not change the result: where and how the data lie, who reads them, who has weights."""
@@ -360,7 +351,7 @@ def with_epochs(config: RunConfig, epochs: int) -> RunConfig:
 def override(config: Any, assignments: list[str], see: str = SEE) -> Any:
     """The config with "section.key=value" (or "key=value" where the key is unique) applied; values are JSON or text.
 
-    A RunConfig, or another frozen dataclass of sections with `to_dict` and `from_dict`. `see` says where all keys can be seen.
+    `see` says where all keys can be seen.
     """
     values = config.to_dict()
     for assignment in assignments:

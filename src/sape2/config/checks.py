@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from sape2.config.names import did_you_mean
 
@@ -69,6 +70,25 @@ def make_config(cls: type, values: Any, prefix: str) -> Any:
             value = tuple(value)
         made[name] = value
     return cls(**made)
+
+
+class Sections:
+    """The settings of a run as a dataclass of sections, to and from plain JSON values."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        whole: Any = self
+        return dataclasses.asdict(whole)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises ValueError that names the field for anything unknown, missing or of another type."""
+        return make_config(cls, values, "")
 
 
 def _key(name: Any) -> str:
@@ -154,3 +174,19 @@ def in_words(hint: Any) -> str:
         several = in_words(members[0]).removeprefix("a ") + "s"
         return f"a list of {several}, [a,b,...]" if members[-1] is Ellipsis else f"{len(members)} {several}, [a,b]"
     return KINDS.get(hint, hint.__name__)
+
+
+def describe_option(hint: Any, default: Any) -> str:
+    """ "suffix|prefix|..." for a choice, "None (a whole number)" for a number."""
+    if get_origin(hint) is Literal:
+        rest = [str(value) for value in get_args(hint) if value != default]
+        return "|".join([str(default), *rest])
+    if hint is bool:
+        return "|".join([str(default).lower(), str(not default).lower()])
+    return f"{default} ({type_name(hint)})"
+
+
+def type_name(hint: Any) -> str:
+    """ "a whole number or a number": what a value may be, in the words of `--set`, without None."""
+    members = [member for member in get_args(hint) if member is not type(None)] or [hint]
+    return " or ".join(map(in_words, members))

@@ -20,21 +20,20 @@ def command(config: RunConfig, out: Path | None = None, data: str | None = None)
         return None
     if data is not None and (config.data.source is not None or config.data.name != "digits"):
         config = replace(config, data=replace(config.data, source=data))
-    base, words = RECIPES[config.recipe](), ["sape2", "train", config.recipe]
-    if config.model.name != base.model.name:
-        base = replace(base, model=resized(base.model, config.model.name))
-        words += ["--model", config.model.name]
-    if config.model.encoding != base.model.encoding:
-        base = replace(base, model=replace(base.model, encoding=config.model.encoding))
-        words += ["--encoding", config.model.encoding]
-    if config.data.source != base.data.source:
-        base = replace(base, data=replace(base.data, source=config.data.source))
-        words += ["--data", config.data.source or ""]
-    if config.train.epochs != base.train.epochs:
-        base = with_epochs(base, config.train.epochs)
-        words += ["--epochs", str(config.train.epochs)]
-    if config.seed != base.seed:
-        words += ["--seed", str(config.seed)]
+    usual = RECIPES[config.recipe]()
+    options = {
+        "--model": (config.model.name, usual.model.name),
+        "--encoding": (config.model.encoding, usual.model.encoding),
+        "--data": (config.data.source or "", usual.data.source or ""),
+        "--epochs": (str(config.train.epochs), str(usual.train.epochs)),
+        "--seed": (str(config.seed), str(usual.seed)),
+    }
+    given = {option: value for option, (value, before) in options.items() if value != before}
+    words = ["sape2", "train", config.recipe, *(word for option in given.items() for word in option)]
+    base = with_epochs(usual, config.train.epochs) if "--epochs" in given else usual
+    model = resized(base.model, config.model.name) if "--model" in given else base.model
+    model = replace(model, encoding=config.model.encoding)
+    base = replace(base, model=model, data=replace(base.data, source=config.data.source))
     for setting in sorted(_settings(config) - _settings(base)):
         words += ["--set", setting]
     return shlex.join(words if out is None else [*words, "--out", str(out)])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sape2.config import ModelConfig
-from sape2.config.checks import Count, NotNegative, Number, Positive, ShareBelow1, check_types, make_config, require
+from sape2.config.checks import Count, NotNegative, Number, Positive, Sections, ShareBelow1, check_types, require
 
 SCALES = (4.0, 2.0, 1.0, 0.5)
 
@@ -115,7 +114,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class DetectionConfig:
+class DetectionConfig(Sections):
     """Everything that decides the result of a detection run. `model.num_classes` counts objects, not the background."""
 
     recipe: str
@@ -126,23 +125,8 @@ class DetectionConfig:
     seed: Number = 0
 
     def __post_init__(self) -> None:
-        check_types(self)
+        super().__post_init__()
         require(self.model.in_channels == 3, f"photographs have 3 channels; got model.in_channels={self.model.in_channels}")
-        require(
-            self.model.pool == "mean" and self.model.num_registers == 0,
-            "a backbone takes no prefix tokens: model.pool=mean and model.num_registers=0",
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> DetectionConfig:
-        """Raises ValueError that names the field for anything unknown, missing or of another type."""
-        return make_config(DetectionConfig, values, "")
 
     def identity(self) -> dict[str, Any]:
         """The config without what does not change the result, as plain JSON values."""

@@ -9,7 +9,6 @@ name in `DataConfig.layout`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,14 @@ from sape2.data.base import Source, Subset, UnreadableImages, plain_name
 from sape2.data.decoding import decode
 from sape2.data.files import ImageFiles, Splits
 from sape2.data.fingerprint import fingerprint
-from sape2.data.images import ImageData, limit_by_class, normalize, split_by_class, tell_twins
+from sape2.data.images import ImageData, class_split, draw_by_class, normalize, tell_twins
 from sape2.data.labels import as_numbers, first_of, match_classes, match_model
 from sape2.data.splits import split_of
 from sape2.data.walk import Files, is_image, walk
 
 __all__ = [
-    "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "fingerprint", "limit_by_class", "load_data",
-    "normalize", "open_sources", "split_by_class",
+    "LAYOUTS", "ImageData", "ImageFiles", "Source", "Splits", "decode", "fingerprint", "load_data", "normalize",
+    "open_sources",
 ]  # fmt: skip
 
 # name: (whether these files are of it, its splits)
@@ -58,15 +57,12 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     print_ = fingerprint(sources)
     if config.source is not None and not Path(config.source).expanduser().exists():
         print_ |= {"hub_id": config.source}
-    sets = [as_images(source, config, model, split) for split, source in sources.items()]
-    for images in sets:
-        if isinstance(images, ImageFiles):
-            images.fingerprint = print_
-    train, test = (images if isinstance(images, ImageFiles) else replace(images, fingerprint=print_) for images in sets)
+    train, test = (as_images(source, config, model, split, print_) for split, source in sources.items())
     _check_counts(train, sources["train"].where)
-    train, validation = split_by_class(train, config.validation_fraction, config.split_seed)
+    rest, part = class_split(train.labels, config.validation_fraction, config.split_seed)
+    train, validation = train[rest], train[part]
     if config.train_limit is not None and config.train_limit < len(train):
-        train = limit_by_class(train, config.train_limit, config.split_seed)
+        train = train[draw_by_class(train.labels, config.train_limit, config.split_seed)]
     splits = {"train": train, "validation": validation, "test": test}
     number = sum(map(len, splits.values()))
 
@@ -164,9 +160,13 @@ def find_layout(files: Files, config: DataConfig) -> Any:
 
 
 def as_images(
-    source: Source | ArrayImages, config: DataConfig, model: ModelConfig, split: str = "train"
+    source: Source | ArrayImages,
+    config: DataConfig,
+    model: ModelConfig,
+    split: str = "train",
+    fingerprint: dict[str, Any] | None = None,
 ) -> ImageFiles | ImageData:
-    """The source with its labels checked; nothing is decoded."""
+    """The source, whose labels are whole numbers, as images of the model's classes; nothing is decoded."""
     if not source.labels:
         raise ValueError(f"{source.where} holds no rows")
     if source.classes and len(source.classes) != model.num_classes:
@@ -175,17 +175,15 @@ def as_images(
             f"use --set model.num_classes={len(source.classes)}"
         )
     for row, label in enumerate(source.labels):
-        if label is None:
-            raise ValueError(f"{source.name(row)} has no label")
-        if not isinstance(label, int) or not 0 <= label < model.num_classes:
-            raise ValueError(f"{source.name(row)}: label {label!r} is not in 0..{model.num_classes - 1}")
+        if not 0 <= label < model.num_classes:
+            raise ValueError(f"{source.name(row)}: label {label} is not in 0..{model.num_classes - 1}")
     labels = torch.tensor(source.labels)
     classes = source.classes or tuple(str(label) for label in range(model.num_classes))
     if isinstance(source, ArrayImages):
         images = torch.from_numpy(source.images).permute(0, 3, 1, 2).contiguous()
-        return ImageData(images, labels, classes, config.mean, config.std)
+        return ImageData(images, labels, classes, config.mean, config.std, fingerprint)
     unreadable = UnreadableImages(allowed_unreadable(len(labels), config), split)
-    return ImageFiles(source, labels, classes, config, model, unreadable)
+    return ImageFiles(source, labels, classes, config, model, unreadable, fingerprint)
 
 
 def allowed_unreadable(images: int, config: DataConfig) -> int:

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sape2.config import DataConfig, ModelConfig
+from sape2.config.extras import from_extra
 from sape2.data.base import plain_name
 from sape2.data.decoding import to_array
 from sape2.data.images import class_split
@@ -35,11 +36,7 @@ class ArrayImages:
 
 def read_digits(model: ModelConfig) -> dict[str, ArrayImages]:
     """1,797 grey 8x8 images; every fifth of each class (seed 0) is the test set."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits need scikit-learn: pip install 'sape2[data]'") from error
-    digits: Any = load_digits()
+    digits = from_extra("data", "sklearn.datasets", "the digits need scikit-learn").load_digits()
     images = (digits.images * (255 / 16)).round().astype(np.uint8)
     images = np.stack([to_array(to_8_bits(Image.fromarray(image), model.in_channels), model) for image in images])
     labels = torch.from_numpy(digits.target)

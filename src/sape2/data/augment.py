@@ -8,6 +8,7 @@ they are stored: in data workers, or on a device that keeps them.
 from __future__ import annotations
 
 import hashlib
+import math
 import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -144,19 +145,8 @@ class TrainStream(Dataset):
         world: int = 1,
     ) -> None:
         self.data, self.augment, self.train, self.world = data, augment, train, world
-        self.plans = Plans(len(data), data.shape, augment, train, seed, rank, world)
-
-    @property
-    def places(self) -> Int[Tensor, " places"]:
-        return self.plans.places
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.plans.steps_per_epoch
-
-    @property
-    def total_steps(self) -> int:
-        return len(self.plans)
+        self.plans = plans = Plans(len(data), data.shape, augment, train, seed, rank, world)
+        self.places, self.steps_per_epoch, self.total_steps = plans.places, plans.steps_per_epoch, len(plans)
 
     @property
     def device(self) -> torch.device:
@@ -171,8 +161,7 @@ class TrainStream(Dataset):
         return f"cpu, in {workers} data worker{'s' * (workers > 1)}" if workers else "cpu, in the training process"
 
     def __getitem__(self, index: int) -> tuple[UInt8[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
-        plan = self.plans[index].sent(self.device)
-        return self.carry_out(plan)
+        return self.carry_out(self.plans[index].sent(self.device))
 
     def carry_out(self, plan: Plan) -> tuple[UInt8[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
         images, labels = self.data.take(plan.batch, self.augment.crop_area, plan.seeds)
@@ -200,7 +189,7 @@ class TrainStream(Dataset):
 
     def _loader(self, dataset: Dataset, start: int) -> DataLoader:
         workers = self.train.workers
-        ahead = PREFETCH_BYTES // (self.data.image_bytes * self.train.batch_size // self.world)
+        ahead = PREFETCH_BYTES // (math.prod(self.data.shape) * self.train.batch_size // self.world)
         return DataLoader(
             dataset,
             batch_size=None,
@@ -234,19 +223,6 @@ def leave_signals_to_the_main_process(_: int) -> None:
     """Ctrl-C reaches the whole process group; a worker that died of it would break the step that saves the run."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-def augment_images(
-    images: UInt8[Tensor, "batch channels height width"],
-    config: AugmentConfig,
-    seed: int,
-    places: Int[Tensor, " batch"] | None = None,
-    size: int | None = None,
-) -> UInt8[Tensor, "batch channels height width"]:
-    """Images at some `places`, ascending, of a batch of `size` (by default all of it), with what is drawn for them."""
-    if places is None or size is None:
-        places, size = torch.arange(len(images)), len(images)
-    return augment(images, draw(config, seed, places, size, tuple(images.shape[1:])))
 
 
 def draw(config: AugmentConfig, seed: int, places: Int[Tensor, " batch"], size: int, shape: tuple[int, ...]) -> Draws:

@@ -6,7 +6,6 @@ import hashlib
 import logging
 import os
 import re
-import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -23,7 +22,6 @@ NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?(\.\w+)")  # t
 OTHER_ENDINGS = (".gif", ".jfif", ".jpe", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".tga", ".dds", ".svg")
 LINE_ENDS = ("Cc", "Zl", "Zp")  # and other control characters, as Unicode calls them
 Result = TypeVar("Result")
-READING = threading.Lock()  # what a source keeps open is changed by one thread at a time
 log = logging.getLogger("sape2.data")
 
 

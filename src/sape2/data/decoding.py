@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from PIL import Image
 from sape2.config import DataConfig, ModelConfig
 from sape2.data.pixels import named, read_image
 
+# The part of an image that a model sees. Without a crop the whole image is resized, which may change its proportions.
+Crop = Callable[[Image.Image, ModelConfig], Image.Image]
 SIDES = (3 / 4, 4 / 3)  # of a random box, width to height: torchvision's and timm's
 
 
@@ -32,22 +36,10 @@ def file_in(entry: Any, where: str) -> Path | bytes:
     return data if data is not None else Path(str(path))
 
 
-class Crop:
-    """The part of an image that the model sees. Without a crop the whole image is resized and may change its proportions."""
-
-    def box(self, image: Image.Image, model: ModelConfig) -> Image.Image:
-        raise NotImplementedError
-
-
-class RandomCrop(Crop):
+def random_crop(image: Image.Image, model: ModelConfig, area: float, seed: int) -> Image.Image:
     """A box of `area` to 1 of the image with sides 3:4 to 4:3, drawn with `seed`: torchvision's RandomResizedCrop."""
-
-    def __init__(self, area: float, seed: int) -> None:
-        self.area, self.seed = area, seed
-
-    def box(self, image: Image.Image, model: ModelConfig) -> Image.Image:
-        top, left, height, width = random_box(image.height, image.width, self.area, self.seed)
-        return image.crop((left, top, left + width, top + height))
+    top, left, height, width = random_box(image.height, image.width, area, seed)
+    return image.crop((left, top, left + width, top + height))
 
 
 def random_box(height: int, width: int, area: float, seed: int) -> tuple[int, int, int, int]:
@@ -70,24 +62,19 @@ def random_box(height: int, width: int, area: float, seed: int) -> tuple[int, in
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-class CenterCrop(Crop):
+def center_crop(image: Image.Image, model: ModelConfig, share: float) -> Image.Image:
     """The middle `share` of the shorter side: resized to size / share, then cut (timm's and DeiT's test view)."""
-
-    def __init__(self, share: float) -> None:
-        self.share = share
-
-    def box(self, image: Image.Image, model: ModelConfig) -> Image.Image:
-        height, width = model.image_size
-        scale = max(height / image.height, width / image.width) / self.share
-        sides = [max(side, int(length * scale + 1e-6)) for side, length in ((height, image.height), (width, image.width))]
-        resized = image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
-        top, left = (round((side - cut) / 2) for side, cut in zip(sides, (height, width), strict=True))
-        return resized.crop((left, top, left + width, top + height))
+    height, width = model.image_size
+    scale = max(height / image.height, width / image.width) / share
+    sides = [max(side, int(length * scale + 1e-6)) for side, length in ((height, image.height), (width, image.width))]
+    resized = image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
+    top, left = (round((side - cut) / 2) for side, cut in zip(sides, (height, width), strict=True))
+    return resized.crop((left, top, left + width, top + height))
 
 
 def evaluation_crop(config: DataConfig) -> Crop | None:
     """The crop for images that are not trained on: `data.center_crop`, or None."""
-    return None if config.center_crop is None else CenterCrop(config.center_crop)
+    return None if config.center_crop is None else partial(center_crop, share=config.center_crop)
 
 
 def in_words(config: DataConfig, model: ModelConfig) -> str:
@@ -107,7 +94,7 @@ def to_array(image: Image.Image, model: ModelConfig, crop: Crop | None = None) -
     """An image in the model's channels, at its size (bicubic where the size differs)."""
     height, width = model.image_size
     if crop is not None:
-        image = crop.box(image, model)
+        image = crop(image, model)
     if image.size != (width, height):
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).reshape(height, width, model.in_channels)

@@ -8,11 +8,11 @@ no replacement: such an image is left out and named.
 from __future__ import annotations
 
 import copy
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ from torch.utils.data import get_worker_info
 
 from sape2.config import DataConfig, ModelConfig
 from sape2.data.base import Source, UnreadableImages, encoded
-from sape2.data.decoding import Crop, RandomCrop, decode, evaluation_crop
+from sape2.data.decoding import Crop, decode, evaluation_crop, random_crop
 from sape2.data.images import ImageData, normalize
 from sape2.data.picture import Picture, take_picture
 
@@ -43,12 +43,13 @@ class ImageFiles:
         config: DataConfig,
         model: ModelConfig,
         unreadable: UnreadableImages,
+        fingerprint: dict[str, Any] | None = None,
     ) -> None:
         self.source, self.labels, self.classes, self.model, self.unreadable = source, labels, classes, model, unreadable
         self.rows = torch.arange(len(labels))
         self.mean, self.std = config.mean, config.std
         self.center = evaluation_crop(config)
-        self.fingerprint: dict[str, Any] | None = None
+        self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -70,10 +71,6 @@ class ImageFiles:
         """(channels, height, width)."""
         return (self.model.in_channels, *self.model.image_size)
 
-    @property
-    def image_bytes(self) -> int:
-        return math.prod(self.shape)
-
     def kept_on(self, device: torch.device) -> ImageFiles:
         """Returns the images unchanged, since they stay in their files."""
         return self
@@ -85,9 +82,10 @@ class ImageFiles:
 
     def take(self, index: Tensor, crop_area: float | None = None, seeds: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """uint8 images and labels at `index`; with `crop_area`, of each a random box drawn with its seed."""
-        crops = [RandomCrop(crop_area, seed) for seed in seeds] if crop_area is not None else [self.center] * len(index)
-        with _threads() as run:
-            images = list(run(self.pixels, index.tolist(), crops))
+        crops: list[Crop | None] = [self.center] * len(index)
+        if crop_area is not None:
+            crops = [partial(random_crop, area=crop_area, seed=seed) for seed in seeds]
+        images = _in_threads(self.pixels, index.tolist(), crops)
         height, width = self.model.image_size
         stacked = np.stack(images) if images else np.empty((0, height, width, self.model.in_channels), np.uint8)
         return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), self.labels[index]
@@ -104,11 +102,10 @@ class ImageFiles:
             except ValueError as error:
                 self.unreadable.add(name, str(error))
         same = self.rows[self.labels == self.labels[place]].tolist()
-        which = "the only image" if len(same) == 1 else f"none of the {len(same)} images"
+        reason = self.unreadable.reasons[self.source.name(same[0])]
         raise ValueError(
-            f"{self.source.where}: {which} of the class {self.classes[int(self.labels[place])]!r} in one of the splits can"
-            f"{'not' * (len(same) == 1)} be read: {self.unreadable.reasons[self.source.name(same[0])]}; put a good file in "
-            "its place, or remove it"
+            f"{self.source.where}: no image of the class {self.classes[int(self.labels[place])]!r} in one of the splits can be "
+            f"read ({len(same)} tried): {reason}; put a good file in its place, or remove it"
         )
 
     def _stand_ins(self, place: int) -> Iterator[int]:
@@ -154,15 +151,13 @@ class LooseFiles:
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Normalised images and -1 for each, in order; the next batch is decoded while one is used."""
         tried = 0
-        for part in _ahead(self._take, [self.files[i : i + batch_size] for i in range(0, len(self.files), batch_size)]):
+        for part in _ahead(
+            partial(_in_threads, self._pixels), [self.files[i : i + batch_size] for i in range(0, len(self.files), batch_size)]
+        ):
             tried += len(part)
             if images := [image for image in part if image is not None]:
                 yield normalize(torch.stack(images), self.config.mean, self.config.std), self.labels[: len(images)]
             self.watch(tried)
-
-    def _take(self, files: Sequence[Path]) -> list[Tensor | None]:
-        with _threads() as run:
-            return list(run(self._pixels, files))
 
     def _pixels(self, file: Path) -> Tensor | None:
         try:
@@ -192,19 +187,15 @@ def _ahead(take: Callable[[Any], Taken], parts: Sequence[Any]) -> Iterator[Taken
             yield taken
 
 
-class _threads:
-    """`map` on as many threads as there are processors; Pillow works outside Python's lock. One in a data worker."""
-
-    def __enter__(self) -> Callable[..., Iterator[Any]]:
-        number = 1 if get_worker_info() else min(MAX_THREADS, processors())
-        self.pool = ThreadPoolExecutor(number) if number > 1 else None
-        return map if self.pool is None else self.pool.map
-
-    def __exit__(self, *_: Any) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+def _in_threads(function: Callable[..., Taken], *parts: Sequence[Any]) -> list[Taken]:
+    """`function` of each, in threads, since Pillow works outside Python's lock; a data worker has one."""
+    number = 1 if get_worker_info() else threads()
+    if number == 1:
+        return list(map(function, *parts))
+    with ThreadPoolExecutor(number) as pool:
+        return list(pool.map(function, *parts))  # cancels what waits where one fails
 
 
-def processors() -> int:
-    """Number of processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def threads() -> int:
+    """One for each processor that this process may use, at most MAX_THREADS."""
+    return min(MAX_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)

@@ -31,9 +31,11 @@ class FolderImages:
 
     def __init__(self, files: Files, split: str) -> None:
         self.root, self.where = files.root / split, plain_name(f"{files.root} {split}".rstrip())
-        self._start = len(split) + bool(split)
-        inside = [name[self._start :] for name in files.real if name.startswith(split and f"{split}/")]
-        folders = [name[self._start :] for name in files.folders if name.startswith(split and f"{split}/")]
+        self._prefix = f"{split}/" if split else ""
+        inside, folders = (
+            [name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)]
+            for names in (files.real, files.folders)
+        )
         found = [name for name in inside if is_image(name) and ("/" in name or not folders)]
         tell_left_out(self.where, {*inside} - {*found}, KNOWN)
         _check_splits_below(self.where, folders, found, bool(split))
@@ -48,9 +50,8 @@ class FolderImages:
     def _once(self, files: Files, found: list[str]) -> list[str]:
         """Without links to images that are taken already. Raises ValueError for one file in two classes."""
         seen: dict[str, str] = {}
-        prefix = os.path.join(self.root.name, "") if self._start else ""
         for name in found:
-            real = files.real[prefix + name]
+            real = files.real[self._prefix + name]
             first = seen.setdefault(real, name)
             if _class_of(first) != _class_of(name):
                 both = f"{plain_name(first)} and {plain_name(name)} are one file, {plain_name(real)}"
@@ -61,7 +62,7 @@ class FolderImages:
 
     def real_paths(self, files: Files) -> dict[str, str]:
         """Maps the real path of each image to the name it is called by."""
-        names = (os.path.join(self.root.name, "") * bool(self._start) + os.fsdecode(path) for path in self._paths.tolist())
+        names = (self._prefix + os.fsdecode(path) for path in self._paths.tolist())
         return {files.real[name]: name for name in names}
 
     def name(self, index: int) -> str:

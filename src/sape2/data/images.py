@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -39,10 +38,6 @@ class ImageData:
     def shape(self) -> tuple[int, ...]:
         """(channels, height, width)."""
         return tuple(self.images.shape[1:])
-
-    @property
-    def image_bytes(self) -> int:
-        return math.prod(self.shape)
 
     def kept_on(self, device: torch.device) -> ImageData:
         """The images on a CUDA device if they take at most a quarter of its free memory; else unchanged."""
@@ -82,25 +77,6 @@ def _of_channels(values: tuple[float, ...], device: torch.device) -> Float[Tenso
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
-@runtime_checkable
-class Labelled(Protocol):
-    @property
-    def labels(self) -> Tensor: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Tensor, /) -> Any: ...
-
-
-Set = TypeVar("Set", bound=Labelled)
-
-
-def split_by_class(data: Set, fraction: float, seed: int) -> tuple[Set, Set]:
-    """(rest, part): `part` holds `fraction` of every class, at least one image of each, drawn with `seed`."""
-    rest, part = class_split(data.labels, fraction, seed)
-    return data[rest], data[part]
-
-
 def tell_twins(what: str, splits: Mapping[str, Iterable[bytes]], name: Callable[[str, int], str]) -> None:
     """Warns where a later split has images with the pixels, or bytes, of an earlier one, as the test set of what is trained on.
 
@@ -118,11 +94,6 @@ def tell_twins(what: str, splits: Mapping[str, Iterable[bytes]], name: Callable[
         known = own | known
 
 
-def limit_by_class(data: Set, size: int, seed: int) -> Set:
-    """`size` images, drawn with `seed`, with the classes in the shares that they have in `data`."""
-    return data[draw_by_class(data.labels, size, seed)]
-
-
 def draw_by_class(labels: Tensor, size: int, seed: int) -> Tensor:
     """Indices of `size` images drawn by class, ascending; a smaller draw with the same seed is part of a larger one."""
     generator = torch.Generator().manual_seed(seed)
@@ -135,7 +106,7 @@ def draw_by_class(labels: Tensor, size: int, seed: int) -> Tensor:
 
 
 def class_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the two parts (rest, part) of a set, split by class; reads labels only."""
+    """Indices (rest, part): `part` holds `fraction` of every class, at least one image of each, drawn with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     rest, part = [], []
     for members in _members(labels):

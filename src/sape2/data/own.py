@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -31,19 +31,6 @@ UPDATES = 8  # an epoch, at least, where the images allow it
 FEWEST_STD = 0.01  # for images that are all of one colour
 
 
-@dataclass(frozen=True)
-class Look:
-    """Facts about the sampled images: (height, width) of each, and whether all are grey."""
-
-    sizes: list[tuple[int, int]]
-    grey: bool
-
-    @property
-    def median(self) -> tuple[int, int]:
-        height, width = (round(statistics.median(sides)) for sides in zip(*self.sizes, strict=True))
-        return height, width
-
-
 def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
     """The recipe for the images in `data.source`, and what was filled in, in words.
 
@@ -54,7 +41,11 @@ def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
     train = sources["train"]
     classes = _check_classes(train, sources["test"])
     looked = _sample(train, data.split_seed)
-    model, look = _fit_model(config.model, train, looked, len(classes))
+    sizes, grey = _look(train, looked)
+    side = statistics.median(map(min, sizes))
+    size = min(PATCHES, key=lambda known: abs(math.log(known / side)))
+    about = {"image_size": (size, size), "patch_size": PATCHES[size], "in_channels": 1 if grey else 3}
+    model = replace(config.model, **about, num_classes=len(classes))
     mean, std = _statistics(train, looked, model)
     bad = max(1, len(train.labels) // 20, allowed_unreadable(len(train.labels), data))
     data = replace(data, mean=mean, std=std, max_bad_samples=bad)
@@ -64,7 +55,7 @@ def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
     training = replace(config.train, batch_size=batch, workers=workers)
     augment = replace(config.augment, crop_padding=model.image_size[0] // 8)
     fitted = replace(config, model=model, data=data, augment=augment, train=training)
-    return fitted, _in_words(fitted, sources, classes, look, rest)
+    return fitted, _in_words(fitted, sources, classes, sizes, rest)
 
 
 def find_data(data: DataConfig) -> DataConfig:
@@ -105,16 +96,8 @@ def _sample(source: Source, seed: int) -> list[int]:
     return torch.randperm(len(source.labels), generator=generator)[:LOOKED_AT].sort().values.tolist()
 
 
-def _fit_model(model: ModelConfig, source: Source, looked: list[int], classes: int) -> tuple[ModelConfig, Look]:
-    look = _look(source, looked)
-    side = statistics.median(min(size) for size in look.sizes)
-    size = min(PATCHES, key=lambda known: abs(math.log(known / side)))
-    channels = 1 if look.grey else 3
-    return replace(model, image_size=(size, size), patch_size=PATCHES[size], in_channels=channels, num_classes=classes), look
-
-
-def _look(source: Source, looked: list[int]) -> Look:
-    """Reads the headers. Raises ValueError if none of them is an image."""
+def _look(source: Source, looked: list[int]) -> tuple[list[tuple[int, int]], bool]:
+    """(height, width) of each by its header, and whether all are grey. Raises ValueError if none of them is an image."""
     sizes, grey, reason = [], True, ""
     for index in looked:
         try:
@@ -126,7 +109,7 @@ def _look(source: Source, looked: list[int]) -> Look:
             reason = reason or str(error)
     if not sizes:
         raise ValueError(f"{source.where}: none of the {len(looked)} images looked at can be read; the first: {reason}")
-    return Look(sizes, grey)
+    return sizes, grey
 
 
 def _statistics(source: Source, looked: list[int], model: ModelConfig) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -147,14 +130,15 @@ def _statistics(source: Source, looked: list[int], model: ModelConfig) -> tuple[
     return tuple(mean.round(4).tolist()), tuple(std.round(4).tolist())
 
 
-def _in_words(config: RunConfig, sources: Any, classes: tuple[str, ...], look: Look, rest: int) -> list[str]:
+def _in_words(config: RunConfig, sources: Any, classes: tuple[str, ...], sizes: list[tuple[int, int]], rest: int) -> list[str]:
     data, model, n = config.data, config.model, len(sources["train"].labels)
-    (height, width), drawn = look.median, data.test_fraction is not None
+    height, width = (round(statistics.median(sides)) for sides in zip(*sizes, strict=True))
+    drawn = data.test_fraction is not None
     names = first_of(classes, 8)
     kind = "grey" if model.in_channels == 1 else "colour"
     where = f"{data.test_fraction:.0%} of each class, drawn with seed {data.split_seed}" if drawn else sources["test"].where
     return [
-        f"{data.name}: {len(classes)} classes ({names}), {kind}, median image {width}x{height} of {len(look.sizes)} looked at",
+        f"{data.name}: {len(classes)} classes ({names}), {kind}, median image {width}x{height} of {len(sizes)} looked at",
         f"{rest} images to train, {n - rest} to validate "
         f"({data.validation_fraction:.0%} of each class, seed {data.split_seed}) "
         f"and {len(sources['test'].labels)} to test ({where})",

@@ -9,6 +9,7 @@ import json
 import logging
 import posixpath
 import re
+import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import IO, Any
 import numpy as np
 
 from sape2.config import DataConfig
-from sape2.data.base import READING, Source, plain_name, tell, tell_missing, waiting_for
+from sape2.config.extras import from_extra
+from sape2.data.base import Source, plain_name, tell, tell_missing, waiting_for
 from sape2.data.labels import renumber, tell_unnamed
 from sape2.data.splits import by_split, files_by_split, open_labelled
 from sape2.data.walk import Files, listed, lying, tell_left_out
@@ -25,6 +27,7 @@ from sape2.data.walk import Files, listed, lying, tell_left_out
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "fine_label", "labels")
 CACHE_BYTES = 512 * 2**20  # row groups kept by one process
+READING = threading.Lock()  # row groups are kept and left by one thread at a time
 FEWEST_BYTES = 40  # of an image; smaller columns of bytes hold none
 
 
@@ -37,47 +40,42 @@ class ParquetImages:
         self.where, self.root, self.files = where, root, files
         tell_missing(where, files)
         self.labels: list[Any] = []
-        self.classes: tuple[str, ...] = ()
+        self.classes: tuple[str, ...] = ()  # of the first file that has names
         groups: list[tuple[int, int, int, int]] = []  # file, row group, rows, bytes
-        named: dict[Path, tuple[str, ...]] = {}
         paths: list[str] = []
+        unnamed: list[str] = []
+        first = where
         for number, file in enumerate(files):
+            here = f"{where} {plain_name(file.name)}"
             try:
                 with waiting_for(plain_name(file), lambda file=file: file.open("rb")) as stream, opened(stream) as found:
                     columns = _columns(found.schema_arrow, where, config)
                     if number and columns != (self._image, self._label):
-                        raise ValueError(f"{where} {plain_name(file.name)} has other columns, {' and '.join(columns)}")
+                        raise ValueError(f"{here} has other columns, {' and '.join(columns)}")
                     self._image, self._label = columns
                     for group in range(found.num_row_groups):
                         metadata = found.metadata.row_group(group)
                         groups.append((number, group, metadata.num_rows, metadata.total_byte_size))
                     labels = found.read(columns=[self._label]).column(self._label).to_pylist()
-                    named[file] = _class_names(found.schema_arrow, self._label)
+                    names = _class_names(found.schema_arrow, self._label)
                     paths += paths_in(found, self._image)
                 if not labels:
-                    tell(f"{where} {plain_name(file.name)} holds no rows")
-                self._add(labels, file, named)
+                    tell(f"{here} holds no rows")
+                unnamed += [] if names else [here]
+                first, self.classes = (first, self.classes) if self.classes else (here, names)
+                self.labels += renumber(labels, names, self.classes, here, first)
             except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
                 if str(error).startswith(where):
                     raise
                 raise ValueError(f"{where} cannot be read after row {len(self.labels)}: {_first_line(error)}") from error
-        for file, names in named.items():
-            if self.classes and not names:
-                tell_unnamed(f"{where} {plain_name(file.name)}")
-        self.by_path = lying(root, paths)  # the images that rows name by their paths: where each lies -> its name there
+        for file_without in unnamed if self.classes else ():
+            tell_unnamed(file_without)
+        self.paths = paths  # of images that rows name
         if again := [path for path, times in Counter(map(posixpath.normpath, paths)).items() if times > 1]:
             tell(f"{where}: {len(again)} image{'s' * (len(again) > 1)} named by more than one row, {listed(sorted(again))}")
         self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
         self._starts = np.concatenate([[0], self._groups[:, 2].cumsum()])
         self._cache: OrderedDict[int, Any] = OrderedDict()
-
-    def _add(self, labels: list[Any], file: Path, named: dict[Path, tuple[str, ...]]) -> None:
-        """The labels of a file, renumbered as the first file with names has them."""
-        first = next((other for other, names in named.items() if names), file)
-        self.classes = named[first]
-        self.labels += renumber(
-            labels, named[file], self.classes, *(f"{self.where} {plain_name(f.name)}" for f in (file, first))
-        )
 
     def name(self, index: int) -> str:
         if len(self.files) == 1:
@@ -132,11 +130,7 @@ class ParquetImages:
 
 def opened(stream: IO[bytes]) -> Any:
     """A parquet file that is open already: of paths, pyarrow takes some for addresses, and none that is not UTF-8."""
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ImportError("reading parquet needs pyarrow: pip install 'sape2[train]'") from error
-    return pyarrow.parquet.ParquetFile(stream)
+    return from_extra("train", "pyarrow.parquet", "reading parquet needs pyarrow").ParquetFile(stream)
 
 
 def inside(root: Path, path: str, where: str) -> Path:
@@ -266,10 +260,10 @@ def read(files: Files, config: DataConfig) -> dict[str, Source]:
     def open_split(split: str) -> tuple[ParquetImages, dict[str, str]]:
         paths = [files.root / name for name in groups[split]]
         source = ParquetImages(f"{where} {split}", files.root, paths, config)
-        by_path = {files.real.get(posixpath.normpath(path), lies): path for lies, path in source.by_path.items()}
+        by_path = lying(files, source.paths)
         lies = {files.real[name]: name for name in groups[split]} | by_path
         seen.update(by_path)
-        source.by_path = {}
+        source.paths = []
         return source, lies
 
     sources = open_labelled(groups, where, open_split)
@@ -297,10 +291,7 @@ def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
 
 
 def _load_quietly(source: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("reading hub data sets needs datasets: pip install 'sape2[train]'") from error
+    datasets = from_extra("train", "datasets", "reading hub data sets needs datasets")
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs every error that it also raises
     try:

@@ -40,10 +40,6 @@ def read_picture(path: Path, model: ModelConfig, crop: Crop | None = None) -> Pi
 
     Raises ValueError that names the file if it is no image, damaged, or so large that it may be an attack on memory.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no image {plain_name(path)}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{plain_name(path)} is a folder; give one image file")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused
         picture = take_picture(path, model, crop)

@@ -81,9 +81,8 @@ def by_split(where: str, names: Iterable[str], what: str = "file") -> dict[str, 
 def files_by_split(files: Files, ending: str) -> dict[str, list[str]]:
     """The files with this ending of each split: as a README.md with `configs:` says, else by the words of their paths."""
     where, names = plain_name(files.root), sorted(files.ending(ending), key=lambda name: name.split("/"))
-    config = _config(files) if "README.md" in files.real else {}
-    folder = posixpath.join(posixpath.normpath(str(config.get("data_dir") or ".")), "")
-    if config.get("data_files") is None:
+    folder, wanted = _card(files)
+    if wanted is None:
         inside = [name for name in names if folder == "./" or name.startswith(folder)]
         tell_left_out(where, {*names} - {*inside}, f"README.md has the folder {folder}")
         groups = by_split(where, inside)
@@ -91,9 +90,11 @@ def files_by_split(files: Files, ending: str) -> dict[str, list[str]]:
             if len(folders := sorted({posixpath.dirname(name) or "." for name in own})) > 1:
                 tell(f"{where}: the split {split} is what lies in {len(folders)} folders, {listed(folders)}")
         return _once(where, files, groups)
-    declared = {split: _matching(files, folder, wanted) for split, wanted in _wanted(where, config["data_files"]).items()}
+    declared = {split: _matched_by(files, folder, patterns) for split, patterns in wanted.items()}
     found: dict[str, str] = {}
     for split, own in declared.items():
+        if not own:
+            raise ValueError(f"--data {where}: README.md names {', '.join(wanted[split])}, and there is no such file")
         for name in own:
             if not name.lower().endswith(ending):
                 raise ValueError(f"--data {where}: README.md names {plain_name(name)}, which is no {ending} file")
@@ -117,29 +118,31 @@ def _once(where: str, files: Files, groups: dict[str, list[str]]) -> dict[str, l
 
 def check_card(files: Files, folders: dict[str, str]) -> None:
     """Raises ValueError where `configs:` of a README.md has an image in another split than its folder."""
-    where = plain_name(files.root)
     try:
-        config = _config(files) if "README.md" in files.real else {}
+        inside, wanted = _card(files)
     except ValueError as error:
         tell(f"{error}; folders say what the splits are")
         return
-    wanted = _wanted(where, config["data_files"]) if config.get("data_files") is not None else {}
-    kinds = {name: split for name in wanted if (split := split_of(name))}
+    kinds = {name: split for name in wanted or () if (split := split_of(name))}
     if not folders and {*kinds.values()} <= {"train"}:
         return
-    inside = posixpath.join(posixpath.normpath(str(config.get("data_dir") or ".")), "")
     for name, split in kinds.items():
-        images = [path for path in _matched_by(files, inside, wanted[name]) if is_image(path)]
+        images = [path for path in _matched_by(files, inside, (wanted or {})[name]) if is_image(path)]
         other = next((path for path in images if path.partition("/")[0] != folders.get(split)), None)
         if other is not None:
             raise ValueError(
-                f"--data {where}: README.md has {plain_name(other)} in the split {name}, and its folder says something else; "
-                "put images into DIR/train/CLASS and DIR/test/CLASS as it says, or remove its configs"
+                f"--data {plain_name(files.root)}: README.md has {plain_name(other)} in the split {name}, and its folder says "
+                "something else; put images into DIR/train/CLASS and DIR/test/CLASS as it says, or remove its configs"
             )
 
 
-def _config(files: Files) -> dict[str, Any]:
-    """The one configuration in README.md, of several the default; {} where there is none."""
+def _card(files: Files) -> tuple[str, dict[str, list[str]] | None]:
+    """(folder of the files, patterns by split) of the one configuration in README.md, of several the default.
+
+    None where it names no files, or there is none. Patterns without a split are the training set.
+    """
+    if "README.md" not in files.real:
+        return "./", None
     from huggingface_hub import metadata_load
 
     where = f"--data {plain_name(files.root)}: README.md"
@@ -151,32 +154,23 @@ def _config(files: Files) -> dict[str, Any]:
     chosen = [config for config, name in zip(configs, names, strict=True) if config.get("default") or name == "default"]
     if len(configs) > 1 and len(chosen) != 1:
         raise ValueError(f"{where} has the configs {', '.join(names)}, of which one must be the default; keep the one you mean")
-    return (chosen or configs or [{}])[0]
-
-
-def _wanted(where: str, data_files: Any) -> dict[str, list[str]]:
-    """Split -> patterns, of the ways in which `data_files` can be written; a list alone is the training set."""
+    config = (chosen or configs or [{}])[0]
+    folder = posixpath.join(posixpath.normpath(str(config.get("data_dir") or ".")), "")
+    data_files = config.get("data_files")
+    if data_files is None:
+        return folder, None
+    pairs: Any = [("train", data_files)]
     if isinstance(data_files, dict):
-        pairs = list(data_files.items())
+        pairs = data_files.items()
     elif isinstance(data_files, list) and data_files and all(isinstance(entry, dict) for entry in data_files):
         pairs = [(entry.get("split"), entry.get("path")) for entry in data_files]
-    else:
-        pairs = [("train", data_files)]
     wanted: dict[str, list[str]] = {}
     for split, own in pairs:
         patterns = [own] if isinstance(own, str) else own
         if not isinstance(split, str) or not isinstance(patterns, list) or not all(isinstance(path, str) for path in patterns):
-            raise ValueError(f"--data {where}: README.md needs data_files as split and path; got {split!r} and {own!r}")
+            raise ValueError(f"{where} needs data_files as split and path; got {split!r} and {own!r}")
         wanted[split] = wanted.get(split, []) + patterns
-    return wanted
-
-
-def _matching(files: Files, folder: str, patterns: list[str]) -> list[str]:
-    """The files that patterns of the hub name. Raises ValueError if there are none."""
-    own = _matched_by(files, folder, patterns)
-    if not own:
-        raise ValueError(f"--data {plain_name(files.root)}: README.md names {', '.join(patterns)}, and there is no such file")
-    return own
+    return folder, wanted
 
 
 def _matched_by(files: Files, folder: str, patterns: list[str]) -> list[str]:

@@ -6,6 +6,7 @@ Links are followed, but never in a cycle. Hidden files and files left by operati
 from __future__ import annotations
 
 import os
+import posixpath
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -68,20 +69,14 @@ def walk(root: Path) -> Files:
     return Files(root, real, folders)
 
 
-def lying(root: Path, paths: Iterable[str]) -> dict[str, str]:
-    """Maps the real path of each file that data refer to by `paths` to that path; only files inside `root`."""
-    folders: dict[str, str] = {}
-    found, top = {}, os.path.join(os.path.realpath(root), "")
+def lying(files: Files, paths: Iterable[str]) -> dict[str, str]:
+    """Maps the real path of each file that data refer to by `paths` to that path; only files inside the root."""
+    found, top = {}, os.path.join(os.path.realpath(files.root), "")
     for path in paths:
-        folder, name = os.path.split(os.path.normpath(os.path.join(root, path)))
-        if "\0" in path:  # no file has such a name
-            continue
-        if folder not in folders:
-            folders[folder] = os.path.realpath(folder)
-        real = os.path.join(folders[folder], name)
-        real = os.path.realpath(real) if os.path.islink(real) else real
-        if real.startswith(top):
-            found[real] = path
+        if "\0" not in path:  # no file has such a name
+            real = files.real.get(posixpath.normpath(path)) or os.path.realpath(files.root / path)
+            if real.startswith(top):
+                found[real] = path
     return found
 
 

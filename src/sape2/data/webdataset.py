@@ -7,7 +7,6 @@ Nothing is unpacked, so names in an archive are never used as paths.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import posixpath
@@ -20,11 +19,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, READING, Source, plain_name, tell, tell_missing, waiting_for
+from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, Source, plain_name, tell, tell_missing, waiting_for
 from sape2.data.splits import files_by_split, open_labelled, splits_in
 from sape2.data.walk import Files, tell_left_out
 
-MAX_OPEN = 64  # shards held open by one process
 LABEL_ENDINGS = ("cls", "json")
 PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
@@ -46,7 +44,6 @@ class ShardImages:
         self._keys = np.array([os.fsencode(key) for index in indices for key, *_ in index], dtype=bytes)
         self._places = np.array([place[1:3] for index in indices for place in index], dtype=np.int64).reshape(-1, 2)
         self._starts = np.cumsum([0, *map(len, indices)])
-        self._open: dict[int, io.FileIO] = {}
 
     def check_split(self, split: str) -> None:
         """Raises ValueError where the folders in the shards name another split; one among others may be a class."""
@@ -67,36 +64,23 @@ class ShardImages:
 
     def read(self, index: int) -> dict[str, Any]:
         offset, size = self._places[index].tolist()
-        shard = self._shard(index)
-        data = waiting_for(plain_name(self.shards[shard]), lambda: self._bytes(shard, offset, size))
+        shard = self.shards[self._shard(index)]
+        data = waiting_for(plain_name(shard), lambda: bytes_at(shard, offset, size))
         if len(data) < size:
             raise ValueError(f"{self.name(index)}: the shard ends after {len(data)} of its {size} bytes")
         return {"bytes": data}
-
-    def _bytes(self, shard: int, offset: int, size: int) -> bytes:
-        """Reads bytes at a position, so that processes which share the open file do not disturb each other."""
-        with READING:
-            try:
-                return os.pread(self._opened(shard).fileno(), size, offset)
-            except OSError:
-                self._open.pop(shard, None)  # what is forgotten is closed
-                raise
-
-    def _opened(self, shard: int) -> io.FileIO:
-        if shard not in self._open:
-            if len(self._open) == MAX_OPEN:
-                self._open.pop(next(iter(self._open)))
-            self._open[shard] = io.FileIO(self.shards[shard])
-        return self._open[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_open": {}}
 
     def contents(self) -> Any:
         return [[shard.name for shard in self.shards], self._keys.tobytes(), self._places.tobytes()]
 
 
 # --- one shard -------------------------------------------------------------------------------------------------------
+
+
+def bytes_at(shard: Path, offset: int, size: int) -> bytes:
+    with shard.open("rb", buffering=0) as file:
+        return os.pread(file.fileno(), size, offset)
+
 
 Place = tuple[str, int, int, Any]  # key, first byte, number of bytes, label
 
@@ -166,7 +150,8 @@ def _add(samples: dict[str, Sample], tar: tarfile.TarFile, member: tarfile.TarIn
     elif last != ending:
         sample.dotted.append(member.name)
     else:
-        for label in _labels(_content(tar, member), ending):
+        content: Any = tar.extractfile(member)
+        for label in _labels(content.read(2**20), ending):
             sample.labels.append((member.name, numbers.get(label, label) if isinstance(label, str) else label))
 
 
@@ -208,11 +193,6 @@ def _agreed(key: str, found: list[tuple[str, Any]]) -> Any:
         (first, one), (second, two) = counted[0], other
         raise ValueError(f"sample {key} has two labels, {one!r} in {first} and {two!r} in {second}; leave the right one")
     return counted[0][1] if counted else None
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file: IO[bytes] | None = tar.extractfile(member)
-    return b"" if file is None else file.read(2**20)
 
 
 def _labels(content: bytes, ending: str) -> list[Any]:

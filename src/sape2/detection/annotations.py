@@ -35,29 +35,14 @@ class CocoObject:
     mask: RunLengths | None
 
 
-class Notes:
-    """Counts, by kind, of objects that were changed or left out."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-
-    def add(self, kind: str, first: str) -> None:
-        self._counts[kind] += 1
-        self._first.setdefault(kind, first)
-
-    def lines(self, where: Path) -> list[str]:
-        """ "FILE: boxes that ...: 3, the first: annotation 7 with bbox [...]"."""
-        return [f"{where}: {kind}: {number}, the first: {self._first[kind]}" for kind, number in self._counts.items()]
-
-
 class Annotations:
     """images (id, file_name, height, width) of the first `limit`, category names by id, objects by image id, notes."""
 
     def __init__(self, where: Path, masks: bool, limit: int | None) -> None:
         self.where, self.masks = where, masks
         values = read_json(where)
-        notes = Notes()
+        self._counts: Counter[str] = Counter()  # objects that were changed or left out, by kind
+        self._first: dict[str, str] = {}
         self.categories = self._read_categories(values)
         images = [self._read_image(name, entry) for name, entry in self._entries(values, "images")]
         self.images = images[:limit]
@@ -67,15 +52,20 @@ class Annotations:
         sizes = {entry["id"]: (entry["height"], entry["width"]) for entry in images}
         seen: set[tuple[Any, ...]] = set()
         for name, entry in self._entries(values, "annotations"):
-            found = self._read_object(name, entry, sizes, notes)
+            found = self._read_object(name, entry, sizes)
             image = entry["image_id"]
             if found is None or image not in self.objects:
                 continue
             if (image, found.category_id, found.box) in seen:
-                notes.add("objects with the category and the box of another one of their image", name)
+                self._note("objects with the category and the box of another one of their image", name)
             seen.add((image, found.category_id, found.box))
             self.objects[image].append(found)
-        self.notes = [*notes.lines(where), *self._notes_of_the_whole()]
+        told = [f"{where}: {kind}: {count}, the first: {self._first[kind]}" for kind, count in self._counts.items()]
+        self.notes = [*told, *self._notes_of_the_whole()]
+
+    def _note(self, kind: str, first: str) -> None:
+        self._counts[kind] += 1
+        self._first.setdefault(kind, first)
 
     # --- lists -------------------------------------------------------------------------------------------------------
 
@@ -86,7 +76,7 @@ class Annotations:
             name = f"{LISTS[key]} number {number}"
             if not isinstance(entry, dict):
                 raise ValueError(f"{self.where}: {name} must be an object; got {_short(entry)}")
-            identity = entry.get("id")
+            identity: Any = entry.get("id")
             if identity is None and key == "annotations":
                 yield name, entry
                 continue
@@ -102,9 +92,8 @@ class Annotations:
         """Names by id, in the order of the ids."""
         found: dict[int, str] = {}
         for name, entry in self._entries(values, "categories"):
-            text = entry.get("name")
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{self.where}: {name} needs name as a text; got {_short(text)}")
+            text: Any = entry.get("name")
+            _need(_is_text(text), f"{self.where}: {name}", "name as a text", text)
             if text in found.values():
                 first = next(number for number, other in found.items() if other == text)
                 raise ValueError(
@@ -119,22 +108,21 @@ class Annotations:
     def _read_image(self, name: str, entry: Entry) -> Entry:
         file = entry.get("file_name")
         sides: list[Any] = [entry.get(key) for key in ("height", "width")]
-        if not isinstance(file, str) or not file.strip():
-            raise ValueError(f"{self.where}: {name} needs file_name as a text; got {_short(file)}")
-        if not all(type(side) is int and side > 0 for side in sides):
-            raise ValueError(
-                f"{self.where}: {name} ({file}) needs height and width as whole numbers above 0; got {_short(sides)}"
-            )
-        if sides[0] * sides[1] > MAX_PIXELS:
-            raise ValueError(
-                f"{self.where}: {name} ({file}) of {sides[0]}x{sides[1]} has too many pixels to be read safely (at most "
-                f"{MAX_PIXELS}); make it smaller first"
-            )
+        where = f"{self.where}: {name}"
+        _need(_is_text(file), where, "file_name as a text", file)
+        whole = all(type(side) is int and side > 0 for side in sides)
+        _need(whole, f"{where} ({file})", "height and width as whole numbers above 0", sides)
+        _need(
+            sides[0] * sides[1] <= MAX_PIXELS,
+            f"{where} ({file})",
+            f"at most {MAX_PIXELS} pixels to be read safely, so make it smaller first",
+            sides,
+        )
         return {"id": entry["id"], "file_name": file, "height": sides[0], "width": sides[1]}
 
     # --- objects -----------------------------------------------------------------------------------------------------
 
-    def _read_object(self, name: str, entry: Entry, sizes: dict[int, Grid], notes: Notes) -> CocoObject | None:
+    def _read_object(self, name: str, entry: Entry, sizes: dict[int, Grid]) -> CocoObject | None:
         """None for an object of no size inside its image."""
         where = f"{self.where}: {name}"
         image, category = entry.get("image_id"), entry.get("category_id")
@@ -149,44 +137,34 @@ class Annotations:
         box = _inside((x, y, x + width, y + height), size)
         told = f"{name} with bbox {_short(entry['bbox'])} in image {image} of {size[0]}x{size[1]}"
         outline = entry.get("segmentation")
-        mask = self._read_mask(where, outline, size) if self.masks else None
+        mask = _read_mask(where, outline, size) if self.masks else None
         if image not in self.objects:  # beyond the limit: checked, not told
             return None
         if box[2] <= box[0] or box[3] <= box[1]:
-            notes.add("boxes (x, y, width, height) of no size inside their image, left out", told)
+            self._note("boxes (x, y, width, height) of no size inside their image, left out", told)
             return None
         if max(box[0] - x, box[1] - y, x + width - box[2], y + height - box[3]) > ROUNDING:
-            notes.add("boxes (x, y, width, height) that end outside of their image, cut off at its border", told)
-        if mask is not None and not self._is_seen(mask, outline, size, told, notes):
+            self._note("boxes (x, y, width, height) that end outside of their image, cut off at its border", told)
+        if mask is not None and not self._is_seen(mask, outline, size, told):
             return None
         if not _is_box_of(box, outline, mask, size):
-            notes.add("boxes (x, y, width, height) that are not those of their segmentation, taken as they are", told)
+            self._note("boxes (x, y, width, height) that are not those of their segmentation, taken as they are", told)
         if min(box[2] - box[0], box[3] - box[1]) < 1:
-            notes.add("boxes less than one pixel wide or high, measured but not trained on", told)
+            self._note("boxes less than one pixel wide or high, measured but not trained on", told)
         if area is None:
-            notes.add("objects without area, which get that of their box", name)
+            self._note("objects without area, which get that of their box", name)
             area = (box[2] - box[0]) * (box[3] - box[1])
         elif not _is_area_of(area, width, height, exact=not outline):
-            notes.add("areas that do not fit their box, taken as they are", f"area {area:g}, {told}")
+            self._note("areas that do not fit their box, taken as they are", f"area {area:g}, {told}")
         return CocoObject(category, box, area, crowd, mask)
 
-    def _read_mask(self, where: str, outline: Any, size: Grid) -> RunLengths:
-        if not outline:
-            raise ValueError(
-                f"{where} has no segmentation, and masks are asked for; give --set detector.masks=false to do without"
-            )
-        try:
-            return encode_segmentation(outline, size)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-
-    def _is_seen(self, mask: RunLengths, outline: Any, size: Grid, told: str, notes: Notes) -> bool:
+    def _is_seen(self, mask: RunLengths, outline: Any, size: Grid, told: str) -> bool:
         """True if the mask has a pixel; notes an empty mask, or an outline that leaves the image."""
         if area_and_box(mask)[0] == 0:
-            notes.add("masks without a pixel inside their image, left out with their objects", told)
+            self._note("masks without a pixel inside their image, left out with their objects", told)
             return False
         if isinstance(outline, list) and beyond(outline, size) > ROUNDING:
-            notes.add("polygons that end outside of their image, cut off at its border", told)
+            self._note("polygons that end outside of their image, cut off at its border", told)
         return True
 
     # --- the whole ---------------------------------------------------------------------------------------------------
@@ -211,33 +189,44 @@ class Annotations:
 # --- fields ----------------------------------------------------------------------------------------------------------
 
 
+def _need(holds: bool, where: str, what: str, got: Any) -> None:
+    if not holds:
+        raise ValueError(f"{where} needs {what}; got {_short(got)}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _read_box(where: str, entry: Entry) -> Box:
-    box = entry.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
-        raise ValueError(f"{where} needs bbox as four finite numbers, x, y, width, height; got {_short(box)}")
+    box: Any = entry.get("bbox")
+    numbers = isinstance(box, list) and len(box) == 4 and all(is_number(value) for value in box)
+    _need(numbers, where, "bbox as four finite numbers, x, y, width, height", box)
     x, y, width, height = map(float, box)
-    if width < 0 or height < 0:
-        raise ValueError(f"{where} has a negative width or height in bbox, which is x, y, width, height; got {_short(box)}")
+    _need(width >= 0 and height >= 0, where, "bbox as x, y, width, height, the last two not negative", box)
     return x, y, width, height
 
 
 def _read_crowd(where: str, entry: Entry) -> bool:
     """True for a crowd; a missing value or null means that it is none."""
     value = entry.get("iscrowd")
-    if value is None:
-        return False
-    if not isinstance(value, (bool, int)) or value not in (0, 1):
-        raise ValueError(f"{where} needs iscrowd as 0 or 1; got {_short(value)}")
+    _need(value is None or (isinstance(value, int) and value in (0, 1)), where, "iscrowd as 0 or 1", value)
     return bool(value)
 
 
 def _read_area(where: str, entry: Entry) -> float | None:
     value = entry.get("area")
-    if value is None:
-        return None
-    if not is_number(value) or value < 0:
-        raise ValueError(f"{where} needs area as a number of pixels; got {_short(value)}")
-    return float(value)
+    _need(value is None or (is_number(value) and value >= 0), where, "area as a number of pixels", value)
+    return None if value is None else float(value)
+
+
+def _read_mask(where: str, outline: Any, size: Grid) -> RunLengths:
+    if not outline:
+        raise ValueError(f"{where} has no segmentation, and masks are asked for; give --set detector.masks=false to do without")
+    try:
+        return encode_segmentation(outline, size)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _is_area_of(area: float, width: float, height: float, exact: bool) -> bool:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
+from timm.models.swin_transformer import window_partition, window_reverse
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,14 +20,6 @@ from sape2.config import ModelConfig
 from sape2.encodings import create_encodings
 from sape2.encodings.grid import Grid
 from sape2.models.vit import Block, ViT
-
-
-class Region(NamedTuple):
-    """A rectangle of the grid that is a whole number of windows of one shape."""
-
-    rows: slice
-    columns: slice
-    window: Grid
 
 
 class WindowedViT(nn.Module):
@@ -104,43 +96,18 @@ def in_windows(
     x: Float[Tensor, "batch tokens dim"], grid: Grid, window: int, function: Callable[[Tensor, Grid], Tensor]
 ) -> Float[Tensor, "batch tokens dim"]:
     """`function(tokens, grid)` on every window by itself, in one call for each shape of window; there are at most four."""
-    image = x.unflatten(1, grid)  # (B, H, W, D)
     rows = []
-    for regions in window_regions(grid, window):
+    for row in x.unflatten(1, grid).split(pieces(grid[0], window), dim=1):  # (B, h, W, D)
         parts = []
-        for region in regions:
-            part = image[:, region.rows, region.columns]
-            tokens = function(to_windows(part, region.window), region.window)
-            parts.append(from_windows(tokens, (part.shape[1], part.shape[2]), region.window))
+        for part in row.split(pieces(grid[1], window), dim=2):
+            height, width = part.shape[1:3]
+            shape = (min(height, window), min(width, window))
+            tokens = function(window_partition(part, shape).flatten(1, 2), shape)
+            parts.append(window_reverse(tokens, shape, height, width))
         rows.append(torch.cat(parts, dim=2))
     return torch.cat(rows, dim=1).flatten(1, 2)
 
 
-def window_regions(grid: Grid, window: int) -> list[list[Region]]:
-    """Rows of regions that tile the grid: whole windows first, then what is left on the right and below."""
-    height, width = grid
-    return [[Region(rows, columns, (h, w)) for columns, w in _pieces(width, window)] for rows, h in _pieces(height, window)]
-
-
-def _pieces(length: int, window: int) -> list[tuple[slice, int]]:
-    rest = length % window
-    pieces = [(slice(0, length - rest), window), (slice(length - rest, length), rest)]
-    return [(piece, size) for piece, size in pieces if piece.start < piece.stop]
-
-
-def to_windows(
-    image: Float[Tensor, "batch height width dim"], window: Grid
-) -> Float[Tensor, "batch_windows window_tokens dim"]:
-    """An image of whole windows as a batch of them, each in row-major order. Inverse: `from_windows`."""
-    h, w = window
-    pieces = image.unflatten(2, (-1, w)).unflatten(1, (-1, h))  # (B, n, h, m, w, D)
-    return pieces.transpose(2, 3).flatten(3, 4).flatten(0, 2)
-
-
-def from_windows(
-    tokens: Float[Tensor, "batch_windows window_tokens dim"], size: Grid, window: Grid
-) -> Float[Tensor, "batch height width dim"]:
-    """Windows put back into images of `size`."""
-    (height, width), (h, w) = size, window
-    pieces = tokens.unflatten(1, window).unflatten(0, (-1, height // h, width // w))  # (B, n, m, h, w, D)
-    return pieces.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+def pieces(length: int, window: int) -> list[int]:
+    """The part of a side that whole windows fill, and what is left on the right or below; neither is 0."""
+    return [piece for piece in (length - length % window, length % window) if piece]

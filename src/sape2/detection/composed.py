@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from sape2.config.extras import from_extra
 from sape2.runs.files import beside, write_text
 
 SIZES = ((96, 96), (64, 96), (96, 64))  # (height, width) of an image
@@ -28,16 +29,7 @@ TEST_EVERY = 5  # every fifth digit
 TEST_COLUMNS = 440  # test crops begin at this column of a photograph, training crops end there
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 SPLITS = ("train", "test")
-
-
-@dataclass(frozen=True)
-class Composition:
-    """The settings that decide the set; stored in composed.json."""
-
-    train_images: int
-    test_images: int
-    seed: int = 0
-    version: int = 1
+VERSION = 1  # of the rule by which the set is made, in composed.json with all that decides it
 
 
 @dataclass(frozen=True)
@@ -57,30 +49,30 @@ def compose(folder: Path, train_images: int, test_images: int, seed: int = 0) ->
 
     Raises ValueError if the folder holds anything else, ImportError without scikit-learn.
     """
-    composition = Composition(train_images, test_images, seed)
-    if _is_composed(folder, composition):
+    settings = {"train_images": train_images, "test_images": test_images, "seed": seed, "version": VERSION}
+    if _is_composed(folder, settings):
         return folder
     temporary = beside(folder)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for split, count in zip(SPLITS, (train_images, test_images), strict=True):
             _write_split(temporary / split, split, count, seed)
-        write_text(temporary / "composed.json", json.dumps(asdict(composition)) + "\n")
+        write_text(temporary / "composed.json", json.dumps(settings) + "\n")
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
-def _is_composed(folder: Path, composition: Composition) -> bool:
+def _is_composed(folder: Path, settings: dict[str, int]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     path = folder / "composed.json"
     found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if found == asdict(composition):
+    if found == settings:
         return True
     held = "is no composed set" if found is None else f"holds another composed set, {found}"
-    raise ValueError(f"{folder} {held}; wanted {asdict(composition)}. Choose another folder for it")
+    raise ValueError(f"{folder} {held}; wanted {settings}. Choose another folder for it")
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
@@ -108,12 +100,9 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
 
 def _sources() -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
     """The photographs, the digits as ink from 0 to 1, their labels."""
-    try:
-        from sklearn.datasets import load_digits, load_sample_image
-    except ImportError as error:
-        raise ImportError("the composed set needs scikit-learn: pip install 'sape2[data]'") from error
-    digits: Any = load_digits()
-    return [load_sample_image(name) for name in PHOTOGRAPHS], (digits.images / 16).astype(np.float32), digits.target
+    sets = from_extra("data", "sklearn.datasets", "the composed set needs scikit-learn")
+    digits = sets.load_digits()
+    return [sets.load_sample_image(name) for name in PHOTOGRAPHS], (digits.images / 16).astype(np.float32), digits.target
 
 
 # --- one image -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sape2.config.extras import from_extra
 from sape2.encodings.grid import Grid
 
 RunLengths = dict[str, Any]  # "size" [height, width] and "counts", compressed to bytes
@@ -33,11 +34,6 @@ def encode_segmentation(segmentation: Any, size: Grid) -> RunLengths:
     if not isinstance(counts, (str, bytes)):
         raise ValueError(f"counts of a segmentation must be a list of run lengths or a string; got {str(counts)[:80]}")
     return _check_compressed(run_lengths | {"counts": counts})
-
-
-def decode_mask(segmentation: Any, size: Grid) -> np.ndarray:
-    """Any form of segmentation -> (height, width) of 0 and 1. Raises ValueError as `encode_segmentation`."""
-    return decode_run_lengths(encode_segmentation(segmentation, size))
 
 
 def decode_run_lengths(run_lengths: RunLengths) -> np.ndarray:
@@ -105,8 +101,4 @@ def _check_compressed(run_lengths: RunLengths) -> RunLengths:
 
 
 def _library() -> Any:
-    try:
-        from faster_coco_eval.core import mask
-    except ImportError as error:
-        raise ImportError("masks in COCO format need faster-coco-eval: pip install 'sape2[detect]'") from error
-    return mask
+    return from_extra("detect", "faster_coco_eval.core.mask", "masks in COCO format need faster-coco-eval")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sape2.config.detection import DetectionConfig
+from sape2.config.extras import from_extra
 from sape2.detection.batches import one_size_batches, padded_size, to_unit
 from sape2.detection.coco import CocoImages
 from sape2.tables import Row
@@ -28,41 +29,36 @@ KINDS = {"bbox": ("box", "boxes"), "segm": ("mask", "masks")}  # COCO's name, on
 
 def make_metric(masks: bool) -> Any:
     """torchmetrics' MeanAveragePrecision of boxes and, if asked for, masks."""
-    try:
-        import faster_coco_eval  # noqa: F401
-        from torchmetrics.detection import MeanAveragePrecision
-    except ImportError as error:
-        raise ImportError("COCO metrics need torchmetrics and faster-coco-eval: pip install 'sape2[detect]'") from error
-    metric = MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval")
+    need = "COCO metrics need torchmetrics and faster-coco-eval"
+    from_extra("detect", "faster_coco_eval", need)
+    library = from_extra("detect", "torchmetrics.detection", need)
+    metric = library.MeanAveragePrecision(iou_type=("bbox", "segm") if masks else "bbox", backend="faster_coco_eval")
     metric.warn_on_many_detections = False
     return metric
 
 
-class CocoMetric:
-    """COCO's metrics, a batch at a time: masks are kept as run lengths, so that those of a whole data set fit into memory."""
+def metric_rows(
+    found: Iterable[tuple[list[Row], list[Row]]], masks: bool = False, watch: Callable[[int], None] = lambda done: None
+) -> list[Row]:
+    """A row for each number, from batches of (predictions with boxes, scores, labels (and masks), targets of `CocoImages`).
 
-    def __init__(self, masks: bool = False) -> None:
-        self.masks, self.metric, self.images, self.objects = masks, make_metric(masks), 0, 0
-
-    def update(self, predictions: list[Row], targets: list[Row]) -> None:
-        """`predictions` with boxes, scores, labels (and masks), `targets` as `CocoImages` gives them."""
-        self.metric.update([_plain(row) for row in predictions], [_plain(row) for row in targets])
-        self.images += len(targets)
-        self.objects += sum(int((target["iscrowd"] == 0).sum()) for target in targets)
-
-    def rows(self) -> list[Row]:
-        """A row for each number; none for a size of which there is no object. `n` is the number of images."""
-        values = self.metric.compute()
-        rows = []
-        for kind, (one, many) in KINDS.items():
-            for name, meaning in NAMES.items():
-                value = float(values.get(f"{kind}_{name}" if self.masks else name, -1))
-                if value < 0 or (kind == "segm" and not self.masks):
-                    continue
-                row = {"measure": "detection", "name": f"{one}_{name}", "value": value, "unit": "fraction", "n": self.images}
+    There is none for a size of which there is no object. `n` is the number of images.
+    """
+    metric, images, objects = make_metric(masks), 0, 0
+    for predictions, targets in found:
+        metric.update(_plain(predictions), _plain(targets))  # masks are kept as run lengths, so those of a data set fit
+        images += len(targets)
+        objects += sum(int((target["iscrowd"] == 0).sum()) for target in targets)
+        watch(images)
+    values, rows = metric.compute(), []
+    for kind, (one, many) in KINDS.items() if masks else [("bbox", KINDS["bbox"])]:
+        for name, meaning in NAMES.items():
+            value = float(values.get(f"{kind}_{name}" if masks else name, -1))
+            if value >= 0:
+                row = {"measure": "detection", "name": f"{one}_{name}", "value": value, "unit": "fraction", "n": images}
                 protocol = f"COCO {meaning}; {many} of at most 100 detections an image"
-                rows.append(row | {"objects": self.objects, "protocol": protocol})
-        return rows
+                rows.append(row | {"objects": objects, "protocol": protocol})
+    return rows
 
 
 def evaluate_detector(
@@ -73,11 +69,8 @@ def evaluate_detector(
     Raises ValueError if there is no object to measure.
     """
     images.check_measurable()
-    metric = CocoMetric(config.detector.masks)
-    for _, predictions, targets in predict(model, images, config):
-        metric.update(predictions, targets)
-        watch(metric.images)
-    return metric.rows()
+    found = (batch[1:] for batch in predict(model, images, config))
+    return metric_rows(found, config.detector.masks, watch)
 
 
 def predict(model: Any, images: CocoImages, config: DetectionConfig) -> Iterator[tuple[list[int], list[Row], list[Row]]]:
@@ -93,16 +86,11 @@ def predict(model: Any, images: CocoImages, config: DetectionConfig) -> Iterator
         samples = [images[index] for index in batch]
         with torch.no_grad():
             found = model([to_unit(image).to(device) for image, _ in samples])
-        rows = [{key: _as_mask(value) if key == "masks" else value.cpu() for key, value in row.items()} for row in found]
+        rows = [{key: (value[:, 0] > 0.5 if key == "masks" else value).cpu() for key, value in row.items()} for row in found]
         yield batch, rows, [target for _, target in samples]
 
 
-def _as_mask(probabilities: Tensor) -> Tensor:
-    """(n, 1, height, width) of probabilities -> (n, height, width) of booleans."""
-    return (probabilities[:, 0] > 0.5).cpu()
-
-
-def _plain(row: Row) -> Row:
-    """The tensors of a row without torchvision's subclasses, masks as booleans."""
-    tensors = {key: value.as_subclass(Tensor) for key, value in row.items() if isinstance(value, Tensor)}
-    return {key: value.bool() if key == "masks" else value for key, value in tensors.items()}
+def _plain(rows: list[Row]) -> list[Row]:
+    """The tensors of each row without torchvision's subclasses, masks as booleans."""
+    plain = [{key: value.as_subclass(Tensor) for key, value in row.items() if isinstance(value, Tensor)} for row in rows]
+    return [{key: value.bool() if key == "masks" else value for key, value in row.items()} for row in plain]

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sape2.config.detection import DetectionConfig
-from sape2.data.files import MAX_THREADS, processors
+from sape2.data.files import threads
 from sape2.data.fingerprint import digest
 from sape2.data.pixels import RULE
 from sape2.detection.batches import check_jitter, padded_size
@@ -71,13 +71,10 @@ def check_sizes(images: CocoImages, image_size: Grid, divisor: int, low: float |
 def read_all(images: CocoImages, watch: Callable[[int], None] = lambda done: None) -> list[str]:
     """Reads every image once; a digest of each file. Raises ValueError naming file and id of one that cannot be read."""
     digests = []
-    with ThreadPoolExecutor(min(MAX_THREADS, processors())) as pool:
-        try:
-            for found in pool.map(images.check_pixels, range(len(images))):
-                digests.append(found)
-                watch(len(digests))
-        finally:
-            pool.shutdown(cancel_futures=True)
+    with ThreadPoolExecutor(threads()) as pool:
+        for found in pool.map(images.check_pixels, range(len(images))):  # cancels what waits where one fails
+            digests.append(found)
+            watch(len(digests))
     return digests
 
 

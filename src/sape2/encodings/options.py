@@ -8,8 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+from sape2.config.checks import describe_option, type_name
 from sape2.config.names import did_you_mean
-from sape2.config.options import describe_option, type_name
 
 Options = TypeVar("Options")
 

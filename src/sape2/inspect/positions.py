@@ -6,6 +6,7 @@ The linear probe of `evaluation.position` and the equivariance errors of `evalua
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from sape2.config import ModelConfig
 from sape2.data.arrays import read_digits
 from sape2.data.base import plain_name
-from sape2.data.decoding import CenterCrop, to_array
+from sape2.data.decoding import center_crop, to_array
 from sape2.data.images import ImageData
 from sape2.data.picture import take_picture
 from sape2.data.pixels import to_8_bits
@@ -54,7 +55,7 @@ def read_images(backbone: Backbone, folder: Path | None, limit: int = LIMIT) -> 
     files, pixels, unreadable = image_files(folder), [], []
     for at in torch.linspace(0, len(files) - 1, min(limit, len(files))).long().tolist():
         try:
-            pixels.append(take_picture(files[at], backbone.reading, CenterCrop(1.0)).pixels)
+            pixels.append(take_picture(files[at], backbone.reading, partial(center_crop, share=1.0)).pixels)
         except ValueError as error:
             unreadable.append(str(error))
     if len(pixels) < 2:

@@ -84,23 +84,20 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
     """Writes sweep.json; raises ValueError, before anything is measured, if the folder holds another sweep or other files."""
     import torch
 
-    from sape2.runs.files import holds_files, write_text
+    from sape2.runs.files import check_writable, holds_files, write_text
     from sape2.runs.settings import difference
 
     settings, path = sweep.settings() | {"threads": torch.get_num_threads()}, folder / "sweep.json"
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; choose another --out")
+    check_writable(folder)
     if not holds_files(folder):
         write_text(path, json.dumps(settings, indent=2) + "\n")
         return
-    if not path.exists():
-        raise ValueError(
-            f"{folder} holds something else than a sweep of sape2 cost: it has no sweep.json; choose another --out"
-        )
     try:
         before = {key: json.loads(path.read_text(encoding="utf-8"))[key] for key in settings}
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is damaged, or of another version; choose another --out") from error
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{folder} holds no sweep of sape2 cost: no sweep.json that can be read; choose another --out"
+        ) from error
     if before != settings:
         raise ValueError(
             f"{folder} holds another sweep, which differs in {difference(before, settings)}; choose another --out for this "

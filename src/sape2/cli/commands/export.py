@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
-from sape2.cli.options import add_json
+from sape2.cli.options import add_json, pixel_size
 from sape2.cli.output import Row, say
 from sape2.config import check_image_size
 
@@ -28,7 +27,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from sape2.runs.run import Run
 
-    size = None if arguments.size is None else _image_size(arguments.size)
+    size = None if arguments.size is None else pixel_size(arguments.size)
     run = Run.open_finished(arguments.folder)
     if size is not None:
         check_image_size(size, run.config.model.patch_size)
@@ -49,13 +48,6 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.json:
         print(f"written: {path}")
     return 0
-
-
-def _image_size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip(), re.ASCII)
-    if not found:
-        raise ValueError(f"--size needs HxW in pixels, for example 32x48; got {text!r}")
-    return int(found[1]), int(found[2])
 
 
 def _show_parity(rows: list[Row], arguments: argparse.Namespace) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import re
 from functools import partial
 from pathlib import Path
 
-from sape2.cli.options import add_json, whole_number
+from sape2.cli.options import add_json, pixel_size, whole_number
 from sape2.cli.output import drawn, say
 
 HELP = "measure how much position is in the tokens of a trained backbone"
@@ -30,7 +29,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    size, limit = _size(arguments.size), whole_number("--limit", arguments.limit)
+    size = None if arguments.size is None else pixel_size(arguments.size)
+    limit = whole_number("--limit", arguments.limit)
     from sape2.inspect.backbone import open_backbone
     from sape2.inspect.positions import attention_figure, draw_layers, inspected, note_of_few, read_images, table
     from sape2.runs.files import check_writable, safe_name
@@ -71,12 +71,3 @@ def run(arguments: argparse.Namespace) -> int:
     print(MEANING)
     print(f"in {folder}: {', '.join(['results.jsonl', *(path.name for path in files)])}")
     return 0
-
-
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", text.strip(), re.ASCII)
-    if match is None:
-        raise ValueError(f"--size is HxW in pixels, such as 224x224; got {text!r}")
-    return int(match[1]), int(match[2])

@@ -8,7 +8,7 @@ from typing import Any
 from sape2.cli.catalogue import encodings, measures, probes
 from sape2.cli.options import add_json
 from sape2.cli.output import Row
-from sape2.config import MODELS, ModelConfig
+from sape2.config import MODELS, sizes_of
 
 HELP = "list recipes, encodings, models and other names to choose from"
 
@@ -49,29 +49,20 @@ def _encoding_tables(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def _models() -> list[Row]:
-    columns = ("name", "dim", "depth", "num_heads", "mlp_ratio")
-    return [dict(zip(columns, (name, *sizes), strict=True)) for name, sizes in MODELS.items()]
+    return [{"name": name} | sizes_of(name) for name in MODELS]
 
 
 def _recipes() -> list[Row]:
     from sape2.config.recipes import RECIPES
     from sape2.config.recipes.coco import DETECTION_RECIPES
 
-    found: list[tuple[Any, str, ModelConfig, str, int]] = []
-    for recipe in RECIPES.values():
-        config = recipe()
-        found.append((recipe, "train", config.model, config.data.name, config.train.epochs))
-    for recipe in DETECTION_RECIPES.values():
-        config = recipe()
-        found.append((recipe, "detect", config.model, config.images.name, config.training.epochs))
-    return [
-        {
-            "name": recipe.__name__,
-            "command": command,
-            "model": model.name,
-            "data": data,
-            "epochs": epochs,
-            "summary": " ".join((recipe.__doc__ or "").split("\n\n")[0].split()),
-        }
-        for recipe, command, model, data, epochs in found
-    ]
+    rows: list[Row] = []
+    for name, recipe in (RECIPES | DETECTION_RECIPES).items():
+        config: Any = recipe()
+        command, images, training = (
+            ("detect", "images", "training") if name in DETECTION_RECIPES else ("train", "data", "train")
+        )
+        row = {"name": name, "command": command, "model": config.model.name, "data": getattr(config, images).name}
+        summary = " ".join((recipe.__doc__ or "").split("\n\n")[0].split())
+        rows.append(row | {"epochs": getattr(config, training).epochs, "summary": summary})
+    return rows

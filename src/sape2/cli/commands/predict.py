@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import statistics
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sape2.cli.options import add_json, whole_number
 from sape2.cli.output import MANY, Row, say
+from sape2.progress import progress_bar
 
 HELP = "classify images with a finished run"
 NAMED = 10  # files that could not be read; of more, the number
@@ -38,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     files = find_images(arguments.paths)
     if run.note_of_rule:
         say(run.note_of_rule)
-    with _watching(len(files)) as watch:
+    with progress_bar("images", len(files)) as watch:
         found = predict_files(run, files, top, arguments.weights, watch)
     if not found.rows:
         raise ValueError(f"none of the {len(files)} files can be read; {next(iter(found.unreadable.values()))}")
@@ -96,13 +95,3 @@ def _tell_unreadable(reasons: list[str], tried: int) -> None:
     if reasons:
         more = f", {len(reasons) - NAMED} more than are named here" if len(reasons) > NAMED else ""
         say(f"sape2: {len(reasons)} of {tried} files cannot be read{more}; the others have their rows")
-
-
-@contextlib.contextmanager
-def _watching(files: int) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, in a terminal only."""
-    from sape2.progress import bars
-
-    with bars() as progress:
-        bar = progress.add_task("images", total=files)
-        yield lambda tried: progress.update(bar, completed=tried)

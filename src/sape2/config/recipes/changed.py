@@ -13,7 +13,7 @@ from sape2.config.recipes import RECIPES
 from sape2.config.recipes.coco import DETECTION_RECIPES
 
 TOLD_ANYWAY = ("seed", "model.encoding", "train.epochs", "training.epochs", "detector.masks")
-OF_THE_FOLDER = (  # what the recipe `images` takes from the images, and tells by `fitted`
+OF_THE_FOLDER = (  # what the recipe `images` takes from the images, and tells by `data.own.fit`
     "data.name", "data.mean", "data.std", "data.test_fraction", "model.in_channels", "model.num_classes",
     "augment.crop_padding", "train.batch_size", "model.image_size", "model.patch_size",
 )  # fmt: skip

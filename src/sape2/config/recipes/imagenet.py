@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sape2.config import AugmentConfig, DataConfig, RunConfig, TrainConfig, model_config
+from sape2.config import AugmentConfig, DataConfig, RunConfig, TrainConfig, model_config, resized
 
 IMAGENET = DataConfig(
     name="imagenet",
@@ -57,9 +57,7 @@ def imagenet_base() -> RunConfig:
     Command:  sape2 train imagenet_base --data DIR --encoding ape
     """
     config = imagenet()
-    size = model_config("vit_base")
-    model = replace(config.model, name=size.name, dim=size.dim, num_heads=size.num_heads)
-    return replace(config, recipe="imagenet_base", model=model)
+    return replace(config, recipe="imagenet_base", model=resized(config.model, "vit_base"))
 
 
 def imagenet_plain() -> RunConfig:
