@@ -25,7 +25,7 @@ def base() -> None:
 
     for name in sape2.__all__:
         getattr(sape2, name)
-    attention = sape2.SaPEAttention(dim=48, num_heads=3, encoding="ape+sape2", grid=(4, 6))
+    attention = sape2.SaPEAttention(dim=48, num_heads=3, encoding="rope+sape2", grid=(4, 6))
     assert attention(torch.randn(2, 24, 48), grid=(4, 6)).shape == (2, 24, 48)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64).eval()
     images = torch.randn(2, 3, 64, 64)
