@@ -38,7 +38,8 @@ from sape2.runs.run import Run
 from sape2.studies.compare.paired import paired_difference
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.tables import print_table
-from sape2.training.loop import TrainingStopped, train
+from sape2.training.interruption import Stopped
+from sape2.training.loop import train
 
 LR = {"without": 2e-4, "encoding": 5e-3, "all": 2e-4}  # a tenth of cifar10_budget's for weights that are trained already
 
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
                     continue
                 try:
                     write_rows(path, [*rows, measure(run, arm, seed, options)])
-                except TrainingStopped as stopped:
+                except Stopped as stopped:
                     print(stopped, file=sys.stderr)
                     return 128 + stopped.signal_number
     show(read_rows(path))

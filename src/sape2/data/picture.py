@@ -59,7 +59,8 @@ def take_picture(path: Path, model: ModelConfig, crop: Crop | None = None) -> Pi
     """The same without notes, with no word of Pillow's silenced: that is for whoever has threads. Raises ValueError only."""
     with named(plain_name(path)):
         if not path.is_file():
-            raise ValueError("there is no such file" if not path.exists() else "it is no ordinary file")
+            what = "it is a folder" if path.is_dir() else "it is no ordinary file"
+            raise ValueError(what if path.exists() else "there is no such file")
         with opened(path) as image:
             size = upright_size(image)
             taken = to_8_bits(image, model.in_channels)
