@@ -6,7 +6,7 @@ import io
 import pytest
 import timm
 import torch
-from host_cases import CASES, TIMM, images, make, make_transformers, open_gains, outputs, randomised
+from host_cases import CASES, TIMM, description, images, make, make_transformers, open_gains, outputs, randomised
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,21 +14,6 @@ from sape2 import attach, create_model, detach, encoding_parameters
 from sape2.adapters.attached import Attached, attached_encodings
 from sape2.adapters.start import Gained
 from sape2.encodings.content import Content
-
-
-def description(model):
-    """Everything of a model that must come back: classes, names, flags, hooks, plain attributes."""
-    return {
-        name: (
-            type(module),
-            sorted(key for key in vars(module) if key != "_modules"),
-            list(module._modules),
-            [(key, p.requires_grad, id(p)) for key, p in module.named_parameters(recurse=False)],
-            len(module._forward_hooks),
-            module.training,
-        )
-        for name, module in model.named_modules()
-    }
 
 
 def attached_modules(model):

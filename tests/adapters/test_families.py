@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from family_cases import FAMILIES, batch_of, found, make_family
-from host_cases import TIMM, open_gains
+from host_cases import TIMM, description, open_gains
 from timm.models.beit import Attention as BeitAttention
 from torch.nn import functional as F
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
@@ -28,20 +28,6 @@ def opened(name, encoding="sape2"):
     model = attach(make_family(name), encoding)
     open_gains(model)
     return model
-
-
-def description(model):
-    """Everything of a model that must come back."""
-    return {
-        name: (
-            type(module),
-            sorted(key for key in vars(module) if key != "_modules"),
-            list(module._modules),
-            [(key, p.requires_grad, id(p)) for key, p in module.named_parameters(recurse=False)],
-            (len(module._forward_hooks), len(module._forward_pre_hooks)),
-        )
-        for name, module in model.named_modules()
-    }
 
 
 @ALL

@@ -105,3 +105,18 @@ def open_gains(model: nn.Module, std: float = 1.0) -> None:
     """Random values for everything that `attach` brought, gains too."""
     for parameter in encoding_parameters(model):
         nn.init.normal_(parameter, std=std)
+
+
+def description(model: nn.Module) -> dict[str, tuple]:
+    """Everything of a model that must come back: classes, plain attributes, parts, parameters with flags, hooks, mode."""
+    return {
+        name: (
+            type(module),
+            sorted(key for key in vars(module) if key != "_modules"),
+            list(module._modules),
+            [(key, p.requires_grad, id(p)) for key, p in module.named_parameters(recurse=False)],
+            (len(module._forward_hooks), len(module._forward_pre_hooks)),
+            module.training,
+        )
+        for name, module in model.named_modules()
+    }

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from sape2.config import ModelConfig
+from sape2.config.extras import from_extra
 from sape2.evaluation.base import as_mapped
 from sape2.inspect.watched import Watched
 from sape2.machine import find_device
@@ -80,10 +81,7 @@ def _run(folder: Path, weights: str | None, size: tuple[int, int] | None) -> Bac
 
 
 def _transformers(folder: Path, _: str | None, size: tuple[int, int] | None) -> Backbone:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(f"{folder} is a folder of transformers: pip install 'sape2[hosts]'") from error
+    transformers = from_extra("hosts", "transformers", f"{folder} is a folder of transformers")
     options = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False, "attn_implementation": "eager"}
     model, loaded = transformers.AutoModel.from_pretrained(folder, output_loading_info=True, **options)
     missing = [*(key for key in loaded["missing_keys"] if "pooler" not in key), *loaded["mismatched_keys"]]

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from sape2.config import ModelConfig, RunConfig
+from sape2.config.extras import from_extra
 from sape2.models.frozen import Size, example, freeze, patch_projection, trace
 from sape2.models.hub import (
     CARD,
@@ -345,10 +346,7 @@ RUNNERS: dict[str, Callable[[Path], Computed]] = {"onnx": _run_onnx, "pt2": _run
 def needed(format: Format) -> None:
     """Raises ImportError naming the extra if a library that the format needs is missing."""
     for library in NEEDED.get(format, ()):
-        try:
-            importlib.import_module(library)
-        except ImportError as error:
-            raise ImportError(f"export to {format} needs {library}: pip install 'sape2[export]'") from error
+        from_extra("export", library, f"export to {format} needs {library}")
 
 
 @contextlib.contextmanager

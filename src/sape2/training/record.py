@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from sape2.config.extras import from_extra
 from sape2.runs.checkpoint import Progress, save_checkpoint, save_weights
 from sape2.runs.rows import read_rows, write_rows
 from sape2.runs.run import Run
@@ -80,8 +81,5 @@ class Record:
 
 def open_board(folder: Path) -> Any:
     """TensorBoard events in folder/tensorboard."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("training writes TensorBoard events: pip install 'sape2[train]'") from error
-    return SummaryWriter(str(folder / "tensorboard"))
+    tensorboard = from_extra("train", "torch.utils.tensorboard", "training writes TensorBoard events")
+    return tensorboard.SummaryWriter(str(folder / "tensorboard"))

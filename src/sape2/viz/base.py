@@ -5,7 +5,6 @@ Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines t
 
 from __future__ import annotations
 
-import importlib
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any, ParamSpec, TypeVar
 
+from sape2.config.extras import from_extra
 from sape2.runs.files import beside
 
 MAP_COLOURS = "cividis"
@@ -27,10 +27,7 @@ Made = TypeVar("Made")
 
 def import_optional(name: str) -> Any:
     """A library of the extra `viz`, which `explore` has too; raises ImportError that says how to get it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(f"pictures need {name.replace('_', '-')}: pip install 'sape2[viz]'") from error
+    return from_extra("viz", name, f"pictures need {name.replace('_', '-')}")
 
 
 def pyplot() -> Any:

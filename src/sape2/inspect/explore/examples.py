@@ -8,6 +8,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from sape2.config import RunConfig
+from sape2.config.extras import from_extra
 from sape2.data import ImageData
 from sape2.runs.run import Run
 
@@ -29,19 +30,14 @@ def examples(run: Run[RunConfig]) -> tuple[ImageData, list[str]]:
 
     Raises ImportError without scikit-learn.
     """
-    try:
-        from sklearn.datasets import load_sample_image
-    except ImportError as error:
-        raise ImportError("the photographs need scikit-learn: pip install 'sape2[explore]'") from error
+    photograph = from_extra("explore", "sklearn.datasets", "the photographs need scikit-learn").load_sample_image
     height, width = run.config.model.image_size
-    squares = {
-        name: load_sample_image(file)[top : top + side, left : left + side] for name, (file, top, left, side) in PARTS.items()
-    }
-    images = [Image.fromarray(pixels) for pixels in (squares | drawings()).values()]
-    pixels = np.stack([np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)) for image in images])
-    pixels, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.zeros(len(images), dtype=torch.long)
-    norm = run.config.data
-    return ImageData(pixels, labels, tuple(run.classes), norm.mean, norm.std), [*squares, *drawings()]
+    scenes = {name: photograph(file)[top : top + side, left : left + side] for name, (file, top, left, side) in PARTS.items()}
+    scenes |= drawings()
+    images = [Image.fromarray(scene).resize((width, height), Image.Resampling.BICUBIC) for scene in scenes.values()]
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+    labels, norm = torch.zeros(len(images), dtype=torch.long), run.config.data
+    return ImageData(pixels, labels, tuple(run.classes), norm.mean, norm.std), list(scenes)
 
 
 def drawings() -> dict[str, UInt8[np.ndarray, "height width 3"]]:

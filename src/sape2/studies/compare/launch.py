@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sape2.config.extras import from_extra
 from sape2.data import load_data
 from sape2.runs.files import digest_of, write_text
 from sape2.runs.lock import Held
@@ -133,11 +134,7 @@ def _job_name(cell: Cell) -> str:
 
 
 def _submitit() -> Any:
-    try:
-        import submitit
-    except ImportError as error:
-        raise ImportError("--launcher needs submitit: pip install 'sape2[cluster]'") from error
-    return submitit
+    return from_extra("cluster", "submitit", "--launcher needs submitit")
 
 
 # --- in the command --------------------------------------------------------------------------------------------------
