@@ -25,6 +25,7 @@ from sape2.config.recipes import get_recipe
 from sape2.runs.files import digest_of
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
+from sape2.runs.settings import canonical
 from sape2.studies.compare.outcome import paired_table
 from sape2.studies.compare.rawrows import final_validation_accuracy
 from sape2.tables import markdown_table
@@ -51,7 +52,7 @@ class Trial:
         config = get_recipe(self.recipe)
         config = replace(config, seed=self.seed, model=replace(config.model, encoding=self.encoding))
         config = config if self.epochs is None else with_epochs(config, self.epochs)
-        return override(config, list(self.settings))
+        return canonical(override(config, list(self.settings)))
 
     @property
     def command(self) -> str:
@@ -157,6 +158,8 @@ CONTROLS = tuple(name for name in _CONTROLS if name not in (*TABLE, *BEYOND))  #
 STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "search": lambda rows: search(),
     "one_rate": lambda rows: one_rate(FIRST),
+    "tuning_first": lambda rows: tuning(FIRST),
+    "quarter": lambda rows: tuned(rows, FIRST, epochs=QUARTER),
     "one_rate_rivals": lambda rows: one_rate(RIVALS),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
@@ -256,7 +259,7 @@ def tuning_table(rows: list[Row]) -> str:
     """Validation accuracy of every encoding at every pair of rates: what one rate for all would have said."""
     found = {row["digest"]: row for row in rows}
     lines: dict[str, Row] = {}
-    for stage in ("tuning", "tuning_controls", "tuning_forms"):
+    for stage in ("tuning", "tuning_first", "tuning_controls", "tuning_forms"):
         for trial in STAGES[stage](rows):
             if trial.digest in found:
                 train = found[trial.digest]["settings"]["train"]
@@ -283,6 +286,8 @@ def accuracy_table(rows: list[Row], *stages: str) -> str:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "search": search_table,
     "one_rate": lambda rows: accuracy_table(rows, "one_rate"),
+    "one_rate_rivals": lambda rows: accuracy_table(rows, "one_rate", "one_rate_rivals"),
+    "quarter": lambda rows: accuracy_table(rows, "quarter"),
     "tuning": tuning_table,
     "cifar10": lambda rows: accuracy_table(rows, "cifar10", "more_seeds"),
     "controls": lambda rows: accuracy_table(rows, "cifar10", "controls"),

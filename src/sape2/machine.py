@@ -1,11 +1,15 @@
-"""The machine: its accelerator, its name, and the precision in which it trains."""
+"""The machine: its accelerator, its name, its memory, and the precision in which it trains."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+GIB = 2**30
 
 
 def find_device() -> torch.device:
@@ -18,6 +22,19 @@ def synchronize() -> None:
     """Waits for the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+def keep_freed_memory() -> bool:
+    """Makes this process keep the memory that it frees, for its next step, where glibc gives it out.
+
+    By default glibc maps every large tensor afresh, and the system fills each of its pages with zeros again in every step. On
+    an AMD EPYC with bf16 that was a seventh of a training step. Returns whether the allocator has taken the setting.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
+    return all([mallopt(M_MMAP_THRESHOLD, GIB), mallopt(M_TRIM_THRESHOLD, 2 * GIB - 1)])
 
 
 def hardware() -> str:

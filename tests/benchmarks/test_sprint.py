@@ -21,6 +21,11 @@ def row_of(trial, validation, test=0.5):
     return {"digest": trial.digest, "settings": trial.config.identity(), "curve": curve, "rows": [{"value": test}]}
 
 
+def test_another_spelling_of_an_encoding_is_the_same_run():
+    one, other = (sprint.Trial("cifar10_sprint", name) for name in ("rope+key_table:heads=shared", "key_table:heads=shared+rope"))
+    assert one.digest == other.digest
+
+
 def test_a_run_is_kept_under_its_digest_and_not_run_again(tmp_path):
     trial, rows = sprint.Trial("digits", "none", epochs=1, settings=TINY), tmp_path / "rows.jsonl"
     sprint.train(trial, "search", None, tmp_path / "runs", rows)

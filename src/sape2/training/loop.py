@@ -19,7 +19,7 @@ from torch import nn
 
 from sape2.config import RunConfig
 from sape2.data import ImageData, ImageFiles
-from sape2.machine import precision_of
+from sape2.machine import find_device, keep_freed_memory, precision_of
 from sape2.runs.checkpoint import Progress
 from sape2.runs.run import Run
 from sape2.runs.settings import difference
@@ -104,6 +104,8 @@ def run_steps(
 
     `end_epoch` gets the epoch, the sums over its steps, and what `watch` found out.
     """
+    if find_device().type == "cpu":
+        keep_freed_memory()
     stream, progress, processes = steps.stream, steps.progress, steps.weights.processes
     known: dict[str, Any] = {}
     for line in passed_over():
