@@ -232,7 +232,8 @@ def test_the_path_is_chosen_by_the_bias_the_length_and_what_is_asked_of_the_grap
 
 AS_KEYS = ["sape2:readout=direct,gates=constant", "sape2:readout=direct,gates=none,count=both,sign=learned,divide_bias=true",
            "sape2:readout=direct,gates=constant,count=prefix,axes=raster,normalize=sqrt_length,beyond=rescale",
-           "key_table", "key_table:by=token,heads=shared,divide_bias=false"]  # fmt: skip
+           "key_table", "key_table:by=token,heads=shared,divide_bias=false",
+           "rope+key_table", "rope_mixed+key_table:by=token+sape2:readout=direct,gates=constant"]  # fmt: skip
 
 
 @pytest.mark.parametrize("num_prefix", [0, 2])
@@ -243,7 +244,8 @@ def test_vectors_added_to_keys_equal_the_bias(name, num_prefix, monkeypatch):
     for parameter in encoding.parameters():
         nn.init.normal_(parameter, std=0.5)
     q, k, v = torch.randn(3, 5, 3, num_prefix + 15, 8, dtype=torch.float64)
-    assert describe_path(q, k, v, (3, 5), encoding) == "products, added to keys"
+    how = "channels beside the keys" if name.startswith("rope") else "added to keys"
+    assert describe_path(q, k, v, (3, 5), encoding) == f"products, {how}"
 
     def results():
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -260,7 +262,7 @@ def test_vectors_added_to_keys_equal_the_bias(name, num_prefix, monkeypatch):
     ("name", "path"),
     [
         ("cope", "blocks, matrix, weights kept"),
-        ("rope+sape2:readout=direct,gates=constant", "blocks, places, weights kept"),  # queries are turned
+        ("rope+sape2:readout=direct,gates=constant", "products, channels beside the keys"),  # queries are turned
         ("rpe+sape2:readout=direct,gates=constant", "blocks, matrix, places, weights kept"),  # there is a map anyway
         ("sape2:readout=direct,gates=constant,dot=key", "blocks, places, weights kept"),
         ("sape2:readout=direct,gates=constant,count=between", "blocks, places, weights kept"),

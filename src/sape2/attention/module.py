@@ -79,7 +79,7 @@ def attend(
     """
     vectors = encoding.key_vectors(q[:, :, num_prefix_tokens(q.shape[-2], grid) :], grid)
     if vectors is not None:
-        return _attend_with_key_vectors(q, k, v, vectors, dropout)
+        return _attend_with_key_vectors(q, k, v, *encoding.rotate_all(q, k, grid), vectors, dropout)
     encoded = None if is_on_cpu(q) else encode(q, k, grid, encoding, tokens)  # what the bias is made of decides on a device
     path = choose_path(q, encoding, dropout, encoded and encoded[2])
     if path == "blocks":
@@ -87,32 +87,44 @@ def attend(
     return _attend_by(path, *(encoded or encode(q, k, grid, encoding, tokens)), v, dropout)
 
 
-def _attend_by(path: Path, q: Tensor, k: Tensor, bias: AttentionBias | None, v: Tensor, dropout: float) -> Tensor:
-    """Attention by a path that takes rotated q and k."""
+def _attend_by(
+    path: Path, q: Tensor, k: Tensor, bias: AttentionBias | None, v: Tensor, dropout: float, scale: float | None = None
+) -> Tensor:
+    """Attention by a path that takes rotated q and k; `scale` of their product is 1 / sqrt(d) unless given."""
     if path == "triton":
         from sape2.attention.kernels import attend_with_distances
 
         assert bias is not None
         return attend_with_distances(q, k, v, bias)
     if path == "products":
-        weights = F.dropout(scores_with(q, k, bias).softmax(-1), dropout)
+        weights = F.dropout(scores_with(q, k, bias, scale).softmax(-1), dropout)
         return weights.to(v.dtype) @ v
-    return attend_fused(q, k, v, bias, dropout)
+    return attend_fused(q, k, v, bias, dropout, scale)
 
 
 def _attend_with_key_vectors(
-    q: Tensor, k: Tensor, v: Tensor, vectors: Float[Tensor, "*#heads grid_tokens head_dim"], dropout: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotated_q: Tensor,
+    rotated_k: Tensor,
+    vectors: Float[Tensor, "*#heads grid_tokens head_dim"],
+    dropout: float,
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
     """b_in = q_i . e_n costs no map: (q_i . k_n) / sqrt(d) + q_i . e_n = q_i . (k_n + sqrt(d) e_n) / sqrt(d).
 
-    Prefix tokens have no bias, as keys and as queries; as queries they meet the keys as they are.
+    Where q and k are rotated, [R q_i, q_i] . [R k_n, sqrt(d) e_n] / sqrt(d). Prefix tokens have no bias, as keys and as
+    queries; as queries they meet the keys as they are.
     """
-    num_prefix = k.shape[-2] - vectors.shape[-2]
-    moved = k + F.pad(k.shape[-1] ** 0.5 * vectors, (0, 0, num_prefix, 0)).to(k.dtype)
-    path = choose_path(k, _NO_ENCODING, dropout)
+    num_prefix, scale = k.shape[-2] - vectors.shape[-2], k.shape[-1] ** -0.5
+    path, added = choose_path(k, _NO_ENCODING, dropout), F.pad(vectors / scale, (0, 0, num_prefix, 0)).to(k.dtype)
+    if rotated_q is not q or rotated_k is not k:
+        unrotated = F.pad(q[:, :, num_prefix:], (0, 0, num_prefix, 0)) if num_prefix else q
+        wide = torch.cat([rotated_q, unrotated], dim=-1), torch.cat([rotated_k, added.expand_as(k)], dim=-1)
+        return _attend_by(path, *wide, None, v, dropout, scale)
     if not num_prefix:
-        return _attend_by(path, q, moved, None, v, dropout)
-    parts = ((q[:, :, :num_prefix], k), (q[:, :, num_prefix:], moved))
+        return _attend_by(path, q, k + added, None, v, dropout)
+    parts = ((q[:, :, :num_prefix], k), (q[:, :, num_prefix:], k + added))
     return torch.cat([_attend_by(path, queries, keys, None, v, dropout) for queries, keys in parts], dim=-2)
 
 

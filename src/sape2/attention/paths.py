@@ -73,7 +73,9 @@ def describe_path(
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
     with torch.no_grad():
         if encoding.key_vectors(q[:, :, num_prefix:], grid) is not None:
-            return f"{choose_path(k, NoEncoding())}, added to keys"
+            rotated = encoding.rotate_all(q, k, grid)
+            how = "added to keys" if rotated[0] is q and rotated[1] is k else "channels beside the keys"
+            return f"{choose_path(k, NoEncoding())}, {how}"
         bias = encoding.make_bias(Content.of_grid(q[:1], k[:1], grid, None if tokens is None else tokens[:1]))
     path = choose_path(q, encoding, bias=bias)
     if bias is None:

@@ -27,20 +27,22 @@ def logits(
     return scores_with(*encode(q, k, grid, encoding, tokens))
 
 
-def scores_with(q: Tensor, k: Tensor, bias: AttentionBias | None) -> Float[Tensor, "batch heads tokens tokens"]:
-    """q k^T / sqrt(d) + bias, of q and k that are rotated already."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+def scores_with(
+    q: Tensor, k: Tensor, bias: AttentionBias | None, scale: float | None = None
+) -> Float[Tensor, "batch heads tokens tokens"]:
+    """scale q k^T + bias, of q and k that are rotated already; `scale` is 1 / sqrt(d) unless given."""
+    scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
     return scores if bias is None else scores + _padded(bias.dense(), q.shape[-2]).to(scores.dtype)
 
 
 def attend_fused(
-    q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias | None, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, bias: AttentionBias | None, dropout: float, scale: float | None = None
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
-    """Biases that are dot products become further channels, q' = [q / sqrt(d), query_side], k' = [k, key_side].
+    """Biases that are dot products become further channels, q' = [scale q, query_side], k' = [k, key_side].
 
-    q and k are rotated already.
+    q and k are rotated already; `scale` is 1 / sqrt(d) unless given.
     """
-    q, mask = q * q.shape[-1] ** -0.5, None
+    q, mask = q * (scale or q.shape[-1] ** -0.5), None
     if bias is not None:
         q, k = (widened(t, side) for t, side in zip((q, k), bias.factored() or (None, None), strict=True))
         rest = bias.unfactored()

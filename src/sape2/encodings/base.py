@@ -146,10 +146,10 @@ class AttentionEncoding(PositionEncoding):
         return self.make_maps(Content(q, k, grid, tokens=tokens))
 
     def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        """Vectors e if all that the encoding does is the bias q_i . e_n, so that attention adds them to the keys; else None.
+        """Vectors e if the bias of the encoding is q_i . e_n, so that attention joins them to the keys; else None.
 
-        They are the same for all images: of q they see the shape. `make_bias` gives the same as a term, for maps, and for
-        where another encoding turns the queries.
+        They are the same for all images: of q they see the shape. q is not rotated here, whatever `rotate` does.
+        `make_bias` gives the same as a term, for maps, and for where another part makes a bias of another kind.
         """
         return None
 
@@ -227,7 +227,7 @@ class Composite(AttentionEncoding):
         return result
 
     def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        """The sum, where all parts are of that kind."""
-        vectors = [part.key_vectors(q, grid) for part in self._members()]
+        """The sum, where all parts that make a bias are of that kind; the others rotate."""
+        vectors = [part.key_vectors(q, grid) for part in self._members() if part.makes_bias]
         given = [v for v in vectors if v is not None]
         return functools.reduce(operator.add, given) if given and len(given) == len(vectors) else None

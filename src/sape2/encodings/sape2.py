@@ -183,8 +183,8 @@ class SaPE2(AttentionEncoding):
         total = q.new_zeros((), dtype=full_precision(q).dtype)
         for axis in self.axes:
             read = self._rows_met(grid, axis)[:, 0].unflatten(-1, (-1, line_length(grid, axis))).sum(-2)  # (d, S)
-            total = total + read.index_select(-1, line_coordinate(grid, axis, q.device))
-        return self._bias_scale() * total.T  # (N, d) or, with a gain, (h, N, d)
+            total = total + read.T.index_select(0, line_coordinate(grid, axis, q.device))
+        return self._bias_scale() * total  # (N, d) or, with a gain, (h, N, d)
 
     def check_trainable(self) -> None:
         """Raises ValueError if a table is all zero: then every distance and every gradient is 0, for ever."""
