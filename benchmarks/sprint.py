@@ -116,10 +116,10 @@ def tuning(encodings: Iterable[str]) -> Iterator[Trial]:
                 yield Trial("cifar10_sprint", encoding, 0, QUARTER, _settings(rates))
 
 
-def one_rate(encodings: Iterable[str]) -> Iterator[Trial]:
+def one_rate(encodings: Iterable[str], seeds: Iterable[int] = SEEDS) -> Iterator[Trial]:
     """A quarter of the length with the first pair of rates for all, seed by seed."""
     names = list(encodings)
-    for seed in SEEDS:
+    for seed in seeds:
         yield from (Trial("cifar10_sprint", name, seed, QUARTER, _settings(RATES[0])) for name in names)
 
 
@@ -161,6 +161,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "tuning_first": lambda rows: tuning(FIRST),
     "quarter": lambda rows: tuned(rows, FIRST, epochs=QUARTER),
     "one_rate_rivals": lambda rows: one_rate(RIVALS),
+    "joins": lambda rows: one_rate(JOINS, (1,)),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
     "tuning_controls": lambda rows: tuning(CONTROLS),
@@ -177,6 +178,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
 }
 FIRST = ("none", "ape", "rope", "ape+sape2", *BEYOND, f"rope+{DIRECT},gates=constant", "rope+key_table")
 RIVALS = ("pape", "rope:preset=dinov3", "rope:directions=4", "pope", "log_cpb", "fire", "forget")
+JOINS = ("cpe+rope", "cpe+key_table", "cpe+rope+key_table", f"cpe+rope+{DIRECT},gates=constant")  # of decision 0012
 LENGTHS = ("ape", "rope", "ape+sape2", f"rope+{DIRECT}", f"rope+{DIRECT},gates=constant")
 
 
