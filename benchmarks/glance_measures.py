@@ -10,9 +10,10 @@ What has a value for each layer is its mean over the layers.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 
-from cifar10_measures import AUROC, BIAS_TO_CONTENT, FEATURES, LIE_DERIVATIVE, LIFT, WHOLE_PATCHES, WITHIN_A_PATCH
+from cifar10_measures import AUROC, BIAS_TO_CONTENT, FEATURES, LIE_DERIVATIVE, LIFT, WHOLE_PATCHES, WITHIN_A_PATCH, Number
 from kept import keep_and_print, last_test_rows, ranked_table, six_digits
 from timing import RESULTS, Row
 
@@ -25,7 +26,8 @@ from sape2.tables import markdown_table
 ROWS = RESULTS / "cifar10_glance_measures.jsonl"
 BASELINE = "ape"
 STRENGTH = "bias to content"
-COLUMNS = {
+Columns = dict[str, list[Number]]  # heading -> what its value is the mean of
+COLUMNS: Columns = {
     "consistency, within a patch": [WITHIN_A_PATCH],
     "whole patches": [WHOLE_PATCHES],
     "Lie derivative": [LIE_DERIVATIVE],
@@ -43,36 +45,46 @@ def collect(folders: list[Path]) -> list[Row]:
         config = Run.open(folder).config
         found = last_test_rows(folder)
         about = {"encoding": config.model.encoding, "seed": config.seed, "recipe": config.recipe}
-        for name, numbers in COLUMNS.items():
-            rows = [row for number in numbers if (row := number.row(found))]
-            if rows:
-                value = six_digits(statistics.mean(row["value"] for row in rows))
-                kept.append(about | {"name": name, "value": value, "n": rows[0]["n"], "torch": rows[0]["torch"]})
+        kept += [about | row for row in means_of_columns(found, COLUMNS)]
     return kept
+
+
+def means_of_columns(found: list[Row], columns: Columns) -> Iterator[Row]:
+    """One row for each column that has values: their mean."""
+    for name, numbers in columns.items():
+        rows = [row for number in numbers if (row := number.row(found))]
+        if rows:
+            value = six_digits(statistics.mean(row["value"] for row in rows))
+            yield {"name": name, "value": value, "n": rows[0]["n"], "torch": rows[0]["torch"]}
 
 
 def tables(rows: list[Row]) -> str:
     """Means and spread over seeds; differences to the baseline in pairs of a seed; strength of the bias and what is lost."""
-    found = _summaries(rows)
-    wide = list(found["lift"])
-    means = [{"encoding": name} | {column: _mean(found[column].get(name), column) for column in COLUMNS} for name in wide]
-    others = [name for name in wide if name != BASELINE]
+    strength = strength_table(rows, read_rows(RESULTS / "cifar10_glance.jsonl"))
+    return f"{seed_tables(rows, COLUMNS)}\nstrength of the bias\n\n{strength}"
+
+
+def seed_tables(rows: list[Row], columns: Columns) -> str:
+    """Mean and spread of each column over seeds; differences to the baseline in pairs of a seed."""
+    found = _summaries(rows, columns)
+    names = list(next(iter(found.values())))
+    means = [{"encoding": name} | {column: _mean(found[column].get(name), column) for column in columns} for name in names]
+    others = [name for name in names if name != BASELINE]
     differences = [
-        {"encoding": name} | {column: _difference(found[column].get(name), column) for column in COLUMNS} for name in others
+        {"encoding": name} | {column: _difference(found[column].get(name), column) for column in columns} for name in others
     ]
-    shown = [column for column in COLUMNS if any(line[column] for line in differences)]
+    shown = [column for column in columns if any(line[column] for line in differences)]
     return "\n".join(
         [
-            "mean over seeds\n\n" + markdown_table(means, ["encoding", *COLUMNS]),
+            "mean over seeds\n\n" + markdown_table(means, ["encoding", *columns]),
             f"minus {BASELINE}\n\n" + markdown_table(differences, ["encoding", *shown]),
-            "strength of the bias\n\n" + strength_table(rows, read_rows(RESULTS / "cifar10_glance.jsonl")),
         ]
     )
 
 
 def strength_table(rows: list[Row], accuracies: list[Row]) -> str:
     """Forms of SaPE2 from the weakest bias to the strongest, with what they lose or gain, and the rank correlation of both."""
-    found = _summaries(rows)[STRENGTH]
+    found = _summaries(rows, COLUMNS)[STRENGTH]
     strength = {name: summary.mean for name, summary in found.items()}
     gains = outcome(accuracies, BASELINE).paired("accuracy", "last")
     names = sorted((name for name in strength if "sape2" in name), key=lambda name: strength[name])
@@ -83,9 +95,9 @@ def strength_table(rows: list[Row], accuracies: list[Row]) -> str:
     return ranked_table(lines, [strength[name] for name in names], [gains[name].difference for name in names])
 
 
-def _summaries(rows: list[Row]) -> dict[str, dict[str, Summary]]:
+def _summaries(rows: list[Row], columns: Columns) -> dict[str, dict[str, Summary]]:
     """column -> encoding -> mean and spread over seeds, in pairs with the baseline."""
-    return {column: summarize(grouped(row for row in rows if row["name"] == column), BASELINE) for column in COLUMNS}
+    return {column: summarize(grouped(row for row in rows if row["name"] == column), BASELINE) for column in columns}
 
 
 def _mean(summary: Summary | None, name: str) -> str:
