@@ -15,6 +15,9 @@ import detection_digits
 import glance_measures
 import memory
 import model_cost
+import roofline
+import sprint
+import sprint_measures
 from kept import ranked_table
 from timing import RESULTS, Row
 
@@ -172,6 +175,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attach_cifar10": attach_table,
     "attention_cost": attention_tables,
     "model_cost": model_tables,
+    "roofline": roofline.table,
+    "sprint": sprint.tables,
+    "sprint_measures": sprint_measures.tables,
     "memory": memory_tables,
     "kernel_resources": resource_table,
 }

@@ -22,7 +22,9 @@ def row_of(trial, validation, test=0.5):
 
 
 def test_another_spelling_of_an_encoding_is_the_same_run():
-    one, other = (sprint.Trial("cifar10_sprint", name) for name in ("rope+key_table:heads=shared", "key_table:heads=shared+rope"))
+    one, other = (
+        sprint.Trial("cifar10_sprint", name) for name in ("rope+key_table:heads=shared", "key_table:heads=shared+rope")
+    )
     assert one.digest == other.digest
 
 
