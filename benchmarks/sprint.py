@@ -3,6 +3,7 @@
 Command:  python benchmarks/sprint.py run STAGE [STAGE ...] --data DIR --out DIR [--threads N]
           python benchmarks/sprint.py list       how many runs of each stage are kept
           python benchmarks/sprint.py            prints the tables
+          python benchmarks/sprint.py figure     draws docs/figures/sprint_quarter.png
 
 DIR holds the folders cifar10 and cifar100. Every finished run becomes a line of benchmarks/results/sprint.jsonl at once
 and is not run again: stop the command whenever you like, and give it again, on another machine too. Several processes may
@@ -13,12 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from timing import RESULTS, Row, conditions
+from timing import RESULTS, ROOT, Row, conditions
 
 from sape2.config import RunConfig, override, with_epochs
 from sape2.config.recipes import get_recipe
@@ -26,7 +29,7 @@ from sape2.runs.files import digest_of
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
 from sape2.runs.settings import canonical
-from sape2.studies.compare.outcome import paired_table
+from sape2.studies.compare.outcome import outcome, paired_table
 from sape2.studies.compare.rawrows import final_validation_accuracy
 from sape2.tables import markdown_table
 
@@ -160,7 +163,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "one_rate": lambda rows: one_rate(FIRST),
     "tuning_first": lambda rows: tuning(FIRST),
     "quarter": lambda rows: tuned(rows, FIRST, epochs=QUARTER),
-    "one_rate_rivals": lambda rows: one_rate(RIVALS),
+    "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
@@ -281,8 +284,12 @@ LEVEL = 0.015  # an interval that holds 0 and ends within ±1.5 points
 
 def accuracy_table(rows: list[Row], *stages: str) -> str:
     """Test accuracy of the kept runs of these stages, in pairs of a seed with the baseline; p is adjusted over the table."""
+    return markdown_table(*paired_table(rows_of(rows, *stages), BASELINE, level=LEVEL))
+
+
+def rows_of(rows: list[Row], *stages: str) -> list[Row]:
     digests = {trial.digest for stage in stages for trial in STAGES[stage](rows)}
-    return markdown_table(*paired_table((row for row in rows if row["digest"] in digests), BASELINE, level=LEVEL))
+    return [row for row in rows if row["digest"] in digests]
 
 
 TABLES: dict[str, Callable[[list[Row]], str]] = {
@@ -308,6 +315,15 @@ def _made(table: Callable[[list[Row]], str], rows: list[Row]) -> str:
         return f"{left}\n"
 
 
+def figure(rows: list[Row]) -> str:
+    """Every seed of the encodings at a quarter of the length with one pair of rates; says where it is."""
+    path = ROOT / "docs" / "figures" / "sprint_quarter.png"
+    with tempfile.TemporaryDirectory() as folder:
+        found = outcome(rows_of(rows, "one_rate", "one_rate_rivals", "joins"), BASELINE)
+        shutil.move(found.draw(Path(folder))[0], path)
+    return str(path)
+
+
 def progress(rows: list[Row]) -> str:
     """How many runs of each stage are kept; a stage whose rates are not chosen yet says so."""
     kept, lines = {row["digest"] for row in rows}, []
@@ -323,7 +339,7 @@ def progress(rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("command", nargs="?", choices=["run", "list", "tables"], default="tables")
+    parser.add_argument("command", nargs="?", choices=["run", "list", "tables", "figure"], default="tables")
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--data", type=Path, help="folder that holds cifar10 and cifar100")
     parser.add_argument("--out", type=Path, default=Path("runs") / "sprint")
@@ -335,7 +351,7 @@ def main() -> None:
     if given.command == "run":
         run(given.stages, given.data, given.out, given.threads)
     else:
-        print((progress if given.command == "list" else tables)(read_rows(ROWS)))
+        print({"list": progress, "tables": tables, "figure": figure}[given.command](read_rows(ROWS)))
 
 
 if __name__ == "__main__":
