@@ -25,6 +25,7 @@ from timing import RESULTS, ROOT, Row, conditions
 
 from sape2.config import RunConfig, override, with_epochs
 from sape2.config.recipes import get_recipe
+from sape2.encodings import canonical_name
 from sape2.runs.files import digest_of
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
@@ -282,9 +283,9 @@ def _heading(rates: tuple[float, float]) -> str:
 LEVEL = 0.015  # an interval that holds 0 and ends within ±1.5 points
 
 
-def accuracy_table(rows: list[Row], *stages: str) -> str:
+def accuracy_table(rows: list[Row], *stages: str, baseline: str = BASELINE) -> str:
     """Test accuracy of the kept runs of these stages, in pairs of a seed with the baseline; p is adjusted over the table."""
-    return markdown_table(*paired_table(rows_of(rows, *stages), BASELINE, level=LEVEL))
+    return markdown_table(*paired_table(rows_of(rows, *stages), canonical_name(baseline), level=LEVEL))
 
 
 def rows_of(rows: list[Row], *stages: str) -> list[Row]:
@@ -295,6 +296,7 @@ def rows_of(rows: list[Row], *stages: str) -> list[Row]:
 TABLES: dict[str, Callable[[list[Row]], str]] = {
     "search": search_table,
     "one_rate": lambda rows: accuracy_table(rows, "one_rate"),
+    "one_rate, against constant gates": lambda rows: accuracy_table(rows, "one_rate", baseline=f"rope+{DIRECT},gates=constant"),
     "one_rate_rivals": lambda rows: accuracy_table(rows, "one_rate", "one_rate_rivals"),
     "quarter": lambda rows: accuracy_table(rows, "quarter"),
     "tuning": tuning_table,

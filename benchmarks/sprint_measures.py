@@ -1,74 +1,94 @@
-"""Shift, resolution, grouping and health of the models of the sprint, as tables over seeds.
+"""Shift, grouping and health of the models of the sprint, and their accuracy at half to four times the training size.
 
-Command:  python benchmarks/sprint_measures.py STAGE [STAGE ...] --data DIR --out DIR   measures the runs of these stages
-          whose folders are in DIR (as `benchmarks/sprint.py run` left them) and that are not measured yet; rows go to
-          benchmarks/results/sprint_measures.jsonl as they come;
-          python benchmarks/sprint_measures.py                                          prints the tables.
+Command:  python benchmarks/sprint_measures.py STAGE [STAGE ...] --data DIR --out DIR [--only sizes]   measures the runs of
+          these stages whose folders are in DIR (as `benchmarks/sprint.py run` left them) and that are not measured yet; rows
+          go to benchmarks/results/sprint_measures.jsonl as they come;
+          python benchmarks/sprint_measures.py                                                         prints the tables.
 
-What has a value for each layer is its mean over the layers.
+Images are resized for another size, and the patch stays, so the grid changes: 4x4 to 32x32 patches. Each encoding keeps its
+own rule for places beyond its tables. What has a value for each layer is its mean over the layers.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cifar10_measures import SCALED, Number
 from glance_measures import COLUMNS, means_of_columns, seed_tables
+from kept import six_digits
 from sprint import ROWS as RUNS
 from sprint import STAGES, Trial, keep, run_of
 from timing import RESULTS, Row, conditions
 
+from sape2.config import RunConfig
 from sape2.data import load_data
+from sape2.evaluation.base import drawn
+from sape2.evaluation.resolution import predict_view
 from sape2.evaluation.runs import measure
+from sape2.evaluation.views import View
+from sape2.models.trained import load_run_model
 from sape2.runs.rows import read_rows
+from sape2.runs.run import Run
 
 ROWS = RESULTS / "sprint_measures.jsonl"
-MEASURES = ["shift", "resolution", "grouping", "health"]
-SIZES = ("16x16", "24x24", "32x32", "48x48", "64x64")
+SIDES = (16, 24, 32, 48, 64, 96, 128)
+IMAGES = 1000  # of the test set, for accuracy at other sizes
 
 
-def accuracy_at(size: str) -> list[Number]:
-    return [Number(size, "resolution", "accuracy_at_size", SCALED | {"size": size})]
+def at_other_sizes(run: Run[RunConfig]) -> Iterator[Row]:
+    """Accuracy of the last weights on resized test images."""
+    model, data = load_run_model(run, "last"), load_data(run.config.data, run.config.model).test
+    labels = drawn(data, IMAGES).labels.cpu()
+    for side in SIDES:
+        found = predict_view(model, data, View((side, side), "scaled"), IMAGES)
+        yield {"name": f"{side}x{side}", "value": six_digits((found == labels).float().mean().item()), "n": IMAGES}
 
 
-SIZE_COLUMNS = {size: accuracy_at(size) for size in SIZES}
+def by_measures(run: Run[RunConfig]) -> Iterator[Row]:
+    """The columns of the tables of shift, grouping and health."""
+    found = measure(run, load_data(run.config.data, run.config.model), ["shift", "grouping", "health"], "test", ["last"])
+    return means_of_columns(found, COLUMNS)
 
 
-def left(stages: list[str], out: Path) -> Iterator[Trial]:
-    """The kept runs of these stages that have a folder and no rows here."""
-    runs, done = read_rows(RUNS), {row["digest"] for row in read_rows(ROWS)}
+PARTS: dict[str, Callable[[Run[RunConfig]], Iterator[Row]]] = {"sizes": at_other_sizes, "measures": by_measures}
+
+
+def left(stages: list[str], part: str, out: Path) -> Iterator[Trial]:
+    """The kept runs of these stages that have a folder, and no rows of this part."""
+    runs, done = read_rows(RUNS), {row["digest"] for row in read_rows(ROWS) if row["part"] == part}
     kept = {row["digest"] for row in runs} - done
     for stage in stages:
         yield from (trial for trial in STAGES[stage](runs) if trial.digest in kept and (out / trial.digest).is_dir())
 
 
-def measured(trial: Trial, data: Path | None, out: Path) -> Iterator[Row]:
-    """A row for each column that has a value for this model."""
-    run = run_of(trial, data, out / trial.digest)
-    found = measure(run, load_data(run.config.data, run.config.model), MEASURES, "test", ["last"])
-    about, model = conditions(), run.config.model
-    mark = {"digest": trial.digest, "encoding": model.encoding, "seed": trial.seed, "epochs": run.config.train.epochs}
-    for row in means_of_columns(found, COLUMNS | SIZE_COLUMNS):
+def measured(trial: Trial, part: str, data: Path | None, out: Path) -> Iterator[Row]:
+    run, about = run_of(trial, data, out / trial.digest), conditions()
+    mark = {"digest": trial.digest, "encoding": run.config.model.encoding, "seed": trial.seed, "part": part}
+    for row in PARTS[part](run):
         yield mark | row | {"commit": about["commit"], "date": about["date"], "processor": about["hardware"]}
 
 
 def tables(rows: list[Row]) -> str:
-    return f"{seed_tables(rows, COLUMNS)}\naccuracy at other sizes, scaled\n\n{seed_tables(rows, SIZE_COLUMNS)}"
+    sizes = {f"{side}x{side}": [] for side in SIDES}
+    of = {part: [row for row in rows if row["part"] == part] for part in PARTS}
+    return f"{seed_tables(of['measures'], COLUMNS)}\n### accuracy at other sizes\n\n{seed_tables(of['sizes'], sizes)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("stages", nargs="*", choices=list(STAGES), metavar="STAGE", help=", ".join(STAGES))
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--data", type=Path, help="folder that holds cifar10 and cifar100")
     parser.add_argument("--out", type=Path, default=Path("runs") / "sprint")
+    parser.add_argument("--only", choices=list(PARTS))
     given = parser.parse_args()
-    if given.stages and not given.data:
-        parser.error("measuring needs --data DIR")
-    for trial in left(given.stages, given.out):
-        for row in measured(trial, given.data, given.out):
-            keep(row, ROWS)
+    unknown = [stage for stage in given.stages if stage not in STAGES]
+    if unknown or (given.stages and not given.data):
+        parser.error(f"measuring needs --data DIR and stages out of {', '.join(STAGES)}; got {', '.join(given.stages)}")
+    for part in [given.only] if given.only else list(PARTS):
+        for trial in left(given.stages, part, given.out):
+            for row in list(measured(trial, part, given.data, given.out)):
+                keep(row, ROWS)
     if not given.stages:
         print(tables(read_rows(ROWS)))
 
