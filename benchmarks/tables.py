@@ -12,6 +12,7 @@ import attention_cost
 import cifar10_budget
 import cifar10_measures
 import detection_digits
+import gate_forms
 import glance_measures
 import memory
 import model_cost
@@ -177,6 +178,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "model_cost": model_tables,
     "roofline": roofline.table,
     "sprint": sprint.tables,
+    "gate_forms": gate_forms.table,
     "sprint_measures": sprint_measures.tables,
     "memory": memory_tables,
     "kernel_resources": resource_table,

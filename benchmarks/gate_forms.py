@@ -1,0 +1,187 @@
+"""The forms of the first search of docs/decisions/0012-gates.md, each against its own control without content.
+
+Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data DIR --out DIR     trains these forms
+          python benchmarks/gate_forms.py                                                          prints the table
+
+Names are encodings of the package, and the two of this file, `counted` and `opened`. Every run is three epochs of
+`cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
+benchmarks/results/gate_forms.jsonl. The forms are no part of the package: none has shown that its gates help.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import sprint
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timing import RESULTS, Row
+from torch import Tensor, nn
+
+from sape2.encodings import ATTENTION_ENCODINGS
+from sape2.encodings.base import AttentionEncoding
+from sape2.encodings.content import Content, Vectors
+from sape2.encodings.grid import Axis, Grid, coordinates, from_lines, line_length, num_prefix_tokens, to_lines
+from sape2.encodings.precision import full_precision, no_autocast
+from sape2.encodings.rotary import turn
+from sape2.encodings.sape2 import SaPE2, content_gates, line_products
+from sape2.encodings.sape2_options import SaPE2Options
+from sape2.runs.rows import read_rows
+from sape2.studies.compare.paired import paired_difference
+from sape2.studies.compare.rawrows import final_accuracy, final_validation_accuracy
+from sape2.studies.compare.summary import difference
+from sape2.tables import markdown_table
+
+ROWS = RESULTS / "gate_forms.jsonl"
+TEMPERATURE = 100.0  # of the frequencies, as in rope
+CONTROLS = {  # form -> what is left of it without content
+    "counted": "rope",
+    "counted:mode=shift": "rope",
+    "counted:mode=wide": "rope",
+    "opened+rope": "opened:const=1+rope",
+    "opened:own=8+rope": "opened:const=1+rope",
+    "rope+sape2:readout=direct": "rope+sape2:gates=constant,readout=direct",
+}
+
+
+@dataclass(frozen=True)
+class CountedOptions:
+    """count: places are sums of 2 sigmoid(a); wide: of softplus gates, 1 at a = 0; shift: a place is moved by tanh(a)."""
+
+    mode: Literal["count", "wide", "shift"] = "count"
+
+
+class Counted(AttentionEncoding):
+    """Rotations as in `rope`, by places that depend on content: a_n = w . k_n / sqrt(d) + c, for each head and axis.
+
+    At the start w and c are 0, and it is `rope`, shifted by one patch.
+    """
+
+    name = "counted"
+    Options = CountedOptions
+    summary = "rotations by counts of content"
+    source = "a form of the search, not of the package"
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid, **options)
+        self.weight = nn.Parameter(torch.zeros(2, num_heads, head_dim))
+        self.offset = nn.Parameter(torch.zeros(2, num_heads))
+
+    def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
+        if num_prefix_tokens(q.shape[-2], grid):
+            raise ValueError("counted is for models without prefix tokens")
+        with no_autocast(q):
+            k_full = full_precision(k)
+            gates = torch.einsum("bhnd,ahd->abhn", k_full, self.weight) * self.head_dim**-0.5 + self.offset[:, None, :, None]
+            planes = self.head_dim // 4
+            frequencies = TEMPERATURE ** (-torch.arange(planes, dtype=k_full.dtype, device=k.device) / planes)
+            axes: tuple[Axis, ...] = ("x", "y")
+            places = [self._places(gate, grid, axis) for gate, axis in zip(gates, axes, strict=True)]
+            angles = torch.cat([place[..., None] * frequencies for place in places], -1)
+            return turn(q, angles), turn(k, angles)
+
+    def _places(
+        self, gates: Float[Tensor, "batch heads tokens"], grid: Grid, axis: Axis
+    ) -> Float[Tensor, "batch heads tokens"]:
+        if self.options.mode == "shift":
+            return coordinates(grid, gates.device)[:, {"y": 0, "x": 1}[axis]] + torch.tanh(gates)
+        unit = torch.expm1(gates.new_ones(())).log()  # softplus of it is 1
+        opened = 2 * torch.sigmoid(gates) if self.options.mode == "count" else F.softplus(gates + unit)
+        return from_lines(to_lines(opened[..., None], grid, axis).cumsum(-2), axis)[..., 0]
+
+
+@dataclass(frozen=True)
+class OpenedOptions(SaPE2Options):
+    """`start`: the first offset of the gates; `own`: channels of their projections, 0 for q.k; `const`: gates sigmoid(c)."""
+
+    readout: Literal["distance", "squared_distance", "direct"] = "direct"
+    start: float = 4.0
+    own: int = 0
+    const: int = 0
+
+
+class Opened(SaPE2):
+    """SaPE2 with a learned offset c of the gates of each head and axis, which start open: sigmoid(4) = 0.98."""
+
+    name = "opened"
+    Options = OpenedOptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    variants: ClassVar[dict[str, str]] = {}
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid, **options)
+        self.score_axes = ()
+        self.offset = nn.Parameter(torch.full((2, num_heads), self.options.start))
+        if own := self.options.own:
+            self.to_queries = nn.Parameter(torch.randn(2, num_heads, head_dim, own) * head_dim**-0.5)
+            self.to_keys = nn.Parameter(torch.zeros(2, num_heads, head_dim, own))
+
+    def _gates(self, content: Content, axis: Axis) -> Float[Tensor, "batch heads tokens length"]:
+        number, q, k = {"x": 0, "y": 1}[axis], content.q, content.k
+        offset = self.offset[number][:, None, None]
+        if self.options.const:
+            shape = (*q.shape[:3], line_length(content.grid, axis))
+            return torch.sigmoid(offset).expand(shape)
+        if self.options.own:
+            q, k = q @ self.to_queries[number], k @ self.to_keys[number]
+        return content_gates(line_products(q, k, content.grid, axis) * q.shape[-1] ** -0.5 + offset, 1.0)
+
+
+FORMS = {"counted": Counted, "opened": Opened}
+
+
+def trials(names: list[str], seeds: list[int]) -> list[sprint.Trial]:
+    return [trial for seed in seeds for trial in sprint.one_rate(names, (seed,))]
+
+
+def table(rows: list[Row]) -> str:
+    """Each form and its control: validation accuracy that chose it (seed 1), test accuracy in pairs of a seed."""
+    kept = rows + [row for row in read_rows(sprint.ROWS) if row.get("stage") == "one_rate"]
+    by_name: dict[str, dict[int, Row]] = {}
+    for row in kept:
+        by_name.setdefault(row["encoding"], {})[row["seed"]] = row
+    lines = [
+        {"form": f"`{form}`", "control": f"`{control}`"} | _line(by_name[form], by_name[control])
+        for form, control in CONTROLS.items()
+        if form in by_name and control in by_name
+    ]
+    return markdown_table(lines, ["form", "control", "seed 1, validation", "control's", "n", "form minus control, test"])
+
+
+def _line(form: dict[int, Row], control: dict[int, Row]) -> Row:
+    tested = [{seed: final_accuracy(row) for seed, row in some.items()} for some in (form, control)]
+    chosen = [f"{final_validation_accuracy(some[1]):.4f}" for some in (form, control)]
+    pair = paired_difference(*tested)
+    return {
+        "seed 1, validation": chosen[0],
+        "control's": chosen[1],
+        "n": len(form.keys() & control.keys()),
+        "form minus control, test": difference(pair, 4),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("command", nargs="?", choices=["run", "table"], default="table")
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1])
+    parser.add_argument("--data", type=Path, help="folder that holds cifar10")
+    parser.add_argument("--out", type=Path, default=Path("runs") / "gate_forms")
+    given = parser.parse_args()
+    if given.command == "table":
+        print(table(read_rows(ROWS)))
+        return
+    if not (given.names and given.data):
+        parser.error("run needs --data DIR and names of forms")
+    ATTENTION_ENCODINGS.update(FORMS)
+    torch.set_num_threads(1)
+    for trial in trials(given.names, given.seeds):
+        sprint.train(trial, "gate_forms", given.data, given.out, ROWS)
+
+
+if __name__ == "__main__":
+    main()

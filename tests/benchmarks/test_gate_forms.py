@@ -1,0 +1,57 @@
+"""The forms of the search start as what they say they start as, and read content once their weights are not 0."""
+
+import gate_forms
+import pytest
+import torch
+
+from sape2.encodings import create_encoding
+
+HEADS, WIDTH, GRID = 2, 8, (3, 5)
+
+
+@pytest.fixture
+def qk():
+    return torch.randn(2, 2, HEADS, 15, WIDTH, dtype=torch.float64)
+
+
+def products(encoding, q, k):
+    q, k = encoding.rotate(q, k, GRID)
+    return q @ k.mT
+
+
+@pytest.mark.parametrize("mode", ["count", "wide", "shift"])
+def test_counted_starts_as_rope_and_then_depends_on_content(mode, qk):
+    form = gate_forms.Counted(HEADS, WIDTH, GRID, mode=mode).double()
+    rope = create_encoding("rope", HEADS, WIDTH, GRID).double()
+    torch.testing.assert_close(products(form, *qk), products(rope, *qk))
+    torch.nn.init.normal_(form.weight)
+    assert not torch.allclose(products(form, *qk), products(rope, *qk))
+
+
+def test_gates_of_their_own_start_as_constant_ones(qk):
+    torch.manual_seed(0)
+    own = gate_forms.Opened(HEADS, WIDTH, GRID, own=4).double()
+    torch.manual_seed(0)
+    constant = gate_forms.Opened(HEADS, WIDTH, GRID, const=1).double()
+    assert torch.equal(own.bias(*qk, GRID).dense(), constant.bias(*qk, GRID).dense())
+    torch.nn.init.normal_(own.to_keys)
+    assert not torch.allclose(own.bias(*qk, GRID).dense(), constant.bias(*qk, GRID).dense())
+
+
+def test_open_gates_count_columns_and_rows(qk):
+    """Nearly: sigmoid(4) is 0.98."""
+    form = gate_forms.Opened(HEADS, WIDTH, GRID, start=40.0, const=1).double()
+    plain = create_encoding("sape2:readout=direct,gates=none", HEADS, WIDTH, GRID).double()
+    plain.load_state_dict({name: value for name, value in form.state_dict().items() if name != "offset"})
+    torch.testing.assert_close(form.bias(*qk, GRID).dense(), plain.bias(*qk, GRID).dense())
+
+
+def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed(monkeypatch):
+    def row(encoding, seed, test):
+        rows = [{"name": "accuracy", "weights": "last", "value": test}]
+        return {"encoding": encoding, "seed": seed, "rows": rows, "curve": {"validation_accuracy": [0.5, test]}}
+
+    monkeypatch.setattr(gate_forms, "read_rows", lambda path: [])
+    rows = [row("counted", 1, 0.7), row("counted", 2, 0.8), row("rope", 1, 0.6), row("rope", 3, 0.1)]
+    (line,) = gate_forms.table(rows).splitlines()[2:]
+    assert [cell.strip() for cell in line.split("|")[3:7]] == ["0.7000", "0.6000", "1", "+0.1000"]
