@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # Installed together and first: a torch and a torchvision that were not made for each other do not import.
 TORCH ?= torch==2.14.1 torchvision==0.29.1
+# What `make hosts` tries: by default the oldest versions that pyproject.toml allows.
+HOSTS ?= torch==2.9.0 torchvision==0.24.0 timm==1.0.31 transformers==5.9.0 peft==0.18.0
 BIN = $(VENV)/bin
 
-.PHONY: demo test slow shapes browser leaderboard tables docs notebooks lint release clean
+.PHONY: demo test slow hosts shapes browser leaderboard tables docs notebooks lint release clean
 
 demo: $(VENV)/.demo  ## train and evaluate a small model on scikit-learn's digits, with figures
 	@echo "Training on the digits that come with scikit-learn, 60 epochs: about 45 s on two free CPU cores."
@@ -19,6 +21,13 @@ slow: $(VENV)/.test  ## the slow ones
 
 shapes: $(VENV)/.test  ## all tests but the slow ones, with the annotated shape of every argument checked: twice the time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -q --jaxtyping-packages=sape2,beartype.beartype
+
+hosts:  ## attach on the oldest versions of its hosts, or on others: make hosts HOSTS="transformers==5.17.0"
+	rm -rf build/hosts
+	$(PYTHON) -m venv build/hosts
+	build/hosts/bin/python -m pip install -q --upgrade pip
+	build/hosts/bin/python -m pip install -q -e '.[train,data,viz]' --group test $(HOSTS)
+	OMP_NUM_THREADS=1 build/hosts/bin/python -m pytest -n auto --dist worksteal -q tests/adapters tests/docs/test_docs.py -k "adapters or docs/hosts"
 
 browser: $(VENV)/.browser  ## pages of explore and explain, and the site if built, in a Chromium of the system
 	$(BIN)/python -m pytest -q -m browser tests/inspect tests/docs

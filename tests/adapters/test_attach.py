@@ -2,6 +2,9 @@
 
 import copy
 import io
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +17,8 @@ from sape2 import attach, create_model, detach, encoding_parameters
 from sape2.adapters.attached import Attached, attached_encodings
 from sape2.adapters.start import Gained
 from sape2.encodings.content import Content
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 
 
 def attached_modules(model):
@@ -116,7 +121,8 @@ def projected(module, args, tokens):
         bias = module.qkv.bias if module.qkv.bias is not None else torch.cat([module.q_bias, module.k_bias, module.v_bias])
         q, k = (t + b for t, b in zip((q, k), bias.chunk(3), strict=False))
     else:
-        q, k = module.q_proj(x), module.k_proj(x)
+        names = ("q_proj", "k_proj") if hasattr(module, "q_proj") else ("query", "key")
+        q, k = (getattr(module, name)(x) for name in names)
     q, k = (t.unflatten(-1, (-1, 8)).transpose(1, 2) for t in (q, k))
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
@@ -136,8 +142,13 @@ def host_forward(module, args, keywords, mask):
         plain.__class__ = host
         return plain(*args, need_weights=False, attn_mask=mask.flatten(0, 1))[0]
     keywords = {key: value for key, value in keywords.items() if key not in ("attn_mask", "attention_mask")}
-    name = "attention_mask" if host.__module__.startswith("transformers") else "attn_mask"
-    return first(host.forward(module, args[0], **{name: mask}, **keywords))
+    if not host.__module__.startswith("transformers"):
+        return first(host.forward(module, args[0], attn_mask=mask, **keywords))
+    with pytest.MonkeyPatch.context() as patch:  # into its product: DINOv2 takes no mask before transformers 5.18
+        backend = module.functions.get_interface(module.config._attn_implementation, module.library.eager_attention_forward)
+        masked = lambda host, q, k, v, _, **options: backend(host, q, k, v, mask, **options)  # noqa: E731
+        patch.setattr(type(module.functions), "get_interface", lambda *asked: masked)
+        return first(host.forward(module, args[0], **keywords))
 
 
 def test_a_model_of_this_package_equals_one_made_with_both_encodings():
@@ -309,16 +320,16 @@ def test_a_mask_of_pairs_joins_the_bias_and_what_it_hides_is_not_counted():
 @pytest.mark.parametrize("back_end", ["sdpa", "eager"])
 @pytest.mark.parametrize("encoding", ["rpe:beyond=clamp", "sape2:normalize=sqrt_length+cope", "forget"])
 def test_padded_images_get_the_result_of_whole_ones(back_end, encoding):
-    """Dinov2 on 24x24 with the last row of patches hidden, against 16x24, positions off."""
-    model = make(f"transformers.Dinov2.{back_end}")
-    nn.init.zeros_(model.dinov2.embeddings.position_embeddings)
+    """ViT on 24x24 with the last row of patches hidden, against 16x24, positions off."""
+    model = make(f"transformers.ViT.{back_end}")
+    nn.init.zeros_(model.vit.embeddings.position_embeddings)
     attach(model, encoding)
     open_gains(model)
     x, mask = torch.randn(1, 3, 24, 24).double(), torch.tensor([[1] * 7 + [0] * 3])
-    whole = model.dinov2(x[:, :, :16]).last_hidden_state
-    padded = model.dinov2(x, attention_mask=mask).last_hidden_state[:, :7]
+    whole = model.vit(x[:, :, :16], interpolate_pos_encoding=True).last_hidden_state
+    padded = model.vit(x, attention_mask=mask).last_hidden_state[:, :7]
     torch.testing.assert_close(padded, whole, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(model.dinov2(x).last_hidden_state[:, :7], whole, atol=1e-3)
+    assert not torch.allclose(model.vit(x).last_hidden_state[:, :7], whole, atol=1e-3)
 
 
 # --- the back ends of transformers -----------------------------------------------------------------------------------
@@ -477,7 +488,18 @@ def test_there_is_nothing_to_detach_from_a_plain_model():
         detach(make("timm.vit.avg"))
 
 
-def test_an_old_transformers_is_refused_naming_the_extra(monkeypatch):
-    monkeypatch.setattr("transformers.__version__", "4.57.1")  # by path: transformers puts another module in its place
-    with pytest.raises(ImportError, match=r"needs transformers 5 or newer; got 4.57.1: pip install 'sape2\[hosts\]'"):
+NEEDED = next(line for line in PROJECT["optional-dependencies"]["hosts"] if line.startswith("transformers")).split(">=")[1]
+
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.8.1"])
+def test_an_old_transformers_is_refused_naming_the_extra_and_the_version_of_pyproject(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)  # by path: transformers puts another module in its place
+    needed = re.escape(f"needs transformers {NEEDED} or newer; got {version}: pip install 'sape2[hosts]'")
+    with pytest.raises(ImportError, match=needed):
         attach(make("transformers.ViT.sdpa"), "sape2")
+
+
+@pytest.mark.parametrize("version", [NEEDED, "5.10.0.dev0", "6.0.0"])
+def test_a_transformers_as_new_as_needed_is_taken(version, monkeypatch):
+    monkeypatch.setattr("transformers.__version__", version)
+    assert attached_modules(attach(make("transformers.ViT.sdpa"), "sape2"))

@@ -79,7 +79,7 @@ def make(case: str) -> nn.Module:
 def make_transformers(name: str, back_end: str = "sdpa") -> Any:
     import transformers
 
-    config = getattr(transformers, f"{name}Config")(**HF, image_size=(24, 24), patch_size=(8, 8))
+    config = getattr(transformers, f"{name}Config")(**HF, image_size=(24, 24), patch_size=8)
     return getattr(transformers, f"{name}ForImageClassification")._from_config(config, attn_implementation=back_end)
 
 

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,21 @@ def test_make_targets_on_pages_exist():
         for block in code_blocks(page.read_text(), "bash"):
             for target in re.findall(r"^make (\w+)", block, flags=re.MULTILINE):
                 assert f"\n{target}:" in makefile, (name_of(page), target)
+
+
+def test_make_hosts_tries_the_oldest_versions_of_pyproject_and_the_page_of_hosts_names_them():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    extra, group = project["project"]["optional-dependencies"]["hosts"], project["dependency-groups"]["test"]
+    bounds = {tuple(need.split(">=")) for need in (*project["project"]["dependencies"], *extra, *group)}
+    (tried,) = re.findall(r"^HOSTS \?= (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    versions = dict(pin.split("==") for pin in tried.split())
+    assert set(versions) == {"torch", "torchvision", "timm", "transformers", "peft"}
+    promised = {name: {bound for of, bound in bounds if of == name} for name in versions}
+    assert promised == {name: {version.removesuffix(".0")} for name, version in versions.items()}
+    page = (DOCS / "hosts" / "README.md").read_text()
+    oldest = [f"{versions['torch']}, {versions['torchvision']}", *(versions[name] for name in ("timm", "transformers", "peft"))]
+    rows = re.findall(r"^\| (?:torch, torchvision|timm|transformers|peft \(LoRA\)) \| (\d[^|]*) \|", page, flags=re.MULTILINE)
+    assert rows == oldest
 
 
 def paths_that_are_missing(text: str) -> list[str]:

@@ -1,6 +1,6 @@
-"""transformers 5: the vision transformers in `FAMILIES`, on the host's own back ends `eager` and `sdpa`.
+"""transformers from 5.9 on: the vision transformers in `FAMILIES`, on the host's own back ends `eager` and `sdpa`.
 
-The forward below is the one that all of them have in transformers 5, with the bias added to the mask that goes into the
+The forward below is the one that all of them have there, with the bias added to the mask that goes into the
 back end, which is the host's and is looked up in every call, so `set_attn_implementation` works as before. What differs
 from family to family is where the parts of attention are, and which tokens stand on no grid.
 """
@@ -43,30 +43,33 @@ def _two_towers(module: str, num_prefix: int) -> Family:
     return Family(module, lambda config: num_prefix, output="out_proj", num_heads="num_heads", scale="scale", dropout="dropout")
 
 
+def _unprojected(
+    module: str, num_prefix: Callable[[Any], int] = lambda config: 1, num_suffix: Callable[[Any], int] = lambda config: 0
+) -> Family:
+    """YOLOS, and DINOv2 before transformers 5.18: the output is projected by the module around the attention."""
+    return Family(module, num_prefix, num_suffix, ("query", "key", "value"), output=None, dropout="dropout_prob")
+
+
+def _registers(config: Any) -> int:
+    """A class token and registers."""
+    return 1 + config.num_register_tokens
+
+
+NEEDED = (5, 9)  # before it the names of parts differ
+DINOV2, WITH_REGISTERS = "dinov2.modeling_dinov2", "dinov2_with_registers.modeling_dinov2_with_registers"
 FAMILIES = {
     "ViTAttention": Family("vit.modeling_vit"),
     "DeiTAttention": Family("deit.modeling_deit", lambda config: 2),  # class and distillation token
-    "Dinov2Attention": Family("dinov2.modeling_dinov2"),
-    "Dinov2WithRegistersAttention": Family(
-        "dinov2_with_registers.modeling_dinov2_with_registers", lambda config: 1 + config.num_register_tokens
-    ),
-    "DINOv3ViTAttention": Family(
-        "dinov3_vit.modeling_dinov3_vit",
-        lambda config: 1 + config.num_register_tokens,
-        num_heads="num_heads",
-        dropout="dropout",
-    ),
+    "Dinov2Attention": Family(DINOV2),
+    "Dinov2SelfAttention": _unprojected(DINOV2),
+    "Dinov2WithRegistersAttention": Family(WITH_REGISTERS, _registers),
+    "Dinov2WithRegistersSelfAttention": _unprojected(WITH_REGISTERS, _registers),
+    "DINOv3ViTAttention": Family("dinov3_vit.modeling_dinov3_vit", _registers, num_heads="num_heads", dropout="dropout"),
     "CLIPAttention": _two_towers("clip.modeling_clip", 1),
     "SiglipAttention": _two_towers("siglip.modeling_siglip", 0),
     "IJepaAttention": Family("ijepa.modeling_ijepa", lambda config: 0),
     "ViTMSNAttention": Family("vit_msn.modeling_vit_msn"),
-    "YolosSelfAttention": Family(
-        "yolos.modeling_yolos",
-        num_suffix=lambda config: config.num_detection_tokens,
-        projections=("query", "key", "value"),
-        output=None,
-        dropout="dropout_prob",
-    ),
+    "YolosSelfAttention": _unprojected("yolos.modeling_yolos", num_suffix=lambda config: config.num_detection_tokens),
     "BeitAttention": Family("beit.modeling_beit"),
     "ViTMAEAttention": Family("vit_mae.modeling_vit_mae"),
     "Siglip2Attention": _two_towers("siglip2.modeling_siglip2", 0),
@@ -257,7 +260,13 @@ def _tower(model: nn.Module, source: nn.Module) -> Any:
 def _layers(tower: nn.Module) -> Iterator[tuple[Any, Any]]:
     """Attention modules, each after the module that holds it."""
     for holder in tower.modules():
-        yield from ((holder, part) for part in holder.children() if type(part).__name__ in FAMILIES)
+        yield from ((holder, part) for part in holder.children() if _is_attention(part))
+
+
+def _is_attention(part: nn.Module) -> bool:
+    """By name and by projections: before transformers 5.18 `Dinov2Attention` was the module around the attention."""
+    family = FAMILIES.get(type(part).__name__)
+    return family is not None and any(hasattr(part, name) for name in ("qkv", family.projections[0]))
 
 
 def _size(layer: Any, attention: Any, grid: Grid) -> Size:
@@ -277,5 +286,7 @@ def _pair(size: Any) -> tuple[int, int]:
 
 def _check_version() -> None:
     version = importlib.import_module("transformers").__version__
-    if int(version.split(".")[0]) < 5:
-        raise ImportError(f"attach needs transformers 5 or newer; got {version}: pip install 'sape2[hosts]'")
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and tuple(map(int, found.groups())) < NEEDED:
+        needed = ".".join(map(str, NEEDED))
+        raise ImportError(f"attach needs transformers {needed} or newer; got {version}: pip install 'sape2[hosts]'")
