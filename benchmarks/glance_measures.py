@@ -67,7 +67,7 @@ def tables(rows: list[Row]) -> str:
 def seed_tables(rows: list[Row], columns: Columns) -> str:
     """Mean and spread of each column over seeds; differences to the baseline in pairs of a seed."""
     found = _summaries(rows, columns)
-    names = list(next(iter(found.values())))
+    names = list(dict.fromkeys(name for column, some in found.items() if column != STRENGTH for name in some))
     means = [{"encoding": name} | {column: _mean(found[column].get(name), column) for column in columns} for name in names]
     others = [name for name in names if name != BASELINE]
     differences = [
