@@ -13,6 +13,7 @@ share one --out; each takes runs that no other has.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import tempfile
@@ -20,10 +21,11 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from timing import RESULTS, ROOT, Row, conditions
 
-from sape2.config import RunConfig, override, with_epochs
+from sape2.config import DataConfig, ModelConfig, RunConfig, override, with_epochs
 from sape2.config.recipes import get_recipe
 from sape2.encodings import canonical_name
 from sape2.runs.files import digest_of
@@ -33,6 +35,9 @@ from sape2.runs.settings import canonical
 from sape2.studies.compare.outcome import outcome, paired_table
 from sape2.studies.compare.rawrows import final_validation_accuracy
 from sape2.tables import markdown_table
+
+if TYPE_CHECKING:
+    from sape2.data import Splits
 
 ROWS = RESULTS / "sprint.jsonl"
 BASELINE = "ape"
@@ -222,18 +227,25 @@ def run_of(trial: Trial, data: Path | None, folder: Path) -> Run[RunConfig]:
 
 def trained(trial: Trial, run: Run[RunConfig]) -> Row:
     """Trains a run that is held to its end; its raw row without its classes, and the conditions."""
-    from sape2.data import load_data
     from sape2.models.trained import build_model
     from sape2.studies.compare.rawrows import raw_row
     from sape2.studies.run import run_to_end
 
-    splits = load_data(run.config.data, run.config.model)
+    splits = _splits(run.config.data, replace(run.config.model, encoding="none"))
     run_to_end(build_model(run.config), splits, run)
     row, about = raw_row(run), conditions()
     row["rows"] = [kept for kept in row["rows"] if "class" not in kept]
     return (
         row | {"command": trial.command, "processor": about["hardware"]} | {k: about[k] for k in ("date", "threads", "commit")}
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _splits(data: DataConfig, model: ModelConfig) -> Splits:
+    """Decoded once for all runs of a process on the same images."""
+    from sape2.data import load_data
+
+    return load_data(data, model)
 
 
 def keep(row: Row, rows: Path) -> None:
