@@ -171,6 +171,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "quarter": lambda rows: tuned(rows, FIRST, epochs=QUARTER),
     "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
+    "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
     "winner": lambda rows: one_rate((JOINS[-1], "rope", "cpe"), (1, 2, 3, 4, 5)),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
@@ -189,6 +190,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
 FIRST = ("none", "ape", "rope", "ape+sape2", *BEYOND, f"rope+{DIRECT},gates=constant", "rope+key_table")
 RIVALS = ("pape", "rope:preset=dinov3", "rope:directions=4", "pope", "log_cpb", "fire", "forget")
 JOINS = ("cpe+rope", "cpe+key_table", "cpe+rope+key_table", f"cpe+rope+{DIRECT},gates=constant")  # of decision 0012
+JOINS_OF_BIASES = ("cpe+log_cpb", "rope+log_cpb", f"log_cpb+{DIRECT},gates=constant", f"cpe+log_cpb+{DIRECT},gates=constant")
 LENGTHS = ("ape", "rope", "ape+sape2", f"rope+{DIRECT}", f"rope+{DIRECT},gates=constant")
 
 
@@ -312,6 +314,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "one_rate, against constant gates": lambda rows: accuracy_table(rows, "one_rate", baseline=f"rope+{DIRECT},gates=constant"),
     "one_rate_rivals": lambda rows: accuracy_table(rows, "one_rate", "one_rate_rivals"),
     "joins": lambda rows: accuracy_table(rows, "one_rate", "joins"),
+    "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
     "winner": lambda rows: accuracy_table(rows, "winner", baseline="cpe"),
     "quarter": lambda rows: accuracy_table(rows, "quarter"),
     "tuning": tuning_table,
