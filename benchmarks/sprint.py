@@ -172,7 +172,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
-    "winner": lambda rows: one_rate((JOINS[-1], "rope", "cpe"), (1, 2, 3, 4, 5)),
+    "winner": lambda rows: one_rate((JOINS_OF_BIASES[-1], "cpe", "log_cpb", "rope", "cpe+log_cpb"), (1, 2, 3, 4, 5)),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
     "tuning_controls": lambda rows: tuning(CONTROLS),
@@ -313,7 +313,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "one_rate": lambda rows: accuracy_table(rows, "one_rate"),
     "one_rate, against constant gates": lambda rows: accuracy_table(rows, "one_rate", baseline=f"rope+{DIRECT},gates=constant"),
     "one_rate_rivals": lambda rows: accuracy_table(rows, "one_rate", "one_rate_rivals"),
-    "joins": lambda rows: accuracy_table(rows, "one_rate", "joins"),
+    "joins": lambda rows: accuracy_table(rows, "one_rate", "joins", "joins_of_biases"),
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
     "winner": lambda rows: accuracy_table(rows, "winner", baseline="cpe"),
     "quarter": lambda rows: accuracy_table(rows, "quarter"),
@@ -335,11 +335,14 @@ def _made(table: Callable[[list[Row]], str], rows: list[Row]) -> str:
         return f"{left}\n"
 
 
+QUARTERS = ("one_rate", "one_rate_rivals", "joins", "joins_of_biases", "winner")  # all with one pair of rates
+
+
 def figure(rows: list[Row]) -> str:
     """Every seed of the encodings at a quarter of the length with one pair of rates; says where it is."""
     path = ROOT / "docs" / "figures" / "sprint_quarter.png"
     with tempfile.TemporaryDirectory() as folder:
-        found = outcome(rows_of(rows, "one_rate", "one_rate_rivals", "joins"), BASELINE)
+        found = outcome(rows_of(rows, *QUARTERS), BASELINE)
         shutil.move(found.draw(Path(folder))[0], path)
     return str(path)
 
