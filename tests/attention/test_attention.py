@@ -233,6 +233,7 @@ def test_the_path_is_chosen_by_the_bias_the_length_and_what_is_asked_of_the_grap
 AS_KEYS = ["sape2:readout=direct,gates=constant", "sape2:readout=direct,gates=none,count=both,sign=learned,divide_bias=true",
            "sape2:readout=direct,gates=constant,count=prefix,axes=raster,normalize=sqrt_length,beyond=rescale",
            "key_table", "key_table:by=token,heads=shared,divide_bias=false",
+           "rpe+key_table", "rpe_contextual+sape2:readout=direct,gates=constant+log_cpb",
            "rope+key_table", "rope_mixed+key_table:by=token+sape2:readout=direct,gates=constant"]  # fmt: skip
 
 
@@ -245,7 +246,11 @@ def test_vectors_added_to_keys_equal_the_bias(name, num_prefix, monkeypatch):
         nn.init.normal_(parameter, std=0.5)
     q, k, v = torch.randn(3, 5, 3, num_prefix + 15, 8, dtype=torch.float64)
     how = "channels beside the keys" if name.startswith("rope") else "added to keys"
-    assert describe_path(q, k, v, (3, 5), encoding) == f"products, {how}"
+    if not name.startswith("rpe"):
+        assert describe_path(q, k, v, (3, 5), encoding) == f"products, {how}"
+    elif not num_prefix:
+        assert describe_path(q, k, v, (3, 5), encoding).startswith("blocks, ")
+        assert describe_path(q, k, v, (3, 5), encoding).endswith("weights kept, added to keys")
 
     def results():
         leaves = [t.clone().requires_grad_() for t in (q, k, v)]
@@ -253,7 +258,8 @@ def test_vectors_added_to_keys_equal_the_bias(name, num_prefix, monkeypatch):
         return [output, *torch.autograd.grad(output.sin().sum(), [*leaves, *encoding.parameters()])]
 
     found = results()
-    monkeypatch.setattr(type(encoding), "key_vectors", AttentionEncoding.key_vectors)
+    monkeypatch.setattr(type(encoding), "gives_key_vectors", False)
+    monkeypatch.setattr(Composite, "gives_some_key_vectors", False)
     choose(monkeypatch, "products")
     torch.testing.assert_close(found, results(), rtol=1e-8, atol=1e-10)
 
@@ -263,7 +269,8 @@ def test_vectors_added_to_keys_equal_the_bias(name, num_prefix, monkeypatch):
     [
         ("cope", "blocks, matrix, weights kept"),
         ("rope+sape2:readout=direct,gates=constant", "products, channels beside the keys"),  # queries are turned
-        ("rpe+sape2:readout=direct,gates=constant", "blocks, matrix, places, weights kept"),  # there is a map anyway
+        ("rpe+sape2:readout=direct,gates=constant", "blocks, matrix, weights kept, added to keys"),
+        ("rope+rpe+sape2:readout=direct,gates=constant", "blocks, matrix, places, weights kept"),  # turned, and a map
         ("sape2:readout=direct,gates=constant,dot=key", "blocks, places, weights kept"),
         ("sape2:readout=direct,gates=constant,count=between", "blocks, places, weights kept"),
         ("key_table+sape2:readout=direct,gates=constant", "products, added to keys"),

@@ -42,6 +42,10 @@ class Gained(AttentionEncoding):
         maps = self.inner.make_maps(content)
         return maps | {"bias": (full_precision(self.gain)[:, None, None] * maps["bias"]).to(content.q.dtype)}
 
+    @property
+    def gives_key_vectors(self) -> bool:
+        return self.inner.gives_key_vectors
+
     def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         vectors = self.inner.key_vectors(q, grid)
         return None if vectors is None else full_precision(self.gain)[:, None, None] * vectors

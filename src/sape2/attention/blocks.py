@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sape2.attention.kernels import blocks
 from sape2.attention.kernels.blocks import Specification
 from sape2.attention.paths import is_small
-from sape2.attention.products import scores_with
+from sape2.attention.products import for_keys, scores_with
 from sape2.encodings.base import AttentionEncoding
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
@@ -27,18 +27,20 @@ from sape2.encodings.precision import full_precision, no_autocast
 
 
 def attend_in_blocks(
-    q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding
+    q: Tensor, k: Tensor, v: Tensor, grid: Grid, encoding: AttentionEncoding, vectors: Tensor | None = None
 ) -> Float[Tensor, "batch heads tokens value_dim"]:
+    """`vectors` as in `encode`."""
     device = q.device.type
     q, k, v = (t.contiguous() for t in (q, k, v))  # once, for rotations and both passes
-    rotated_q, rotated_k = encoding.rotate_all(q, k, grid)
+    rotated_q, rotated_k = encoding.rotate_all(q, k, grid) if vectors is None else (q, k + for_keys(vectors, k))
     unrotated = () if rotated_q is q and rotated_k is k else (q, k)
     tensors = [rotated_q, rotated_k, v, *unrotated]
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         tensors = [t.to(torch.get_autocast_dtype(device)) for t in tensors]
     taken = Encoding.of(encoding)
     differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *taken.parameters))
-    spec = Specification(grid, taken.make_bias, encoding.score_axes, taken.parameters, keep=differentiated and is_small(q))
+    keep, joined = differentiated and is_small(q), vectors is not None
+    spec = Specification(grid, taken.make_bias, encoding.score_axes, taken.parameters, keep, joined)
     with no_autocast(q):
         return BlockAttention.apply(spec, len(tensors), *tensors, *taken.parameters)
 
@@ -111,7 +113,7 @@ def _plainly(ctx: Any) -> Any:
         q, k, v, *unrotated = inputs[: ctx.num_tensors]
         first = num_prefix_tokens(q.shape[-2], spec.grid)
         grid_q, grid_k = (full_precision(t[:, :, first:]) for t in unrotated or (q, k))
-        bias = spec.make_bias(Content(grid_q, grid_k, spec.grid), inputs[ctx.num_tensors :])
+        bias = spec.make_bias(Content(grid_q, grid_k, spec.grid, joined=spec.joined), inputs[ctx.num_tensors :])
         return scores_with(full_precision(q), full_precision(k), bias).softmax(-1).to(v.dtype) @ v
 
     return attention

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.attention.blocks import attend_in_blocks
-from sape2.attention.paths import Path, choose_path, is_on_cpu
-from sape2.attention.products import attend_fused, encode, logits, scores_with
+from sape2.attention.paths import Path, adds_to_keys, choose_path, is_on_cpu
+from sape2.attention.products import attend_fused, encode, for_keys, logits, scores_with
 from sape2.encodings.base import AttentionEncoding, NoEncoding
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
@@ -77,14 +77,16 @@ def attend(
 
     `tokens`, what q, k and v were projected from, for encodings that read them.
     """
-    vectors = encoding.key_vectors(q[:, :, num_prefix_tokens(q.shape[-2], grid) :], grid)
-    if vectors is not None:
+    num_prefix, vectors = num_prefix_tokens(q.shape[-2], grid), None
+    if encoding.gives_key_vectors or adds_to_keys(encoding, num_prefix):
+        vectors = encoding.key_vectors(q[:, :, num_prefix:], grid)
+    if vectors is not None and encoding.gives_key_vectors:
         return _attend_with_key_vectors(q, k, v, *encoding.rotate_all(q, k, grid), vectors, dropout)
-    encoded = None if is_on_cpu(q) else encode(q, k, grid, encoding, tokens)  # what the bias is made of decides on a device
+    encoded = None if is_on_cpu(q) else encode(q, k, grid, encoding, tokens, vectors)  # on a device the bias decides
     path = choose_path(q, encoding, dropout, encoded and encoded[2])
     if path == "blocks":
-        return attend_in_blocks(q, k, v, grid, encoding)
-    return _attend_by(path, *(encoded or encode(q, k, grid, encoding, tokens)), v, dropout)
+        return attend_in_blocks(q, k, v, grid, encoding, vectors)
+    return _attend_by(path, *(encoded or encode(q, k, grid, encoding, tokens, vectors)), v, dropout)
 
 
 def _attend_by(
@@ -117,7 +119,7 @@ def _attend_with_key_vectors(
     queries; as queries they meet the keys as they are.
     """
     num_prefix, scale = k.shape[-2] - vectors.shape[-2], k.shape[-1] ** -0.5
-    path, added = choose_path(k, _NO_ENCODING, dropout), F.pad(vectors / scale, (0, 0, num_prefix, 0)).to(k.dtype)
+    path, added = choose_path(k, _NO_ENCODING, dropout), F.pad(for_keys(vectors, k), (0, 0, num_prefix, 0))
     if rotated_q is not q or rotated_k is not k:
         unrotated = F.pad(q[:, :, num_prefix:], (0, 0, num_prefix, 0)) if num_prefix else q
         wide = torch.cat([rotated_q, unrotated], dim=-1), torch.cat([rotated_k, added.expand_as(k)], dim=-1)

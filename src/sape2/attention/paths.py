@@ -10,13 +10,14 @@ Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sape2.attention.products import fused_width
-from sape2.encodings.base import AttentionEncoding, NoEncoding
+from sape2.encodings.base import AttentionEncoding, Composite, NoEncoding
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
 from sape2.encodings.derivatives import is_transformed
@@ -72,16 +73,25 @@ def describe_path(
     """The path that `attend` takes for such tensors and what the bias is made of, for reports."""
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
     with torch.no_grad():
-        if encoding.key_vectors(q[:, :, num_prefix:], grid) is not None:
+        if encoding.gives_key_vectors:
             rotated = encoding.rotate_all(q, k, grid)
             how = "added to keys" if rotated[0] is q and rotated[1] is k else "channels beside the keys"
             return f"{choose_path(k, NoEncoding())}, {how}"
-        bias = encoding.make_bias(Content.of_grid(q[:1], k[:1], grid, None if tokens is None else tokens[:1]))
+        content, joined = (
+            Content.of_grid(q[:1], k[:1], grid, None if tokens is None else tokens[:1]),
+            adds_to_keys(encoding, num_prefix),
+        )
+        bias = encoding.make_bias(dataclasses.replace(content, joined=joined))
     path = choose_path(q, encoding, bias=bias)
     if bias is None:
         return path
     terms = [type(term).__name__.lower() for term in bias.terms]
-    return ", ".join([path, *terms, *_memory(path, q, v, bias)])
+    return ", ".join([path, *terms, *_memory(path, q, v, bias), *(["added to keys"] if joined else [])])
+
+
+def adds_to_keys(encoding: AttentionEncoding, num_prefix: int) -> bool:
+    """Whether key vectors of some parts are added to the keys beside the bias of others. Not with prefix tokens."""
+    return isinstance(encoding, Composite) and encoding.gives_some_key_vectors and not num_prefix
 
 
 def _memory(path: Path, q: Tensor, v: Tensor, bias: AttentionBias) -> list[str]:

@@ -5,6 +5,8 @@ Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -60,11 +62,21 @@ def fused_width(width: int, value_width: int, device: torch.device) -> int:
 
 
 def encode(
-    q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding, tokens: Tensor | None = None
+    q: Tensor, k: Tensor, grid: Grid, encoding: AttentionEncoding, tokens: Tensor | None = None, vectors: Tensor | None = None
 ) -> tuple[Tensor, Tensor, AttentionBias | None]:
-    """(q, k, bias): grid tokens of q and k rotated, the bias of grid tokens, which sees them before."""
-    bias = encoding.make_bias(Content.of_grid(q, k, grid, tokens))
-    return *encoding.rotate_all(q, k, grid), bias
+    """(q, k, bias): grid tokens of q and k rotated, the bias of grid tokens, which sees them before.
+
+    `vectors`, key vectors of parts of the encoding, are added to the keys and are not in the bias; there are no prefix tokens.
+    """
+    content = Content.of_grid(q, k, grid, tokens)
+    if vectors is None:
+        return *encoding.rotate_all(q, k, grid), encoding.make_bias(content)
+    return q, k + for_keys(vectors, k), encoding.make_bias(dataclasses.replace(content, joined=True))
+
+
+def for_keys(vectors: Float[Tensor, "*#heads tokens head_dim"], k: Tensor) -> Tensor:
+    """sqrt(d) e_n, in the dtype of the keys: q_i . (k_n + sqrt(d) e_n) / sqrt(d) = (q_i . k_n) / sqrt(d) + q_i . e_n."""
+    return (k.shape[-1] ** 0.5 * vectors).to(k.dtype)
 
 
 def _padded(matrix: Tensor, tokens: int) -> Tensor:

@@ -161,8 +161,12 @@ class KeyTable(AttentionEncoding):
                 )
             return AttentionBias(*terms, dtype=q.dtype)
 
+    @property
+    def gives_key_vectors(self) -> bool:
+        return self.options.to == "keys"
+
     def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        return self._scale(q) * self._vectors("keys", grid) if self.options.to == "keys" else None
+        return self._scale(q) * self._vectors("keys", grid) if self.gives_key_vectors else None
 
     def _scale(self, q: Tensor) -> float:
         return q.shape[-1] ** -0.5 if self.options.divide_bias else 1.0

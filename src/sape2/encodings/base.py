@@ -112,6 +112,11 @@ class AttentionEncoding(PositionEncoding):
     def makes_bias(self) -> bool:
         return type(self).make_bias is not AttentionEncoding.make_bias
 
+    @property
+    def gives_key_vectors(self) -> bool:
+        """Whether all that its bias is are `key_vectors`."""
+        return False
+
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
 
@@ -146,10 +151,10 @@ class AttentionEncoding(PositionEncoding):
         return self.make_maps(Content(q, k, grid, tokens=tokens))
 
     def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        """Vectors e if the bias of the encoding is q_i . e_n, so that attention joins them to the keys; else None.
+        """Vectors e if the bias of the encoding is q_i . e_n (`gives_key_vectors`), so that attention joins them to the keys.
 
         They are the same for all images: of q they see the shape. q is not rotated here, whatever `rotate` does.
-        `make_bias` gives the same as a term, for maps, and for where another part makes a bias of another kind.
+        `make_bias` gives the same as a term, for maps and for where they cannot be joined.
         """
         return None
 
@@ -213,8 +218,19 @@ class Composite(AttentionEncoding):
             q, k = part.rotate_all(q, k, grid)
         return q, k
 
+    @property
+    def gives_key_vectors(self) -> bool:
+        return self.makes_bias and all(part.gives_key_vectors for part in self._members() if part.makes_bias)
+
+    @property
+    def gives_some_key_vectors(self) -> bool:
+        """Whether vectors of some parts can be added to keys beside the bias of others: nothing is rotated, no score shared."""
+        rotates = any(type(part).rotate is not AttentionEncoding.rotate for part in self._members())
+        return not rotates and not self.score_axes and any(part.gives_key_vectors for part in self._members())
+
     def make_bias(self, content: Content) -> AttentionBias | None:
-        biases = [part.make_bias(content) for part in self._members()]
+        parts = [part for part in self._members() if not (content.joined and part.gives_key_vectors)]
+        biases = [part.make_bias(content) for part in parts]
         given = [bias for bias in biases if bias is not None]
         return functools.reduce(operator.add, given) if given else None
 
@@ -227,7 +243,7 @@ class Composite(AttentionEncoding):
         return result
 
     def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        """The sum, where all parts that make a bias are of that kind; the others rotate."""
-        vectors = [part.key_vectors(q, grid) for part in self._members() if part.makes_bias]
+        """The sum of those that parts give."""
+        vectors = [part.key_vectors(q, grid) for part in self._members() if part.gives_key_vectors]
         given = [v for v in vectors if v is not None]
-        return functools.reduce(operator.add, given) if given and len(given) == len(vectors) else None
+        return functools.reduce(operator.add, given) if given else None

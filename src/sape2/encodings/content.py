@@ -39,6 +39,9 @@ class Content:
     distance: pairs in R get the bias of a grid of the size of R. Hence a padded image gets the bias of the image without its
     padding, and a part of a shifted window that of a window of its size. Patches hidden here and there, as by patch dropout,
     are skipped by the counts and keep their places.
+
+    `joined`: attention has joined `AttentionEncoding.key_vectors` to the keys, so in a joined encoding the parts that gave them
+    make no bias.
     """
 
     q: Vectors
@@ -47,6 +50,7 @@ class Content:
     scores: Mapping[Axis, Tensor] = field(default_factory=dict)
     tokens: Tokens | None = None
     visible: Bool[Tensor, "#batch #heads tokens tokens"] | None = None
+    joined: bool = False
 
     def __post_init__(self) -> None:
         check_tokens(self.q, check_grid(self.grid))

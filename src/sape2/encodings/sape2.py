@@ -175,9 +175,13 @@ class SaPE2(AttentionEncoding):
             vectors = {axis: maps.vectors for axis, maps in lines.items()}
             return result | {"bias": self._read_out(vectors, content.grid, content.q.dtype).dense()}
 
+    @property
+    def gives_key_vectors(self) -> bool:
+        return self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"
+
     def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
         """e_n, the tables read at the column and the row of n, if every query counts alike and the bias is q_i . e_n."""
-        if not (self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"):
+        if not self.gives_key_vectors:
             return None
         self._check_input(q)
         total = q.new_zeros((), dtype=full_precision(q).dtype)

@@ -31,7 +31,7 @@ class Specification:
 
     `make_bias` takes the content and parameters in the place of `parameters`; `score_axes` are those along whose lines it
     reads scores. With `keep`, softmax weights and the graphs of biases are kept for the backward pass; else it computes
-    them again.
+    them again. `joined` as in `Content`.
     """
 
     grid: Grid
@@ -39,6 +39,7 @@ class Specification:
     score_axes: tuple[Axis, ...]
     parameters: list[Tensor]
     keep: bool
+    joined: bool = False
 
     def leaves(self) -> list[Tensor]:
         """The parameters, or copies of those at which a gradient in between would not stop, or would meet a hook twice."""
@@ -71,7 +72,7 @@ class BiasOfImages:
                 lines[axis] = _own_lines(scores, spec.grid, num_heads, axis).requires_grad_(with_graph)
         own = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)  # not those of a checkpoint around the call
         with torch.set_grad_enabled(with_graph), own:
-            bias = spec.make_bias(Content(content[0], content[1], spec.grid, lines), parameters)
+            bias = spec.make_bias(Content(content[0], content[1], spec.grid, lines, joined=spec.joined), parameters)
         return cls(spec, num_heads, content, lines, parameters, bias)
 
     def add_to(self, scores: Tensor, rows: slice) -> None:
