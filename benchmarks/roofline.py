@@ -32,6 +32,7 @@ IMAGES, TOKENS, DIM = 128, 64, 96
 ENCODINGS = [
     "ape", "rope", "cpe", "cpe+key_table", "rope+key_table", "cpe+rope+key_table",
     "cpe+rope", "rope+sape2:readout=direct,gates=constant", "cpe+rope+sape2:readout=direct,gates=constant",
+    "log_cpb", "cpe+log_cpb", "cpe+log_cpb+sape2:readout=direct,gates=constant",
     "ape+sape2:readout=direct", "rope+sape2:readout=direct", "ape+sape2", "ape+cope", "ape+rpe_contextual",
 ]  # fmt: skip
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
