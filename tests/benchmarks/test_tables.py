@@ -6,6 +6,7 @@ from pathlib import Path
 
 import glance_measures
 import pytest
+import sprint
 import tables
 
 from sape2.config.recipes import get_recipe
@@ -49,11 +50,18 @@ def lines_of(page: str) -> list[list[str]]:
         ("cifar10_glance_measures", "results.md"),
         ("detection_digits", "detection.md"),
         ("kernel_resources", "gpu.md"),
+        ("gate_forms", "results.md"),
     ],
 )
 def test_the_page_shows_what_the_rows_say(name, page):
     rows, shown = read_rows(tables.RESULTS / f"{name}.jsonl"), lines_of(page)
     assert [line for line in table_lines(tables.TABLES[name](rows)) if line not in shown] == []
+
+
+@pytest.mark.parametrize("name", ["one_rate", "one_rate, against constant gates", "one_rate_rivals", "joins", "winner"])
+def test_the_page_shows_the_quarter_of_the_sprint(name):
+    shown = lines_of("results.md")
+    assert [line for line in table_lines(sprint.TABLES[name](read_rows(sprint.ROWS))) if line not in shown] == []
 
 
 def test_a_changed_number_would_be_noticed():
