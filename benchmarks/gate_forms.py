@@ -33,7 +33,7 @@ from sape2.encodings.sape2_options import SaPE2Options
 from sape2.runs.rows import read_rows
 from sape2.studies.compare.paired import paired_difference
 from sape2.studies.compare.rawrows import final_accuracy, final_validation_accuracy
-from sape2.studies.compare.summary import difference
+from sape2.studies.compare.summary import difference, grouped
 from sape2.tables import markdown_table
 
 ROWS = RESULTS / "gate_forms.jsonl"
@@ -134,34 +134,17 @@ class Opened(SaPE2):
 FORMS = {"counted": Counted, "opened": Opened}
 
 
-def trials(names: list[str], seeds: list[int]) -> list[sprint.Trial]:
-    return [trial for seed in seeds for trial in sprint.one_rate(names, (seed,))]
-
-
 def table(rows: list[Row]) -> str:
     """Each form and its control: validation accuracy that chose it (seed 1), test accuracy in pairs of a seed."""
-    kept = rows + [row for row in read_rows(sprint.ROWS) if row.get("stage") == "one_rate"]
-    by_name: dict[str, dict[int, Row]] = {}
-    for row in kept:
-        by_name.setdefault(row["encoding"], {})[row["seed"]] = row
-    lines = [
-        {"form": f"`{form}`", "control": f"`{control}`"} | _line(by_name[form], by_name[control])
-        for form, control in CONTROLS.items()
-        if form in by_name and control in by_name
-    ]
+    kept = rows + sprint.rows_of(read_rows(sprint.ROWS), "one_rate")
+    tested, chosen = grouped(kept, final_accuracy), grouped(kept, final_validation_accuracy)
+    lines = []
+    for form, control in CONTROLS.items():
+        if pair := paired_difference(tested.get(form, {}), tested.get(control, {})):
+            choice = {"seed 1, validation": f"{chosen[form][1]:.4f}", "control's": f"{chosen[control][1]:.4f}"}
+            tried = {"n": pair.n, "form minus control, test": difference(pair)}
+            lines.append({"form": f"`{form}`", "control": f"`{control}`"} | choice | tried)
     return markdown_table(lines, ["form", "control", "seed 1, validation", "control's", "n", "form minus control, test"])
-
-
-def _line(form: dict[int, Row], control: dict[int, Row]) -> Row:
-    tested = [{seed: final_accuracy(row) for seed, row in some.items()} for some in (form, control)]
-    chosen = [f"{final_validation_accuracy(some[1]):.4f}" for some in (form, control)]
-    pair = paired_difference(*tested)
-    return {
-        "seed 1, validation": chosen[0],
-        "control's": chosen[1],
-        "n": len(form.keys() & control.keys()),
-        "form minus control, test": difference(pair, 4),
-    }
 
 
 def main() -> None:
@@ -179,7 +162,7 @@ def main() -> None:
         parser.error("run needs --data DIR and names of forms")
     ATTENTION_ENCODINGS.update(FORMS)
     torch.set_num_threads(1)
-    for trial in trials(given.names, given.seeds):
+    for trial in sprint.one_rate(given.names, given.seeds):
         sprint.train(trial, "gate_forms", given.data, given.out, ROWS)
 
 

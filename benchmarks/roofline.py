@@ -11,7 +11,6 @@ Steps of all encodings take turns, and `measured` is the median. Writes benchmar
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -19,12 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timing import Row, compare, conditions, parser, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
 from sape2 import create_model
+from sape2.evaluation.cost.measure import TrainingStep
+from sape2.evaluation.cost.timing import alternate
 from sape2.machine import keep_freed_memory
 from sape2.tables import markdown_table
 
@@ -83,28 +84,16 @@ def rate(dtype: torch.dtype) -> float:
     return 2 * x.numel() * len(weight) / median_seconds(partial(F.linear, x, weight))
 
 
-def median_seconds(step: Callable[[], object], repeats: int = 50) -> float:
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor, dtype: torch.dtype) -> None:
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-        loss = F.cross_entropy(model(images).float(), labels)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
+def median_seconds(step: Callable[[], object]) -> float:
+    return statistics.median(alternate({"step": step}, repeats=50)["step"])
 
 
 def make_step(encoding: str, dtype: torch.dtype) -> Callable[[], None]:
     torch.manual_seed(0)
     model = create_model("vit_nano", encoding=encoding, image_size=32, patch_size=4, num_classes=10, pool="mean")
     images, labels = torch.randn(IMAGES, 3, 32, 32), torch.randint(10, (IMAGES,))
-    return partial(train_step, model, torch.optim.AdamW(model.parameters(), lr=1e-3), images, labels, dtype)
+    cast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
+    return partial(cast(TrainingStep(model)), images, labels)
 
 
 def measure(precision: str, rounds: int) -> list[Row]:

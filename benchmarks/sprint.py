@@ -233,13 +233,17 @@ def trained(trial: Trial, run: Run[RunConfig]) -> Row:
     from sape2.studies.compare.rawrows import raw_row
     from sape2.studies.run import run_to_end
 
-    splits = _splits(run.config.data, replace(run.config.model, encoding="none"))
-    run_to_end(build_model(run.config), splits, run)
+    run_to_end(build_model(run.config), splits_of(run), run)
     row, about = raw_row(run), conditions()
     row["rows"] = [kept for kept in row["rows"] if "class" not in kept]
     return (
         row | {"command": trial.command, "processor": about["hardware"]} | {k: about[k] for k in ("date", "threads", "commit")}
     )
+
+
+def splits_of(run: Run[RunConfig]) -> Splits:
+    """The images of a run, which do not depend on its encoding."""
+    return _splits(run.config.data, replace(run.config.model, encoding="none"))
 
 
 @functools.lru_cache(maxsize=1)

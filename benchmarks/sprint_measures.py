@@ -18,11 +18,10 @@ from pathlib import Path
 from glance_measures import COLUMNS, means_of_columns, seed_tables
 from kept import six_digits
 from sprint import ROWS as RUNS
-from sprint import STAGES, Trial, keep, run_of
+from sprint import STAGES, Trial, keep, run_of, splits_of
 from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig
-from sape2.data import load_data
 from sape2.evaluation.base import drawn
 from sape2.evaluation.resolution import predict_view
 from sape2.evaluation.runs import measure
@@ -38,7 +37,7 @@ IMAGES = 1000  # of the test set, for accuracy at other sizes
 
 def at_other_sizes(run: Run[RunConfig]) -> Iterator[Row]:
     """Accuracy of the last weights on resized test images."""
-    model, data = load_run_model(run, "last"), load_data(run.config.data, run.config.model).test
+    model, data = load_run_model(run, "last"), splits_of(run).test
     labels = drawn(data, IMAGES).labels.cpu()
     for side in SIDES:
         found = predict_view(model, data, View((side, side), "scaled"), IMAGES)
@@ -47,7 +46,7 @@ def at_other_sizes(run: Run[RunConfig]) -> Iterator[Row]:
 
 def by_measures(run: Run[RunConfig]) -> Iterator[Row]:
     """The columns of the tables of shift, grouping and health."""
-    found = measure(run, load_data(run.config.data, run.config.model), ["shift", "grouping", "health"], "test", ["last"])
+    found = measure(run, splits_of(run), ["shift", "grouping", "health"], "test", ["last"])
     return means_of_columns(found, COLUMNS)
 
 

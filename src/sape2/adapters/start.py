@@ -87,7 +87,7 @@ def rotates(encoding: AttentionEncoding) -> bool:
     """True if the encoding rotates q and k."""
     if isinstance(encoding, Composite):
         return any(rotates(part) for part in encoding.parts if isinstance(part, AttentionEncoding))
-    return type(encoding).rotate is not AttentionEncoding.rotate and not isinstance(encoding, Gained)
+    return encoding.rotates() and not isinstance(encoding, Gained)
 
 
 def _joined(q: Tensor) -> Tensor:

@@ -77,10 +77,10 @@ def attend(
 
     `tokens`, what q, k and v were projected from, for encodings that read them.
     """
-    num_prefix, vectors = num_prefix_tokens(q.shape[-2], grid), None
-    if encoding.gives_key_vectors or adds_to_keys(encoding, num_prefix):
-        vectors = encoding.key_vectors(q[:, :, num_prefix:], grid)
-    if vectors is not None and encoding.gives_key_vectors:
+    num_prefix, whole_bias = num_prefix_tokens(q.shape[-2], grid), encoding.gives_key_vectors
+    joined = whole_bias or adds_to_keys(encoding, num_prefix)
+    vectors = encoding.key_vectors(q[:, :, num_prefix:], grid) if joined else None
+    if vectors is not None and whole_bias:
         return _attend_with_key_vectors(q, k, v, *encoding.rotate_all(q, k, grid), vectors, dropout)
     encoded = None if is_on_cpu(q) else encode(q, k, grid, encoding, tokens, vectors)  # on a device the bias decides
     path = choose_path(q, encoding, dropout, encoded and encoded[2])

@@ -10,7 +10,6 @@ Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Literal
 
 import torch
@@ -77,11 +76,8 @@ def describe_path(
             rotated = encoding.rotate_all(q, k, grid)
             how = "added to keys" if rotated[0] is q and rotated[1] is k else "channels beside the keys"
             return f"{choose_path(k, NoEncoding())}, {how}"
-        content, joined = (
-            Content.of_grid(q[:1], k[:1], grid, None if tokens is None else tokens[:1]),
-            adds_to_keys(encoding, num_prefix),
-        )
-        bias = encoding.make_bias(dataclasses.replace(content, joined=joined))
+        joined = adds_to_keys(encoding, num_prefix)
+        bias = encoding.make_bias(Content.of_grid(q[:1], k[:1], grid, None if tokens is None else tokens[:1], joined))
     path = choose_path(q, encoding, bias=bias)
     if bias is None:
         return path

@@ -5,8 +5,6 @@ Axes: B batch, h heads, T = P + N tokens (P prefix tokens first, then the N grid
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -68,10 +66,10 @@ def encode(
 
     `vectors`, key vectors of parts of the encoding, are added to the keys and are not in the bias; there are no prefix tokens.
     """
-    content = Content.of_grid(q, k, grid, tokens)
+    bias = encoding.make_bias(Content.of_grid(q, k, grid, tokens, joined=vectors is not None))
     if vectors is None:
-        return *encoding.rotate_all(q, k, grid), encoding.make_bias(content)
-    return q, k + for_keys(vectors, k), encoding.make_bias(dataclasses.replace(content, joined=True))
+        return *encoding.rotate_all(q, k, grid), bias
+    return q, k + for_keys(vectors, k), bias
 
 
 def for_keys(vectors: Float[Tensor, "*#heads tokens head_dim"], k: Tensor) -> Tensor:

@@ -142,15 +142,11 @@ def parse_encoding(name: str) -> list[Part]:
     if "none" in names and len(names) > 1:
         raise ValueError(f"encoding {name!r} joins none with something; leave none out")
     tables = [n for n in names if n in TOKEN_ENCODINGS and TOKEN_ENCODINGS[n].after_block is None]
-    rotations = [n for n in names if n in ATTENTION_ENCODINGS and _rotates(ATTENTION_ENCODINGS[n])]
+    rotations = [n for n in names if n in ATTENTION_ENCODINGS and ATTENTION_ENCODINGS[n].rotates()]
     for kind, found in (("absolute tables", tables), ("rotations", rotations)):
         if len(found) > 1:
             raise ValueError(f"encoding {name!r} has two {kind}, {' and '.join(found)}; choose one")
     return parts
-
-
-def _rotates(encoding: type[AttentionEncoding]) -> bool:
-    return encoding.rotate is not AttentionEncoding.rotate
 
 
 def _parse_part(text: str) -> Part:

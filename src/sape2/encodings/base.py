@@ -112,6 +112,11 @@ class AttentionEncoding(PositionEncoding):
     def makes_bias(self) -> bool:
         return type(self).make_bias is not AttentionEncoding.make_bias
 
+    @classmethod
+    def rotates(cls) -> bool:
+        """Whether the class turns q and k by a hook of its own."""
+        return cls.rotate is not AttentionEncoding.rotate
+
     @property
     def gives_key_vectors(self) -> bool:
         """Whether all that its bias is are `key_vectors`."""
@@ -225,8 +230,8 @@ class Composite(AttentionEncoding):
     @property
     def gives_some_key_vectors(self) -> bool:
         """Whether vectors of some parts can be added to keys beside the bias of others: nothing is rotated, no score shared."""
-        rotates = any(type(part).rotate is not AttentionEncoding.rotate for part in self._members())
-        return not rotates and not self.score_axes and any(part.gives_key_vectors for part in self._members())
+        rotated = any(part.rotates() for part in self._members())
+        return not rotated and not self.score_axes and any(part.gives_key_vectors for part in self._members())
 
     def make_bias(self, content: Content) -> AttentionBias | None:
         parts = [part for part in self._members() if not (content.joined and part.gives_key_vectors)]

@@ -62,10 +62,12 @@ class Content:
         k: Float[Tensor, "batch heads all_tokens head_dim"],
         grid: Grid,
         tokens: Float[Tensor, "batch all_tokens dim"] | None = None,
+        joined: bool = False,
     ) -> Content:
         """The content of whole sequences, without their prefix tokens."""
         first = num_prefix_tokens(q.shape[-2], grid)
-        return cls(q[:, :, first:], k[:, :, first:], grid, tokens=None if tokens is None else tokens[:, first:])
+        tokens = None if tokens is None else tokens[:, first:]
+        return cls(q[:, :, first:], k[:, :, first:], grid, tokens=tokens, joined=joined)
 
     def seen(self, axis: Axis) -> Seen | None:
         """What each patch sees along `axis`; None if it sees all."""
