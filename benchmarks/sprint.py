@@ -105,6 +105,7 @@ CANDIDATES: dict[str, tuple[str, ...]] = {  # what the screening with one encodi
 
 QUARTER = 3  # epochs of the search for rates: a quarter of the recipe's
 RATES = ((0.01, 0.002), (0.005, 0.0005), (0.02, 0.0005), (0.005, 0.008), (0.02, 0.008))  # of the blocks, of the encoding
+TUNING_SEED = 1  # the first whose kept rows at the first pair are all of one machine and precision
 
 
 def search() -> Iterator[Trial]:
@@ -122,7 +123,7 @@ def tuning(encodings: Iterable[str]) -> Iterator[Trial]:
     for rates in RATES:
         for encoding in names:
             if encoding != "none" or rates in RATES[:3]:
-                yield Trial("cifar10_sprint", encoding, 0, QUARTER, _settings(rates))
+                yield Trial("cifar10_sprint", encoding, TUNING_SEED, QUARTER, _settings(rates))
 
 
 def one_rate(encodings: Iterable[str], seeds: Iterable[int] = SEEDS) -> Iterator[Trial]:
@@ -169,6 +170,10 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "one_rate": lambda rows: one_rate(FIRST),
     "tuning_first": lambda rows: tuning(FIRST),
     "quarter": lambda rows: tuned(rows, FIRST, epochs=QUARTER),
+    "tuning_headline": lambda rows: tuning(HEADLINE),
+    "headline": lambda rows: tuned(rows, HEADLINE),
+    "headline_quarter": lambda rows: tuned(rows, HEADLINE, epochs=QUARTER),
+    "headline_cifar100": lambda rows: tuned(rows, HEADLINE, recipe="cifar100_sprint", epochs=QUARTER),
     "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
@@ -188,6 +193,8 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "more_seeds": lambda rows: tuned(rows, (*TABLE, *BEYOND), (3, 4)),
 }
 FIRST = ("none", "ape", "rope", "ape+sape2", *BEYOND, f"rope+{DIRECT},gates=constant", "rope+key_table")
+# What the whole length is spent on first: the paper's claim, what is recommended, and the gates beside their control.
+HEADLINE = ("ape", "cpe+log_cpb", "ape+sape2", "rope", "cpe", f"rope+{DIRECT},gates=constant", f"rope+{DIRECT}")
 RIVALS = ("pape", "rope:preset=dinov3", "rope:directions=4", "pope", "log_cpb", "fire", "forget")
 JOINS = ("cpe+rope", "cpe+key_table", "cpe+rope+key_table", f"cpe+rope+{DIRECT},gates=constant")  # of decision 0012
 JOINS_OF_BIASES = ("cpe+log_cpb", "rope+log_cpb", f"log_cpb+{DIRECT},gates=constant", f"cpe+log_cpb+{DIRECT},gates=constant")
