@@ -3,7 +3,7 @@
 Command:  python benchmarks/sprint.py run STAGE [STAGE ...] --data DIR --out DIR [--threads N]
           python benchmarks/sprint.py list       how many runs of each stage are kept
           python benchmarks/sprint.py            prints the tables
-          python benchmarks/sprint.py figure     draws docs/figures/sprint_quarter.png
+          python benchmarks/sprint.py figure     draws docs/figures/sprint_quarter.png and sprint_budget.png
 
 DIR holds the folders cifar10 and cifar100. Every finished run becomes a line of benchmarks/results/sprint.jsonl at once
 and is not run again: stop the command whenever you like, and give it again, on another machine too. Several processes may
@@ -23,6 +23,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from leaderboard import images_seen
 from timing import RESULTS, ROOT, Row, conditions
 
 from sape2.config import DataConfig, ModelConfig, RunConfig, override, with_epochs
@@ -33,8 +34,10 @@ from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
 from sape2.runs.settings import canonical
 from sape2.studies.compare.outcome import outcome, paired_table
-from sape2.studies.compare.rawrows import final_validation_accuracy
+from sape2.studies.compare.rawrows import final_accuracy, final_validation_accuracy
+from sape2.studies.compare.summary import grouped, summarize
 from sape2.tables import markdown_table
+from sape2.viz.curves import Notes, Panel, plot_rows
 
 if TYPE_CHECKING:
     from sape2.data import Splits
@@ -287,19 +290,28 @@ def search_table(rows: list[Row]) -> str:
     return markdown_table(lines, ["candidate", *SEARCH_ENCODINGS, "mean"])
 
 
+TUNINGS = ("tuning_headline", "tuning_first", "tuning", "tuning_controls", "tuning_forms")
+
+
 def tuning_table(rows: list[Row]) -> str:
-    """Validation accuracy of every encoding at every pair of rates: what one rate for all would have said."""
-    found = {row["digest"]: row for row in rows}
+    """Validation accuracy of every encoding at every pair of rates, the chosen one in bold; and what choosing adds."""
+    found = {row["digest"]: final_validation_accuracy(row) for row in rows}
     lines: dict[str, Row] = {}
-    for stage in ("tuning", "tuning_first", "tuning_controls", "tuning_forms"):
-        for trial in STAGES[stage](rows):
-            if trial.digest in found:
-                train = found[trial.digest]["settings"]["train"]
-                line = lines.setdefault(trial.encoding, {"encoding": f"`{trial.encoding}`"})
-                line[_heading((train["muon_lr"], train["encoding_lr"]))] = (
-                    f"{final_validation_accuracy(found[trial.digest]):.4f}"
-                )
-    return markdown_table(list(lines.values()), ["encoding", *map(_heading, RATES)])
+    for trial in (trial for stage in TUNINGS for trial in STAGES[stage](rows)):
+        if trial.digest in found:
+            train, line = trial.config.train, lines.setdefault(trial.encoding, {})
+            line[_heading((train.muon_lr, train.encoding_lr))] = found[trial.digest]
+    return markdown_table([_tuning_line(*line) for line in lines.items()], ["encoding", *map(_heading, RATES), GAIN])
+
+
+GAIN = "gain by choosing, points"
+
+
+def _tuning_line(encoding: str, accuracies: dict[str, float]) -> Row:
+    best, line = max(accuracies.values()), {"encoding": f"`{encoding}`"}
+    line |= {rates: f"**{value:.4f}**" if value == best else f"{value:.4f}" for rates, value in accuracies.items()}
+    first = accuracies.get(_heading(RATES[0]))
+    return line if first is None else line | {GAIN: f"{100 * (best - first):.1f}"}
 
 
 def _heading(rates: tuple[float, float]) -> str:
@@ -332,8 +344,13 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "one_rate_rivals": lambda rows: table_of_added(rows, "one_rate_rivals"),
     "joins": lambda rows: table_of_added(rows, "joins", "joins_of_biases"),
     "winner": lambda rows: accuracy_table(rows, "winner", baseline="cpe"),
-    "quarter": lambda rows: accuracy_table(rows, "quarter"),
     "tuning": tuning_table,
+    "headline": lambda rows: accuracy_table(rows, "headline"),
+    "headline, against constant gates": lambda rows: accuracy_table(rows, "headline", baseline=f"rope+{DIRECT},gates=constant"),
+    "headline, against cpe": lambda rows: accuracy_table(rows, "headline", baseline="cpe"),
+    "headline_quarter": lambda rows: accuracy_table(rows, "headline_quarter"),
+    "headline_cifar100": lambda rows: accuracy_table(rows, "headline_cifar100"),
+    "quarter": lambda rows: accuracy_table(rows, "quarter"),
     "cifar10": lambda rows: accuracy_table(rows, "cifar10", "more_seeds"),
     "controls": lambda rows: accuracy_table(rows, "cifar10", "controls"),
     "cifar100": lambda rows: accuracy_table(rows, "cifar100"),
@@ -354,13 +371,52 @@ def _made(table: Callable[[list[Row]], str], rows: list[Row]) -> str:
 QUARTERS = ("one_rate", "one_rate_rivals", "joins", "joins_of_biases", "winner")  # all with one pair of rates
 
 
+FIGURES = ROOT / "docs" / "figures"
+
+
 def figure(rows: list[Row]) -> str:
-    """Every seed of the encodings at a quarter of the length with one pair of rates; says where it is."""
-    path = ROOT / "docs" / "figures" / "sprint_quarter.png"
+    """Draws both figures; says where they are."""
+    return f"{quarter_figure(rows)}\n{budget_figure(rows)}"
+
+
+def quarter_figure(rows: list[Row]) -> Path:
+    """Every seed of the encodings at a quarter of the length with one pair of rates."""
+    path = FIGURES / "sprint_quarter.png"
     with tempfile.TemporaryDirectory() as folder:
         found = outcome(rows_of(rows, *QUARTERS), BASELINE)
         shutil.move(found.draw(Path(folder))[0], path)
-    return str(path)
+    return path
+
+
+BUDGETS = ("headline_quarter", "headline", "long")  # the same rates of each encoding, by length
+
+
+def budget_points(rows: list[Row]) -> dict[str, list[Row]]:
+    """encoding -> its mean accuracy and paired difference to the baseline (points) for each length that has pairs."""
+    points: dict[str, list[Row]] = {}
+    for stage in BUDGETS:
+        found = rows_of(rows, stage)
+        for encoding, summary in summarize(grouped(found, final_accuracy), BASELINE).items():
+            images = images_seen(next(row for row in found if row["encoding"] == encoding)) // 1000
+            mine = points.setdefault(encoding, [])
+            mine.append({"name": "accuracy", "images": images, "value": summary.mean})
+            if pair := summary.pair:
+                interval = {"value": pair.difference, "ci_low": pair.ci_low, "ci_high": pair.ci_high}
+                known = {key: 100 * value for key, value in interval.items() if value is not None}
+                mine.append({"name": "difference", "images": images} | known)
+    return points
+
+
+def budget_figure(rows: list[Row]) -> Path:
+    """Accuracy, and its difference to the baseline, against the images that a training sees."""
+    along = "training images seen (thousands)"
+    panels = [
+        Panel("accuracy", "test accuracy", "mean over seeds", "images", along, {}),
+        Panel("difference", f"difference to {BASELINE} (points)", "in pairs of a seed", "images", along, {}),
+    ]
+    path = FIGURES / "sprint_budget.png"
+    plot_rows(budget_points(rows), panels, path, Notes("95 % interval of the difference over seeds"))
+    return path
 
 
 def progress(rows: list[Row]) -> str:

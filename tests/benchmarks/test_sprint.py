@@ -21,6 +21,11 @@ def row_of(trial, validation, test=0.5):
     return {"digest": trial.digest, "settings": trial.config.identity(), "curve": curve, "rows": [{"value": test}]}
 
 
+def finished_row_of(trial, test):
+    tested = [{"name": "accuracy", "weights": "last", "value": test}]
+    return row_of(trial, 0.5) | {"encoding": trial.encoding, "seed": trial.seed, "rows": tested}
+
+
 def test_another_spelling_of_an_encoding_is_the_same_run():
     one, other = (
         sprint.Trial("cifar10_sprint", name) for name in ("rope+key_table:heads=shared", "key_table:heads=shared+rope")
@@ -62,7 +67,7 @@ def test_every_encoding_has_the_same_search():
     assert len({tuple(settings) for settings in searched.values()}) == 1
 
 
-@pytest.mark.parametrize("stage", ["tuning", "tuning_controls", "tuning_forms"])
+@pytest.mark.parametrize("stage", ["tuning_headline", "tuning", "tuning_controls", "tuning_forms"])
 def test_a_stage_of_tuning_has_every_pair_of_rates_for_every_encoding(stage):
     pairs = {}
     for trial in sprint.STAGES[stage]([]):
@@ -81,8 +86,28 @@ def test_a_stage_is_compared_in_pairs_with_the_baseline_and_the_next_says_what_i
     rows = []
     for trial in sprint.STAGES["one_rate"]([]):
         accuracy = (0.52 if trial.encoding == "rope" else 0.5) + 0.001 * (trial.seed == 1 and trial.encoding == "rope")
-        tested = [{"name": "accuracy", "weights": "last", "value": accuracy}]
-        rows.append(row_of(trial, 0.5) | {"encoding": trial.encoding, "seed": trial.seed, "rows": tested})
+        rows.append(finished_row_of(trial, accuracy))
     text = sprint.tables(rows)
     assert "| rope | 0.5203 ± 0.0006 | 3 | +0.0203 | +0.0189 to +0.0218 | 3 | 0.0003 |" in text
     assert "runs of stage tuning are left" in text.split("### cifar10\n")[1]
+
+
+def test_the_budget_has_a_point_for_every_length_and_its_difference_in_points(monkeypatch):
+    rates = ("train.muon_lr=0.02", "train.encoding_lr=0.002")
+    monkeypatch.setattr(sprint, "chosen_rates", lambda rows, encoding: rates)
+    rows = []
+    for stage, gain in (("headline_quarter", 0.02), ("headline", 0.01)):
+        for trial in sprint.STAGES[stage]([]):
+            if trial.encoding in ("ape", "rope") and trial.seed < 2:
+                rows.append(finished_row_of(trial, 0.5 + (gain + 0.002 * trial.seed) * (trial.encoding == "rope")))
+    points = sprint.budget_points(rows)
+    assert [point["images"] for point in points["ape"]] == [134, 539]  # thousands, without the rest of an epoch's last batch
+    differences = [point for point in points["rope"] if point["name"] == "difference"]
+    assert [point["value"] for point in differences] == pytest.approx([2.1, 1.1])
+    assert all(point["ci_low"] < point["value"] < point["ci_high"] for point in differences)
+
+
+def test_choosing_rates_shows_what_it_adds():
+    trials = list(sprint.tuning(["rope"]))
+    rows = [row_of(trial, 0.25 + 0.01 * (i == 2)) for i, trial in enumerate(trials)]
+    assert sprint.tuning_table(rows).splitlines()[2].endswith("| 0.2500 | 0.2500 | **0.2600** | 0.2500 | 0.2500 | 1.0 |")
