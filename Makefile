@@ -35,8 +35,9 @@ browser: $(VENV)/.browser  ## pages of explore and explain, and the site if buil
 leaderboard: $(VENV)/.demo  ## the table of docs/leaderboard.md, from the rows in benchmarks/results/leaderboard
 	$(BIN)/python benchmarks/leaderboard.py
 
-tables: $(VENV)/.demo  ## the tables of the docs, from the rows in benchmarks/results
+tables: $(VENV)/.demo  ## the tables of the docs and the figures of the sprint, from the rows in benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/sprint.py figure
 
 docs: $(VENV)/.docs  ## the site, in build/site: no network, a warning is an error, every link and every source of a page checked
 	rm -rf build/site

@@ -26,6 +26,7 @@ from sape2.tables import markdown_table
 from sape2.training.optimisation import set_seeds
 
 LARGEST = 2**25  # bytes of a batch: of images of 224x224 fewer are taken
+COLUMNS = ["recipe", "part", "images", "pixels", "plain_images_per_s", "ours_images_per_s", "times_faster"]
 
 
 def measure(name: str, rounds: int) -> list[Row]:
@@ -86,9 +87,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     about = conditions() | {"clock": "processor time"}
     rows = [row | about for name in RECIPES for row in measure(name, arguments.rounds)]
-    print(
-        markdown_table(rows, ["recipe", "part", "images", "pixels", "plain_images_per_s", "ours_images_per_s", "times_faster"])
-    )
+    print(markdown_table(rows, COLUMNS))
     save(arguments.out, rows)
 
 

@@ -1,6 +1,7 @@
 """The study of docs/decisions/0011-sprint.md: its runs in their order, and its tables from the rows that are kept.
 
 Command:  python benchmarks/sprint.py run STAGE [STAGE ...] --data DIR --out DIR [--threads N]
+                 [--seeds N ...] [--encodings NAME ...]
           python benchmarks/sprint.py list       how many runs of each stage are kept
           python benchmarks/sprint.py            prints the tables
           python benchmarks/sprint.py figure     draws docs/figures/sprint_quarter.png and sprint_budget.png
@@ -34,6 +35,7 @@ from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
 from sape2.runs.settings import canonical
 from sape2.studies.compare.outcome import outcome, paired_table
+from sape2.studies.compare.paired import Paired, paired_difference
 from sape2.studies.compare.rawrows import final_accuracy, final_validation_accuracy
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.tables import markdown_table
@@ -185,6 +187,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
+    "one_rate_controls": lambda rows: one_rate(CONTROLS, (1, 2)),
     "winner": lambda rows: one_rate((JOINS_OF_BIASES[-1], "cpe", "log_cpb", "rope", "cpe+log_cpb"), (1, 2, 3, 4, 5)),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
@@ -212,14 +215,17 @@ LENGTHS = ("ape", "rope", "ape+sape2", f"rope+{DIRECT}", f"rope+{DIRECT},gates=c
 # --- running it --------------------------------------------------------------------------------------------------------
 
 
-def run(stages: list[str], data: Path, out: Path, threads: int) -> None:
+def run(given: argparse.Namespace) -> None:
     """Trains what is left, a run at a time, and keeps each as soon as it is finished."""
     import torch
 
-    torch.set_num_threads(threads)
-    for stage in stages:
+    torch.set_num_threads(given.threads)
+    encodings = [canonical_name(name) for name in given.encodings]
+    for stage in given.stages:
         for trial in STAGES[stage](read_rows(ROWS)):
-            train(trial, stage, data, out)
+            wanted = not encodings or canonical_name(trial.encoding) in encodings
+            if wanted and (not given.seeds or trial.seed in given.seeds):
+                train(trial, stage, given.data, given.out)
 
 
 def train(trial: Trial, stage: str, data: Path | None, out: Path, rows: Path = ROWS) -> None:
@@ -338,6 +344,45 @@ def table_of_added(rows: list[Row], *stages: str) -> str:
     return markdown_table(*paired_table([*base, *rows_of(rows, *stages)], BASELINE, level=LEVEL))
 
 
+QUARTERS = ("one_rate", "one_rate_rivals", "joins", "joins_of_biases", "winner")  # all with one pair of rates
+WINNER = JOINS_OF_BIASES[-1]
+CONTRASTS = (  # what findings.md, choosing.md and README say of two encodings
+    *((name, BASELINE) for name in ("ape+sape2", "rope", "cpe", "log_cpb", "cpe+log_cpb", WINNER)),
+    (f"rope+{DIRECT}", "rope"),
+    (f"cpe+{DIRECT}", "cpe"),
+    (f"rope+{DIRECT},gates=constant", "rope"),
+    (f"rope+{DIRECT}", f"rope+{DIRECT},gates=constant"),
+    ("rope+key_table", "rope"),
+    (f"rope+{DIRECT},gates=constant", "rope+key_table"),
+    *(("cpe+log_cpb", name) for name in ("rope", "cpe", "log_cpb", f"cpe+{DIRECT}")),
+    *((WINNER, name) for name in ("rope", "cpe", "log_cpb", "cpe+log_cpb")),
+)
+SCOPES = {  # column -> stages
+    "three passes, one pair of rates": QUARTERS,
+    "twelve passes, rates of their own": ("headline",),
+    "CIFAR-100, three passes": ("headline_cifar100",),
+}
+
+
+def contrast_table(rows: list[Row]) -> str:
+    """Differences in points over the seeds that both encodings have, each with its interval and the number of pairs."""
+    of = {scope: grouped(rows_of(rows, *stages), final_accuracy) for scope, stages in SCOPES.items()}
+    lines = []
+    for one, other in ((canonical_name(one), canonical_name(other)) for one, other in CONTRASTS):
+        line = {"encoding": f"`{one}`", "minus": f"`{other}`"}
+        for scope, values in of.items():
+            if pair := paired_difference(values.get(one, {}), values.get(other, {})):
+                line[scope] = f"{in_points(pair)}, n = {pair.n}"
+        lines.append(line)
+    return markdown_table(lines, ["encoding", "minus", *SCOPES])
+
+
+def in_points(pair: Paired) -> str:
+    """ "+2.6 (1.1 to 4.1)", in points."""
+    within = "" if pair.ci_low is None else f" ({100 * pair.ci_low:.1f} to {100 * pair.ci_high:.1f})"
+    return f"{100 * pair.difference:+.1f}{within}"
+
+
 def rows_of(rows: list[Row], *stages: str) -> list[Row]:
     digests = {trial.digest for stage in stages for trial in STAGES[stage](rows)}
     return [row for row in rows if row["digest"] in digests]
@@ -349,7 +394,9 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "one_rate, against constant gates": lambda rows: accuracy_table(rows, "one_rate", baseline=f"rope+{DIRECT},gates=constant"),
     "one_rate_rivals": lambda rows: table_of_added(rows, "one_rate_rivals"),
     "joins": lambda rows: table_of_added(rows, "joins", "joins_of_biases"),
+    "one_rate_controls": lambda rows: one_rate(CONTROLS, (1, 2)),
     "winner": lambda rows: accuracy_table(rows, "winner", baseline="cpe"),
+    "contrasts": contrast_table,
     "tuning": tuning_table,
     "headline": lambda rows: accuracy_table(rows, "headline"),
     "headline, against constant gates": lambda rows: accuracy_table(rows, "headline", baseline=f"rope+{DIRECT},gates=constant"),
@@ -372,9 +419,6 @@ def _made(table: Callable[[list[Row]], str], rows: list[Row]) -> str:
         return table(rows)
     except ValueError as left:  # rates that are not searched, no run of the baseline
         return f"{left}\n"
-
-
-QUARTERS = ("one_rate", "one_rate_rivals", "joins", "joins_of_biases", "winner")  # all with one pair of rates
 
 
 FIGURES = ROOT / "docs" / "figures"
@@ -445,12 +489,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds cifar10 and cifar100")
     parser.add_argument("--out", type=Path, default=Path("runs") / "sprint")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="of the stages' runs those with these seeds")
+    parser.add_argument("--encodings", nargs="+", default=[], metavar="NAME", help="and those of these encodings")
     given = parser.parse_args()
     unknown = [stage for stage in given.stages if stage not in STAGES]
     if unknown or (given.command == "run" and not (given.stages and given.data)):
         parser.error(f"run needs --data DIR and stages out of {', '.join(STAGES)}; got {', '.join(given.stages) or 'none'}")
     if given.command == "run":
-        run(given.stages, given.data, given.out, given.threads)
+        run(given)
     else:
         print({"list": progress, "tables": tables, "figure": figure}[given.command](read_rows(ROWS)))
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 
 import attention_cost
+import augmentation
 import cifar10_budget
 import cifar10_measures
 import detection_digits
@@ -25,6 +26,7 @@ from timing import RESULTS, Row
 from sape2.runs.rows import read_rows
 from sape2.studies.compare.outcome import Outcome, accuracy_table, cost_table, outcome
 from sape2.studies.compare.paired import paired_difference
+from sape2.studies.compare.rawrows import final_accuracy
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.studies.probes import find_task
 from sape2.studies.probing import table as probe_table
@@ -153,6 +155,20 @@ def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str
     return "\n".join(f"{title}\n\n{table(some)}" for title, some in zip(titles, groups.values(), strict=True))
 
 
+SCREENED = ("optimizer", "epochs", "muon_lr", "lr", "batch_size", "label_smoothing")
+
+
+def screening_table(rows: list[Row]) -> str:
+    """Raw rows of single trials of the sprint recipe, in the order in which they were run."""
+    lines = []
+    for row in rows:
+        settings = {key: row["settings"]["train"][key] for key in SCREENED}
+        accuracies = {"validation": row["curve"]["validation_accuracy"][-1], "test": final_accuracy(row)}
+        told = {key: f"{value:.4f}" for key, value in accuracies.items()}
+        lines.append({"encoding": row["encoding"], "seed": row["seed"], "precision": row["precision"]} | settings | told)
+    return markdown_table(lines, list(lines[0]))
+
+
 def resource_table(rows: list[Row]) -> str:
     """What the kernels take of the newest device that they were compiled for."""
     newest = max(row["capability"] for row in rows)
@@ -178,9 +194,12 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "model_cost": model_tables,
     "roofline": roofline.table,
     "sprint": sprint.tables,
+    "sprint_screening": screening_table,
     "gate_forms": gate_forms.table,
     "sprint_measures": sprint_measures.tables,
     "memory": memory_tables,
+    "input_path": lambda rows: markdown_table(rows, list(rows[0])),
+    "augmentation": lambda rows: markdown_table(rows, augmentation.COLUMNS),
     "kernel_resources": resource_table,
 }
 
