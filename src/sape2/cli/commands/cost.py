@@ -10,6 +10,9 @@ from typing import TYPE_CHECKING
 
 from sape2.cli.options import add_json, split_encodings, whole_number
 from sape2.cli.output import Row, drawn, say
+from sape2.progress import bars
+from sape2.runs.files import check_writable, holds_files, write_text
+from sape2.tables import print_json, print_table
 
 if TYPE_CHECKING:
     from sape2.evaluation.cost.sweep import Point, Sweep
@@ -36,7 +39,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sape2.evaluation.cost.rows import count_table, time_table
-    from sape2.tables import print_json, print_table
 
     sweep, folder = _sweep(arguments), Path(arguments.out)
     _take_up(folder, sweep)
@@ -84,7 +86,6 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
     """Writes sweep.json; raises ValueError, before anything is measured, if the folder holds another sweep or other files."""
     import torch
 
-    from sape2.runs.files import check_writable, holds_files, write_text
     from sape2.runs.settings import difference
 
     settings, path = sweep.settings() | {"threads": torch.get_num_threads()}, folder / "sweep.json"
@@ -111,7 +112,6 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Point | None, lis
 
     from sape2.evaluation.cost.sweep import run_sweep
     from sape2.machine import hardware
-    from sape2.progress import bars
 
     conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
     with bars() as progress:

@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING
 from sape2.cli.options import add_json, default_name, resolve
 from sape2.cli.output import Row, drawn, say, show_results
 from sape2.config import RunConfig
+from sape2.config.recipes.changed import changed_in_words
+from sape2.runs.files import check_writable
+from sape2.tables import print_json, print_table
 
 if TYPE_CHECKING:
     from sape2.data import Splits
@@ -53,7 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes, began: float) -> int:
-    from sape2.runs.files import check_writable
     from sape2.runs.run import Run
 
     run = Run(Path(arguments.out or Path("runs") / default_name(config)), config)
@@ -92,8 +94,6 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
 
 def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup_s: float) -> int:
     """`setup_s` is what it took to get here: libraries, images, model."""
-    from sape2.config.recipes.changed import changed_in_words
-    from sape2.data.augment import TrainStream
     from sape2.evaluation.accuracy import quick_accuracy
     from sape2.evaluation.cost.measure import count_parameters
     from sape2.evaluation.cost.operations import count_model_macs
@@ -101,10 +101,9 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
     from sape2.machine import precision_of
     from sape2.training.steps import ImageSteps
 
-    stream = TrainStream(splits.train, config.augment, config.train, config.seed)
-    batch = stream[0]
     macs = count_model_macs(model, config.model.in_channels, config.model.image_size)
     steps = ImageSteps(model, splits.train, config)
+    stream, batch = steps.stream, steps.stream[0]
     step_s = statistics.median(alternate({"step": lambda: steps.take(batch)}, repeats=5)["step"])
     start = time.perf_counter()
     quick_accuracy(model, splits.validation)
@@ -121,15 +120,13 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
         "steps": stream.total_steps,
         "precision": precision_of(config.train.precision),
         "device": str(steps.accelerator.device),
-        "augmentation": steps.stream.where_augmented(),
+        "augmentation": stream.where_augmented(),
         "seconds_per_step": step_s,
         "images_per_s": config.train.batch_size / step_s,
         "expected_training_minutes": stream.total_steps * step_s / 60,
         "expected_evaluation_minutes": evaluation_s / 60,  # of the validation set after every epoch, and of the test set
         "expected_minutes": (setup_s + stream.total_steps * step_s + evaluation_s) / 60,  # all, from the command on
     }
-    from sape2.tables import print_json, print_table
-
     if as_json:
         print_json([{"config": config.to_dict()} | summary])
     else:
