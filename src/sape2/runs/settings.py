@@ -29,10 +29,7 @@ def write_config(folder: Path, config: RunConfig | DetectionConfig) -> None:
 
 
 def read_config(folder: Path, kind: type[Config]) -> Config:
-    """The settings of a run folder.
-
-    Raises FileNotFoundError or ValueError if the folder is not the folder of a run of this kind.
-    """
+    """The settings of a run folder. Raises FileNotFoundError or ValueError if it holds no run of this kind."""
     path = folder / NAME
     if not path.exists():
         raise _no_run(folder)
