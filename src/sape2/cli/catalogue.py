@@ -47,7 +47,7 @@ class Source:
     def names(self, name: str) -> dict[str, str]:
         """A dictionary {"rope": Rotary} as {"rope": "Rotary"}, and {"count": Count()} as {"count": "Count"}."""
         table = self.nodes[name]
-        values = [value.func if isinstance(value, ast.Call) else value for value in table.values]
+        values: list[Any] = [value.func if isinstance(value, ast.Call) else value for value in table.values]
         return {key.value: value.id for key, value in zip(table.keys, values, strict=True)}
 
     def hint(self, node: Any) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
         if point is not None:
             tables[f"{point}: for one image"] = count_table(found)
             tables[f"{point}: measured"] = time_table(found)
-    files = drawn(*_figures(rows, folder))
+    files = drawn(
+        partial(_figure, rows, folder / "cost_time.png", "ms", "time (ms)"),
+        partial(_figure, rows, folder / "cost_memory.png", "memory", "peak extra memory (MiB)"),
+    )
     if arguments.json:
         print_json(rows)
         return 0
@@ -123,15 +127,9 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Point | None, lis
             yield point, rows
 
 
-def _figures(rows: list[Row], folder: Path) -> list[Callable[[], Path]]:
+def _figure(rows: list[Row], path: Path, quantity: str, label: str) -> Path:
     from sape2.evaluation.cost.rows import lines_of_growth
     from sape2.viz import plot_growth
 
-    def draw(name: str, quantity: str, label: str) -> Path:
-        plot_growth(lines_of_growth(rows, quantity), folder / name, label)
-        return folder / name
-
-    return [
-        lambda: draw("cost_time.png", "ms", "time (ms)"),
-        lambda: draw("cost_memory.png", "memory", "peak extra memory (MiB)"),
-    ]
+    plot_growth(lines_of_growth(rows, quantity), path, label)
+    return path
