@@ -18,19 +18,13 @@ if TYPE_CHECKING:
 
 # Looked up when first used, so that `import sape2` and `sape2 --help` do not wait for torch.
 _HOMES = {
-    "SaPEAttention": "sape2.adapters.pytorch",
-    "attach": "sape2.adapters",
-    "attach_attention": "sape2.adapters",
-    "create_encoding": "sape2.encodings",
-    "create_model": "sape2.models.vit",
-    "detach": "sape2.adapters",
-    "encoding_parameters": "sape2.adapters",
-    "export_model": "sape2.models.export",
-    "freeze": "sape2.models.frozen",
-    "list_encodings": "sape2.encodings",
-    "load_adapter": "sape2.adapters.files",
-    "save_adapter": "sape2.adapters.files",
-    "set_grid": "sape2.adapters",
+    "sape2.adapters": ("attach", "attach_attention", "detach", "encoding_parameters", "set_grid"),
+    "sape2.adapters.files": ("load_adapter", "save_adapter"),
+    "sape2.adapters.pytorch": ("SaPEAttention",),
+    "sape2.encodings": ("create_encoding", "list_encodings"),
+    "sape2.models.export": ("export_model",),
+    "sape2.models.frozen": ("freeze",),
+    "sape2.models.vit": ("create_model",),
 }
 __all__ = [
     "SaPEAttention",
@@ -50,10 +44,11 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
     raise AttributeError(f"module 'sape2' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

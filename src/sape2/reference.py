@@ -303,10 +303,9 @@ def pope(
             for c in range(dim):
                 step = dx if c < dim // 2 else dy
                 angle = step * temperature ** (-(c % (dim // 2)) / (dim // 2))
-                lengths = [math.log(1 + math.exp(float(t))) for t in (q[i, c], k[n, c])]
-                bias[i, n] += lengths[0] * lengths[1] * math.cos(angle + float(phase[head, c])) - float(q[i, c]) * float(
-                    k[n, c]
-                )
+                query, key = float(q[i, c]), float(k[n, c])
+                lengths = math.log(1 + math.exp(query)) * math.log(1 + math.exp(key))
+                bias[i, n] += lengths * math.cos(angle + float(phase[head, c])) - query * key
     return bias / math.sqrt(dim)
 
 

@@ -15,7 +15,6 @@ from sape2.config import AugmentConfig, TrainConfig
 from sape2.config.recipes import RECIPES, get_recipe
 from sape2.data import augment as module
 from sape2.data import images as kept
-from sape2.data import mixing
 from sape2.data.augment import Plans, TrainStream, augment, draw, share_of
 from sape2.data.mixing import BatchMixer, erase_areas
 from sape2.data.policies import make_policy
@@ -87,12 +86,9 @@ def test_an_operation_on_the_wrong_images_would_be_seen(monkeypatch):
     assert not torch.equal(plain_augmentation.ours(images, HEAVY, 0), plain_augmentation.augment_images(images, HEAVY, 0))
 
 
-@pytest.mark.parametrize("write", [mixing.write_one_by_one, mixing.write_at_once])
 @pytest.mark.parametrize("probability", [0.25, 1.0])
 @pytest.mark.parametrize("shape", [(3, 8, 8), (1, 6, 10), (3, 32, 32)])
-def test_erased_areas_are_those_of_timm_image_by_image(monkeypatch, write, probability, shape):
-    """As on a CPU, and as on other devices."""
-    monkeypatch.setattr(mixing, "write_one_by_one", write)
+def test_erased_areas_are_those_of_timm_image_by_image(probability, shape):
     images = torch.randn(30, *shape)
     seeded()
     expected = plain_augmentation.erase(images.clone(), probability)

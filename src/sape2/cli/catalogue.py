@@ -16,8 +16,6 @@ import sape2
 from sape2.config.checks import describe_option
 from sape2.tables import Row
 
-Node = ast.ClassDef | ast.FunctionDef | ast.expr
-
 
 class Source:
     """The top level of a module: its classes, functions and values by name, and where names are imported from."""
@@ -25,7 +23,7 @@ class Source:
     def __init__(self, module: str) -> None:
         path = Path(sape2.__file__).parent.joinpath(*module.split(".")[1:])
         file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
-        self.nodes: dict[str, Node] = {}
+        self.nodes: dict[str, Any] = {}  # ast.ClassDef, ast.FunctionDef or ast.expr
         self.homes: dict[str, str] = {}
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
@@ -35,7 +33,7 @@ class Source:
             else:
                 self.nodes |= assigned(node)
 
-    def find(self, name: str) -> tuple[Source, Node]:
+    def find(self, name: str) -> tuple[Source, Any]:
         """Finds the definition of a name and the module that contains it."""
         return read(self.homes[name]).find(name) if name in self.homes else (self, self.nodes[name])
 
@@ -48,7 +46,7 @@ class Source:
 
     def names(self, name: str) -> dict[str, str]:
         """A dictionary {"rope": Rotary} as {"rope": "Rotary"}, and {"count": Count()} as {"count": "Count"}."""
-        table: Any = self.nodes[name]
+        table = self.nodes[name]
         values: list[Any] = [value.func if isinstance(value, ast.Call) else value for value in table.values]
         return {key.value: value.id for key, value in zip(table.keys, values, strict=True)}
 
@@ -107,8 +105,6 @@ def encodings() -> list[Row]:
 def attributes(source: Source, name: str) -> dict[str, tuple[Source, ast.expr]]:
     """The assignments of a class and its base classes, each with the module that contains it."""
     where, node = source.find(name)
-    if not isinstance(node, ast.ClassDef):
-        return {}
     found: dict[str, tuple[Source, ast.expr]] = {}
     for base in node.bases:
         if isinstance(base, ast.Name) and where.homes.get(base.id, "sape2").startswith("sape2"):
@@ -121,12 +117,8 @@ def attributes(source: Source, name: str) -> dict[str, tuple[Source, ast.expr]]:
 def options_of(source: Source, options: Any) -> dict[str, str]:
     """The fields of a dataclass of options, described."""
     where, node = source.find(options.id)
-    fields = [field for field in getattr(node, "body", []) if isinstance(field, ast.AnnAssign)]
-    return {
-        field.target.id: describe_option(where.hint(field.annotation), where.value(field.value))
-        for field in fields
-        if isinstance(field.target, ast.Name)
-    }
+    fields: Any = [field for field in node.body if isinstance(field, ast.AnnAssign)]
+    return {field.target.id: describe_option(where.hint(field.annotation), where.value(field.value)) for field in fields}
 
 
 # --- measures --------------------------------------------------------------------------------------------------------
@@ -135,11 +127,8 @@ def options_of(source: Source, options: Any) -> dict[str, str]:
 def measures() -> list[Row]:
     """The first line of what each measure says of itself."""
     room = read("sape2.evaluation.measures")
-    found: list[Row] = []
-    for name, function in room.names("MEASURES").items():
-        node: Any = room.find(function)[1]
-        found.append({"name": name, "summary": (ast.get_docstring(node) or "").split("\n")[0]})
-    return found
+    nodes = {name: room.find(function)[1] for name, function in room.names("MEASURES").items()}
+    return [{"name": name, "summary": (ast.get_docstring(node) or "").split("\n")[0]} for name, node in nodes.items()]
 
 
 # --- probes ----------------------------------------------------------------------------------------------------------
@@ -151,6 +140,6 @@ def probes() -> list[Row]:
     rows: list[Row] = []
     for name, task in room.names("TASKS").items():
         where, summary = attributes(room, task)["summary"]
-        splits: Any = where.nodes["SPLITS"]
-        rows.append({"name": name, "summary": where.value(summary), "splits": "; ".join(map(where.value, splits.keys))})
+        splits = "; ".join(map(where.value, where.nodes["SPLITS"].keys))
+        rows.append({"name": name, "summary": where.value(summary), "splits": splits})
     return rows

@@ -6,15 +6,14 @@ import argparse
 import os
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from sape2.cli.output import say
-from sape2.config import RunConfig, override, resized, with_epochs
+from sape2.config import SEE, RunConfig, override, resized, with_epochs
+from sape2.config.detection import DetectionConfig
 from sape2.config.names import unknown
-
-if TYPE_CHECKING:
-    from sape2.detection import DetectionConfig
-
+from sape2.config.recipes import get_recipe
+from sape2.runs.files import safe_name
 
 READ_BY = tuple(prefix + key for prefix in ("data.", "") for key in ("layout", "image_column", "label_column", "split_seed"))
 
@@ -25,8 +24,6 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 def resolve(arguments: argparse.Namespace) -> RunConfig:
     """The recipe with the options of the command applied, --set last."""
-    from sape2.config.recipes import get_recipe
-
     config = get_recipe(arguments.recipe)
     if arguments.data is not None:
         config = replace(config, data=replace(config.data, source=arguments.data))
@@ -36,21 +33,26 @@ def resolve(arguments: argparse.Namespace) -> RunConfig:
         config, lines = fit(override(config, [setting for setting in arguments.set if setting.partition("=")[0] in READ_BY]))
         for line in lines:
             say_once(line)
+    if arguments.epochs is not None:
+        config = with_epochs(config, arguments.epochs)
+    config = with_options(config, arguments)
+    if config.recipe == "images":
+        from sape2.data.own import settings_in_words
+
+        say_once(settings_in_words(config))
+    return config
+
+
+def with_options(config: Any, arguments: argparse.Namespace, see: str = SEE) -> Any:
+    """The config with --model, --encoding, --seed and --set applied, and the one name of its encoding."""
     if arguments.model is not None:
         config = replace(config, model=resized(config.model, arguments.model))
     if arguments.encoding is not None:
         config = replace(config, model=replace(config.model, encoding=arguments.encoding))
     if arguments.seed is not None:
         config = replace(config, seed=arguments.seed)
-    if arguments.epochs is not None:
-        config = with_epochs(config, arguments.epochs)
-    config = override(config, arguments.set)
-    config = replace(config, model=replace(config.model, encoding=one_name(config.model.encoding)))
-    if config.recipe == "images":
-        from sape2.data.own import settings_in_words
-
-        say_once(settings_in_words(config))
-    return config
+    config = override(config, arguments.set, see)
+    return replace(config, model=replace(config.model, encoding=one_name(config.model.encoding)))
 
 
 def say_once(line: str) -> None:
@@ -61,15 +63,11 @@ def say_once(line: str) -> None:
 
 def default_name(config: RunConfig | DetectionConfig) -> str:
     """The name of the run folder that a command makes where no --out is given."""
-    from sape2.runs.files import safe_name
-
     return f"{recipe_name(config)}-{config.model.name}-{safe_name(config.model.encoding)}-s{config.seed}"
 
 
 def recipe_name(config: RunConfig | DetectionConfig) -> str:
     """Name of the recipe for a path; for the recipe `images` also the name of the data."""
-    from sape2.runs.files import safe_name
-
     if isinstance(config, RunConfig) and config.recipe == "images":
         return f"images-{safe_name(config.data.name)}"
     return config.recipe

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sape2.tables import Row
+from sape2.tables import Row, print_json, print_table
 
 if TYPE_CHECKING:
     from sape2.config import RunConfig
@@ -50,8 +50,6 @@ def drawn(*draws: Callable[[], Path | Iterable[Path]]) -> list[Path]:
 
 def show_results(rows: list[Row], run: Run[RunConfig], as_json: bool, figures: list[Path], everything: bool = False) -> int:
     """Tables, or JSON; of a measure of many rows its headline numbers and warnings, unless `everything` is asked for."""
-    from sape2.tables import print_json
-
     if as_json:
         print_json(rows)
         return 0
@@ -68,7 +66,6 @@ def _print_headlines(measure: str, rows: list[Row], run: Run[RunConfig]) -> bool
     from sape2.studies.compare.groups import Group
     from sape2.studies.compare.headlines import MeasuredRun
     from sape2.studies.compare.report import Comparison
-    from sape2.tables import print_table
 
     group = Group(run.folder.name, run.folder.name, [MeasuredRun(run, rows, [])])
     compared = Comparison([group], [measure], rows[0]["split"], rows[0]["weights"])
@@ -95,8 +92,6 @@ def _title(row: Row) -> str:
 
 def _print_measure(rows: list[Row]) -> None:
     """One line a number with what it was measured at, one column for the weights it was measured with."""
-    from sape2.tables import print_table
-
     details = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in CONDITIONS]
     table: dict[tuple, Row] = {}
     for row in rows:
@@ -109,8 +104,6 @@ def _print_measure(rows: list[Row]) -> None:
 
 def show_comparison(found: Outcome | Comparison, folder: Path, as_json: bool) -> None:
     """Tables and figures of many runs, into the folder and for the reader."""
-    from sape2.tables import print_json, print_table
-
     files = found.write(folder)
     files += drawn(lambda: found.draw(folder))
     if as_json:

@@ -359,11 +359,10 @@ def override(config: Any, assignments: list[str], see: str = SEE) -> Any:
         require(bool(equals), f"--set needs key=value; got {assignment!r}")
         section, key = _find_key(values, path, see)
         value = _parse(text)
+        square = (section, key) == ("model", "image_size") and isinstance(value, int)
         if (section, key) == ("model", "name") and value != config.model.name:
             raise ValueError("--set model.name would only rename the model; choose its size with --model")
-        values[section][key] = value
-        if (section, key) == ("model", "image_size") and isinstance(values[section][key], int):
-            values[section][key] = [values[section][key]] * 2
+        values[section][key] = [value] * 2 if square else value
     return type(config).from_dict(values)
 
 

@@ -56,12 +56,9 @@ def make_config(cls: type, values: Any, prefix: str) -> Any:
     if others:
         meant = did_you_mean(str(others[0])[:100], known)
         raise ValueError(f"unknown key {prefix}{_key(others[0])}; {meant}known keys: {', '.join(known)}")
-    needed = [
-        f.name
-        for f in dataclasses.fields(cls)
-        if f.default is f.default_factory is dataclasses.MISSING and f.name not in values
-    ]
-    require(not needed, f"missing key {prefix}{needed[0] if needed else ''}")
+    for each in dataclasses.fields(cls):
+        needed = each.default is each.default_factory is dataclasses.MISSING
+        require(not needed or each.name in values, f"missing key {prefix}{each.name}")
     made = {}
     for name, value in values.items():
         if dataclasses.is_dataclass(known[name]) and not dataclasses.is_dataclass(value):

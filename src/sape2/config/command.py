@@ -30,9 +30,8 @@ def command(config: RunConfig, out: Path | None = None, data: str | None = None)
     }
     given = {option: value for option, (value, before) in options.items() if value != before}
     words = ["sape2", "train", config.recipe, *(word for option in given.items() for word in option)]
-    base = with_epochs(usual, config.train.epochs) if "--epochs" in given else usual
-    model = resized(base.model, config.model.name) if "--model" in given else base.model
-    model = replace(model, encoding=config.model.encoding)
+    base = with_epochs(usual, config.train.epochs)
+    model = replace(resized(base.model, config.model.name), encoding=config.model.encoding)
     base = replace(base, model=model, data=replace(base.data, source=config.data.source))
     for setting in sorted(_settings(config) - _settings(base)):
         words += ["--set", setting]

@@ -106,12 +106,8 @@ class Plans(Dataset):
                 f"mixup and cutmix need an even number of images in every process; got {train.batch_size} / {world}"
             )
         self.images, self.shape, self.augment, self.train, self.seed = images, shape, augment, train, seed
-        self.places = share_of(train.batch_size, rank, world)
+        self.places, self.steps_per_epoch = share_of(train.batch_size, rank, world), images // train.batch_size
         self._epoch, self._order = -1, torch.empty(0, dtype=torch.long)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self.images // self.train.batch_size
 
     def __len__(self) -> int:
         return self.train.epochs * self.steps_per_epoch
@@ -166,9 +162,6 @@ class TrainStream(Dataset):
     def carry_out(self, plan: Plan) -> tuple[UInt8[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
         images, labels = self.data.take(plan.batch, self.augment.crop_area, plan.seeds)
         return augment(images, plan.draws), labels
-
-    def __len__(self) -> int:
-        return self.total_steps
 
     def batches(self, start: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All batches from step `start` to the end of the run, prepared ahead by worker processes.

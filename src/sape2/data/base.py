@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 from unicodedata import category
 
 from torch.utils.data import get_worker_info
@@ -25,7 +25,6 @@ Result = TypeVar("Result")
 log = logging.getLogger("sape2.data")
 
 
-@runtime_checkable
 class Source(Protocol):
     """Encoded images of one split, by number. The number of an image depends on nothing but what is there."""
 

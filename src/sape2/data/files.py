@@ -43,7 +43,7 @@ class ImageFiles:
         config: DataConfig,
         model: ModelConfig,
         unreadable: UnreadableImages,
-        fingerprint: dict[str, Any] | None = None,
+        fingerprint: dict[str, Any] | None,
     ) -> None:
         self.source, self.labels, self.classes, self.model, self.unreadable = source, labels, classes, model, unreadable
         self.rows = torch.arange(len(labels))
@@ -86,9 +86,9 @@ class ImageFiles:
         if crop_area is not None:
             crops = [partial(random_crop, area=crop_area, seed=seed) for seed in seeds]
         images = _in_threads(self.pixels, index.tolist(), crops)
-        height, width = self.model.image_size
-        stacked = np.stack(images) if images else np.empty((0, height, width, self.model.in_channels), np.uint8)
-        return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous(), self.labels[index]
+        if not images:
+            return torch.empty(0, *self.shape, dtype=torch.uint8), self.labels[index]
+        return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous(), self.labels[index]
 
     def pixels(self, place: int, crop: Crop | None) -> np.ndarray:
         """The image at `place`, or the next readable one of its class."""
@@ -121,8 +121,7 @@ class ImageFiles:
 
     def decoded(self, batch_size: int = 1000) -> ImageData:
         """The same images in memory."""
-        height, width = self.model.image_size
-        images = torch.empty(len(self), self.model.in_channels, height, width, dtype=torch.uint8)
+        images = torch.empty(len(self), *self.shape, dtype=torch.uint8)
         for part in torch.arange(len(self)).split(batch_size):
             images[part] = self.take(part)[0]
         return ImageData(images, self.labels, self.classes, self.mean, self.std, self.fingerprint)
@@ -141,8 +140,8 @@ class LooseFiles:
         files: Sequence[Path],
         config: DataConfig,
         model: ModelConfig,
-        look: Callable[[Path, Picture], None] = lambda file, picture: None,
-        watch: Callable[[int], None] = lambda tried: None,
+        look: Callable[[Path, Picture], None],
+        watch: Callable[[int], None],
     ) -> None:
         self.files, self.config, self.model, self.look, self.watch = files, config, model, look, watch
         self.labels = torch.full((len(files),), -1)

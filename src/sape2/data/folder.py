@@ -158,17 +158,13 @@ def split_folders(files: Files) -> dict[str, str]:
     return {split: found[0] for split, found in by_split(where, named, "folder").items()}
 
 
-def has_test(files: Files) -> bool:
-    return len({*split_folders(files)} - {"train"}) > 0
-
-
 def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dict[str, Source]:
     """{"train": ..., "test": ...}; where there is no test set, `test_fraction` of each class is taken as one, with `seed`."""
     splits, where = split_folders(files), plain_name(files.root)
     check_card(files, splits)
     if splits:
         tell_left_out(where, [name for name in files.real if _class_of(name) not in splits.values()], "they are of no split")
-    if test_fraction is not None and not {*splits} - {"train"}:
+    if test_fraction is not None and {*splits} <= {"train"}:
         source = _all_filled(FolderImages(files, splits.get("train", "")))
         rest, part = class_split(torch.tensor(source.labels, dtype=torch.long), test_fraction, seed)
         return {"train": Subset(source, rest.tolist(), "train"), "test": Subset(source, part.tolist(), "test")}

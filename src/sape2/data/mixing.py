@@ -31,17 +31,10 @@ class BatchMixer:
 
         self.erase = RandomErasing(config.erase, mode="pixel", max_area=0.4, device="cpu") if config.erase else None
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
-        self.mix = (
-            Mixup(
-                config.mixup,
-                config.cutmix,
-                prob=config.mix_probability,
-                label_smoothing=label_smoothing,
-                num_classes=num_classes,
-            )
-            if config.mixes
-            else None
-        )
+        self.mix = None
+        if config.mixes:
+            options = {"prob": config.mix_probability, "label_smoothing": label_smoothing, "num_classes": num_classes}
+            self.mix = Mixup(config.mixup, config.cutmix, **options)
 
     def __call__(
         self,
@@ -70,7 +63,7 @@ def erase_areas(erase: Callable[[Any], Any], images: Tensor, places: Int[Tensor,
     number_at = {place: number for number, place in enumerate(places.tolist())}
     areas: list[Area] = [(number_at[area[0]], *area[1:]) for area in blank.areas if area[0] in number_at]
     if areas:
-        (write_one_by_one if images.device.type == "cpu" else write_at_once)(images, areas)
+        write(images, areas)
 
 
 class _Blank:
@@ -87,13 +80,8 @@ class _Blank:
         self.areas.append((self.place, where[1], where[2], pixels))
 
 
-def write_one_by_one(images: Tensor, areas: list[Area]) -> None:
-    for image, rows, columns, pixels in areas:
-        images[image, :, rows, columns] = pixels
-
-
-def write_at_once(images: Tensor, areas: list[Area]) -> None:
-    """The same in one call on the device of the images, which costs less there than one for each area."""
+def write(images: Tensor, areas: list[Area]) -> None:
+    """In one call on the device of the images, which costs less on an accelerator than one for each area."""
     boxes = [(image, rows.start, columns.start, *pixels.shape[1:]) for image, rows, columns, pixels in areas]
     index = sent(_pixels_of(torch.tensor(boxes)), images.device)
     values = sent(torch.cat([pixels.flatten(1) for *_, pixels in areas], 1), images.device)  # (C, pixels)

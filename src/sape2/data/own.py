@@ -68,8 +68,8 @@ def find_data(data: DataConfig) -> DataConfig:
         raise FileNotFoundError(f"--data {plain_name(source)}: there is no such folder")
     name, files = plain_name(path.resolve().name) or "images", walk(path)
     layout = data.layout or find_layout(files, data)
-    fraction = TEST_FRACTION if layout == "folder" and not folder.has_test(files) else None
-    return replace(data, name=name, layout=layout, test_fraction=fraction)
+    to_draw = layout == "folder" and {*folder.split_folders(files)} <= {"train"}
+    return replace(data, name=name, layout=layout, test_fraction=TEST_FRACTION if to_draw else None)
 
 
 def _check_classes(train: Source, test: Source) -> tuple[str, ...]:

@@ -93,9 +93,9 @@ def is_image(name: str) -> bool:
 
 def image_files(folder: Path) -> list[Path]:
     """Every image file below a folder, in order of path, also those that training leaves out; other files are told."""
-    names = walk(folder).real
-    images = [name for name in names if name.lower().endswith((*IMAGE_ENDINGS, *OTHER_ENDINGS))]
-    tell_left_out(plain_name(folder), names.keys() - {*images}, "known are " + ", ".join((*IMAGE_ENDINGS, *OTHER_ENDINGS)))
+    files, known = walk(folder), (*IMAGE_ENDINGS, *OTHER_ENDINGS)
+    images = files.ending(*known)
+    tell_left_out(plain_name(folder), files.real.keys() - {*images}, f"known are {', '.join(known)}")
     return sorted(folder / name for name in images)
 
 

@@ -29,10 +29,7 @@ def write_config(folder: Path, config: RunConfig | DetectionConfig) -> None:
 
 
 def read_config(folder: Path, kind: type[Config]) -> Config:
-    """The settings of a run folder.
-
-    Raises FileNotFoundError or ValueError if the folder is not the folder of a run of this kind.
-    """
+    """The settings of a run folder. Raises FileNotFoundError or ValueError if it holds no run of this kind."""
     path = folder / NAME
     if not path.exists():
         raise _no_run(folder)
@@ -41,20 +38,19 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    wrote = values.get("sape2_version") if isinstance(values, dict) else None
+    writer = ""
     try:
-        if isinstance(values, dict) and values.get("format") != FORMAT:
-            raise ValueError(f"it has format {values.get('format')!r}; format {FORMAT} is read here")
         if isinstance(values, dict):
-            values = {key: value for key, value in values.items() if key not in ("format", "sape2_version")}
-        config: Any = kind.from_dict(values)
+            found, wrote = values.pop("format", None), values.pop("sape2_version", None)
+            writer = f", but was written by {wrote}" if wrote else ""
+            if found != FORMAT:
+                raise ValueError(f"it has format {found!r}; format {FORMAT} is read here")
+        return kind.from_dict(values)
     except ValueError as error:
-        writer = f", but was written by {wrote}" if wrote else ""
         raise ValueError(
             f"{path} does not fit this version of sape2, {__version__}{writer}: {error}. "
             "Use the version that wrote it, or choose another --out"
         ) from error
-    return config
 
 
 def _no_run(folder: Path) -> OSError:

@@ -1,7 +1,7 @@
 """The accelerator of a run: device, precision and the averaging of gradients between processes, all set by the config.
 
 accelerate reads arguments that it is not given from the environment, where a launcher or another project may have set them.
-So every argument is given, and while accelerate is used its variables are removed from the environment.
+So its variables are removed from the environment while accelerate is used.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from sape2.config.extras import from_extra
 from sape2.machine import find_device, precision_of
 from sape2.training.processes import ALONE, Processes, refuse_launcher
 
@@ -25,30 +26,15 @@ STEPS_OF_ONE = ("GRADIENT_ACCUMULATION_STEPS", "1")
 
 
 def make_accelerator(precision: str, processes: Processes = ALONE, command: str = "this training") -> Any:
-    try:
-        from accelerate import Accelerator, DataLoaderConfiguration
-        from accelerate.state import AcceleratorState, GradientState
-        from accelerate.utils import DynamoBackend, GradientAccumulationPlugin, TorchDynamoPlugin
-    except ImportError as error:
-        raise ImportError("training needs accelerate: pip install 'sape2[train]'") from error
+    accelerate = from_extra("train", "accelerate", "training needs accelerate")
     if processes.size == 1:
         refuse_launcher(command)
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # it holds one precision for a process, which may train several runs
-    GradientState._reset_state()
+    # One precision is held for the whole process, which may train several runs.
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+    mixed, on_cpu = precision_of(precision).replace("fp32", "no"), find_device().type == "cpu"
     with config_alone(hide=LAUNCHED if processes.size == 1 else ()):
-        accelerator = Accelerator(
-            device_placement=True,
-            split_batches=False,
-            mixed_precision=precision_of(precision).replace("fp32", "no"),
-            cpu=find_device().type == "cpu",
-            dataloader_config=DataLoaderConfiguration(),
-            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            dynamo_plugin=TorchDynamoPlugin(
-                backend=DynamoBackend.NO, mode="default", fullgraph=False, dynamic=False, use_regional_compilation=False
-            ),
-        )
+        accelerator = accelerate.Accelerator(mixed_precision=mixed, cpu=on_cpu)
     if accelerator.num_processes != processes.size:
         raise ValueError(f"training in several processes does not work on {accelerator.device}; start it without torchrun")
     return accelerator

@@ -27,8 +27,6 @@ def told_in_one_line(what: Callable[[], str]) -> Iterator[None]:
     """Turns out-of-memory errors of PyTorch and NumPy into OutOfMemory with the message `what()`."""
     try:
         yield
-    except OutOfMemory:
-        raise
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -51,7 +49,7 @@ def memory_message(what: str, model: ModelConfig, ways: Iterable[str], then: str
     return f"out of memory {what}, {tokens} tokens each; {then} {', '.join([*ways, _of_attention(model)])}"
 
 
-def training_message(config: RunConfig, size: int = 1) -> str:
+def training_message(config: RunConfig, size: int) -> str:
     """Message for out-of-memory errors in training: batch and tokens of each of `size` processes, and how to reduce them."""
     train, model = config.train, config.model
     share = train.batch_size // size
@@ -78,11 +76,8 @@ def _of_attention(model: ModelConfig) -> str:
 # --- how much there is ------------------------------------------------------------------------------------------------
 
 
-def available_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes that can still be allocated: on CUDA by the driver, else by the system or the container's limit."""
-    device = torch.device(device)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+def available_bytes() -> int:
+    """Bytes of the machine's memory that can still be allocated, by the system and by the container's limit."""
     limits = [_system_available()]
     if GROUP_LIMIT.exists() and GROUP_USE.exists() and (limit := GROUP_LIMIT.read_text().strip()) != "max":
         limits.append(max(0, int(limit) - int(GROUP_USE.read_text())))

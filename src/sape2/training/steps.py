@@ -120,10 +120,7 @@ class Steps:
 
 
 class ImageSteps(Steps):
-    """The training of a classifier on images: augmented, erased and mixed, each process with its share of a batch.
-
-    A step depends only on (config, seed, step) and the weights before it.
-    """
+    """The training of a classifier on images: augmented, erased and mixed, each process with its share of a batch."""
 
     def __init__(
         self,

@@ -56,10 +56,7 @@ class Weights:
             self.ema.update(self.model, step=step)
 
     def take_up(self, checkpoint: Path | None) -> tuple[Progress, dict[str, Any] | None]:
-        """Loads the checkpoint of rank 0 (None: a new run) and broadcasts it; returns the progress and the optimiser's state.
-
-        Other processes need no access to the folder.
-        """
+        """Loads and broadcasts the checkpoint of rank 0 (None: a new run); returns the progress and the optimiser's state."""
         taken: tuple[Progress, dict[str, Any] | None] = (Progress(), None)
         if checkpoint is not None and self.processes.is_main:
             taken = load_checkpoint(checkpoint, self.model, self.average)

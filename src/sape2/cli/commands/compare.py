@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from sape2.cli.options import add_json, one_name, recipe_name, resolve, split_encodings, whole_number
 from sape2.cli.output import say, show_comparison
+from sape2.runs.files import check_writable
 
 if TYPE_CHECKING:
     from sape2.studies.compare.launch import Slurm
@@ -34,7 +35,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.runs.files import check_writable
     from sape2.studies.compare.plan import Study
     from sape2.training.processes import refuse_launcher
 

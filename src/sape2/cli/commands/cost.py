@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sape2.cli.options import add_json, split_encodings, whole_number
 from sape2.cli.output import Row, drawn, say
+from sape2.progress import bars
+from sape2.runs.files import check_writable, holds_files, write_text
+from sape2.tables import print_json, print_table
 
 if TYPE_CHECKING:
     from sape2.evaluation.cost.sweep import Point, Sweep
@@ -36,7 +40,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from sape2.evaluation.cost.rows import count_table, time_table
-    from sape2.tables import print_json, print_table
 
     sweep, folder = _sweep(arguments), Path(arguments.out)
     _take_up(folder, sweep)
@@ -46,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
         if point is not None:
             tables[f"{point}: for one image"] = count_table(found)
             tables[f"{point}: measured"] = time_table(found)
-    files = drawn(*_figures(rows, folder))
+    files = drawn(
+        partial(_figure, rows, folder / "cost_time.png", "ms", "time (ms)"),
+        partial(_figure, rows, folder / "cost_memory.png", "memory", "peak extra memory (MiB)"),
+    )
     if arguments.json:
         print_json(rows)
         return 0
@@ -84,7 +90,6 @@ def _take_up(folder: Path, sweep: Sweep) -> None:
     """Writes sweep.json; raises ValueError, before anything is measured, if the folder holds another sweep or other files."""
     import torch
 
-    from sape2.runs.files import check_writable, holds_files, write_text
     from sape2.runs.settings import difference
 
     settings, path = sweep.settings() | {"threads": torch.get_num_threads()}, folder / "sweep.json"
@@ -111,7 +116,6 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Point | None, lis
 
     from sape2.evaluation.cost.sweep import run_sweep
     from sape2.machine import hardware
-    from sape2.progress import bars
 
     conditions = {"torch": torch.__version__, "hardware": hardware(), "threads": torch.get_num_threads()}
     with bars() as progress:
@@ -123,15 +127,9 @@ def _with_progress(sweep: Sweep, path: Path) -> Iterator[tuple[Point | None, lis
             yield point, rows
 
 
-def _figures(rows: list[Row], folder: Path) -> list[Callable[[], Path]]:
+def _figure(rows: list[Row], path: Path, quantity: str, label: str) -> Path:
     from sape2.evaluation.cost.rows import lines_of_growth
     from sape2.viz import plot_growth
 
-    def draw(name: str, quantity: str, label: str) -> Path:
-        plot_growth(lines_of_growth(rows, quantity), folder / name, label)
-        return folder / name
-
-    return [
-        lambda: draw("cost_time.png", "ms", "time (ms)"),
-        lambda: draw("cost_memory.png", "memory", "peak extra memory (MiB)"),
-    ]
+    plot_growth(lines_of_growth(rows, quantity), path, label)
+    return path

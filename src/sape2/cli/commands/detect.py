@@ -6,9 +6,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sape2.cli.options import add_json, default_name, one_name
+from sape2.cli.options import add_json, default_name, with_options
 from sape2.cli.output import say
-from sape2.config import override, resized
+from sape2.config.recipes import get_detection_recipe
+from sape2.config.recipes.changed import changed_in_words
+from sape2.runs.files import check_writable
+from sape2.tables import print_json, print_table
 
 SEE = "the config.json of a run has all keys"
 HELP = "train a detector on images in COCO format and measure it"
@@ -30,26 +33,14 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 detect")
-    from sape2.config.recipes import get_detection_recipe
-    from sape2.config.recipes.changed import changed_in_words
-
     config = get_detection_recipe(arguments.recipe)
-    model, detector, images = config.model, config.detector, config.images
-    if arguments.model is not None:
-        model = resized(model, arguments.model)
-    if arguments.encoding is not None:
-        model = replace(model, encoding=arguments.encoding)
     if arguments.masks:
-        detector = replace(detector, masks=True)
+        config = replace(config, detector=replace(config.detector, masks=True))
     if arguments.data is not None:
-        images = replace(images, source=arguments.data)
-    seed = config.seed if arguments.seed is None else arguments.seed
-    config = override(replace(config, model=model, detector=detector, images=images, seed=seed), arguments.set, SEE)
-    config = replace(config, model=replace(config.model, encoding=one_name(config.model.encoding)))
+        config = replace(config, images=replace(config.images, source=arguments.data))
+    config = with_options(config, arguments, SEE)
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.detection import run_detection
-    from sape2.runs.files import check_writable
-    from sape2.tables import print_json, print_table
     from sape2.training.interruption import Stopped
 
     check_writable(folder)
@@ -62,10 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json(rows)
     else:
-        print_table(
-            rows,
-            ["name", "value", "unit", "n", "objects", "protocol"],
-            f"{config.images.name}, {config.model.encoding}{changed}",
-        )
+        title = f"{config.images.name}, {config.model.encoding}{changed}"
+        print_table(rows, ["name", "value", "unit", "n", "objects", "protocol"], title)
         print(f"in {folder}: results.jsonl, metrics.jsonl")
     return 0

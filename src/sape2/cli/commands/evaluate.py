@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from sape2.cli.options import add_json, chosen_measures, whole_number
 from sape2.cli.output import Row, drawn, say, show_results
 from sape2.config import RunConfig
+from sape2.progress import bars
+from sape2.runs.files import check_writable
 
 if TYPE_CHECKING:
     from sape2.runs.run import Run
@@ -34,7 +36,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.runs.files import check_writable
     from sape2.runs.run import Run
 
     run = Run.open_finished(arguments.folder)
@@ -104,8 +105,6 @@ def _for_others(config: RunConfig, folder: str | None, name: str) -> RunConfig:
 def _watching() -> Iterator[Callable[[str, int, bool], None]]:
     """Progress on standard error: in a terminal a line a measure that counts its rows, elsewhere one when it is done."""
     from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from sape2.progress import bars
 
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TextColumn("{task.completed} rows"), TimeElapsedColumn())
     with bars(*columns) as progress:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from sape2.cli.options import add_json
 from sape2.cli.output import say
+from sape2.runs.files import check_writable
+from sape2.tables import print_json, print_table
 
 HELP = "explain a finished run's prediction for one image, as an HTML page"
 
@@ -33,7 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     patches = tuple(_patch(text) for text in arguments.patch)
     from sape2.inspect.explain import explain
     from sape2.inspect.explanation import Choice
-    from sape2.runs.files import check_writable
     from sape2.runs.run import Run
 
     choice = Choice(arguments.layer, arguments.head, patches)
@@ -42,18 +43,13 @@ def run(arguments: argparse.Namespace) -> int:
         check_writable(out.parent)
     run = Run.open_finished(arguments.folder)
     written, rows = explain(run, Path(arguments.image), out, choice, arguments.weights)
-    from sape2.tables import print_json, print_table
-
     if run.note_of_rule:
         say(run.note_of_rule)
-
     if arguments.json:
         print_json(rows)
         return 0
-    likely = [row for row in rows if row["name"] == "probability"]
-    print_table(
-        ({"class": row["class"], "probability": row["value"]} for row in likely), ["class", "probability"], arguments.image
-    )
+    likely = [{"class": row["class"], "probability": row["value"]} for row in rows if row["name"] == "probability"]
+    print_table(likely, ["class", "probability"], arguments.image)
     for row in rows:
         if "message" in row:
             print("note: unlike the training images: " * row["name"].startswith("unlike_") + row["message"])

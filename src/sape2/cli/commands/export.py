@@ -8,6 +8,8 @@ from pathlib import Path
 from sape2.cli.options import add_json, pixel_size
 from sape2.cli.output import Row, say
 from sape2.config import check_image_size
+from sape2.runs.files import check_writable
+from sape2.tables import print_json, print_table
 
 HELP = "write a trained model for other programs, and check the file"
 
@@ -32,7 +34,6 @@ def run(arguments: argparse.Namespace) -> int:
     if size is not None:
         check_image_size(size, run.config.model.patch_size)
     from sape2.models.export import ParityError, export_run, needed
-    from sape2.runs.files import check_writable
 
     needed(arguments.format)
     out = None if arguments.out is None else Path(arguments.out)
@@ -52,8 +53,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _show_parity(rows: list[Row], arguments: argparse.Namespace) -> None:
     """Prints how far the logits of the file differ from those of the model, for each number and size of images."""
-    from sape2.tables import print_json, print_table
-
     if arguments.json:
         print_json(row | {"format": arguments.format} for row in rows)
         return

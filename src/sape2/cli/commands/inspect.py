@@ -8,6 +8,9 @@ from pathlib import Path
 
 from sape2.cli.options import add_json, pixel_size, whole_number
 from sape2.cli.output import drawn, say
+from sape2.runs.files import check_writable, safe_name
+from sape2.runs.rows import write_rows
+from sape2.tables import print_json, print_table
 
 HELP = "measure how much position is in the tokens of a trained backbone"
 MEANING = (
@@ -33,8 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
     limit = whole_number("--limit", arguments.limit)
     from sape2.inspect.backbone import open_backbone
     from sape2.inspect.positions import attention_figure, draw_layers, inspected, note_of_few, read_images, table
-    from sape2.runs.files import check_writable, safe_name
-    from sape2.runs.rows import write_rows
 
     backbone = open_backbone(arguments.model, arguments.weights, size)
     folder = Path(arguments.out or f"runs/inspect-{safe_name(backbone.name)}")
@@ -49,7 +50,6 @@ def run(arguments: argparse.Namespace) -> int:
         say(note)
     about = f"{backbone.notes}; {len(data)} images of {source}, {backbone.image_size[0]}x{backbone.image_size[1]} pixels"
     rows = list(inspected(backbone, data, source))
-    folder.mkdir(parents=True, exist_ok=True)
     write_rows(folder / "results.jsonl", rows)
 
     def draw_attention() -> list[Path]:
@@ -61,8 +61,6 @@ def run(arguments: argparse.Namespace) -> int:
         return [folder / "attention.png"]
 
     files = drawn(partial(draw_layers, rows, folder / "layers.png", f"{backbone.name}, {about}"), draw_attention)
-    from sape2.tables import print_json, print_table
-
     if arguments.json:
         print_json(rows)
         return 0

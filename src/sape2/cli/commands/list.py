@@ -9,6 +9,8 @@ from sape2.cli.catalogue import encodings, measures, probes
 from sape2.cli.options import add_json
 from sape2.cli.output import Row
 from sape2.config import MODELS, sizes_of
+from sape2.config.recipes import DETECTION_RECIPES, RECIPES
+from sape2.tables import print_json, print_table
 
 HELP = "list recipes, encodings, models and other names to choose from"
 
@@ -22,8 +24,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     tables = {"encodings": encodings, "models": _models, "recipes": _recipes, "measures": measures, "probes": probes}
     rows = tables[arguments.what]()
-    from sape2.tables import print_json, print_table
-
     if arguments.json:
         print_json(rows)
     elif arguments.what == "encodings":
@@ -53,9 +53,6 @@ def _models() -> list[Row]:
 
 
 def _recipes() -> list[Row]:
-    from sape2.config.recipes import RECIPES
-    from sape2.config.recipes.coco import DETECTION_RECIPES
-
     rows: list[Row] = []
     for name, recipe in (RECIPES | DETECTION_RECIPES).items():
         config: Any = recipe()

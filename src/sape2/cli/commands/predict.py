@@ -10,6 +10,8 @@ from pathlib import Path
 from sape2.cli.options import add_json, whole_number
 from sape2.cli.output import MANY, Row, say
 from sape2.progress import progress_bar
+from sape2.runs.files import check_writable, write_text
+from sape2.tables import csv_table, print_json, print_table
 
 HELP = "classify images with a finished run"
 NAMED = 10  # files that could not be read; of more, the number
@@ -28,7 +30,6 @@ def run(arguments: argparse.Namespace) -> int:
     top = whole_number("--top", arguments.top)
     out = None if arguments.out is None else _checked(Path(arguments.out))
     from sape2.evaluation.predictions import find_images, predict_files
-    from sape2.runs.files import check_writable
     from sape2.runs.run import Run
 
     run = Run.open_finished(arguments.folder)
@@ -60,9 +61,6 @@ def _checked(out: Path) -> Path:
 
 
 def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
-    from sape2.runs.files import write_text
-    from sape2.tables import csv_table, print_json, print_table
-
     if out is not None:
         text = csv_table(rows) if out.suffix.lower() == ".csv" else json.dumps(rows, indent=1) + "\n"
         write_text(out, text)

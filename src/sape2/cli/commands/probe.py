@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 
 from sape2.cli.options import add_json, split_encodings, whole_number
 from sape2.cli.output import Row, drawn, say
+from sape2.progress import bars
+from sape2.runs.files import check_writable
+from sape2.tables import print_json, print_table
 
 if TYPE_CHECKING:
     from sape2.studies.probing import Cell
@@ -33,9 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     task = find_task(arguments.task)
     if arguments.examples is not None:
         return _draw_examples(arguments.task, Path(arguments.examples))
-    from sape2.runs.files import check_writable
     from sape2.studies.probing import draw_results, table
-    from sape2.tables import print_json, print_table
 
     cells, folder = _probe_cells(arguments), Path(arguments.out or Path("runs") / f"probe-{arguments.task}")
     check_writable(folder)
@@ -77,7 +78,6 @@ def _probe_cells(arguments: argparse.Namespace) -> list[Cell]:
 
 def _run_probes(cells: list[Cell], folder: Path) -> list[Row]:
     """All rows, with a progress bar on standard error; where there is no terminal, a line for each cell."""
-    from sape2.progress import bars
     from sape2.studies.probing import run_cells
 
     rows: list[Row] = []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sape2.cli.options import add_json, chosen_measures, one_name
 from sape2.cli.output import say, show_comparison
+from sape2.runs.files import check_writable
 
 HELP = "show many runs in one table and one set of figures"
 
@@ -29,8 +30,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.runs.files import check_writable
-
     check_writable(Path(arguments.out))
     if any(name.endswith(".jsonl") for name in arguments.folders):
         return _report_raw(arguments)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 from sape2.cli.options import add_json, default_name, resolve
 from sape2.cli.output import Row, drawn, say, show_results
 from sape2.config import RunConfig
+from sape2.config.recipes.changed import changed_in_words
+from sape2.runs.files import check_writable
+from sape2.tables import print_json, print_table
 
 if TYPE_CHECKING:
-    from sape2.data import Splits
-    from sape2.models.vit import ViT
     from sape2.training.processes import Processes
 
 TEST_PASSES = 3  # over the test images at the end: the last weights, the best ones, and the confusion in the figures
@@ -44,29 +45,28 @@ def run(arguments: argparse.Namespace) -> int:
 
     if arguments.dry_run:
         refuse_launcher("sape2 train --dry-run")
+        return _dry_run(config, arguments.json, began)
     with joined() as processes:
         if processes.is_main:
-            return _train(config, arguments, processes, began)
+            return _train(config, arguments, processes)
         from sape2.studies.run import help_to_train
 
         return help_to_train(config, processes)
 
 
-def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes, began: float) -> int:
-    from sape2.runs.files import check_writable
+def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processes) -> int:
     from sape2.runs.run import Run
 
     run = Run(Path(arguments.out or Path("runs") / default_name(config)), config)
-    if not arguments.dry_run:
-        run.check_settings()
-        if run.state != "finished":
-            check_writable(run.folder)
+    run.check_settings()
+    if run.state != "finished":
+        check_writable(run.folder)
     from sape2.data import fingerprint, load_data, open_sources
     from sape2.inspect.pictures import pictures
     from sape2.models.trained import build_model
 
     load = cache(lambda: load_data(config.data, config.model))
-    if not arguments.dry_run and run.is_measured:
+    if run.is_measured:
         if arguments.data is not None:
             run.check_images(fingerprint(open_sources(config.data, config.model)))
         say(f"{run.folder} is finished; choose another --out or --seed for a new run")
@@ -76,8 +76,6 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
         return show_results(run.results(), run, arguments.json, figures)
     model = build_model(config)
     splits = load()
-    if arguments.dry_run:
-        return _dry_run(model, splits, config, arguments.json, time.perf_counter() - began)
     from sape2.studies.run import run_to_end
     from sape2.training.interruption import Stopped
 
@@ -90,21 +88,21 @@ def _train(config: RunConfig, arguments: argparse.Namespace, processes: Processe
     return show_results(rows, run, arguments.json, drawn(*pictures(run, load).values()))
 
 
-def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup_s: float) -> int:
-    """`setup_s` is what it took to get here: libraries, images, model."""
-    from sape2.config.recipes.changed import changed_in_words
-    from sape2.data.augment import TrainStream
+def _dry_run(config: RunConfig, as_json: bool, began: float) -> int:
+    from sape2.data import load_data
     from sape2.evaluation.accuracy import quick_accuracy
     from sape2.evaluation.cost.measure import count_parameters
     from sape2.evaluation.cost.operations import count_model_macs
     from sape2.evaluation.cost.timing import alternate
     from sape2.machine import precision_of
+    from sape2.models.trained import build_model
     from sape2.training.steps import ImageSteps
 
-    stream = TrainStream(splits.train, config.augment, config.train, config.seed)
-    batch = stream[0]
+    model, splits = build_model(config), load_data(config.data, config.model)
+    setup_s = time.perf_counter() - began  # for libraries, images, model
     macs = count_model_macs(model, config.model.in_channels, config.model.image_size)
     steps = ImageSteps(model, splits.train, config)
+    stream, batch = steps.stream, steps.stream[0]
     step_s = statistics.median(alternate({"step": lambda: steps.take(batch)}, repeats=5)["step"])
     start = time.perf_counter()
     quick_accuracy(model, splits.validation)
@@ -121,15 +119,13 @@ def _dry_run(model: ViT, splits: Splits, config: RunConfig, as_json: bool, setup
         "steps": stream.total_steps,
         "precision": precision_of(config.train.precision),
         "device": str(steps.accelerator.device),
-        "augmentation": steps.stream.where_augmented(),
+        "augmentation": stream.where_augmented(),
         "seconds_per_step": step_s,
         "images_per_s": config.train.batch_size / step_s,
         "expected_training_minutes": stream.total_steps * step_s / 60,
         "expected_evaluation_minutes": evaluation_s / 60,  # of the validation set after every epoch, and of the test set
         "expected_minutes": (setup_s + stream.total_steps * step_s + evaluation_s) / 60,  # all, from the command on
     }
-    from sape2.tables import print_json, print_table
-
     if as_json:
         print_json([{"config": config.to_dict()} | summary])
     else:

@@ -7,39 +7,25 @@ from collections.abc import Callable, Iterable
 from sape2.config import RunConfig
 from sape2.config.detection import DetectionConfig
 from sape2.config.names import did_you_mean
-from sape2.config.recipes.cifar import (
-    cifar10,
-    cifar10_budget,
-    cifar10_glance,
-    cifar10_paper,
-    cifar10_short,
-    cifar10_sprint,
-    cifar10_sprint_micro,
-    cifar100,
-    cifar100_paper,
-    cifar100_sprint,
-)
+from sape2.config.recipes import cifar, digits, imagenet, images
 from sape2.config.recipes.coco import DETECTION_RECIPES
-from sape2.config.recipes.digits import digits
-from sape2.config.recipes.imagenet import imagenet, imagenet_base, imagenet_plain
-from sape2.config.recipes.images import images
 
 RECIPES: dict[str, Callable[[], RunConfig]] = {
-    "digits": digits,
-    "images": images,
-    "cifar10": cifar10,
-    "cifar100": cifar100,
-    "cifar10_paper": cifar10_paper,
-    "cifar100_paper": cifar100_paper,
-    "cifar10_budget": cifar10_budget,
-    "cifar10_short": cifar10_short,
-    "cifar10_glance": cifar10_glance,
-    "cifar10_sprint": cifar10_sprint,
-    "cifar100_sprint": cifar100_sprint,
-    "cifar10_sprint_micro": cifar10_sprint_micro,
-    "imagenet": imagenet,
-    "imagenet_base": imagenet_base,
-    "imagenet_plain": imagenet_plain,
+    "digits": digits.digits,
+    "images": images.images,
+    "cifar10": cifar.cifar10,
+    "cifar100": cifar.cifar100,
+    "cifar10_paper": cifar.cifar10_paper,
+    "cifar100_paper": cifar.cifar100_paper,
+    "cifar10_budget": cifar.cifar10_budget,
+    "cifar10_short": cifar.cifar10_short,
+    "cifar10_glance": cifar.cifar10_glance,
+    "cifar10_sprint": cifar.cifar10_sprint,
+    "cifar100_sprint": cifar.cifar100_sprint,
+    "cifar10_sprint_micro": cifar.cifar10_sprint_micro,
+    "imagenet": imagenet.imagenet,
+    "imagenet_base": imagenet.imagenet_base,
+    "imagenet_plain": imagenet.imagenet_plain,
 }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sape2.config import AugmentConfig, DataConfig, RunConfig, TrainConfig, model_config
+from sape2.config.recipes.imagenet import DEIT
 
 CIFAR10 = DataConfig(name="cifar10", mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616))
 CIFAR100 = DataConfig(name="cifar100", mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762))
@@ -56,17 +57,7 @@ def cifar10_paper() -> RunConfig:
         recipe="cifar10_paper",
         model=model_config("vit_small", encoding="ape+sape2:num_positions=10", drop_path=0.1),
         data=CIFAR10,
-        augment=AugmentConfig(
-            crop_padding=4,
-            flip=True,
-            policy="randaugment",
-            policy_magnitude=27,
-            policy_group=1,
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-            repeats=3,
-        ),
+        augment=replace(DEIT, crop_padding=4),
         train=TrainConfig(epochs=400, batch_size=512, lr=5e-4, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, workers=4),
     )
 

@@ -18,6 +18,10 @@ IMAGENET = DataConfig(
     in_memory=False,
     center_crop=0.875,
 )
+# The augmentation of DeiT, apart from how it cuts its boxes.
+DEIT = AugmentConfig(
+    flip=True, policy="randaugment", policy_magnitude=27, policy_group=1, erase=0.25, mixup=0.8, cutmix=1.0, repeats=3
+)
 
 
 def imagenet() -> RunConfig:
@@ -36,17 +40,7 @@ def imagenet() -> RunConfig:
         recipe="imagenet",
         model=model_config("vit_small", image_size=224, patch_size=16, num_classes=1000, encoding="ape+sape2", drop_path=0.1),
         data=IMAGENET,
-        augment=AugmentConfig(
-            crop_area=0.08,
-            flip=True,
-            policy="randaugment",
-            policy_magnitude=27,
-            policy_group=1,
-            erase=0.25,
-            mixup=0.8,
-            cutmix=1.0,
-            repeats=3,
-        ),
+        augment=replace(DEIT, crop_area=0.08),
         train=TrainConfig(epochs=300, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=5, weight_decay=0.05, workers=8),
     )
 
