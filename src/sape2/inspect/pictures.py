@@ -12,7 +12,7 @@ from sape2 import viz
 from sape2.config import RunConfig
 from sape2.data import Splits
 from sape2.evaluation.accuracy import confusion, predict
-from sape2.evaluation.measures import images_taken
+from sape2.evaluation.base import images_taken
 from sape2.evaluation.runs import Row, describe
 from sape2.inspect.explain import as_picture
 from sape2.inspect.explanation import explained
@@ -37,7 +37,7 @@ def pictures(run: Run[RunConfig], images: Callable[[], Splits], load: Load | Non
 
     def confused(path: Path) -> None:
         test = splits().test
-        counts = confusion(predict(model(), test, 500), test.labels)
+        counts = confusion(predict(model(), test), test.labels)
         viz.plot_confusion(counts, test.classes, path, f"{config.model.encoding}, {about}; test set, last weights")
 
     def bias(path: Path) -> None:
