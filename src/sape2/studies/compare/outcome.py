@@ -154,17 +154,21 @@ def outcome(rows: list[Row], baseline: str | None = None) -> Outcome:
     check_one_study(rows)
     finished, failed = ([row for row in rows if ("failed" in row) == wanted] for wanted in (False, True))
     known = list(dict.fromkeys(row["encoding"] for row in rows))
-    if baseline is not None and baseline not in known:
-        raise ValueError(f"there is no run of the baseline {baseline!r}; there are runs of: {', '.join(known) or 'nothing'}")
-    baseline = baseline or (known[0] if known else "")
+    if baseline is not None:
+        _check_baseline(baseline, known)
+    baseline = baseline or next(iter(known), "")
     return Outcome(sorted(finished, key=lambda row: row["seed"]), failed, baseline)
+
+
+def _check_baseline(baseline: str, known: Iterable[str]) -> None:
+    if baseline not in known:
+        raise ValueError(f"there is no run of the baseline {baseline!r}; there are runs of: {', '.join(known) or 'nothing'}")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy_table(found: Outcome, weights: str) -> tuple[list[Row], list[str]]:
-    """Table for people: accuracy with its paired difference."""
     return comparison_table(found.summaries("accuracy", weights), found.baseline)
 
 
@@ -178,8 +182,7 @@ def paired_table(
     baseline that no row is of.
     """
     values = grouped(rows, value)
-    if baseline not in values:
-        raise ValueError(f"there is no run of the baseline {baseline!r}; there are runs of: {', '.join(values) or 'nothing'}")
+    _check_baseline(baseline, values)
     found = summarize(values, baseline)
     lines, columns = comparison_table(found, baseline)
     return [line | {"verdict": found[line["encoding"]].verdict(level)} for line in lines], [*columns, "verdict"]
