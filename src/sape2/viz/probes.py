@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sape2.viz.base import LETTER, LINES, MARKERS, legend_names, picture, put_title, pyplot, save
+from sape2.viz.base import LETTER, LINES, legend_names, line_style, picture, put_title, pyplot, save
 
 Example = tuple[Tensor, dict[tuple[int, int], str], str]  # colours (H, W), texts in cells, caption
 BACKGROUND = "#EEEEEE"
@@ -62,8 +62,8 @@ def plot_probe(points: dict[str, dict[str, list[float]]], chance: dict[str, floa
         offset = 0.8 * ((index + 0.5) / len(points) - 0.5)
         xs = [splits.index(split) + offset for split, values in found.items() for _ in values]
         ys = [value for values in found.values() for value in values]
-        marker = MARKERS[(index + index // len(LINES)) % len(MARKERS)]
-        axis.plot(xs, ys, marker, color=LINES[index % len(LINES)], markersize=5, alpha=0.8, label=names[name])
+        style = line_style(index) | {"linestyle": "none", "markersize": 5}
+        axis.plot(xs, ys, alpha=0.8, label=names[name], **style)
     for place, value in enumerate(chance.values()):
         label = "chance" if place == 0 else None
         axis.plot([place - 0.45, place + 0.45], [value, value], "--", color="#666666", linewidth=1, label=label)
