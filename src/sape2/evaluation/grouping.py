@@ -56,9 +56,7 @@ ABOUT = {
         0.0,
     ),
     "same_label_lift": About(
-        "ratio",
-        f"share of attention that patches of the same label get over their share of the pairs; {PATCHES_ONLY}",
-        1.0,
+        "ratio", f"share of attention that patches of the same label get over their share of the pairs; {PATCHES_ONLY}", 1.0
     ),
     "grouping_index": About("index", f"(A_same - A_different) / (A_same + A_different), means over pairs; {PATCHES_ONLY}", 0.0),
     "bias_auroc": About("AUROC", "signed bias as a score for 'same label', over the ordered pairs of an image", 0.5, True),

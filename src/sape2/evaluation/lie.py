@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sape2.evaluation.base import LabelledImages, Row, drawn, evaluating, mean_row
 from sape2.evaluation.translation import Border, ShiftAxis, shift_derivative
+from sape2.training.memory_errors import is_out_of_memory
 
 
 def lie_derivative(
@@ -47,9 +48,9 @@ def lie_derivative_error(
                 lie_derivative(model, images.to(device), axis, border).float().cpu()
                 for images, _ in drawn(data, limit).batches(batch_size)
             ]
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"a {type(model).__name__} has no forward-mode derivative ({reason}), so its Lie derivative cannot be measured"

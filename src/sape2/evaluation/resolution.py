@@ -31,6 +31,7 @@ from sape2.evaluation.base import (
 )
 from sape2.evaluation.equivariance import centred
 from sape2.evaluation.views import AS_BUILT, Size, View, describe_rule, oblong_sizes, rules, views
+from sape2.training.memory_errors import is_out_of_memory
 
 BIAS_LIMIT = 10  # images of `bias_size`
 FALL = 0.05  # of accuracy, for `size_at_5_points`
@@ -245,7 +246,7 @@ def _spread_and_mean(bias: Float[Tensor, "batch heads tokens tokens"]) -> Float[
 
 def _refusal(error: Exception, view: View, size: Size) -> str:
     """The reason in one line. What is no refusal is raised: memory that ran out, a model that does not run at all."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         raise error
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if view.size == size:

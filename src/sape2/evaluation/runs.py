@@ -103,3 +103,9 @@ def describe(run: Run[RunConfig]) -> Row:
         "torch": torch.__version__,
         "hardware": hardware(),
     }
+
+
+def in_words(row: Row) -> str:
+    """Model, data, epochs and changed settings of a row, for a title."""
+    changed = f", {row['changed']}" if row.get("changed") else ""
+    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}{changed}"

@@ -213,15 +213,10 @@ def table(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
     """A line for each encoding (and number of layers), mean +- standard deviation over seeds; chance stands in the heading."""
     headings = {name: f"{name} ({task.splits[name].chance:.3f})" for name in measured_splits(task)}
     lines: dict[tuple, Row] = {}
-    precisions: dict[tuple, set[Any]] = {}
-    for row in rows:
-        precisions.setdefault((row["encoding"], row["layers"]), set()).add(row.get("precision"))
-    values = grouped(
-        (row for row in rows if row["name"] == "accuracy"), by=("encoding", "layers", "precision", "split"), pair=("seed",)
-    )
+    values = grouped((row for row in rows if row["name"] == "accuracy"), by=("encoding", "layers", "precision", "split"))
     for (encoding, layers, precision, split), found in summarize(values).items():
-        several = len(precisions[encoding, layers]) > 1  # no seeds of one line
-        name = f"{encoding}, {precision}" if several else encoding
+        precisions = {other[2] for other in values if other[:2] == (encoding, layers)}
+        name = encoding if len(precisions) == 1 else f"{encoding}, {precision}"  # seeds of one line have one precision
         line = lines.setdefault((name, layers), {"encoding": name, "layers": layers})
         line["seeds"] = found.n
         line[headings[split]] = found.spread(3)

@@ -19,12 +19,9 @@ def plot_examples(panels: dict[str, list[Example]], path: Path, title: str) -> N
     """A row of scenes for every split. Colours carry their number as text, so that none has to be told by hue alone."""
     plt = pyplot()
     columns = max(len(examples) for examples in panels.values())
-    heights = [max(len(colours) for colours, _, _ in examples) for examples in panels.values()]
-    size = (3.3 * columns + 0.5, sum(0.7 + 2.6 * max(1.0, height / 12) for height in heights))
-    ratios = [max(1.0, height / 12) for height in heights]
-    figure, axes = plt.subplots(
-        len(panels), columns, figsize=size, squeeze=False, layout="constrained", gridspec_kw={"height_ratios": ratios}
-    )
+    heights = [max(12, *(len(colours) for colours, _, _ in examples)) / 12 for examples in panels.values()]
+    size = (3.3 * columns + 0.5, sum(0.7 + 2.6 * height for height in heights))
+    figure, axes = plt.subplots(len(panels), columns, figsize=size, height_ratios=heights, squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=10)
     for row, (split, examples) in zip(axes, panels.items(), strict=True):
         row[0].set_ylabel(split, fontsize=10)

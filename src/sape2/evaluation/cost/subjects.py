@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from sape2.models.vit import create_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN, NONE = "plain", "none"  # the yardsticks: attention written with products, and the same code without an encoding
-Module = TypeVar("Module", bound=nn.Module)
 PATCH_SIZE, NUM_CLASSES = 16, 1000  # of the models: a 14x14 grid is an image of 224 pixels
 
 
@@ -152,5 +150,5 @@ def _autocast(point: Point) -> torch.autocast:
     return torch.autocast(point.device.type, DTYPES[point.dtype], enabled=point.dtype != "fp32")
 
 
-def _in_mode(module: Module, training: bool) -> Module:
+def _in_mode(module: nn.Module, training: bool) -> nn.Module:
     return module if module.training == training else module.train(training)
