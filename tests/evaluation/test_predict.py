@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -123,9 +124,9 @@ def test_batches_are_halved_until_they_fit(run, mine, monkeypatch):
         return load(images)
 
     load = load_run_model(held)
-    model.parameters, model.eval, model.train, model.training = load.parameters, load.eval, load.train, False
+    model.parameters, model.buffers, model.modules, model.eval = load.parameters, load.buffers, load.modules, load.eval
     monkeypatch.setattr(predictions, "load_run_model", lambda *_: model)
-    monkeypatch.setattr(predictions, "BATCH", 8)
+    monkeypatch.setattr(predictions, "predict", partial(accuracy.predict, batch_size=8))
     found = predict_files(held, files).rows
     assert tried == [8, 4, 4, 2]
     assert [row["class"] for row in found] == [row["class"] for row in expected]

@@ -127,7 +127,7 @@ def test_lines_and_heads_say_what_their_colours_mean():
     panel = line_panel(image, (2, 2), (0, 0), "x", values, "Along the row")
     assert texts(panel)[-9:] == ["gate (share)", "0.000", "1.000", "position (rows)", "0.500", "3.000", "vector (logits)",
                                  "-2.000", "2.000"]  # fmt: skip
-    heads = heads_panel(np.array([[0.5, 1.5]]), "Positions", "rows of the table")
+    heads = heads_panel(np.array([[0.5, 1.5]]), "Positions", "rows of the table", 1.5)
     assert texts(heads)[-2:] == ["0.000", "1.500"]
 
 

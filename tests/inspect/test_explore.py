@@ -130,7 +130,7 @@ def test_every_encoding_opens_and_shows_what_there_is(encoding, shown):
     assert {section.key for section in sections(view)} == shown
     assert (view.columns[0].bias is None) == (encoding in ("none", "ape", "rope"))
     assert "nan" not in "".join(to_html(view))
-    json.loads(json.dumps(view.to_dict(), default=float))
+    json.loads(view.to_json())
 
 
 def test_a_second_column_is_another_head_layer_run_or_the_image_not_moved(scope):

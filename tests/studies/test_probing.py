@@ -73,10 +73,10 @@ def test_a_model_that_is_right_scores_1_and_a_constant_one_chance(split, monkeyp
     monkeypatch.setattr(probing, "TOKENS_MEASURED", 64)
     task, model = TASKS["count"], build_model(Cell("count", "none"))
     monkeypatch.setattr(probing, "answer", oracle)
-    (row,) = measure(model, task, "count", split, CPU)
+    row = measure(model, task, "count", split, CPU)
     assert (row["value"], row["n"]) == (1.0, 4 * 64)
     monkeypatch.setattr(probing, "answer", constant)
-    (row,) = measure(model, task, "count", split, CPU)
+    row = measure(model, task, "count", split, CPU)
     assert row["value"] == pytest.approx(row["chance"], abs=0.09)  # 4 standard deviations of 256 answers
 
 
@@ -105,8 +105,8 @@ def test_a_finished_cell_is_read_and_an_incomplete_one_is_trained_again(tiny, tm
 
 def test_rows_name_the_rule_for_larger_grids(tiny):
     model = build_model(Cell("count", "sape2"))
-    (same,) = measure(model, TASKS["count"], "count", TRAIN, CPU)
-    (larger,) = measure(model, TASKS["count"], "count", "12x12", CPU)
+    same = measure(model, TASKS["count"], "count", TRAIN, CPU)
+    larger = measure(model, TASKS["count"], "count", "12x12", CPU)
     assert "the training grid" in same["protocol"]
     assert "SaPE2 clamp" in larger["protocol"]
 

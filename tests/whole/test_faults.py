@@ -236,7 +236,7 @@ def test_only_errors_of_writing_are_told_as_such(tmp_path, error, named):
 
 
 def test_a_read_only_run_is_named_before_it_is_measured(run, monkeypatch, line_of):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Path, "touch", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     monkeypatch.setattr(Run, "load", lambda *_: pytest.fail("it measures"))
     line = line_of("evaluate", run)
     assert f"{run} cannot be written to" in line

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, count_images, drawn, mean_row, row
+from sape2.evaluation.base import LabelledImages, count_images, drawn, evaluating, mean_row, row
 from sape2.training.memory_errors import is_out_of_memory
 
 
@@ -52,33 +52,26 @@ def calibration_error(
     return ((correct / filled - confident / filled).abs() * (count / len(labels))).sum()
 
 
-def quick_accuracy(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> tuple[float, float]:
+def quick_accuracy(model: nn.Module, data: LabelledImages) -> tuple[float, float]:
     """(top-1 accuracy, mean cross-entropy): what training asks of the validation set after every epoch."""
-    logits = predict(model, data, batch_size)
+    logits = predict(model, data)
     return (logits.argmax(1) == data.labels).double().mean().item(), F.cross_entropy(logits, data.labels).item()
 
 
-@torch.no_grad()
-def predict(
-    model: nn.Module, data: LabelledImages, batch_size: int, limit: int | None = None
-) -> Float[Tensor, "images classes"]:
-    """Logits for `limit` images drawn by class (None: all), in float32 on the CPU; the model is left in the mode it was in.
+def predict(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> Float[Tensor, "images classes"]:
+    """Logits in float32 on the CPU; the model is left in the mode it was in.
 
     Of no images they are (0, 0). Where batches of this size do not fit into memory, they are halved until they do.
     """
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     try:
-        logits = [model(images.to(device)).float().cpu() for images, _ in drawn(data, limit).batches(batch_size)]
+        with evaluating(model) as device:
+            logits = [model(images.to(device)).float().cpu() for images, _ in data.batches(batch_size)]
     except (RuntimeError, MemoryError) as error:
         if batch_size == 1 or not is_out_of_memory(error):
             raise
         logits = None
-    finally:
-        model.train(was_training)
     if logits is None:
-        return predict(model, data, batch_size // 2, limit)
+        return predict(model, data, batch_size // 2)
     return torch.cat(logits) if logits else torch.empty(0, 0)
 
 

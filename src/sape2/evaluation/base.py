@@ -99,24 +99,21 @@ def interval_of(values: Float[Tensor, " images"], is_share: bool = False) -> Row
     return {"ci_low": low, "ci_high": high} if low < high else {}
 
 
-def wilson_interval(share: float, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a share p of n images (1927): with z the normal quantile,
+def wilson_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % score interval of a share p of n images (1927): with z the normal quantile,
 
     (p + z²/2n ± z √(p (1 - p)/n + z²/4n²)) / (1 + z²/n). Of 12 right of 12 it is 0.758 to 1, not 1 to 1.
     """
-    z = statistics.NormalDist().inv_cdf((1 + level) / 2)
+    z = statistics.NormalDist().inv_cdf(0.975)
     middle, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
     low, high = ((middle + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
     return max(0.0, min(low, share)), min(1.0, max(high, share))
 
 
-def bootstrap_interval(
-    values: Float[Tensor, " images"], level: float = 0.95, resamples: int = 1000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile interval of the mean when whole images are drawn again with replacement (Efron)."""
-    means = resampled_means(values[None], resamples, seed)[:, 0]
-    tail = (1 - level) / 2
-    low, high = torch.quantile(means, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+def bootstrap_interval(values: Float[Tensor, " images"]) -> tuple[float, float]:
+    """95 % percentile interval of the mean when whole images are drawn again with replacement (Efron)."""
+    means = resampled_means(values[None])[:, 0]
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return low, high
 
 
@@ -140,6 +137,7 @@ def _resampled_counts(images: int, resamples: int, seed: int) -> Float[Tensor, "
 # --- which images ----------------------------------------------------------------------------------------------------
 
 
+LIMITS = {"shift": 1000, "resolution": 200, "grouping": 1000, "health": 1000, "cost": 64}  # images, unless told; others: all
 DRAW_SEED = 0  # of the images that a limit leaves, so that all models are measured on the same ones
 
 
@@ -182,15 +180,19 @@ class Drawn:
         yield from zip(torch.cat(images).split(batch_size), torch.cat(labels).split(batch_size), strict=True)
 
 
-def count_images(data: LabelledImages, limit: int | None, default: int | None = None) -> int:
-    """Number of images to measure: `limit`, or `default` (None: all) where it is None; never more than there are.
+def images_taken(measure: str, limit: int | None, there: int) -> int:
+    """Number of images that a measure takes, out of `there`, under a limit (None: its own)."""
+    wanted = LIMITS.get(measure, there) if limit is None else limit
+    if measure == "cost":
+        wanted = min(wanted, LIMITS["cost"])
+    return min(wanted, there)
 
-    Raises ValueError for a limit below 1.
-    """
-    wanted = default if limit is None else limit
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"the number of images to measure on must be at least 1; got {wanted}")
-    return len(data.labels) if wanted is None else min(wanted, len(data.labels))
+
+def count_images(data: LabelledImages, limit: int | None, measure: str = "") -> int:
+    """Number of images to measure on, all of them if it is no named measure; raises ValueError for a limit below 1."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"the number of images to measure on must be at least 1; got {limit}")
+    return images_taken(measure, limit, len(data.labels))
 
 
 def image_size(data: LabelledImages) -> tuple[int, int]:

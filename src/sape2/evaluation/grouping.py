@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid
 from sape2.evaluation import pairs
-from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, image_size, mean_row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, mean_row, patch_size
 from sape2.evaluation.layers import Layer, grid_of, layers_of, mapped
 from sape2.evaluation.scenes import make_scenes
 
-LIMIT = 1000  # images
 SCENES = 256  # synthetic ones, fewer if there are fewer images
 ON_SCENES = "synthetic scenes with true masks, out of distribution for a model trained on other images"
 PATCHES_ONLY = "grid tokens only, attention rows scaled to sum to 1 again"
@@ -57,9 +56,7 @@ ABOUT = {
         0.0,
     ),
     "same_label_lift": About(
-        "ratio",
-        f"share of attention that patches of the same label get over their share of the pairs; {PATCHES_ONLY}",
-        1.0,
+        "ratio", f"share of attention that patches of the same label get over their share of the pairs; {PATCHES_ONLY}", 1.0
     ),
     "grouping_index": About("index", f"(A_same - A_different) / (A_same + A_different), means over pairs; {PATCHES_ONLY}", 0.0),
     "bias_auroc": About("AUROC", "signed bias as a score for 'same label', over the ordered pairs of an image", 0.5, True),
@@ -75,15 +72,14 @@ def grouping(model: nn.Module, data: LabelledImages, limit: int | None = None, b
     images, drawn by class (None: 1,000).
     """
     mapped(model, "grouping")
-    number = count_images(data, limit, LIMIT)
+    number = count_images(data, limit, "grouping")
     images, _ = next(data.batches(1))
     grid = grid_of(model, images)
     shown = drawn(data, number).batches(batch_size)
     found = ((layer.number, without_labels(layer)) for some, _ in shown for layer in layers_of(model, some))
     yield from _rows(found, grid)
     if min(grid) >= 3:
-        height, width = image_size(data)
-        scenes, labels = make_scenes(min(number, SCENES), images.shape[1], grid, (height // grid[0], width // grid[1]))
+        scenes, labels = make_scenes(min(number, SCENES), images.shape[1], grid, patch_size(model, data))
         labelled = zip(scenes.split(batch_size), labels.split(batch_size), strict=True)
         found = ((layer.number, with_labels(layer, of)) for some, of in labelled for layer in layers_of(model, some))
         yield from _rows(found, grid)

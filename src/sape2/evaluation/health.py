@@ -22,7 +22,6 @@ from sape2.evaluation.findings import findings
 from sape2.evaluation.layers import Layer, layers_of, mapped
 from sape2.evaluation.position import position_content
 
-LIMIT = 1000  # images
 LOW, HIGH = 0.01, 0.99  # a gate beyond these hardly learns
 GRADIENT_IMAGES = 64
 GATES = "all gates of the layer, mean of heads"
@@ -53,7 +52,7 @@ def health(model: nn.Module, data: LabelledImages, limit: int | None = None, bat
     `limit`: so many images, drawn by class (None: 1,000); gradients are those of 64 of them.
     """
     mapped(model, "health")
-    number = count_images(data, limit, LIMIT)
+    number = count_images(data, limit, "health")
     batches = (layers_of(model, images) for images, _ in drawn(data, number).batches(batch_size))
     rows = [*layer_rows(batches, encodings_of(model)), *parameter_rows(model, data, number)]
     yield from rows

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sape2.evaluation.base import LabelledImages, Row, drawn, evaluating, mean_row
 from sape2.evaluation.translation import Border, ShiftAxis, shift_derivative
+from sape2.training.memory_errors import is_out_of_memory
 
 
 def lie_derivative(
@@ -34,12 +35,7 @@ def lie_derivative(
 
 
 def lie_derivative_error(
-    model: nn.Module,
-    data: LabelledImages,
-    axis: ShiftAxis,
-    border: Border,
-    limit: int | None = None,
-    batch_size: int = 50,
+    model: nn.Module, data: LabelledImages, axis: ShiftAxis, border: Border, limit: int | None = None, batch_size: int = 50
 ) -> list[Row]:
     """Rows: lie_derivative_error, the mean over images of ||L f||^2 / classes (the paper's norm), and
 
@@ -52,9 +48,9 @@ def lie_derivative_error(
                 lie_derivative(model, images.to(device), axis, border).float().cpu()
                 for images, _ in drawn(data, limit).batches(batch_size)
             ]
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             reason = str(error).split("\n")[0]
             raise ValueError(
                 f"a {type(model).__name__} has no forward-mode derivative ({reason}), so its Lie derivative cannot be measured"

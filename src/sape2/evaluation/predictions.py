@@ -22,8 +22,6 @@ from sape2.models.trained import load_run_model
 from sape2.runs.run import Run
 from sape2.training.memory_errors import ON_CPU, memory_message, told_in_one_line
 
-BATCH = 500  # images, as in `accuracy`; halved where they do not fit into memory
-
 
 @dataclass
 class Predictions:
@@ -78,7 +76,7 @@ def predict_files(
     images = LooseFiles(files, config.data, config.model, look, watch)
     with told_in_one_line(lambda: memory_message("with one image", config.model, [ON_CPU])), warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # what it warns of is refused, and named
-        logits = predict(model, images, BATCH)
+        logits = predict(model, images)
     predictions.unreadable = {plain_name(file): images.unreadable[file] for file in files if file in images.unreadable}
     readable = [file for file in files if file not in images.unreadable]
     predictions.rows = _rows(readable, logits, list(map(plain_name, run.classes)), top)

@@ -31,8 +31,8 @@ from sape2.evaluation.base import (
 )
 from sape2.evaluation.equivariance import centred
 from sape2.evaluation.views import AS_BUILT, Size, View, describe_rule, oblong_sizes, rules, views
+from sape2.training.memory_errors import is_out_of_memory
 
-LIMIT = 200  # images of the accuracies
 BIAS_LIMIT = 10  # images of `bias_size`
 FALL = 0.05  # of accuracy, for `size_at_5_points`
 Predictions = dict[View, Int[Tensor, " images"]]
@@ -44,7 +44,7 @@ def resolution(model: nn.Module, data: LabelledImages, limit: int | None = None,
     `limit` images (None: 200). Measured under every rule that the encodings know for grids beyond the training grid, the
     model's own first. Raises ValueError for a model that does not tell its patch, or does not run at its own size.
     """
-    size, patch, images = image_size(data), patch_size(model, data), count_images(data, limit, LIMIT)
+    size, patch, images = image_size(data), patch_size(model, data), count_images(data, limit, "resolution")
     labels, refused = drawn(data, images).labels.cpu(), dict[View, str]()
     built: Curve | None = None
     for rule, variant in rules(model).items():
@@ -181,22 +181,20 @@ def _without_size(conditions: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in conditions.items() if name not in ("size", "grid")}
 
 
-def size_at_fall(sizes: list[int], accuracies: Float[Tensor, "curves sizes"], fall: float = FALL) -> Float[Tensor, " curves"]:
-    """Size at which each curve, linear between `sizes`, first is `fall` below its first value; inf if it never is."""
-    fallen = accuracies <= accuracies[:, :1] - fall
+def size_at_fall(sizes: list[int], accuracies: Float[Tensor, "curves sizes"]) -> Float[Tensor, " curves"]:
+    """Size at which each curve, linear between `sizes`, first is `FALL` below its first value; inf if it never is."""
+    fallen = accuracies <= accuracies[:, :1] - FALL
     after = fallen.double().argmax(1, keepdim=True).clamp(min=1)  # the first size at which it has fallen, if there is one
     right, left = (accuracies.gather(1, index)[:, 0] for index in (after, after - 1))
     end, start = (torch.tensor(sizes).to(accuracies)[index[:, 0]] for index in (after, after - 1))
-    place = start + (end - start) * (left - accuracies[:, 0] + fall) / (left - right)
+    place = start + (end - start) * (left - accuracies[:, 0] + FALL) / (left - right)
     return torch.where(fallen.any(1), place, torch.inf)
 
 
-def fall_interval(
-    sizes: list[int], correct: Float[Tensor, "sizes images"], level: float = 0.95
-) -> tuple[float | None, float | None]:
-    """Percentile bootstrap interval of `size_at_fall` over images, every size on the same ones; None: never falls so far."""
+def fall_interval(sizes: list[int], correct: Float[Tensor, "sizes images"]) -> tuple[float | None, float | None]:
+    """95 % bootstrap interval of `size_at_fall` over images, every size on the same ones; None: never falls so far."""
     found = size_at_fall(sizes, resampled_means(correct)).sort().values
-    ends = (found[int(share * (len(found) - 1))].item() for share in ((1 - level) / 2, (1 + level) / 2))
+    ends = (found[int(share * (len(found) - 1))].item() for share in (0.025, 0.975))
     low, high = (None if math.isinf(end) else end for end in ends)
     return low, high
 
@@ -248,7 +246,7 @@ def _spread_and_mean(bias: Float[Tensor, "batch heads tokens tokens"]) -> Float[
 
 def _refusal(error: Exception, view: View, size: Size) -> str:
     """The reason in one line. What is no refusal is raised: memory that ran out, a model that does not run at all."""
-    if isinstance(error, torch.OutOfMemoryError):
+    if is_out_of_memory(error):
         raise error
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     if view.size == size:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -13,7 +12,8 @@ from sape2.config import RunConfig
 from sape2.config.recipes.changed import changed_in_words
 from sape2.data import ImageData, ImageFiles, Splits
 from sape2.data.labels import first_of
-from sape2.evaluation.measures import MEASURES, images_taken
+from sape2.evaluation.base import images_taken
+from sape2.evaluation.measures import MEASURES
 from sape2.machine import hardware
 from sape2.models.trained import Load, load_run_model
 from sape2.runs.run import Run
@@ -40,15 +40,10 @@ def measure(
     `limit` images (None: what each measure takes by default), drawn by class; rows carry it where there are more, and never
     take the place of rows over more images. `watch` is told the measure, how many rows it has given so
     far, and whether it has finished. `other_data` names images that are not the run's own: their rows say so. `load` gives the
-    models to a caller that uses them again. Raises PermissionError before it measures if rows could not be written, ValueError
-    for other images without a name, OutOfMemory.
+    models to a caller that uses them again. Raises ValueError for other images without a name, OutOfMemory.
     """
     if other_data is None:
         run.check_images(splits.train.fingerprint, MEASURE_OTHERS)
-    if not os.access(run.folder, os.W_OK):
-        raise PermissionError(
-            f"{run.folder} cannot be written to, and rows go into its results.jsonl; measure a copy of the folder"
-        )
     data: ImageData | ImageFiles = getattr(splits, split)
     rows: list[Row] = []
     for which in weights:
@@ -108,3 +103,9 @@ def describe(run: Run[RunConfig]) -> Row:
         "torch": torch.__version__,
         "hardware": hardware(),
     }
+
+
+def in_words(row: Row) -> str:
+    """Model, data, epochs and changed settings of a row, for a title."""
+    changed = f", {row['changed']}" if row.get("changed") else ""
+    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}{changed}"

@@ -41,7 +41,7 @@ def make_scenes(
 def _scene(channels: int, grid: Grid, patch: tuple[int, int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """One image (C, height, width) and the labels of its patches, (N,)."""
     height, width = grid[0] * patch[0], grid[1] * patch[1]
-    textures = [_Texture.draw(channels, colour, generator) for colour in _colours(channels, generator)]
+    textures = [_Texture.draw(colour, generator) for colour in _colours(channels, generator)]
     image = textures[0].paint(height, width, generator)
     labels = torch.zeros(grid, dtype=torch.long)
     for index, (top, left, rows, columns) in enumerate(_layout(grid, generator)):
@@ -112,7 +112,7 @@ class _Texture:
     wave: Float[Tensor, " 2"]
 
     @classmethod
-    def draw(cls, channels: int, colour: Tensor, generator: torch.Generator) -> _Texture:
+    def draw(cls, colour: Tensor, generator: torch.Generator) -> _Texture:
         """Wavelengths of 3 to 8 pixels, in any direction."""
         length = 3 + 5 * torch.rand((), generator=generator)
         angle = math.pi * torch.rand((), generator=generator)

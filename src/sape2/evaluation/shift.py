@@ -27,17 +27,10 @@ from sape2.evaluation.base import (
 )
 from sape2.evaluation.equivariance import equivariance
 from sape2.evaluation.lie import lie_derivative_error
-from sape2.evaluation.translation import (
-    Border,
-    ShiftRange,
-    consistency_ranges,
-    shift_sets,
-    shift_sizes,
-    translate,
-)
+from sape2.evaluation.translation import Border, ShiftRange, consistency_ranges, shift_sets, shift_sizes, translate
 
 SEED = 0
-LIMIT = 1000  # images of `consistency`; what costs more passes an image sees a share of them
+# Shares of the images of `consistency`: what costs more passes an image sees fewer.
 SHARES = {"consistency": 1.0, "curve": 0.25, "eq_t": 0.2, "worst_case": 0.1, "lie": 0.1, "layers": 0.05}
 
 
@@ -48,7 +41,7 @@ def shift(model: nn.Module, data: LabelledImages, limit: int | None = None, batc
     Features and biases are measured on a `MappedModel` only. Raises ValueError for a model that does not tell its patch.
     """
     size, patch = image_size(data), patch_size(model, data)
-    whole = count_images(data, limit, LIMIT)
+    whole = count_images(data, limit, "shift")
     images = {name: max(round(share * whole), min(whole, 20)) for name, share in SHARES.items()}
     for shifts in consistency_ranges(size, patch):
         yield from consistency(model, data, shifts, images["consistency"], batch_size)

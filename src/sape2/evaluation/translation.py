@@ -17,7 +17,6 @@ from torch import Tensor
 
 Border = Literal["circular", "reflect"]
 ShiftAxis = Literal["x", "y"]
-DIMENSION = {"y": -2, "x": -1}
 
 
 def source_index(place: Int[Tensor, "*shape"], length: int, border: Border) -> Int[Tensor, "*shape"]:
@@ -61,7 +60,7 @@ def shift_derivative(
     Linear interpolation has a kink at whole shifts; this is the mean of its derivatives from the left and from the right,
     and the limit of its central difference.
     """
-    dimension = DIMENSION[axis]
+    dimension = -2 if axis == "y" else -1
     length = images.shape[dimension]
     place = torch.arange(length, device=images.device)
     before, after = (images.index_select(dimension, source_index(place + step, length, border)) for step in (-1, 1))

@@ -112,9 +112,9 @@ class Explanation:
     def has(self, name: str) -> bool:
         return any(row["name"] == name for row in self.rows)
 
-    def number(self, name: str, layer: int, axis: str | None = None) -> float | None:
-        """A value of the health rows."""
-        found = (r["value"] for r in self.rows if (r["name"], r.get("layer"), r.get("axis")) == (name, layer, axis))
+    def number(self, name: str, layer: int) -> float | None:
+        """A value of the health rows that is not of one axis."""
+        found = (r["value"] for r in self.rows if (r["name"], r.get("layer"), r.get("axis")) == (name, layer, None))
         return next(found, None)
 
     # --- in words ---

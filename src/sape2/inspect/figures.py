@@ -53,10 +53,7 @@ def answer_figure(
 
 
 def pairs_figure(
-    layers: dict[str, Float[Tensor, "tokens tokens"]],
-    grid: Grid,
-    patches: dict[str, Patch],
-    quantity: str = "bias (logits)",
+    layers: dict[str, Float[Tensor, "tokens tokens"]], grid: Grid, patches: dict[str, Patch], quantity: str = "bias (logits)"
 ) -> list[Drawing]:
     """The bias or the attention of the layers between all patches, and from each named patch (row, column) to all others.
 
@@ -106,10 +103,9 @@ def distance_figure(
     layers: dict[str, Float[Tensor, "maps tokens tokens"]], grid: Grid, quantity: str = "bias (logits)"
 ) -> list[Drawing]:
     """Each layer's bias (or attention) against the distance of the two patches, on one scale for all layers."""
-    values = {name: maps.double().numpy() for name, maps in layers.items()}
-    bands = [by_distance(maps, grid) for maps in values.values()]
-    limits = limits_of(np.array([mean + sign * spread for mean, spread in bands for sign in (1, -1)]))
-    return [distance_panel(maps, grid, name, quantity, limits) for name, maps in values.items()]
+    bands = {name: by_distance(maps.double().numpy(), grid) for name, maps in layers.items()}
+    limits = limits_of(np.array([mean + sign * spread for mean, spread in bands.values() for sign in (1, -1)]))
+    return [distance_panel(*band, name, quantity, limits) for name, band in bands.items()]
 
 
 # --- several drawings as one -----------------------------------------------------------------------------------------

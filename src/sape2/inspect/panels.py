@@ -74,20 +74,14 @@ class Over:
 
 
 def image_panel(
-    pixels: np.ndarray,
-    grid: Grid,
-    marks: Sequence[Mark],
-    title: str,
-    note: str = "",
-    width: Length = OVERLAID,
-    over: Over | None = None,
+    pixels: np.ndarray, grid: Grid, marks: Sequence[Mark], title: str, note: str = "", over: Over | None = None
 ) -> Drawing:
     """The image, (channels, height, width) uint8, with its patches; a click on one chooses it.
 
     With `over` its values lie over the image in colour, as in figure 4 of the paper, with their scale below.
     """
     tall, broad = pixels.shape[-2:]
-    zoom = min(width / broad, 1.25 * width / tall)
+    zoom = min(OVERLAID / broad, 1.25 * OVERLAID / tall)
     cell_h, cell_w = zoom * tall / grid[0], zoom * broad / grid[1]
     shown = raster(0, HEAD, zoom * broad, zoom * tall, in_colour(pixels))
     limits = (0.0, 1.0) if over is None else over.limits or limits_of([over.values])
@@ -104,9 +98,9 @@ def image_panel(
     shapes = (*heading(title, note), shown, *cells, *frames)
     bottom = HEAD + zoom * tall
     if over is None:
-        return Drawing(width, bottom, shapes, f"{title} {note}")
+        return Drawing(OVERLAID, bottom, shapes, f"{title} {note}")
     scale = _scale(limits, SEQUENTIAL, bottom + 6, zoom * broad)
-    return Drawing(width, bottom + 28, (*shapes, *scale), f"{title} ({note}), over the image")
+    return Drawing(OVERLAID, bottom + 28, (*shapes, *scale), f"{title} ({note}), over the image")
 
 
 def in_colour(pixels: np.ndarray) -> np.ndarray:
@@ -180,15 +174,10 @@ def _scale(limits: Limits, colours: str, y: Length, width: Length, x: Length = 0
     yield text(x + width, y + 18, high, 10.5, FAINT, "end")
 
 
-def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits | None = None, width: Length = NARROW) -> Drawing:
+def matrix_panel(values: np.ndarray, title: str, unit: str, limits: Limits, width: Length) -> Drawing:
     """All pairs, (N, N), the patch that one looks from down, the other across; too many to point at."""
-    limits = limits or limits_of([values])
     fills = colour(_shares(values, limits))
-    shapes = (
-        *heading(title, unit),
-        raster(0, HEAD, width, width, fills),
-        *_scale(limits, SEQUENTIAL, HEAD + width + 6, width),
-    )
+    shapes = (*heading(title, unit), raster(0, HEAD, width, width, fills), *_scale(limits, SEQUENTIAL, HEAD + width + 6, width))
     return Drawing(width, HEAD + width + 28, shapes, f"{title} ({unit})")
 
 
@@ -272,9 +261,9 @@ def _short(value: Length) -> str:
     return words.replace("-0.", "-.") if words.startswith("-0.") else words
 
 
-def heads_panel(values: np.ndarray, title: str, note: str, largest: float | None = None) -> Drawing:
-    """One line of cells for each head, (heads, places)."""
-    limits, tall = (0.0, largest or max(float(values.max()), 1e-9)), 20.0
+def heads_panel(values: np.ndarray, title: str, note: str, largest: float) -> Drawing:
+    """One line of cells for each head, (heads, places), in colours from 0 to `largest`."""
+    limits, tall = (0.0, max(largest, 1e-9)), 20.0
     shapes = list(heading(title, note))
     for head, of_head in enumerate(values, 1):
         says = [f"head {head}, place {m}:" for m in range(len(of_head))]

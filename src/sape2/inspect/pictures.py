@@ -12,8 +12,8 @@ from sape2 import viz
 from sape2.config import RunConfig
 from sape2.data import Splits
 from sape2.evaluation.accuracy import confusion, predict
-from sape2.evaluation.measures import images_taken
-from sape2.evaluation.runs import Row, describe
+from sape2.evaluation.base import images_taken
+from sape2.evaluation.runs import Row, describe, in_words
 from sape2.inspect.explain import as_picture
 from sape2.inspect.explanation import explained
 from sape2.models.trained import Load, load_run_model
@@ -29,7 +29,7 @@ def pictures(run: Run[RunConfig], images: Callable[[], Splits], load: Load | Non
     first that needs them.
     """
     config, figures = run.config, run.folder / "figures"
-    about = _about(describe(run))
+    about = in_words(describe(run))
     model, splits = cache(partial(load or partial(load_run_model, run), "last")), cache(images)
 
     def curves(path: Path) -> None:
@@ -37,7 +37,7 @@ def pictures(run: Run[RunConfig], images: Callable[[], Splits], load: Load | Non
 
     def confused(path: Path) -> None:
         test = splits().test
-        counts = confusion(predict(model(), test, 500), test.labels)
+        counts = confusion(predict(model(), test), test.labels)
         viz.plot_confusion(counts, test.classes, path, f"{config.model.encoding}, {about}; test set, last weights")
 
     def bias(path: Path) -> None:
@@ -59,31 +59,16 @@ def _drawn(draw: Callable[[Path], None], path: Path) -> Path:
 
 
 def draw_measures(folder: Path, rows: list[Row]) -> list[Path]:
-    """figures/: the curves of the rows just measured; names say which split, weights and images if not test, last, own.
+    """figures/: the curves of one measure's rows; names say which split, weights and images if not test, last, own.
 
     Those of fewer images than the measure takes by itself have the number in their names, and do not replace the others.
     """
-    usual = {"split": "test", "weights": "last", "other_data": None}
-    ending = "".join(f"-{safe_name(rows[0][key])}" for key in usual if rows[0].get(key) != usual[key])
-    written = []
-    for measure in dict.fromkeys(row["measure"] for row in rows):
-        some = [row for row in rows if row["measure"] == measure]
-        limit = some[0]["limit"]
-        few = f"-{limit}_images" if limit is not None and limit < images_taken(measure, None, limit + 1) else ""
-        about = f"{_about(some[0])}; {_conditions(some[0])}"
-        written += viz.plot_measures(
-            {some[0]["encoding"]: some}, [measure], folder / "figures", ending + few, viz.Notes(about=about)
-        )
-    return written
-
-
-def _conditions(row: Row) -> str:
-    """Split, weights and images of a row, for a title."""
-    limit = row.get("limit")
-    some = "" if limit is None else f", {limit:,} images drawn by class"
-    return f"{row['split']} set, {row['weights']} weights{some}"
-
-
-def _about(row: Row) -> str:
-    changed = f", {row['changed']}" if row.get("changed") else ""
-    return f"{row['model']}, {row['data']}, {row['epochs']} epoch{'s' * (row['epochs'] != 1)}{changed}"
+    first = rows[0]
+    limit, measure, usual = first["limit"], first["measure"], {"split": "test", "weights": "last", "other_data": None}
+    ending = "".join(f"-{safe_name(first[key])}" for key in usual if first.get(key) != usual[key])
+    some = ""
+    if limit is not None:
+        ending += f"-{limit}_images" if limit < images_taken(measure, None, limit + 1) else ""
+        some = f", {limit:,} images drawn by class"
+    notes = viz.Notes(about=f"{in_words(first)}; {first['split']} set, {first['weights']} weights{some}")
+    return viz.plot_measures({first["encoding"]: rows}, [measure], folder / "figures", ending, notes)

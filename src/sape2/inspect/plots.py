@@ -122,11 +122,10 @@ def bars_panel(names: Sequence[str], values: Sequence[Length], title: str, note:
     return Drawing(width, HEAD + len(names) * tall, shapes, f"{title}: {names[0]} {values[0]:.1%}")
 
 
-def distance_panel(maps: np.ndarray, grid: Grid, title: str, unit: str, limits: Limits | None = None) -> Drawing:
-    """Values of all pairs, (maps, N, N), against the distance of the patches: mean, one standard deviation as a band."""
-    middle, spread = by_distance(maps, grid)
-    plot = Plot(48, HEAD + 4, WIDE / 2 + 20 - 56, 110, _widened((0.0, float(len(middle) - 1))),
-                _widened(limits or limits_of([middle - spread, middle + spread])))  # fmt: skip
+def distance_panel(middle: np.ndarray, spread: np.ndarray, title: str, unit: str, limits: Limits) -> Drawing:
+    """What `by_distance` gives against the distance of the patches: mean, one standard deviation as a band."""
+    across = _widened((0.0, float(len(middle) - 1)))
+    plot = Plot(48, HEAD + 4, WIDE / 2 + 20 - 56, 110, across, _widened(limits))
     up, means, down = (plot.curve(middle + sign * spread) for sign in (1, 0, -1))
     dots = [
         dot(*point, 2.5, SECOND, title=f"{step} patches: mean {middle[step]:.5g}, standard deviation {spread[step]:.3g}")

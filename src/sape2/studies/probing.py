@@ -22,7 +22,9 @@ from torch import Tensor
 from sape2 import viz
 from sape2.config import ModelConfig, TrainConfig
 from sape2.data.augment import derive_seed
-from sape2.encodings import AttentionEncoding, TokenEncoding, canonical_name
+from sape2.encodings import canonical_name
+from sape2.evaluation.cost.measure import count_parameters
+from sape2.evaluation.views import describe_rule
 from sape2.machine import autocast, find_device, hardware, precision_of
 from sape2.models.vit import ViT
 from sape2.runs.rows import read_rows, write_rows
@@ -110,12 +112,12 @@ def run_cell(cell: Cell, on_step: Callable[[], None] = lambda: None) -> list[Row
     loss = train(model, task, cell, on_step)
     about = {
         "train_loss": loss,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": count_parameters(model),
         "precision": precision,
         "torch": torch.__version__,
         "hardware": hardware(),
     }
-    rows = [row | cell.key | about for name in measured_splits(task) for row in measure(model, task, cell.task, name, device)]
+    rows = [measure(model, task, cell.task, split, device) | cell.key | about for split in measured_splits(task)]
     return [row | {"seconds": time.perf_counter() - start} for row in rows]
 
 
@@ -149,17 +151,18 @@ def training_batch(task: Task, name: str, seed: int, step: int) -> Scenes:
 
 
 @torch.no_grad()
-def measure(model: ViT, task: Task, name: str, split: str, device: torch.device) -> Iterator[Row]:
+def measure(model: ViT, task: Task, name: str, split: str, device: torch.device) -> Row:
     """Accuracy on scenes that are the same for every model, and that no training batch was drawn with."""
     model.eval()
-    height, width = task.splits[split].grid
+    grid = task.splits[split].grid
     correct = asked = 0
     for scenes in measured_scenes(task, name, split):
         with autocast(device):
             predicted = answer(model, scenes.cells.to(device), task).argmax(-1).cpu()
         correct += int((predicted == scenes.labels).sum())
         asked += int((scenes.labels != NOT_ASKED).sum())
-    yield {
+    rule = "the training grid" if grid == model.config.grid else describe_rule(model)
+    return {
         "name": "accuracy",
         "value": correct / asked,
         "unit": "fraction",
@@ -167,8 +170,8 @@ def measure(model: ViT, task: Task, name: str, split: str, device: torch.device)
         "chance": task.splits[split].chance,
         "split": split,
         "in_distribution": task.splits[split].in_distribution,
-        "grid": f"{height}x{width}",
-        "protocol": f"weights of the last step, scenes of their own seed; {_size_rule(model, (height, width))}",
+        "grid": f"{grid[0]}x{grid[1]}",
+        "protocol": f"weights of the last step, scenes of their own seed; {rule}",
     }
 
 
@@ -179,16 +182,6 @@ def measured_scenes(task: Task, name: str, split: str) -> Iterator[Scenes]:
     for part in range(math.ceil(number / task.batch_size)):
         generator = torch.Generator().manual_seed(derive_seed("probe", name, "measured", split, part))
         yield task.sample(split, task.batch_size, generator)
-
-
-def _size_rule(model: ViT, grid: tuple[int, int]) -> str:
-    """Describes how each part of the encoding handles a grid that it was not trained on."""
-    if grid == model.config.grid:
-        return "the training grid"
-    parts = {m for m in model.modules() if isinstance(m, (AttentionEncoding, TokenEncoding))}
-    rules = {type(part).__name__: getattr(getattr(part, "options", None), "beyond", None) for part in parts}
-    told = ", ".join(sorted(f"{name} {rule}" for name, rule in rules.items() if rule))
-    return "another grid than in training, the encoding's own rule" + (f" ({told})" if told else "")
 
 
 # --- many cells ------------------------------------------------------------------------------------------------------
@@ -220,15 +213,10 @@ def table(rows: list[Row], task: Task) -> tuple[list[Row], list[str]]:
     """A line for each encoding (and number of layers), mean +- standard deviation over seeds; chance stands in the heading."""
     headings = {name: f"{name} ({task.splits[name].chance:.3f})" for name in measured_splits(task)}
     lines: dict[tuple, Row] = {}
-    precisions: dict[tuple, set[Any]] = {}
-    for row in rows:
-        precisions.setdefault((row["encoding"], row["layers"]), set()).add(row.get("precision"))
-    values = grouped(
-        (row for row in rows if row["name"] == "accuracy"), by=("encoding", "layers", "precision", "split"), pair=("seed",)
-    )
+    values = grouped((row for row in rows if row["name"] == "accuracy"), by=("encoding", "layers", "precision", "split"))
     for (encoding, layers, precision, split), found in summarize(values).items():
-        several = len(precisions[encoding, layers]) > 1  # no seeds of one line
-        name = f"{encoding}, {precision}" if several else encoding
+        precisions = {other[2] for other in values if other[:2] == (encoding, layers)}
+        name = encoding if len(precisions) == 1 else f"{encoding}, {precision}"  # seeds of one line have one precision
         line = lines.setdefault((name, layers), {"encoding": name, "layers": layers})
         line["seeds"] = found.n
         line[headings[split]] = found.spread(3)

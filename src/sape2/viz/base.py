@@ -14,7 +14,7 @@ from textwrap import fill
 from typing import Any, ParamSpec, TypeVar
 
 from sape2.config.extras import from_extra
-from sape2.runs.files import beside
+from sape2.runs.files import write_atomic
 
 MAP_COLOURS = "cividis"
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#B8AB00")  # Okabe and Ito, darker yellow
@@ -140,11 +140,8 @@ def whole_ticks(panel: Any) -> None:
 
 def save(figure: Any, path: Path) -> None:
     """Writes the figure, in the format that the name ends in, and closes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(path)
+    about = {"dpi": 150, "bbox_inches": "tight", "format": path.suffix[1:].lower()}
     try:
-        figure.savefig(temporary, dpi=150, bbox_inches="tight", format=path.suffix[1:].lower())
-        temporary.replace(path)
+        write_atomic(path, lambda temporary: figure.savefig(temporary, **about))
     finally:
-        temporary.unlink(missing_ok=True)
         pyplot().close(figure)

@@ -8,18 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sape2.viz.base import (
-    LINES,
-    MARKERS,
-    as_text,
-    legend_below,
-    line_style,
-    picture,
-    put_title,
-    pyplot,
-    save,
-    whole_ticks,
-)
+from sape2.viz.base import LINES, MARKERS, as_text, legend_below, line_style, picture, put_title, pyplot, save, whole_ticks
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 

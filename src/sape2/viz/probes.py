@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sape2.viz.base import LETTER, LINES, MARKERS, legend_names, picture, put_title, pyplot, save
+from sape2.viz.base import LETTER, LINES, legend_names, line_style, picture, put_title, pyplot, save
 
 Example = tuple[Tensor, dict[tuple[int, int], str], str]  # colours (H, W), texts in cells, caption
 BACKGROUND = "#EEEEEE"
@@ -19,12 +19,9 @@ def plot_examples(panels: dict[str, list[Example]], path: Path, title: str) -> N
     """A row of scenes for every split. Colours carry their number as text, so that none has to be told by hue alone."""
     plt = pyplot()
     columns = max(len(examples) for examples in panels.values())
-    heights = [max(len(colours) for colours, _, _ in examples) for examples in panels.values()]
-    size = (3.3 * columns + 0.5, sum(0.7 + 2.6 * max(1.0, height / 12) for height in heights))
-    ratios = [max(1.0, height / 12) for height in heights]
-    figure, axes = plt.subplots(
-        len(panels), columns, figsize=size, squeeze=False, layout="constrained", gridspec_kw={"height_ratios": ratios}
-    )
+    heights = [max(12, *(len(colours) for colours, _, _ in examples)) / 12 for examples in panels.values()]
+    size = (3.3 * columns + 0.5, sum(0.7 + 2.6 * height for height in heights))
+    figure, axes = plt.subplots(len(panels), columns, figsize=size, height_ratios=heights, squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=10)
     for row, (split, examples) in zip(axes, panels.items(), strict=True):
         row[0].set_ylabel(split, fontsize=10)
@@ -62,8 +59,8 @@ def plot_probe(points: dict[str, dict[str, list[float]]], chance: dict[str, floa
         offset = 0.8 * ((index + 0.5) / len(points) - 0.5)
         xs = [splits.index(split) + offset for split, values in found.items() for _ in values]
         ys = [value for values in found.values() for value in values]
-        marker = MARKERS[(index + index // len(LINES)) % len(MARKERS)]
-        axis.plot(xs, ys, marker, color=LINES[index % len(LINES)], markersize=5, alpha=0.8, label=names[name])
+        style = line_style(index) | {"linestyle": "none", "markersize": 5}
+        axis.plot(xs, ys, alpha=0.8, label=names[name], **style)
     for place, value in enumerate(chance.values()):
         label = "chance" if place == 0 else None
         axis.plot([place - 0.45, place + 0.45], [value, value], "--", color="#666666", linewidth=1, label=label)

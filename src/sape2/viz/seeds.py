@@ -30,7 +30,8 @@ def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], basel
             left.plot(value, place - 0.13, markers[seed], color=LINES[0], markersize=5, alpha=0.85)
         for seed, value in best.get(encoding, {}).items():
             left.plot(value, place + 0.17, markers[seed], color=LINES[1], markersize=5, markerfacecolor="none")
-        _mark_mean(left, list(values.values()), place - 0.13)
+        mean = sum(values.values()) / len(values)
+        left.plot(mean, place - 0.13, "|", color="black", markersize=13, markeredgewidth=2)
         if encoding in paired:
             _draw_difference(right, paired[encoding], values, last[baseline], markers, place)
     left.set_yticks(range(len(last)), list(legend_names(list(last)).values()))
@@ -55,10 +56,6 @@ def _draw_difference(
     if low is not None and high is not None:
         panel.plot([low, high], [place - 0.13] * 2, color="black", linewidth=1.5)
     panel.plot(mean, place - 0.13, "|", color="black", markersize=11, markeredgewidth=2)
-
-
-def _mark_mean(panel: Any, values: list[float], place: float) -> None:
-    panel.plot(sum(values) / len(values), place, "|", color="black", markersize=13, markeredgewidth=2)
 
 
 def _legend(markers: Mapping[int, str], with_best: bool) -> list[Any]:

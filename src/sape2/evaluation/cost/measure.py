@@ -10,13 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, Row, drawn, row
+from sape2.evaluation.base import LIMITS, LabelledImages, Row, drawn, evaluating, row
 from sape2.evaluation.cost.memory import peak_bytes
 from sape2.evaluation.cost.operations import count_model_macs
 from sape2.evaluation.cost.timing import alternate, spread
 
 MIB = 2**20
-LIMIT = 64  # images of the batch that is timed
 
 
 def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> list[Row]:
@@ -24,13 +23,12 @@ def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> li
 
     Speed and memory are those of one batch in eval mode, 64 images or `limit`; the speed is the median of seven passes.
     """
-    device = next(model.parameters()).device
-    images, _ = next(drawn(data, limit or LIMIT).batches(LIMIT))
-    images = images.to(device)
-    was_training = model.training
-    model.eval()
+    images, _ = next(drawn(data, limit or LIMITS["cost"]).batches(LIMITS["cost"]))
     macs = count_model_macs(model, images.shape[1], (images.shape[2], images.shape[3]))
-    seconds = alternate({"inference": lambda: infer(model, images)}, repeats=7)["inference"]
+    with evaluating(model) as device:
+        images = images.to(device)
+        seconds = alternate({"inference": lambda: model(images)}, repeats=7)["inference"]
+        peak = peak_bytes(lambda: model(images), device) if device.type in ("cpu", "cuda") else None
     low, high = spread([len(images) / s for s in seconds])
     rows = [
         row("cost", "parameters", count_parameters(model), "parameters", 1, "all parameters"),
@@ -38,19 +36,19 @@ def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> li
         row("cost", "inference_images_per_s", len(images) / statistics.median(seconds), "images/s", len(seconds),
             f"median of alternating passes, batch of {len(images)}", p10=low, p90=high),
     ]  # fmt: skip
-    if device.type in ("cpu", "cuda"):
-        peak = peak_bytes(lambda: infer(model, images), device)
+    if peak is not None:
         protocol = f"highest extra bytes of a pass, batch of {len(images)}"
         rows.append(row("cost", "inference_memory", peak / MIB, "MiB", 1, protocol))
-    model.train(was_training)
     return rows
-
-
-# --- counted ---------------------------------------------------------------------------------------------------------
 
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def growth_exponent(points: Sequence[tuple[int | float, int | float]]) -> float:
+    """The slope of log y over log x by least squares: 1 for what grows in proportion, 2 for what grows with the square."""
+    return statistics.linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------
@@ -87,11 +85,3 @@ class TrainingStep:
         F.cross_entropy(self.model(images), labels).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-
-
-# --- growth ----------------------------------------------------------------------------------------------------------
-
-
-def growth_exponent(points: Sequence[tuple[int | float, int | float]]) -> float:
-    """The slope of log y over log x by least squares: 1 for what grows in proportion, 2 for what grows with the square."""
-    return statistics.linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope

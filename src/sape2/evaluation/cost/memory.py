@@ -9,6 +9,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -62,22 +63,13 @@ class PeakMeter:
             torch.cuda.synchronize(self.device)
             return torch.cuda.max_memory_allocated(self.device) - self._before
         self._profiler.stop()
-        return highest_sum(_allocations(self._profiler))
+        return max(accumulate(_allocations(self._profiler), initial=0))
 
 
 def _allocations(profiler: Any) -> list[int]:
     """Bytes given out (positive) and taken back (negative), in order of time."""
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     return [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-
-
-def highest_sum(changes: list[int]) -> int:
-    """The highest running sum, 0 if it never rises above."""
-    total = highest = 0
-    for change in changes:
-        total += change
-        highest = max(highest, total)
-    return highest
 
 
 @contextmanager

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def count_macs(run: Callable[[], object]) -> int:
@@ -30,7 +27,7 @@ def count_model_macs(model: nn.Module, channels: int, image_size: tuple[int, int
     return count_macs(lambda: shadow(torch.empty(1, channels, *image_size, device="meta")))
 
 
-def on_meta(module: Module) -> Module:
+def on_meta(module: nn.Module) -> nn.Module:
     """A copy of the module on the device "meta", in eval mode; the parameters are not copied."""
     parts = [*module.parameters(), *module.buffers()]
     memo = {id(part): _like(part) for part in parts}

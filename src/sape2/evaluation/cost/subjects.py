@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +23,6 @@ from sape2.models.vit import create_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLAIN, NONE = "plain", "none"  # the yardsticks: attention written with products, and the same code without an encoding
-Module = TypeVar("Module", bound=nn.Module)
 PATCH_SIZE, NUM_CLASSES = 16, 1000  # of the models: a 14x14 grid is an image of 224 pixels
 
 
@@ -69,14 +67,14 @@ class EncodedAttention(nn.Module):
 
 
 class Autocast(nn.Module):
-    """The module under mixed precision, which for float32 is none."""
+    """The module under the mixed precision of a point."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, module: nn.Module, point: Point) -> None:
         super().__init__()
-        self.module, self.dtype = module, dtype
+        self.module, self.point = module, point
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs[0].device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with _autocast(self.point):
             return self.module(*inputs)
 
 
@@ -94,7 +92,7 @@ def attention_subject(name: str, point: Point) -> Subject:
     """q, k, v -> output; under mixed precision q, k, v come in the low precision, as from a projection."""
     config, dtype = model_config(point.model), DTYPES[point.dtype]
     attention = PlainAttention() if name == PLAIN else _encoded(name, config.num_heads, config.head_dim, point.grid)
-    module = Autocast(attention, dtype).to(point.device)
+    module = Autocast(attention, point).to(point.device)
     shape = (point.batch, config.num_heads, num_tokens(point.grid), config.head_dim)
     shadow, one = on_meta(attention), [torch.empty(1, *shape[1:], device="meta") for _ in range(3)]
 
@@ -118,7 +116,7 @@ def model_subject(name: str, point: Point) -> Subject:
     size, dtype = (point.grid[0] * PATCH_SIZE, point.grid[1] * PATCH_SIZE), DTYPES[point.dtype]
     torch.manual_seed(0)
     model = create_model(point.model, encoding=name, image_size=size, patch_size=PATCH_SIZE, num_classes=NUM_CLASSES)
-    module = Autocast(model, dtype).to(point.device)
+    module = Autocast(model, point).to(point.device)
     step, labels = TrainingStep(module), torch.zeros(point.batch, dtype=torch.long, device=point.device)
 
     @cache
@@ -152,5 +150,5 @@ def _autocast(point: Point) -> torch.autocast:
     return torch.autocast(point.device.type, DTYPES[point.dtype], enabled=point.dtype != "fp32")
 
 
-def _in_mode(module: Module, training: bool) -> Module:
+def _in_mode(module: nn.Module, training: bool) -> nn.Module:
     return module if module.training == training else module.train(training)

@@ -41,10 +41,7 @@ def explore(
 
 
 def open_microscope(
-    run: Run[RunConfig] | None = None,
-    against: Run[RunConfig] | None = None,
-    data: str | None = None,
-    weights: str = "last",
+    run: Run[RunConfig] | None = None, against: Run[RunConfig] | None = None, data: str | None = None, weights: str = "last"
 ) -> Microscope:
     """The models of one or two finished runs with the test images of the first, or the shipped model with examples."""
     shipped = run is None

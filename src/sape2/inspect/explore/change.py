@@ -43,8 +43,7 @@ def changes(
     found = []
     for name in before:
         kind, _, axis = name.partition("_")
-        sides = ("token", axis or "token") if kind in ("gates", "positions", "vectors") else ("token", "token")
-        sides = tuple("token" if side == "raster" else side for side in sides)
+        sides = ("token", axis if axis in ("x", "y") else "token")
         found.append(_change(NAMES[kind] + WHERE[axis], before[name], after[name], sides, grid, steps, border))
     found.append(_change("tokens that leave the layer", tokens[0], tokens[1], ("token", "feature"), grid, steps, border))
     difference = np.linalg.norm(probabilities[1] - probabilities[0]) / np.linalg.norm(probabilities[0])

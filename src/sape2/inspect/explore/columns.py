@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from torch import Tensor
@@ -62,32 +62,21 @@ class View:
     moved: list[Change]
     notes: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Every number that is drawn, for JSON."""
-        return {
-            "state": {field.name: getattr(self.state, field.name) for field in fields(State)},
+    def to_json(self) -> str:
+        """Every number that is drawn."""
+        shown = {
+            "state": asdict(self.state),
             "image": self.notes,
-            "columns": [_plain(column) | {"distances": column.distances()} for column in self.columns],
-            "moved": [_plain(change) for change in self.moved],
+            "columns": [asdict(column) | {"distances": column.distances()} for column in self.columns],
+            "moved": [asdict(change) for change in self.moved],
         }
+        return json.dumps(shown, default=lambda value: value.tolist())  # of arrays and numbers of numpy
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if hasattr(value, "__dataclass_fields__"):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {name: _plain(entry) for name, entry in value.items()}
-    return value
-
-
-def column(
-    seen: Look, classes: Sequence[str], name: str, encoding: str, state: State, patch: Patch, other: Patch | None
-) -> Column:
-    """What stands in one column: the layer and head of the state, from a patch, perhaps with another."""
+def column(seen: Look, classes: Sequence[str], name: str, encoding: str, state: State) -> Column:
+    """What stands in one column: the layer, head and patches of the state."""
     layer = seen.layers[state.layer - 1]
-    i, n = seen.token(patch), None if other is None else seen.token(other)
+    i, n = seen.token(state.patch), None if state.other is None else seen.token(state.other)
 
     def map_of(values: Tensor) -> np.ndarray:
         return of_head(values[:, :, i], state.head).reshape(seen.grid)
@@ -96,8 +85,8 @@ def column(
         name=name,
         encoding=encoding,
         grid=seen.grid,
-        patch=patch,
-        other=other,
+        patch=state.patch,
+        other=state.other,
         pixels=seen.pixels.numpy(),
         prediction=seen.likely(classes),
         axes={axis: _axis_view(layer, axis, state.head, i, n) for axis in layer.axes},

@@ -19,6 +19,7 @@ from torch import Tensor
 from sape2.config import RunConfig, check_image_size
 from sape2.data import ImageData, ImageFiles, normalize
 from sape2.data.picture import Picture
+from sape2.encodings.grid import num_tokens
 from sape2.evaluation.translation import Border, translate
 from sape2.evaluation.views import plain_sizes, scaled
 from sape2.inspect.explore.change import Change, changes
@@ -32,7 +33,7 @@ KEPT = 12  # images that have gone through a model
 KEPT_UPLOADS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """A trained model to look into, with the name that stands above its column, and how large its training images were."""
 
@@ -50,15 +51,11 @@ class Microscope:
     """
 
     def __init__(
-        self,
-        subject: Subject,
-        samples: ImageData | ImageFiles,
-        names: Sequence[str] = (),
-        against: Subject | None = None,
+        self, subject: Subject, samples: ImageData | ImageFiles, names: Sequence[str] = (), against: Subject | None = None
     ) -> None:
         self.subject, self.samples, self.names, self.against = subject, samples, names, against
         self.uploads: OrderedDict[str, Picture] = OrderedDict()
-        self._seen: OrderedDict[tuple, Look] = OrderedDict()
+        self._kept = functools.lru_cache(KEPT)(self._look)
         if against is not None:
             _check_alike(subject.config, against.config)
 
@@ -75,7 +72,7 @@ class Microscope:
         """Image sizes that the page offers: from 0.6 to twice the training size."""
         config = self.subject.config.model
         sizes = plain_sizes(config.image_size, (config.patch_size,) * 2)
-        return [size for size in sizes if _patches(size, config.patch_size) <= LARGEST_GRID]
+        return [size for size in sizes if num_tokens(check_image_size(size, config.patch_size)) <= LARGEST_GRID]
 
     def add(self, key: str, picture: Picture) -> str:
         """Keeps an uploaded picture; returns its name for `State.image`."""
@@ -89,8 +86,8 @@ class Microscope:
         config = self.subject.config.model
         self._pixels(state.image)
         grid = check_image_size(state.size, config.patch_size)
-        if grid[0] * grid[1] > LARGEST_GRID:
-            raise ValueError(f"size {state.size[0]}x{state.size[1]} makes {grid[0] * grid[1]} patches; at most {LARGEST_GRID}")
+        if num_tokens(grid) > LARGEST_GRID:
+            raise ValueError(f"size {state.size[0]}x{state.size[1]} makes {num_tokens(grid)} patches; at most {LARGEST_GRID}")
         _check_within("layer", state.layer, 1, config.depth)
         _check_within("head", state.head, 0, config.num_heads)
         for name, patch in (("patch", state.patch), ("other", state.other)):
@@ -118,27 +115,22 @@ class Microscope:
         """Raises ValueError for a state that cannot be shown."""
         self.check(state)
         what, _, which = state.beside.partition(":")
-        columns = [self._column(self.subject, state, state.patch, state.other, self._name(self.subject, state))]
+        columns = [self._column(self.subject, state)]
         if what in ("head", "layer"):
             other = replace(state, head=int(which)) if what == "head" else replace(state, layer=int(which))
-            columns.append(self._column(self.subject, other, state.patch, state.other, self._name(self.subject, other)))
+            columns.append(self._column(self.subject, other))
         if what == "run" and self.against is not None:
-            theirs = _within(state, self.against.config)
-            columns.append(self._column(self.against, theirs, state.patch, state.other, self._name(self.against, theirs)))
+            theirs = self.against.config.model  # of which the nearest layer and head are shown
+            near = replace(state, layer=min(state.layer, theirs.depth), head=min(state.head, theirs.num_heads))
+            columns.append(self._column(self.against, near))
         if what == "before":
-            columns.append(self._before(state))
+            columns.append(self._column(self.subject, self._before(state), ", not moved"))
         return View(state, columns, self._changes(state) if any(state.shift) else [], self._notes(state.image))
 
-    def _name(self, subject: Subject, state: State) -> str:
-        heads = "mean of heads" if state.head == 0 else f"head {state.head}"
-        return f"{subject.name}, layer {state.layer}, {heads}"
-
-    def _before(self, state: State) -> Column:
+    def _before(self, state: State) -> State:
         """The image not moved, from where the patches lay then, as nearly as whole patches can say."""
         other = None if state.other is None else self._back(state, state.other)
-        still = replace(state, shift=(0, 0))
-        name = f"{self._name(self.subject, state)}, not moved"
-        return self._column(self.subject, still, self._back(state, state.patch), other, name)
+        return replace(state, shift=(0, 0), patch=self._back(state, state.patch), other=other)
 
     def _back(self, state: State, patch: Patch) -> Patch:
         down, right = self.steps(state)
@@ -161,24 +153,20 @@ class Microscope:
         probabilities = [seen.probabilities.numpy() for seen in both]
         return changes(tables, tokens, probabilities, both[0].grid, self.steps(state), state.border)
 
-    def _column(self, subject: Subject, state: State, patch: Patch, other: Patch | None, name: str) -> Column:
-        encoding = subject.config.model.encoding
-        return column(self.seen(subject, state), self.samples.classes, name, encoding, state, patch, other)
+    def _column(self, subject: Subject, state: State, note: str = "") -> Column:
+        heads = "mean of heads" if state.head == 0 else f"head {state.head}"
+        name = f"{subject.name}, layer {state.layer}, {heads}{note}"
+        return column(self.seen(subject, state), self.samples.classes, name, subject.config.model.encoding, state)
 
     def seen(self, subject: Subject, state: State) -> Look:
         """The image through the model, from memory if it has been there."""
-        key = (subject.name, state.image, state.size, state.shift, state.border if any(state.shift) else "")
-        if key not in self._seen:
-            self._seen[key] = self._look(subject, state)
-            while len(self._seen) > KEPT:
-                self._seen.popitem(last=False)
-        self._seen.move_to_end(key)
-        return self._seen[key]
+        border = state.border if any(state.shift) else "circular"  # of an image that is not moved it makes no difference
+        return self._kept(subject, state.image, state.size, state.shift, border)
 
-    def _look(self, subject: Subject, state: State) -> Look:
+    def _look(self, subject: Subject, image: str, size: tuple[int, int], shift: tuple[int, int], border: Border) -> Look:
         data = subject.config.data
-        images = normalize(self._pixels(state.image)[None], data.mean, data.std)
-        images = translate(scaled(images, state.size), torch.tensor([state.shift], dtype=torch.float32), state.border)
+        images = normalize(self._pixels(image)[None], data.mean, data.std)
+        images = translate(scaled(images, size), torch.tensor([shift], dtype=torch.float32), border)
         mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
         pixels = ((images[0] * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
         return look(subject.model, images, pixels)
@@ -215,12 +203,3 @@ def _check_alike(mine: RunConfig, theirs: RunConfig) -> None:
                 f"the two runs cannot be shown side by side: {name} is {getattr(mine.model, name)} in one and "
                 f"{getattr(theirs.model, name)} in the other; choose runs on the same images"
             )
-
-
-def _within(state: State, config: RunConfig) -> State:
-    """The layer and head nearest to those of the state that the other model has."""
-    return replace(state, layer=min(state.layer, config.model.depth), head=min(state.head, config.model.num_heads))
-
-
-def _patches(size: tuple[int, int], patch: int) -> int:
-    return (size[0] // patch) * (size[1] // patch)

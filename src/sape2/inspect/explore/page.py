@@ -16,13 +16,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from sape2.config.extras import from_extra
 from sape2.config.recipes.changed import changed_in_words
 from sape2.data.decoding import evaluation_crop
 from sape2.data.picture import read_picture, unlike
 from sape2.inspect.explore.columns import View
 from sape2.inspect.explore.microscope import Microscope
 from sape2.inspect.explore.state import State, parse_state
-from sape2.inspect.explore.views import to_drawing, to_html, to_json
+from sape2.inspect.explore.views import to_drawing, to_html
 from sape2.inspect.templates import template
 
 LARGEST_UPLOAD = "64mb"
@@ -39,11 +40,7 @@ def import_gradio() -> Any:
     """Gradio, told to stay on this machine; raises ImportError that says how to get it."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        import gradio
-    except ImportError as error:
-        raise ImportError(f"sape2 explore needs gradio: pip install 'sape2[explore]' ({error})") from error
-    return gradio
+    return from_extra("explore", "gradio", "sape2 explore needs gradio")
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -70,7 +67,7 @@ class Desk:
         """The view as a file, and its media type."""
         view = self.view(query)
         if kind == "json":
-            return to_json(view).encode(), "application/json"
+            return view.to_json().encode(), "application/json"
         drawing = to_drawing(view)
         return (drawing.png(), "image/png") if kind == "png" else (drawing.svg(standalone=True).encode(), "image/svg+xml")
 

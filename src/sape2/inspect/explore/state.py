@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -33,22 +33,17 @@ class State:
 
     def query(self) -> str:
         """The state as a query string for the address."""
-        texts = {
-            "image": self.image,
-            "layer": str(self.layer),
-            "head": str(self.head),
-            "patch": "{},{}".format(*self.patch),
-            "other": "none" if self.other is None else "{},{}".format(*self.other),
-            "size": "{}x{}".format(*self.size),
-            "shift": "{},{}".format(*self.shift),
-            "border": self.border,
-            "beside": self.beside,
-            "opacity": str(self.opacity),
-        }
-        return urlencode(texts, safe=":,")
+        return urlencode({name: _text(name, value) for name, value in asdict(self).items()}, safe=":,")
 
 
 PAIRS = {"patch": ",", "other": ",", "size": "x", "shift": ","}
+
+
+def _text(name: str, value: Any) -> str:
+    """A field as it stands in the address; `_parse` reads it again."""
+    if value is None:
+        return "none"
+    return PAIRS[name].join(map(str, value)) if name in PAIRS else str(value)
 
 
 def parse_state(query: str, default: State) -> State:

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from sape2.inspect.drawing import Drawing, flow, framed, stack
 from sape2.inspect.explore.columns import Column, View
 from sape2.inspect.figures import answer_figure, wrapped, written
-from sape2.inspect.panels import (
-    FIRST,
-    OVERLAID,
-    SECOND,
-    Limits,
-    Mark,
-    Over,
-    limits_of,
-    line_panel,
-    map_panel,
-    number,
-    place,
-)
+from sape2.inspect.panels import FIRST, OVERLAID, SECOND, Limits, Mark, Over, limits_of, line_panel, map_panel, number, place
 from sape2.inspect.plots import pair_panel, table_panel
 from sape2.inspect.templates import template
 
 BIAS, WEIGHT = "logits", "attention weight"
 AXIS_TITLES = {"x": "Along the row", "y": "Along the column"}
 TABLE_TITLES = {"x": "Table of the rows", "y": "Table of the columns", "raster": "Table", "": "Table"}
+LINES = (
+    "A gate, from 0 to 1, is how much patch i counts a patch of its row or column. A position is a sum of gates along the "
+    "line. The position vector holds the values of the position table at these positions."
+)
+TABLES = (
+    "Grey: the product of the query (or key) of patch i with each row of the position table. Orange: its value at the "
+    "positions of the line of i, which lie between whole rows; in the order of the line they are its position vector."
+)
+MAPS = "Without the bias: the softmax of the content logits alone. A high bias raises the attention, a low one lowers it."
 
 
 @dataclass(frozen=True)
@@ -47,23 +41,14 @@ class Section:
 def sections(view: View) -> list[Section]:
     """The sections of a view; sections without content are left out."""
     columns = view.columns
-    limits = _shared_limits(columns)
+    limits, opacity = _shared_limits(columns), view.state.opacity / 100
     found = [
-        Section("answer", "Bias, attention and prediction", _words(view),
-                [_answer(c, limits, view.state.opacity / 100) for c in columns]),
-        Section("lines", "Gates, positions and position vectors", _line_words(columns), [list(_lines(c)) for c in columns]),
-        Section("tables", "Position table, interpolated",
-                "Grey: the product of the query (or key) of patch i with each row of the position table. Orange: its value at "
-                "the positions of the line of i, which lie between whole rows; in the order of the line they are its position "
-                "vector.",
-                [list(_tables(c)) for c in columns]),
-        Section("maps", "Attention with and without the bias",
-                "Without the bias: the softmax of the content logits alone. A high bias raises the attention, a low one lowers "
-                "it.",
-                [list(_maps(c, limits)) for c in columns]),
-        Section("pair", "Distance between patches i and n", _pair_words(columns),
-                [list(_pairs(c)) for c in columns]),
-    ]  # fmt: skip
+        Section("answer", "Bias, attention and prediction", _words(view), [_answer(c, limits, opacity) for c in columns]),
+        Section("lines", "Gates, positions and position vectors", LINES, [list(_lines(c)) for c in columns]),
+        Section("tables", "Position table, interpolated", TABLES, [list(_tables(c)) for c in columns]),
+        Section("maps", "Attention with and without the bias", MAPS, [list(_maps(c, limits)) for c in columns]),
+        Section("pair", "Distance between patches i and n", _pair_words(columns[0]), [list(_pairs(c)) for c in columns]),
+    ]
     shown = [section for section in found if any(section.panels) or (section.key == "pair" and columns[0].other)]
     if view.moved:
         shown.insert(1, Section("moved", "Change after the shift", _moved_words(view), [], list(_moved_table(view))))
@@ -139,26 +124,15 @@ def _pairs(column: Column) -> Iterator[Drawing]:
 
 
 def _words(view: View) -> str:
-    return f"{view.notes[:1].upper()}{view.notes[1:]}. {_about(view.columns[0])}"
-
-
-def _about(column: Column) -> str:
+    column, image = view.columns[0], f"{view.notes[:1].upper()}{view.notes[1:]}"
     attention = "the attention is how much patch i attends to each patch"
     if column.bias is None:
-        return f"The encoding {column.encoding} adds no bias in this layer; {attention}."
+        return f"{image}. The encoding {column.encoding} adds no bias in this layer; {attention}."
     gates = "" if column.axes else " It has no gates and no positions."
-    return f"The bias is what {column.encoding} adds to the attention logits of patch i; {attention}.{gates}"
+    return f"{image}. The bias is what {column.encoding} adds to the attention logits of patch i; {attention}.{gates}"
 
 
-def _line_words(columns: Sequence[Column]) -> str:
-    return (
-        "A gate, from 0 to 1, is how much patch i counts a patch of its row or column. A position is a sum of gates along the "
-        "line. The position vector holds the values of the position table at these positions."
-    )
-
-
-def _pair_words(columns: Sequence[Column]) -> str:
-    column = columns[0]
+def _pair_words(column: Column) -> str:
     if column.other is None:
         return ""
     distances, at = column.distances(), column.other
@@ -222,12 +196,9 @@ def to_drawing(view: View) -> Drawing:
         parts.append(written([section.title], total, 14, True))
         parts.append(written(wrapped(section.words, 108), total, 11.5))
         if section.table:
-            lines = [
-                "   ".join(f"{name} {value}" for name, value in row.items() if name != "quantity") for row in section.table
-            ]
-            parts.append(
-                written([f"{row['quantity']}:  {line}" for row, line in zip(section.table, lines, strict=True)], total, 11.5)
-            )
+            told = [(row["quantity"], row["in place"], row["moved along"]) for row in section.table]
+            lines = [f"{quantity}:  in place {still}   moved along {along}" for quantity, still, along in told]
+            parts.append(written(lines, total, 11.5))
         if any(section.panels):
             named = len(view.columns) > 1
             columns = [
@@ -236,11 +207,3 @@ def to_drawing(view: View) -> Drawing:
             ]
             parts.append(flow(columns, 2 * total, 20))
     return framed(stack(parts, 12, f"{view.columns[0].name}: {view.notes}"))
-
-
-def to_json(view: View) -> str:
-    return json.dumps(view.to_dict(), default=_number)
-
-
-def _number(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else str(value)

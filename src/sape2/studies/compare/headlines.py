@@ -97,18 +97,25 @@ def telling_layer(runs: list[MeasuredRun]) -> int | None:
     return max(found, key=lambda layer: abs(statistics.mean(found[layer]) - 0.5), default=None)
 
 
+Pick = Callable[[MeasuredRun, int | None], float | None]  # the value of a run, given the telling layer of its group
+
+
 @dataclass(frozen=True)
 class Headline:
-    """A headline number: its measure (None: from training), unit, meaning, and its value for a run and its telling layer."""
+    """A headline number: its measure (None: from training), unit, value and meaning."""
 
     heading: str
     measure: str | None
     unit: str
+    pick: Pick
     meaning: str
-    pick: Callable[[MeasuredRun, int | None], float | None]
 
 
-def _of_bias(name: str, distance: str, **where: Any) -> Callable[[MeasuredRun, int | None], float | None]:
+def _first(name: str, measure: str, **where: Any) -> Pick:
+    return lambda run, _: run.value(name, measure, **where)
+
+
+def _of_bias(name: str, distance: str, **where: Any) -> Pick:
     def pick(run: MeasuredRun, layer: int | None) -> float | None:
         place = {"masks": "scenes", "distance": distance, "layer": layer, "head": None}
         return None if layer is None else run.value(name, "grouping", **place, **where)
@@ -118,75 +125,26 @@ def _of_bias(name: str, distance: str, **where: Any) -> Callable[[MeasuredRun, i
 
 COUNTS = ("number", "warnings")  # units of whole numbers
 HEADLINES = (
-    Headline("accuracy", "accuracy", "fraction", "top-1, one view", lambda run, _: run.value("accuracy", "accuracy")),
-    Headline(
-        "consistency",
-        "shift",
-        "fraction",
-        "the same prediction after two random shifts within one patch, circular border; read it beside accuracy",
-        lambda run, _: run.value("circular_consistency", "shift", shifts="sub_patch"),
-    ),
-    Headline(
-        "worst case",
-        "shift",
-        "fraction",
-        "right under every shift within one patch, circular border",
-        lambda run, _: run.value("worst_case_accuracy", "shift", shifts="patch"),
-    ),
-    Headline(
-        "drop, smaller",
-        "resolution",
-        "fraction",
-        "accuracy at the training size less the mean over smaller sizes, images scaled, no fine-tuning",
-        lambda run, _: _unseen_drop(run, "below"),
-    ),
-    Headline(
-        "drop, larger",
-        "resolution",
-        "fraction",
-        "the same over larger sizes, under the model's own rule for positions beyond its tables",
-        lambda run, _: _unseen_drop(run, "above"),
-    ),
-    Headline(
-        "layer",
-        "grouping",
-        "number",
-        "whose bias is furthest from chance (far pairs); the next three are of this layer, chosen by what it shows",
-        lambda _, layer: layer,
-    ),
-    Headline(
-        "AUROC near",
-        "grouping",
-        "AUROC",
-        "negative bias as a score for the same object, neighbouring patches; chance 0.5, above it b is smaller within objects",
-        _of_bias("bias_auroc", "near", sign="minus"),
-    ),
-    Headline(
-        "AUROC far",
-        "grouping",
-        "AUROC",
-        "the same for patches two or more apart",
-        _of_bias("bias_auroc", "far", sign="minus"),
-    ),
-    Headline(
-        "d'",
-        "grouping",
-        "standard deviations",
-        "mean bias across objects less that within, over their spread; chance 0",
-        _of_bias("bias_separation", "all"),
-    ),
-    Headline(
-        "warnings",
-        "health",
-        "warnings",
-        "broken limits of the health report; empty where the layers have no bias to check",
-        lambda run, _: run.value("warnings", "health"),
-    ),
-    Headline(
-        "ms per step",
-        None,
-        "ms",
-        "of training, median over epochs, for one batch on the machine that trained",
-        lambda run, _: step_ms(run),
-    ),
-)
+    Headline("accuracy", "accuracy", "fraction", _first("accuracy", "accuracy"), "top-1, one view"),
+    Headline("consistency", "shift", "fraction", _first("circular_consistency", "shift", shifts="sub_patch"),
+             "the same prediction after two random shifts within one patch, circular border; read it beside accuracy"),
+    Headline("worst case", "shift", "fraction", _first("worst_case_accuracy", "shift", shifts="patch"),
+             "right under every shift within one patch, circular border"),
+    Headline("drop, smaller", "resolution", "fraction", lambda run, _: _unseen_drop(run, "below"),
+             "accuracy at the training size less the mean over smaller sizes, images scaled, no fine-tuning"),
+    Headline("drop, larger", "resolution", "fraction", lambda run, _: _unseen_drop(run, "above"),
+             "the same over larger sizes, under the model's own rule for positions beyond its tables"),
+    Headline("layer", "grouping", "number", lambda _, layer: layer,
+             "whose bias is furthest from chance (far pairs); the next three are of this layer, chosen by what it shows"),
+    Headline("AUROC near", "grouping", "AUROC", _of_bias("bias_auroc", "near", sign="minus"),
+             "negative bias as a score for the same object, neighbouring patches; chance 0.5, above it b is smaller within "
+             "objects"),
+    Headline("AUROC far", "grouping", "AUROC", _of_bias("bias_auroc", "far", sign="minus"),
+             "the same for patches two or more apart"),
+    Headline("d'", "grouping", "standard deviations", _of_bias("bias_separation", "all"),
+             "mean bias across objects less that within, over their spread; chance 0"),
+    Headline("warnings", "health", "warnings", _first("warnings", "health"),
+             "broken limits of the health report; empty where the layers have no bias to check"),
+    Headline("ms per step", None, "ms", lambda run, _: step_ms(run),
+             "of training, median over epochs, for one batch on the machine that trained"),
+)  # fmt: skip

@@ -100,15 +100,16 @@ class Slurm:
     """The queue, with `parameters` of sbatch by submitit's names. Raises ValueError for one that is unknown or ours."""
 
     def __init__(self, parameters: Mapping[str, Any]) -> None:
-        self._submitit, self.parameters = _submitit(), dict(parameters)
+        self._submitit = from_extra("cluster", "submitit", "--launcher needs submitit")
+        self.parameters = dict(parameters)
         if taken := sorted(set(self.parameters) & set(OURS)):
             raise ValueError(f"--slurm may not set {', '.join(taken)}: every job is one task for one run, and named after it")
         self._executor(Path(os.devnull), "sape2")
 
     def submit(self, study: Study, cell: Cell) -> Any:
         """The job of this cell that an earlier command left in the queue, else a new one."""
-        folder = jobs_folder(study, cell)
-        return self._in_queue(folder) or self._executor(folder, _job_name(cell)).submit(CellJob(study, cell))
+        folder, name = jobs_folder(study, cell), f"sape2-{digest_of({'folder': str(cell.folder.resolve())})}"
+        return self._in_queue(folder) or self._executor(folder, name).submit(CellJob(study, cell))
 
     def _executor(self, folder: Path, name: str) -> Any:
         try:
@@ -127,14 +128,6 @@ class Slurm:
             if not job.done(force_check=True) and job.state != "UNKNOWN":  # forgotten by Slurm: `singleton` guards the next
                 return job
         return None
-
-
-def _job_name(cell: Cell) -> str:
-    return f"sape2-{digest_of({'folder': str(cell.folder.resolve())})}"
-
-
-def _submitit() -> Any:
-    return from_extra("cluster", "submitit", "--launcher needs submitit")
 
 
 # --- in the command --------------------------------------------------------------------------------------------------

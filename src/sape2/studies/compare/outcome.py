@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sape2 import viz
+from sape2.evaluation.runs import in_words
 from sape2.runs.files import write_text
 from sape2.runs.rows import write_rows
 from sape2.studies.compare.paired import Paired
@@ -27,17 +28,12 @@ EXPLAINED = (
 )
 COSTS = {  # name -> (heading, unit, meaning)
     "parameters": ("parameters", "parameters", "all"),
-    "macs_per_image": (
-        "MACs per image", "MACs", "of one image's forward pass in matrix products and convolutions, attention included",
-    ),
-    "step_ms": (
-        "ms per step",
-        "ms",
-        "per training step of one batch, median over epochs of wall-clock time on the machine that trained",
-    ),
-    "step_memory_mib": (
-        "MiB per step", "MiB", "highest extra memory of one training step at PyTorch's allocator, measured during the run",
-    ),
+    "macs_per_image": ("MACs per image", "MACs",
+                       "of one image's forward pass in matrix products and convolutions, attention included"),
+    "step_ms": ("ms per step", "ms",
+                "per training step of one batch, median over epochs of wall-clock time on the machine that trained"),
+    "step_memory_mib": ("MiB per step", "MiB",
+                        "highest extra memory of one training step at PyTorch's allocator, measured during the run"),
     "training_s": ("training (s)", "s", "training steps of the whole run, wall clock, without evaluation"),
 }  # fmt: skip
 
@@ -101,12 +97,8 @@ class Outcome:
 
     @property
     def title(self) -> str:
-        """Data, model, epochs and changed settings, which all runs share."""
-        if not self.finished:
-            return ""
-        about = self._conditions()
-        changed = f", {about['changed']}" if about["changed"] else ""
-        return f"{about['data']}, {about['model']}, {about['epochs']} epoch{'s' * (about['epochs'] != 1)}{changed}"
+        """Model, data, epochs and changed settings, which all runs share."""
+        return in_words(self.finished[0]) if self.finished else ""
 
     def tables(self) -> Iterator[Table]:
         """For a terminal: accuracy with the weights of each kind, then costs."""
@@ -154,17 +146,21 @@ def outcome(rows: list[Row], baseline: str | None = None) -> Outcome:
     check_one_study(rows)
     finished, failed = ([row for row in rows if ("failed" in row) == wanted] for wanted in (False, True))
     known = list(dict.fromkeys(row["encoding"] for row in rows))
-    if baseline is not None and baseline not in known:
-        raise ValueError(f"there is no run of the baseline {baseline!r}; there are runs of: {', '.join(known) or 'nothing'}")
-    baseline = baseline or (known[0] if known else "")
+    if baseline is not None:
+        _check_baseline(baseline, known)
+    baseline = baseline or next(iter(known), "")
     return Outcome(sorted(finished, key=lambda row: row["seed"]), failed, baseline)
+
+
+def _check_baseline(baseline: str, known: Iterable[str]) -> None:
+    if baseline not in known:
+        raise ValueError(f"there is no run of the baseline {baseline!r}; there are runs of: {', '.join(known) or 'nothing'}")
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
 def accuracy_table(found: Outcome, weights: str) -> tuple[list[Row], list[str]]:
-    """Table for people: accuracy with its paired difference."""
     return comparison_table(found.summaries("accuracy", weights), found.baseline)
 
 
@@ -178,8 +174,7 @@ def paired_table(
     baseline that no row is of.
     """
     values = grouped(rows, value)
-    if baseline not in values:
-        raise ValueError(f"there is no run of the baseline {baseline!r}; there are runs of: {', '.join(values) or 'nothing'}")
+    _check_baseline(baseline, values)
     found = summarize(values, baseline)
     lines, columns = comparison_table(found, baseline)
     return [line | {"verdict": found[line["encoding"]].verdict(level)} for line in lines], [*columns, "verdict"]

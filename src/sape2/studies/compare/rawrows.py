@@ -47,7 +47,7 @@ def raw_row(run: Run[RunConfig]) -> Row:
     memory = [row["step_memory_mib"] for row in epochs if row.get("step_memory_mib") is not None]
     row = _head(config) | {key: value for key, value in conditions.items() if key not in ("encoding", "seed")}
     row |= _size(config.model) | {
-        "images": seen_of(run),
+        "images": {key: value for key, value in run.seen.items() if key != "classes"},  # {} if they are not known
         "device": epochs[-1].get("device"),
         "step_ms": step_ms(MeasuredRun(run, test, epochs)),
         "step_memory_mib": max(memory, default=None),
@@ -71,11 +71,6 @@ def final_accuracy(row: Row) -> float:
 def final_validation_accuracy(row: Row) -> float:
     """After the last epoch; never of the best one, which would favour noise."""
     return row["curve"]["validation_accuracy"][-1]
-
-
-def seen_of(run: Run[RunConfig]) -> Row:
-    """The images of a run, by the facts that comparisons between runs use; {} if they are not known."""
-    return {key: value for key, value in run.seen.items() if key != "classes"}
 
 
 def _head(config: RunConfig) -> Row:

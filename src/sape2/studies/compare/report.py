@@ -106,8 +106,10 @@ class Comparison:
         if all(epochs.values()):
             files.append(folder / "curves.png")
             viz.plot_curves(epochs, files[0], shared_in_words(self.groups))
-        band = {"band": "one std over seeds"} if self.has_seeds else {}
-        rows = {group.name: _shown_rows(group, self.has_seeds) for group in self.groups}
+        band, rows = {}, {group.name: group.runs[0].rows for group in self.groups}  # as measured, with intervals over images
+        if self.has_seeds:
+            band = {"band": "one std over seeds"}
+            rows = {group.name: list(mean_rows([run.rows for run in group.runs])) for group in self.groups}
         files += viz.plot_measures(rows, self.measures, folder, notes=viz.Notes(about=self.title, **band))
         write_text(folder / "report.md", page(self, files))
         return files
@@ -216,11 +218,6 @@ def _difference(column: Headline, summary: Summary, group: Group) -> str:
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
-
-
-def _shown_rows(group: Group, as_means: bool) -> list[Row]:
-    """Rows as measured, with intervals over images; or means over seeds, with one standard deviation if there are several."""
-    return list(mean_rows([run.rows for run in group.runs])) if as_means else group.runs[0].rows
 
 
 def _wide(comparison: Comparison) -> list[Row]:

@@ -99,19 +99,17 @@ def numbers(summary: Summary | None, paired: bool = True) -> Row:
     return found | dict(zip(PAIRED, told, strict=True)) | {"pairs": pair.n}
 
 
-def comparison_table(
-    found: Mapping[Any, Summary], baseline: str, value: str = "accuracy", digits: int = 4, group: str = "encoding"
-) -> tuple[list[Row], list[str]]:
-    """Lines and columns for people, as `print_table` and `markdown_table` take them; what one seed cannot tell is empty."""
+def comparison_table(found: Mapping[Any, Summary], baseline: str) -> tuple[list[Row], list[str]]:
+    """Lines and columns of accuracies, for `print_table` and `markdown_table`; what one seed cannot tell is empty."""
     minus = f"minus {baseline}"
     lines = []
     for name, summary in found.items():
-        line: Row = {group: name, value: summary.spread(digits), "n": summary.n}
+        line: Row = {"encoding": name, "accuracy": summary.spread(4), "n": summary.n}
         if pair := summary.pair:
-            line |= {minus: f"{pair.difference:+.{digits}f}", "pairs": pair.n, "95 % interval": interval(pair, digits)}
+            line |= {minus: f"{pair.difference:+.4f}", "pairs": pair.n, "95 % interval": interval(pair)}
             line |= {"p": format_p(pair.p), "p, Holm": format_p(summary.p_holm)}
         lines.append(line)
-    return lines, [group, value, "n", minus, "95 % interval", "pairs", "p", "p, Holm"]
+    return lines, ["encoding", "accuracy", "n", minus, "95 % interval", "pairs", "p", "p, Holm"]
 
 
 def interval(pair: Paired, digits: int = 4) -> str:

@@ -54,12 +54,11 @@ class Split:
 class Task(ABC):
     """A task; its members are frozen dataclasses, their fields options of the task.
 
-    `expectation` was written before the first run. `splits[TRAIN]` is what the models learn from; every split is measured
-    on fresh draws. `steps` updates of `batch_size` scenes with learning rate `lr`, the same for every encoding.
+    `splits[TRAIN]` is what the models learn from; every split is measured on fresh draws. `steps` updates of `batch_size`
+    scenes with learning rate `lr`, the same for every encoding.
     """
 
     summary: ClassVar[str]
-    expectation: ClassVar[str]
     channels: ClassVar[int]
     num_classes: ClassVar[int]
     readout: ClassVar[Literal["tokens", "mean"]] = "tokens"
@@ -90,10 +89,6 @@ class Task(ABC):
 
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
-
-
-def uniform(shape: tuple[int, ...], low: float, high: float, generator: torch.Generator) -> Tensor:
-    return low + (high - low) * torch.rand(shape, generator=generator)
 
 
 def draw_until(number: int, draw: Callable[[int], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from sape2.studies.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task, draw_until, one_hot, pick, uniform
+from sape2.studies.probes.base import NOT_ASKED, TRAIN, Example, Scenes, Split, Task, draw_until, one_hot, pick
 
 COLOURS = 8
 QUERIES = 4  # cells of a scene that ask
@@ -51,12 +51,6 @@ class Count(Task):
     """
 
     summary: ClassVar[str] = "colour of the n-th foreground cell in a direction (8x8)"
-    expectation: ClassVar[str] = (
-        "Counts along rows and columns with the direct read-out learn it and hold on density, spacing and size. "
-        "RPE and RoPE learn it and drop where the density changes, since n objects are then another number of cells. "
-        "APE is worst on larger grids. SaPE2 with the distance read-out and no APE stays near none (its bias is symmetric "
-        "and loses the direction); ape+sape2 is about ape. n = 4 and 5 fail for every encoding that has a table of counts."
-    )
     channels: ClassVar[int] = 1 + COLOURS + len(DIRECTIONS) + 1
     num_classes: ClassVar[int] = COLOURS
 
@@ -88,7 +82,8 @@ class Count(Task):
         size = split.grid[0], split.grid[1] - split.gaps
 
         def draw(tries: int) -> tuple[Tensor, Tensor]:
-            share = uniform((tries, 1, 1), *split.density, generator)
+            least, most = split.density
+            share = least + (most - least) * torch.rand(tries, 1, 1, generator=generator)
             foreground = torch.rand(tries, *size, generator=generator) < share
             colours = torch.randint(1, COLOURS + 1, foreground.shape, generator=generator) * foreground
             askable = exists(foreground, split.numbers) & ~foreground[:, None, None]

@@ -50,11 +50,6 @@ class Distant(Task):
     """
 
     summary: ClassVar[str] = "bit of a type, from noisy tokens in segments that lie apart (8x8)"
-    expectation: ClassVar[str] = (
-        "none and SaPE2 with the minus sign are best; RPE and RoPE lose across segments; APE is slightly worse than none; "
-        "SaPE2 with the plus sign is worst, or q.k has to undo it. Content alone solves the task: SaPE2 must beat none, "
-        "not just APE."
-    )
     channels: ClassVar[int] = FEATURES + 1
     num_classes: ClassVar[int] = 2
 

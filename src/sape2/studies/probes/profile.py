@@ -58,12 +58,6 @@ class Profile(Task):
     columns: bool = False
 
     summary: ClassVar[str] = "colour tag of the row with the same foreground mask (8x9)"
-    expectation: ClassVar[str] = (
-        "SaPE2 with the minus sign or a learned one learns it, and keeps it under permuted rows and with more of them, as its "
-        "bias along x is exactly equivariant to permutations of rows; the plus sign is much slower. RPE and RoPE need two "
-        "layers, APE breaks with more rows, CoPE along the raster is weak. If SaPE2 does not win here, "
-        "the distance read-out has no case."
-    )
     channels: ClassVar[int] = FIRST_COLOUR + COLOURS
     num_classes: ClassVar[int] = COLOURS
 

@@ -74,11 +74,6 @@ class ObjectScenes(Task):
     """
 
     summary: ClassVar[str] = "shape of the left-most object, number of objects of a shape (12x12)"
-    expectation: ClassVar[str] = (
-        "Moved: RoPE, RPE and counts with the direct read-out above SaPE2 alone, above ape+sape2, which is at least as good as "
-        "APE. Rolled: best with the cyclic count. Scaled: gates at the edges of objects could help SaPE2 and CoPE, but the "
-        "growth of the bias with the grid hurts unless it is normalised."
-    )
     channels: ClassVar[int] = 1 + COLOURS + 1 + len(SHAPES)
     num_classes: ClassVar[int] = len(SHAPES) + MOST + 1
     readout: ClassVar[Literal["tokens", "mean"]] = "mean"
