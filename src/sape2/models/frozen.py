@@ -8,6 +8,7 @@ value. This also works for models of other libraries with an encoding attached.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -151,7 +152,7 @@ def _known_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
     with torch.no_grad():
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                value = _attribute(module, node.target)
+                value = operator.attrgetter(node.target)(module)
                 if isinstance(value, Tensor):
                     known[node] = value.detach()
             elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _is_random(node):
@@ -168,13 +169,6 @@ def _store(module: fx.GraphModule, constants: list[Tensor], value: Tensor) -> st
     constants.append(value.contiguous())
     module.register_buffer(f"constant_{len(constants) - 1}", constants[-1])
     return f"constant_{len(constants) - 1}"
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    *parents, name = path.split(".")
-    for parent in parents:
-        module = getattr(module, parent)
-    return getattr(module, name)
 
 
 def _is_random(node: fx.Node) -> bool:
