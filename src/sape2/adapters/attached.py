@@ -43,13 +43,14 @@ class Window(NamedTuple):
 
 
 class Attached:
-    """Mixed into the attention class of a host by a subclass that overrides `forward`."""
+    """Mixed into the attention class of a host, which comes last, by a subclass that overrides `forward`."""
 
     host_class: ClassVar[type[nn.Module]]
     sape2: AttentionEncoding
     sape2_tokens: Tokens
 
     def __init_subclass__(cls) -> None:
+        cls.host_class = cls.__bases__[-1]  # pyrefly: ignore
         if "forward" in vars(cls):
             cls.forward = _one_node(cls.forward)  # pyrefly: ignore
 
@@ -204,8 +205,8 @@ class Host:
     drops: tuple[nn.Module, type[nn.Module]] | None = None  # patch dropout and the class that it gets, which says what stays
 
 
-class Telling:
-    """A module whose class is changed to one that tells `sape2_tokens` of its calls, until `remove`, as a hook has it."""
+class Changed:
+    """A module whose class is changed to one that shares `sape2_tokens`, until `remove`, as a hook has it."""
 
     def __init__(self, module: nn.Module, attached_class: type[nn.Module], tokens: Tokens) -> None:
         self.module, self.host_class = module, type(module)
@@ -260,12 +261,11 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
     }
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
-    for module, attached_class, layer in used.values():
-        _swap(module, attached_class, layer, tokens, model)
+    hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    hooks = [] if host.source is None else _listen(model, host.source, tokens)
-    hooks += [] if host.drops is None else [Telling(*host.drops, tokens)]
+    hooks += [] if host.source is None else _listen(model, host.source, tokens)
+    hooks += [] if host.drops is None else [Changed(*host.drops, tokens)]
     hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
     model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
@@ -307,8 +307,8 @@ def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: in
 
 
 def _swap(
-    module: nn.Module, attached_class: type[Attached], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
-) -> None:
+    module: nn.Module, attached_class: type[Any], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
+) -> Changed:
     """On the device of the module, in float32 whatever the precision of the host, float64 apart: positions need it.
 
     A quantized module may hold no parameters at all; then those of the model say the device.
@@ -316,8 +316,7 @@ def _swap(
     like = next((tensor for part in (module, model) for tensor in (*part.parameters(), *part.buffers())), torch.empty(0))
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     module.sape2 = encoding.to(like.device, dtype).train(module.training)
-    module.sape2_tokens = tokens  # pyrefly: ignore
-    module.__class__ = attached_class  # pyrefly: ignore
+    return Changed(module, attached_class, tokens)
 
 
 def _look_whether_it_learns(model: nn.Module, inputs: Any) -> None:
@@ -341,10 +340,8 @@ def detach(model: Model) -> Model:
     """Takes the encoding out: the classes, parameter names and trainable parameters are those before `attach`."""
     attachment = attachment_of(model)
     for module in attachment.attentions.values():
-        module.__class__ = module.host_class  # pyrefly: ignore
         del module.sape2
-        for name in ("sape2_tokens", "sape2_both"):
-            vars(module).pop(name, None)
+        vars(module).pop("sape2_both", None)
     for hook in attachment.hooks:
         hook.remove()
     for parameter in attachment.frozen:

@@ -18,8 +18,6 @@ from sape2.encodings.grid import Grid
 class AttachedOwn(Attached, Attention):
     """`sape2.attention.Attention` with an encoding beside its own."""
 
-    host_class = Attention
-
     def both(self) -> Composite:
         """Its own encoding and the attached one; made once, and kept where state_dict does not see it."""
         kept = self.__dict__.get("sape2_both")

@@ -49,8 +49,6 @@ REASONS = {
 class AttachedAttention(Attached, Attention):
     """timm's `Attention` with an encoding."""
 
-    host_class = Attention
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return _forward_with(self, x, _mask(x, attn_mask, is_causal))
 
@@ -70,19 +68,13 @@ class _AttachedRope(Attached):
 class AttachedAttentionRope(_AttachedRope, AttentionRope):
     """timm's `AttentionRope` with an encoding."""
 
-    host_class = AttentionRope
-
 
 class AttachedEvaAttention(_AttachedRope, EvaAttention):
     """timm's `EvaAttention` with an encoding."""
 
-    host_class = EvaAttention
-
 
 class AttachedBeitAttention(Attached, beit.Attention):
     """The `Attention` of timm's BEiT with an encoding beside its own bias."""
-
-    host_class = beit.Attention
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
@@ -92,16 +84,12 @@ class AttachedBeitAttention(Attached, beit.Attention):
 class AttachedRelPosAttention(Attached, RelPosAttention):
     """timm's `RelPosAttention` with an encoding beside its own bias."""
 
-    host_class = RelPosAttention
-
     def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         return _forward_with(self, x, shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias())
 
 
 class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
     """The `Attention` of timm's SAM with an encoding beside its own bias or rotation; x is a window or the whole grid."""
-
-    host_class = vision_transformer_sam.Attention
 
     def forward(self: Any, x: Tensor) -> Tensor:
         grid = as_grid(x.shape[1], x.shape[2])
@@ -121,8 +109,6 @@ class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
 
 class AttachedWindowAttention(Attached, swin_transformer.WindowAttention):
     """The `WindowAttention` of timm's Swin with an encoding beside its own bias: each window is a grid."""
-
-    host_class = swin_transformer.WindowAttention
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return _forward_with(self, x, *shifted(self._get_rel_pos_bias(), mask, self.window_size, len(x)))

@@ -167,7 +167,6 @@ def attached_class(name: str) -> type[Attached]:
     contents = {
         "__module__": __name__,
         "__doc__": f"transformers' `{name}` with an encoding.",
-        "host_class": host,
         "family": FAMILIES[name],
         "library": module,
         "functions": importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS,

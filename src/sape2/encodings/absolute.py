@@ -52,7 +52,6 @@ class LearnedAbsolute(TokenEncoding):
     Options = LearnedAbsoluteOptions
     summary = "learned absolute table, resampled to other grids"
     source = "arXiv:2010.11929"
-    facts = Facts()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
@@ -85,7 +84,6 @@ class SinCos(TokenEncoding):
     Options = SinCosOptions
     summary = "fixed sine-cosine of x and y, any grid"
     source = "arXiv:1706.03762, 2D as in arXiv:2104.02057"
-    facts = Facts()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)

@@ -84,12 +84,8 @@ def trace(model: nn.Module, images: Tensor, step: Size | None = None) -> Exporte
 def _cannot_trace(model: nn.Module, images: Tensor, step: Size | None, error: Exception) -> str:
     lines = (" ".join(line.split()) for line in str(error).splitlines())
     reason = next((line for line in lines if line), type(error).__name__)
-    what = (
-        f"for images of {images.shape[-2]}x{images.shape[-1]} pixels"
-        if step is None
-        else "for images of any size; give one size"
-    )
-    return f"{type(model).__name__} cannot be traced {what}: {reason}"
+    size = f"{images.shape[-2]}x{images.shape[-1]} pixels" if step is None else "any size; give one size"
+    return f"{type(model).__name__} cannot be traced for images of {size}: {reason}"
 
 
 def _check_open(program: ExportedProgram, model: nn.Module, shapes: dict[int, Any]) -> None:
