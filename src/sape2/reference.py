@@ -15,12 +15,6 @@ from torch import Tensor
 Grid = tuple[int, int]
 
 
-def over_heads(function: Callable[[Tensor, Tensor], Tensor], q: Tensor, k: Tensor) -> Tensor:
-    """`function(q, k)` for every image and head of (B, h, N, d), stacked to (B, h, ...)."""
-    images = [torch.stack([function(q[b, h], k[b, h]) for h in range(q.shape[1])]) for b in range(q.shape[0])]
-    return torch.stack(images)
-
-
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, num_prefix: int) -> Tensor:
     """Softmax attention of one head over T = P + N tokens; the bias, (N, N), does not touch the P prefix tokens."""
     total, dim = q.shape

@@ -6,11 +6,10 @@ To add a library: a file with `find`, and an entry in `HOSTS`.
 from __future__ import annotations
 
 import importlib
-from typing import TypeVar
 
 from torch import nn
 
-from sape2.adapters.attached import Host, Trainable, check_free, encoding_parameters, put_in, take_out
+from sape2.adapters.attached import Host, Model, Trainable, check_free, detach, encoding_parameters, put_in
 from sape2.adapters.pytorch import SaPEAttention, attach_attention, set_grid
 from sape2.adapters.start import Start
 from sape2.encodings.grid import Grid
@@ -24,7 +23,6 @@ HOSTS = {
     "transformers": "sape2.adapters.transformers",
     "sape2": "sape2.adapters.own",
 }
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def attach(
@@ -53,12 +51,6 @@ def attach(
             f"the layers of this model attend over several grids, {own}, and its tables are for these; leave out grid"
         )
     put_in(model, host, encoding, trainable, start, [grid or size.grid for size in host.sizes])
-    return model
-
-
-def detach(model: Model) -> Model:
-    """Takes the encoding out: the classes, parameter names and trainable parameters are those before `attach`."""
-    take_out(model)
     return model
 
 

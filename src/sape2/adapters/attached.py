@@ -12,7 +12,7 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, fx, nn
 
 from sape2.adapters.layouts import Scattered, bias_on, rotate_on
-from sape2.adapters.start import Start, prepare, rotates
+from sape2.adapters.start import Start, prepare
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import create_encodings
@@ -29,6 +29,7 @@ from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
 
 Trainable = Literal["all", "encoding"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -42,13 +43,14 @@ class Window(NamedTuple):
 
 
 class Attached:
-    """Mixed into the attention class of a host by a subclass that overrides `forward`."""
+    """Mixed into the attention class of a host, which comes last, by a subclass that overrides `forward`."""
 
     host_class: ClassVar[type[nn.Module]]
     sape2: AttentionEncoding
     sape2_tokens: Tokens
 
     def __init_subclass__(cls) -> None:
+        cls.host_class = cls.__bases__[-1]  # pyrefly: ignore
         if "forward" in vars(cls):
             cls.forward = _one_node(cls.forward)  # pyrefly: ignore
 
@@ -171,8 +173,12 @@ def as_additive(mask: Shaped[Tensor, "*shape"], dtype: torch.dtype) -> Float[Ten
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
 
 
-def causal_mask(total: int, device: torch.device) -> Bool[Tensor, "tokens tokens"]:
-    return torch.ones(total, total, dtype=torch.bool, device=device).tril()
+def shifted(bias: Tensor, mask: Tensor | None, grid: Grid, num_windows: int) -> tuple[Tensor, Window]:
+    """The bias of Swin with its mask, (windows of an image, T, T), which keeps what a shift brings into one window apart."""
+    if mask is None:
+        return bias, Window(grid)
+    mask = mask.repeat(num_windows // len(mask), 1, 1).unsqueeze(1)
+    return bias + mask, Window(grid, mask == 0)
 
 
 # --- putting in and taking out ---------------------------------------------------------------------------------------
@@ -199,8 +205,8 @@ class Host:
     drops: tuple[nn.Module, type[nn.Module]] | None = None  # patch dropout and the class that it gets, which says what stays
 
 
-class Telling:
-    """A module whose class is changed to one that tells `sape2_tokens` of its calls, until `remove`, as a hook has it."""
+class Changed:
+    """A module whose class is changed to one that shares `sape2_tokens`, until `remove`, as a hook has it."""
 
     def __init__(self, module: nn.Module, attached_class: type[nn.Module], tokens: Tokens) -> None:
         self.module, self.host_class = module, type(module)
@@ -226,10 +232,6 @@ class Attachment:
     frozen: list[nn.Parameter]
     told: bool = False  # that nothing of the encoding learns
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those of the encodings, each once."""
-        yield from nn.ModuleList(dict.fromkeys(module.sape2 for module in self.attentions.values())).parameters()  # pyrefly: ignore
-
     def tell_if_frozen(self) -> None:
         if not any(p.requires_grad for module in self.attentions.values() for p in module.sape2.parameters()):  # pyrefly: ignore
             self.told = True
@@ -240,15 +242,10 @@ class Attachment:
             )
 
 
-class NoWeightDecay:
+def no_weight_decay(model: nn.Module) -> set[str]:
     """Names of what must not decay: those of the host and everything of the encoding; what timm's optimisers ask for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __call__(self) -> set[str]:
-        own: Any = getattr(type(self.model), "no_weight_decay", None)
-        return names_without_decay(self.model) | (set(own(self.model)) if own else set())
+    own: Any = getattr(type(model), "no_weight_decay", None)
+    return names_without_decay(model) | (set(own(model)) if own else set())
 
 
 def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grids: list[Grid | None]) -> None:
@@ -264,16 +261,15 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
     }
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
-    for module, attached_class, layer in used.values():
-        _swap(module, attached_class, layer, tokens, model)
+    hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
     for parameter in frozen:
         parameter.requires_grad_(False)
-    hooks = [] if host.source is None else _listen(model, host.source, tokens)
-    hooks += [] if host.drops is None else [Telling(*host.drops, tokens)]
+    hooks += [] if host.source is None else _listen(model, host.source, tokens)
+    hooks += [] if host.drops is None else [Changed(*host.drops, tokens)]
     hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
     model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
-    model.no_weight_decay = NoWeightDecay(model)  # pyrefly: ignore
+    model.no_weight_decay = functools.partial(no_weight_decay, model)  # pyrefly: ignore
 
 
 def _listen(model: nn.Module, source: nn.Module, tokens: Tokens) -> list[Any]:
@@ -303,7 +299,7 @@ def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: in
             f"attach puts encodings into attention; {encoding!r} also changes the tokens, for which the model has its own "
             "positions. Leave ape, sincos and cpe out"
         )
-    if host.rotates and any(rotates(layer) for layer in layers):
+    if host.rotates and any(layer.rotates for layer in layers):
         raise ValueError(
             f"this {host.name} turns q and k itself; a second rotation, {encoding!r}, would mix with it. Attach a bias"
         )
@@ -311,8 +307,8 @@ def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: in
 
 
 def _swap(
-    module: nn.Module, attached_class: type[Attached], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
-) -> None:
+    module: nn.Module, attached_class: type[Any], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
+) -> Changed:
     """On the device of the module, in float32 whatever the precision of the host, float64 apart: positions need it.
 
     A quantized module may hold no parameters at all; then those of the model say the device.
@@ -320,8 +316,7 @@ def _swap(
     like = next((tensor for part in (module, model) for tensor in (*part.parameters(), *part.buffers())), torch.empty(0))
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     module.sape2 = encoding.to(like.device, dtype).train(module.training)
-    module.sape2_tokens = tokens  # pyrefly: ignore
-    module.__class__ = attached_class  # pyrefly: ignore
+    return Changed(module, attached_class, tokens)
 
 
 def _look_whether_it_learns(model: nn.Module, inputs: Any) -> None:
@@ -341,19 +336,18 @@ def check_free(model: nn.Module) -> None:
         raise ValueError(f"the model has {attachment.encoding!r} attached already; detach it first")
 
 
-def take_out(model: nn.Module) -> None:
-    """Restores what `put_in` changed."""
+def detach(model: Model) -> Model:
+    """Takes the encoding out: the classes, parameter names and trainable parameters are those before `attach`."""
     attachment = attachment_of(model)
     for module in attachment.attentions.values():
-        module.__class__ = module.host_class  # pyrefly: ignore
         del module.sape2
-        for name in ("sape2_tokens", "sape2_both"):
-            vars(module).pop(name, None)
+        vars(module).pop("sape2_both", None)
     for hook in attachment.hooks:
         hook.remove()
     for parameter in attachment.frozen:
         parameter.requires_grad_(True)
     del model.sape2_attachment, model.no_weight_decay
+    return model
 
 
 def attachment_of(model: nn.Module) -> Attachment:
@@ -373,4 +367,5 @@ def attached_encodings(model: nn.Module) -> dict[int, AttentionEncoding]:
 
 def encoding_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that attach brought, each once: for an optimiser group of their own, without weight decay."""
-    yield from attachment_of(model).parameters()
+    encodings = (module.sape2 for module in attachment_of(model).attentions.values())
+    yield from nn.ModuleList(dict.fromkeys(encodings)).parameters()  # pyrefly: ignore

@@ -10,8 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from sape2.adapters import Model, find_host
-from sape2.adapters.attached import Size, Trainable, attached_encodings, attachment_of, check_free, put_in
+from sape2.adapters import find_host
+from sape2.adapters.attached import Model, Size, Trainable, attached_encodings, attachment_of, check_free, detach, put_in
 from sape2.runs.files import write_atomic, write_text
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -52,8 +52,6 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
     try:
         load_model(_encodings(model), Path(folder) / WEIGHTS)
     except (OSError, RuntimeError, SafetensorError) as error:
-        from sape2.adapters import detach
-
         detach(model)
         raise ValueError(
             f"{Path(folder) / WEIGHTS} does not hold this adapter: {str(error).splitlines()[-1].strip()}"

@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.adapters.attached import Attached, Host, Size, encoding_of
-from sape2.adapters.start import rotates
 from sape2.adapters.tokens import Tokens
 from sape2.attention import Attention, attend, logits
 from sape2.encodings.base import Composite
@@ -18,8 +17,6 @@ from sape2.encodings.grid import Grid
 
 class AttachedOwn(Attached, Attention):
     """`sape2.attention.Attention` with an encoding beside its own."""
-
-    host_class = Attention
 
     def both(self) -> Composite:
         """Its own encoding and the attached one; made once, and kept where state_dict does not see it."""
@@ -41,15 +38,15 @@ class AttachedOwn(Attached, Attention):
 
 def find(model: nn.Module) -> Host:
     blocks: Any = getattr(model, "blocks", [])
-    attentions = [getattr(block, "attn", None) for block in blocks]
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
     if not attentions or any(type(attention) is not Attention for attention in attentions):
         raise ValueError(f"attach knows the ViT of sape2; got {type(model).__name__}")
     config: Any = model.config
     return Host(
         name="sape2 ViT",
-        layers=[(attention, AttachedOwn) for attention in attentions if attention is not None],
+        layers=[(attention, AttachedOwn) for attention in attentions],
         source=model.patch_embed.proj,  # pyrefly: ignore
         tokens=Tokens(model.num_prefix_tokens),  # pyrefly: ignore
         sizes=[Size(config.num_heads, config.head_dim, config.grid)] * len(attentions),
-        rotates=any(rotates(attention.encoding) for attention in attentions if attention is not None),
+        rotates=any(attention.encoding.rotates for attention in attentions),
     )

@@ -43,7 +43,6 @@ class AttachedMultihead(Attached, nn.MultiheadAttention):
     evaluation and read its weights, without any bias.
     """
 
-    host_class = nn.MultiheadAttention
     _qkv_same_embed_dim = property(lambda self: False, lambda self, value: None)
 
     def forward(

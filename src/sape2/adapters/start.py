@@ -29,6 +29,7 @@ class Gained(AttentionEncoding):
         nn.Module.__init__(self)
         self.inner = inner
         self.facts, self.score_axes, self.reads_tokens = inner.facts, inner.score_axes, inner.reads_tokens
+        self.gives_key_vectors = inner.gives_key_vectors
         self.gain = nn.Parameter(torch.zeros(num_heads))
 
     def check_trainable(self) -> None:
@@ -42,13 +43,8 @@ class Gained(AttentionEncoding):
         maps = self.inner.make_maps(content)
         return maps | {"bias": (full_precision(self.gain)[:, None, None] * maps["bias"]).to(content.q.dtype)}
 
-    @property
-    def gives_key_vectors(self) -> bool:
-        return self.inner.gives_key_vectors
-
-    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        vectors = self.inner.key_vectors(q, grid)
-        return None if vectors is None else full_precision(self.gain)[:, None, None] * vectors
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "heads tokens head_dim"]:
+        return full_precision(self.gain)[:, None, None] * self.inner.key_vectors(q, grid)
 
 
 def prepare(layers: list[AttentionEncoding], start: Start, num_heads: int, head_dim: int) -> list[AttentionEncoding]:
@@ -69,33 +65,15 @@ def _without_effect(
 ) -> AttentionEncoding:
     """An encoding whose tables start at zero already is nothing at the start; any other bias gets a gain of 0."""
     if isinstance(encoding, Composite):
-        parts = [part for part in encoding.parts if isinstance(part, AttentionEncoding)]
-        for part in parts:
+        for part in encoding.parts:
             ready.setdefault(id(part), _without_effect(part, num_heads, head_dim, ready))
-        return Composite([ready[id(part)] for part in parts])
-    if rotates(encoding):
+        return Composite([ready[id(part)] for part in encoding.parts])
+    if encoding.rotates:
         raise ValueError(
             f"{type(encoding).__name__} turns q and k, which no gain can start from nothing: a trained model would change at "
             'once. Attach a bias (sape2, rpe, cope, alibi, ...), or give start="as_is" to take the change and train on'
         )
-    q, k = _probe(num_heads, head_dim)
-    bias = encoding.bias(q, k, PROBE, _joined(q))
-    return encoding if bias is None or not bias.dense().any() else Gained(encoding, num_heads)
-
-
-def rotates(encoding: AttentionEncoding) -> bool:
-    """True if the encoding rotates q and k."""
-    if isinstance(encoding, Composite):
-        return any(rotates(part) for part in encoding.parts if isinstance(part, AttentionEncoding))
-    return encoding.rotates() and not isinstance(encoding, Gained)
-
-
-def _joined(q: Tensor) -> Tensor:
-    """Tokens whose queries these might be, (B, N, D)."""
-    return q.transpose(1, 2).flatten(2)
-
-
-def _probe(num_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, num_heads, num_tokens(PROBE), head_dim, generator=generator, device="cpu")
-    return q, k
+    bias = encoding.bias(q, k, PROBE, tokens=q.transpose(1, 2).flatten(2))
+    return encoding if bias is None or not bias.dense().any() else Gained(encoding, num_heads)

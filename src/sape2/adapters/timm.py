@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, Window, causal_mask
+from sape2.adapters.attached import Attached, Host, Size, Window, shifted
 from sape2.adapters.layouts import Layout, Scattered
 from sape2.adapters.tokens import Tokens, grid_of_output
 from sape2.encodings.grid import as_grid
@@ -49,13 +49,8 @@ REASONS = {
 class AttachedAttention(Attached, Attention):
     """timm's `Attention` with an encoding."""
 
-    host_class = Attention
-
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
-        mask = _mask(x, attn_mask, is_causal)
-        return _finish(self, x, self.attend(q, k, v, dropout=_dropout(self), mask=mask, tokens=x))
+        return _forward_with(self, x, _mask(x, attn_mask, is_causal))
 
 
 class _AttachedRope(Attached):
@@ -73,19 +68,13 @@ class _AttachedRope(Attached):
 class AttachedAttentionRope(_AttachedRope, AttentionRope):
     """timm's `AttentionRope` with an encoding."""
 
-    host_class = AttentionRope
-
 
 class AttachedEvaAttention(_AttachedRope, EvaAttention):
     """timm's `EvaAttention` with an encoding."""
 
-    host_class = EvaAttention
-
 
 class AttachedBeitAttention(Attached, beit.Attention):
     """The `Attention` of timm's BEiT with an encoding beside its own bias."""
-
-    host_class = beit.Attention
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         own = None if self.relative_position_bias_table is None else self._get_rel_pos_bias()
@@ -95,16 +84,12 @@ class AttachedBeitAttention(Attached, beit.Attention):
 class AttachedRelPosAttention(Attached, RelPosAttention):
     """timm's `RelPosAttention` with an encoding beside its own bias."""
 
-    host_class = RelPosAttention
-
     def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         return _forward_with(self, x, shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias())
 
 
 class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
     """The `Attention` of timm's SAM with an encoding beside its own bias or rotation; x is a window or the whole grid."""
-
-    host_class = vision_transformer_sam.Attention
 
     def forward(self: Any, x: Tensor) -> Tensor:
         grid = as_grid(x.shape[1], x.shape[2])
@@ -125,15 +110,8 @@ class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
 class AttachedWindowAttention(Attached, swin_transformer.WindowAttention):
     """The `WindowAttention` of timm's Swin with an encoding beside its own bias: each window is a grid."""
 
-    host_class = swin_transformer.WindowAttention
-
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask`, (windows, T, T), keeps what a shift brings into one window apart."""
-        bias = self._get_rel_pos_bias()
-        if mask is None:
-            return _forward_with(self, x, bias, Window(self.window_size))
-        mask = mask.repeat(len(x) // len(mask), 1, 1).unsqueeze(1)
-        return _forward_with(self, x, bias + mask, Window(self.window_size, mask == 0))
+        return _forward_with(self, x, *shifted(self._get_rel_pos_bias(), mask, self.window_size, len(x)))
 
 
 ATTACHED: dict[type[nn.Module], type[Attached]] = {
@@ -178,10 +156,10 @@ def _drop(module: Any, x: Tensor) -> tuple[Tensor, Tensor | None]:
     return output, kept
 
 
-def _forward_with(module: Any, x: Tensor, bias: Tensor | None, window: Window | None = None) -> Tensor:
-    """Attention under an encoding and a bias of the host."""
+def _forward_with(module: Any, x: Tensor, mask: Tensor | None, window: Window | None = None) -> Tensor:
+    """Attention under an encoding and a mask or a bias of the host."""
     q, k, v = _project(module, x)
-    return _finish(module, x, module.attend(q, k, v, dropout=_dropout(module), mask=bias, tokens=x, window=window))
+    return _finish(module, x, module.attend(q, k, v, dropout=_dropout(module), mask=mask, tokens=x, window=window))
 
 
 def _project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,8 +174,9 @@ def _project(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projections)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
-    groups = getattr(module, "num_kv_groups", 1)
-    return q, k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if (groups := getattr(module, "num_kv_groups", 1)) > 1:
+        k, v = (each.repeat_interleave(groups, dim=1) for each in (k, v))
+    return q, k, v
 
 
 def _turn(module: Any, vectors: Tensor, rope: Tensor) -> Tensor:
@@ -212,7 +191,8 @@ def _dropout(module: Any) -> float:
 
 def _mask(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
     """As in timm, a causal mask takes the place of a given one."""
-    return causal_mask(x.shape[1], x.device) if is_causal else attn_mask
+    total = x.shape[1]
+    return torch.ones(total, total, dtype=torch.bool, device=x.device).tril() if is_causal else attn_mask
 
 
 def _finish(module: Any, x: Tensor, output: Tensor) -> Tensor:
@@ -237,19 +217,18 @@ def find(model: nn.Module) -> Host:
     stages: Any = model.layers if isinstance(model, swin_transformer.SwinTransformer) else [model]
     blocks = [block for stage in stages for block in stage.blocks]
     attentions = [_attention(block) for block in blocks]
-    embeds: Any = getattr(model, "embeds", None) or model.patch_embed
-    source = embeds if isinstance(model, NaFlexVit) else getattr(embeds, "proj", None)
+    naflex = isinstance(model, NaFlexVit)
+    embeds: Any = model.embeds if naflex else model.patch_embed
+    source = embeds if naflex else getattr(embeds, "proj", None)
     if not isinstance(source, (nn.Conv2d, NaFlexEmbeds)):
         raise ValueError(f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(source).__name__}")
     dropout: Any = getattr(model, "patch_drop", None)
-    whole: Any = embeds.pos_embed_grid_size if isinstance(model, NaFlexVit) else embeds.grid_size
+    whole: Any = embeds.pos_embed_grid_size if naflex else embeds.grid_size
     return Host(
         name=f"timm {name}",
         layers=[(attention, ATTACHED[type(attention)]) for attention in attentions],
         source=source,
-        tokens=Tokens(
-            getattr(model, "num_prefix_tokens", 0), read=_of_naflex if isinstance(model, NaFlexVit) else grid_of_output
-        ),
+        tokens=Tokens(getattr(model, "num_prefix_tokens", 0), read=_of_naflex if naflex else grid_of_output),
         sizes=[_size(block.attn, getattr(block, "window_size", None) or whole) for block in blocks],
         rotates=any(getattr(part, "rope", None) is not None for part in (model, *attentions)),
         drops=(dropout, DROPOUTS[type(dropout)]) if type(dropout) in DROPOUTS else None,

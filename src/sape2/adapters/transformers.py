@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, Window
+from sape2.adapters.attached import Attached, Host, Size, Window, shifted
 from sape2.adapters.layouts import Layout, Scattered
 from sape2.adapters.tokens import Tokens, grid_of_output
 from sape2.encodings.grid import Grid, as_grid
@@ -116,14 +116,11 @@ class _Attached(Attached):
 
 
 class _AttachedWindow(_Attached):
-    """Swin's: each window is a grid; a mask, (windows, T, T), keeps what a shift brings into one window apart."""
+    """Swin's: each window is a grid."""
 
     def host_mask(self: Any, hidden_states: Tensor, mask: Tensor | None) -> tuple[Tensor | None, Window | None]:
-        bias, grid = self.relative_position_bias(), self.relative_position_bias.window_size
-        if mask is None:
-            return bias, Window(grid)
-        mask = mask.repeat(len(hidden_states) // len(mask), 1, 1).unsqueeze(1)
-        return bias + mask, Window(grid, mask == 0)
+        table = self.relative_position_bias
+        return shifted(table(), mask, table.window_size, len(hidden_states))
 
 
 class _AttachedSam(Attached):
@@ -170,7 +167,6 @@ def attached_class(name: str) -> type[Attached]:
     contents = {
         "__module__": __name__,
         "__doc__": f"transformers' `{name}` with an encoding.",
-        "host_class": host,
         "family": FAMILIES[name],
         "library": module,
         "functions": importlib.import_module("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS,
@@ -208,9 +204,7 @@ def find(model: nn.Module) -> Host:
         layers=[(each, attached_class(type(each).__name__)) for each in attentions],
         source=sources[0],
         tokens=Tokens(
-            family.num_prefix(config),
-            family.num_suffix(config),
-            read=READERS.get(type(sources[0]).__name__, grid_of_output),
+            family.num_prefix(config), family.num_suffix(config), read=READERS.get(type(sources[0]).__name__, grid_of_output)
         ),
         sizes=[_size(layer, attention, grid) for layer, attention in layers],
         rotates=any(type(each).__name__ == "DINOv3ViTAttention" for each in attentions),

@@ -77,11 +77,11 @@ def attend(
 
     `tokens`, what q, k and v were projected from, for encodings that read them.
     """
-    num_prefix, whole_bias = num_prefix_tokens(q.shape[-2], grid), encoding.gives_key_vectors
-    joined = whole_bias or adds_to_keys(encoding, num_prefix)
-    vectors = encoding.key_vectors(q[:, :, num_prefix:], grid) if joined else None
-    if vectors is not None and whole_bias:
+    num_prefix = num_prefix_tokens(q.shape[-2], grid)
+    if encoding.gives_key_vectors:
+        vectors = encoding.key_vectors(q[:, :, num_prefix:], grid)
         return _attend_with_key_vectors(q, k, v, *encoding.rotate_all(q, k, grid), vectors, dropout)
+    vectors = encoding.key_vectors(q, grid) if adds_to_keys(encoding, num_prefix) else None
     encoded = None if is_on_cpu(q) else encode(q, k, grid, encoding, tokens, vectors)  # on a device the bias decides
     path = choose_path(q, encoding, dropout, encoded and encoded[2])
     if path == "blocks":

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sape2.attention.products import fused_width
-from sape2.encodings.base import AttentionEncoding, Composite, NoEncoding
+from sape2.encodings.base import AttentionEncoding, NoEncoding
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
 from sape2.encodings.derivatives import is_transformed
@@ -27,7 +27,7 @@ KEPT_ELEMENTS = 2**25  # of softmax weights kept for the backward pass: 128 MB o
 
 
 def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0, bias: AttentionBias | None = None) -> Path:
-    """Chooses how the products are computed. All four ways agree up to rounding.
+    """The first of the ways above that such tensors, bias and call allow.
 
     With a bias, on a CPU: blocks. On an accelerator the choice depends on the terms of the bias, so attention computes the
     bias first and passes it: triton for distances that the kernels support; fused without a map for dot products alone; for
@@ -49,7 +49,7 @@ def choose_path(q: Tensor, encoding: AttentionEncoding, dropout: float = 0.0, bi
             return "fused"
         if _kernels_take(q, bias):
             return "triton"
-    if torch.compiler.is_compiling() or encoding.reads_tokens or _is_replica(encoding):
+    if torch.compiler.is_compiling() or encoding.reads_tokens or getattr(encoding, "_is_replica", False):
         return plain
     return "blocks" if on_cpu or map_elements(q) > 2**30 else "fused"
 
@@ -59,8 +59,6 @@ def is_on_cpu(q: Tensor) -> bool:
 
 
 def _kernels_take(q: Tensor, bias: AttentionBias) -> bool:
-    if q.device.type != "cuda":
-        return False
     from sape2.attention.kernels import takes  # only here, where there is a device for them
 
     return takes(q, bias)
@@ -87,7 +85,7 @@ def describe_path(
 
 def adds_to_keys(encoding: AttentionEncoding, num_prefix: int) -> bool:
     """Whether key vectors of some parts are added to the keys beside the bias of others. Not with prefix tokens."""
-    return isinstance(encoding, Composite) and encoding.gives_some_key_vectors and not num_prefix
+    return encoding.gives_some_key_vectors and not num_prefix
 
 
 def _memory(path: Path, q: Tensor, v: Tensor, bias: AttentionBias) -> list[str]:
@@ -100,10 +98,6 @@ def _memory(path: Path, q: Tensor, v: Tensor, bias: AttentionBias) -> list[str]:
     width = None if sides is None else fused_width(q.shape[-1] + sides[0].shape[-1], v.shape[-1], q.device)
     channels = [] if width is None else [f"{width} channels"]
     return channels if bias.unfactored() is None else [*channels, "a map as mask"]
-
-
-def _is_replica(encoding: AttentionEncoding) -> bool:
-    return bool(getattr(encoding, "_is_replica", False))
 
 
 def is_small(q: Tensor) -> bool:

@@ -110,14 +110,11 @@ class Annotations:
         sides: list[Any] = [entry.get(key) for key in ("height", "width")]
         where = f"{self.where}: {name}"
         _need(_is_text(file), where, "file_name as a text", file)
+        where = f"{where} ({file})"
         whole = all(type(side) is int and side > 0 for side in sides)
-        _need(whole, f"{where} ({file})", "height and width as whole numbers above 0", sides)
-        _need(
-            sides[0] * sides[1] <= MAX_PIXELS,
-            f"{where} ({file})",
-            f"at most {MAX_PIXELS} pixels to be read safely, so make it smaller first",
-            sides,
-        )
+        _need(whole, where, "height and width as whole numbers above 0", sides)
+        most = f"at most {MAX_PIXELS} pixels to be read safely, so make it smaller first"
+        _need(sides[0] * sides[1] <= MAX_PIXELS, where, most, sides)
         return {"id": entry["id"], "file_name": file, "height": sides[0], "width": sides[1]}
 
     # --- objects -----------------------------------------------------------------------------------------------------
@@ -259,9 +256,8 @@ def _short(value: Any) -> str:
 
 
 def _called(entry: Entry) -> str:
-    return str(entry.get("file_name") or entry.get("name") or {k: entry.get(k) for k in ("image_id", "category_id", "bbox")})[
-        :80
-    ]
+    name = entry.get("file_name") or entry.get("name") or {key: entry.get(key) for key in ("image_id", "category_id", "bbox")}
+    return str(name)[:80]
 
 
 def read_json(path: Path) -> Entry:

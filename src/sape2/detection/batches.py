@@ -103,8 +103,7 @@ def make_transform(images: ImagesConfig, image_size: Grid) -> v2.Transform:
         low, high = images.scale_jitter
         width_height = (image_size[1], image_size[0])  # torchvision 0.29 reads target_size[1] as the height
         steps.append(v2.ScaleJitter(width_height, (low, high)))
-        steps.append(v2.RandomCrop(image_size, pad_if_needed=True))
-        steps.append(tighten)
+        steps += [v2.RandomCrop(image_size, pad_if_needed=True), tighten]
     steps.append(v2.ClampBoundingBoxes())
     steps.append(
         v2.SanitizeBoundingBoxes(labels_getter=lambda sample: [sample[1][key] for key in ("labels", "iscrowd", "area")])

@@ -127,11 +127,8 @@ class CocoImages(Dataset):
         known = set(map(str, self.files))
         left = [name for name, real in walk(self.folder).real.items() if is_image(name) and real not in known]
         left = sorted(name for name in left if os.path.realpath(self.folder / name) not in known)
-        return (
-            [f"{self.folder}: images that {self.where.name} does not list, left out: {len(left)}, {listed(left)}"]
-            if left
-            else []
-        )
+        told = f"{self.folder}: images that {self.where.name} does not list, left out: {len(left)}, {listed(left)}"
+        return [told] if left else []
 
     def _find_file(self, entry: Entry, folder: Path) -> Path:
         name, what = entry["file_name"], f"{self.where}: image {entry['id']}"

@@ -81,9 +81,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int) -> None:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number in range(count):
-        pixels, masks, items, crop = _draw(
-            photographs, digits, labels, split, np.random.default_rng([seed, SPLITS.index(split), number])
-        )
+        random = np.random.default_rng([seed, SPLITS.index(split), number])
+        pixels, masks, items, crop = _draw(photographs, digits, labels, split, random)
         name = f"{number:06d}.png"
         Image.fromarray(pixels).save(folder / "images" / name)
         height, width = pixels.shape[:2]

@@ -60,13 +60,8 @@ def build_detector(model: ModelConfig, detector: DetectorConfig, images: ImagesC
         if detector.masks:
             kind, parts = MaskRCNN, parts | _mask_parts(detector, pyramid, model.num_classes + 1)
         built = kind(PyramidBackbone(body, pyramid), box_score_thresh=detector.score_threshold, **parts)
-    built.transform = FitImages(
-        min(model.image_size),
-        max(model.image_size),
-        list(images.mean),
-        list(images.std),
-        size_divisible=level_strides[-1],
-    )
+    mean, std = list(images.mean), list(images.std)
+    built.transform = FitImages(min(model.image_size), max(model.image_size), mean, std, size_divisible=level_strides[-1])
     return built
 
 

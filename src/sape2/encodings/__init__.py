@@ -19,7 +19,7 @@ from sape2.encodings.cope import CoPE
 from sape2.encodings.forget import Forget
 from sape2.encodings.functional import FIRE, LogCPB
 from sape2.encodings.grid import Grid
-from sape2.encodings.options import check_options, describe_options, make_options
+from sape2.encodings.options import changed_options, check_options, describe_options, make_options
 from sape2.encodings.pape import PaPE
 from sape2.encodings.relative import ALiBi, RelativeContextual, RelativeDecomposed, RelativeTable
 from sape2.encodings.rotary import PoPE, Rotary, RotaryMixed
@@ -49,38 +49,11 @@ ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
 }
 
 __all__ = [
-    "ATTENTION_ENCODINGS",
-    "FIRE",
-    "TOKEN_ENCODINGS",
-    "ALiBi",
-    "AttentionBias",
-    "AttentionEncoding",
-    "CoPE",
-    "Conditional",
-    "Facts",
-    "Forget",
-    "KeyTable",
-    "LearnedAbsolute",
-    "LogCPB",
-    "NoEncoding",
-    "PaPE",
-    "PoPE",
-    "RelativeContextual",
-    "RelativeDecomposed",
-    "RelativeTable",
-    "Rotary",
-    "RotaryMixed",
-    "SaPE2",
-    "SinCos",
-    "TokenEncoding",
-    "canonical_name",
-    "create_encoding",
-    "create_encodings",
-    "find_encoding",
-    "list_encodings",
-    "options_of",
-    "parse_encoding",
-]
+    "ATTENTION_ENCODINGS", "FIRE", "TOKEN_ENCODINGS", "ALiBi", "AttentionBias", "AttentionEncoding", "CoPE", "Conditional",
+    "Facts", "Forget", "KeyTable", "LearnedAbsolute", "LogCPB", "NoEncoding", "PaPE", "PoPE", "RelativeContextual",
+    "RelativeDecomposed", "RelativeTable", "Rotary", "RotaryMixed", "SaPE2", "SinCos", "TokenEncoding", "canonical_name",
+    "create_encoding", "create_encodings", "find_encoding", "list_encodings", "options_of", "parse_encoding",
+]  # fmt: skip
 
 
 def list_encodings() -> list[str]:
@@ -131,6 +104,9 @@ class Part:
     def acts_on_tokens(self) -> bool:
         return self.name in TOKEN_ENCODINGS
 
+    def create(self, num_heads: int, head_dim: int, grid: Grid) -> Any:
+        return find_encoding(self.name)(num_heads, head_dim, grid, **self.options)
+
 
 def parse_encoding(name: str) -> list[Part]:
     """The parts of a name, in its order. Raises ValueError for unknown names and for contradictions."""
@@ -142,7 +118,8 @@ def parse_encoding(name: str) -> list[Part]:
     if "none" in names and len(names) > 1:
         raise ValueError(f"encoding {name!r} joins none with something; leave none out")
     tables = [n for n in names if n in TOKEN_ENCODINGS and TOKEN_ENCODINGS[n].after_block is None]
-    rotations = [n for n in names if n in ATTENTION_ENCODINGS and ATTENTION_ENCODINGS[n].rotates()]
+    attention = [n for n in names if n in ATTENTION_ENCODINGS]
+    rotations = [n for n in attention if ATTENTION_ENCODINGS[n].rotate is not AttentionEncoding.rotate]
     for kind, found in (("absolute tables", tables), ("rotations", rotations)):
         if len(found) > 1:
             raise ValueError(f"encoding {name!r} has two {kind}, {' and '.join(found)}; choose one")
@@ -178,15 +155,11 @@ def _spelled(part: Part) -> str:
     encoding = find_encoding(part.name)
     meant, presets = encoding.read_options(part.options), encoding.presets or {"": {}}
     spellings = [
-        ({"preset": known} if known != next(iter(presets)) else {}) | _changed(meant, encoding.Options(**values))
+        ({"preset": known} if known != next(iter(presets)) else {}) | changed_options(meant, encoding.Options(**values))
         for known, values in presets.items()
     ]
-    options = min(spellings, key=len) | _changed(part.schedule, Schedule())
+    options = min(spellings, key=len) | changed_options(part.schedule, Schedule())
     return part.name + ":" * bool(options) + ",".join(f"{key}={_text(value)}" for key, value in sorted(options.items()))
-
-
-def _changed(options: Any, default: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(options).items() if value != getattr(default, key)}
 
 
 def _text(value: Any) -> str:
@@ -203,14 +176,12 @@ def create_encoding(name: str, num_heads: int, head_dim: int, grid: Grid) -> Tok
     different places in a model, so `create_model` makes them.
     """
     parts = _in_order(parse_encoding(name))
-    if len(parts) == 1 and parts[0].acts_on_tokens:
-        return TOKEN_ENCODINGS[parts[0].name](num_heads, head_dim, grid, **parts[0].options)
     for part in parts:
-        if part.acts_on_tokens:
+        if part.acts_on_tokens and len(parts) > 1:
             raise ValueError(f"{part.name} acts on the tokens, not in attention; use create_model(..., encoding={name!r})")
         if part.schedule != Schedule():
             raise ValueError(f"{part.name}: every= and share= speak of the layers of a model; use create_model")
-    return _join([_create(part, num_heads, head_dim, grid) for part in parts])
+    return _join([part.create(num_heads, head_dim, grid) for part in parts])
 
 
 def create_encodings(
@@ -220,9 +191,8 @@ def create_encodings(
 
     A token encoding that acts before every block comes `depth` times.
     """
-    parts = _in_order(parse_encoding(name))
-    sizes = (num_heads, head_dim, grid)
-    tokens = [module for p in parts if p.acts_on_tokens for module in _create_on_tokens(p, *sizes, depth)]
+    parts, sizes = _in_order(parse_encoding(name)), (num_heads, head_dim, grid)
+    tokens = [module for part in parts if part.acts_on_tokens for module in _create_on_tokens(part, sizes, depth)]
     layers: list[list[AttentionEncoding]] = [[] for _ in range(depth)]
     for part in parts:
         if part.acts_on_tokens:
@@ -230,9 +200,9 @@ def create_encodings(
         chosen = layers[part.schedule.every - 1 :: part.schedule.every]
         if not chosen:
             raise ValueError(f"{part.name}:every={part.schedule.every} leaves it out of all {depth} layers")
-        shared = _create(part, num_heads, head_dim, grid) if part.schedule.share else None
+        shared = part.create(*sizes) if part.schedule.share else None
         for layer in chosen:
-            layer.append(shared or _create(part, num_heads, head_dim, grid))
+            layer.append(shared or part.create(*sizes))
     return tokens, [_join(layer) for layer in layers]
 
 
@@ -241,19 +211,14 @@ def _in_order(parts: list[Part]) -> list[Part]:
     return sorted(parts, key=lambda part: part.name)
 
 
-def _create_on_tokens(part: Part, num_heads: int, head_dim: int, grid: Grid, depth: int) -> list[TokenEncoding]:
+def _create_on_tokens(part: Part, sizes: tuple[int, int, Grid], depth: int) -> list[TokenEncoding]:
     """One module, or one for every block: before the first block, after block 0, and so on."""
-    encoding = TOKEN_ENCODINGS[part.name]
-    modules = [encoding(num_heads, head_dim, grid, **part.options)]
+    modules = [part.create(*sizes)]
     if modules[0].every_layer:
-        modules += [encoding(num_heads, head_dim, grid, **part.options) for _ in range(depth - 1)]
+        modules += [part.create(*sizes) for _ in range(depth - 1)]
         for block, module in enumerate(modules[1:]):
             module.after_block = block
     return modules
-
-
-def _create(part: Part, num_heads: int, head_dim: int, grid: Grid) -> AttentionEncoding:
-    return ATTENTION_ENCODINGS[part.name](num_heads, head_dim, grid, **part.options)
 
 
 def _join(parts: list[AttentionEncoding]) -> AttentionEncoding:

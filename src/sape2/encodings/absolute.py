@@ -14,6 +14,7 @@ from sape2.encodings.base import AttentionEncoding, Facts, TokenEncoding
 from sape2.encodings.bias import AttentionBias, Factors, Places
 from sape2.encodings.content import Content, Vectors
 from sape2.encodings.grid import Grid, check_tokens, coordinates, is_symbolic
+from sape2.encodings.options import check_positive
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.resample import Kernel, resample
 
@@ -51,7 +52,6 @@ class LearnedAbsolute(TokenEncoding):
     Options = LearnedAbsoluteOptions
     summary = "learned absolute table, resampled to other grids"
     source = "arXiv:2010.11929"
-    facts = Facts()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
@@ -74,8 +74,7 @@ class SinCosOptions:
     temperature: float = 10_000.0
 
     def __post_init__(self) -> None:
-        if not self.temperature > 0:
-            raise ValueError(f"sincos:temperature must be above 0; got {self.temperature}")
+        check_positive("sincos:temperature", self.temperature)
 
 
 class SinCos(TokenEncoding):
@@ -85,7 +84,6 @@ class SinCos(TokenEncoding):
     Options = SinCosOptions
     summary = "fixed sine-cosine of x and y, any grid"
     source = "arXiv:1706.03762, 2D as in arXiv:2104.02057"
-    facts = Facts()
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
@@ -142,6 +140,7 @@ class KeyTable(AttentionEncoding):
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
         height, width = self.grid
+        self.gives_key_vectors = self.options.to == "keys"
         tables = num_heads if self.options.heads == "each" else 1
         shapes = {"": (height, width)} if self.options.by == "token" else {"_y": (height, 1), "_x": (1, width)}
         for side in ("keys", "queries") if self.options.to == "both" else ("keys",):
@@ -161,12 +160,8 @@ class KeyTable(AttentionEncoding):
                 )
             return AttentionBias(*terms, dtype=q.dtype)
 
-    @property
-    def gives_key_vectors(self) -> bool:
-        return self.options.to == "keys"
-
-    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        return self._scale(q) * self._vectors("keys", grid) if self.gives_key_vectors else None
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"]:
+        return self._scale(q) * self._vectors("keys", grid)
 
     def _scale(self, q: Tensor) -> float:
         return q.shape[-1] ** -0.5 if self.options.divide_bias else 1.0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,8 +20,6 @@ from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content, Tokens, Vectors
 from sape2.encodings.grid import Axis, Grid, check_grid, num_prefix_tokens
 from sape2.encodings.options import changed_options, make_options
-
-MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,8 @@ class PositionEncoding(nn.Module):
         return make_options(cls.Options, cls.name, cls.presets[preset] | own, "preset")
 
     def extra_repr(self) -> str:
-        return changed_options(self.Options, getattr(self, "options", None))
+        changed = changed_options(getattr(self, "options", self.Options()), self.Options())
+        return ", ".join(f"{name}={value}" for name, value in changed.items())
 
 
 class TokenEncoding(PositionEncoding):
@@ -102,25 +100,22 @@ class AttentionEncoding(PositionEncoding):
 
     A bias may depend on the `Content` and the encoding's parameters, image by image, and on nothing else. An encoding that
     reads the products q.k of the tokens of one line says so in `score_axes`, and must give the same without them. One that
-    reads the tokens says so in `reads_tokens`.
+    reads the tokens says so in `reads_tokens`, and one whose bias is q_i . e_n, with vectors e that are the same for all
+    images, in `gives_key_vectors`: attention then joins `key_vectors` to the keys.
     """
 
     score_axes: tuple[Axis, ...] = ()
     reads_tokens: bool = False
+    gives_key_vectors: bool = False
+    gives_some_key_vectors: bool = False  # whether they can be added to the keys beside the bias of other parts
 
     @property
     def makes_bias(self) -> bool:
         return type(self).make_bias is not AttentionEncoding.make_bias
 
-    @classmethod
-    def rotates(cls) -> bool:
-        """Whether the class turns q and k by a hook of its own."""
-        return cls.rotate is not AttentionEncoding.rotate
-
     @property
-    def gives_key_vectors(self) -> bool:
-        """Whether all that its bias is are `key_vectors`."""
-        return False
+    def rotates(self) -> bool:
+        return type(self).rotate is not AttentionEncoding.rotate
 
     def check_trainable(self) -> None:
         """Raises ValueError if the encoding stands at a point from which it cannot learn."""
@@ -155,13 +150,12 @@ class AttentionEncoding(PositionEncoding):
         """`make_maps` of grid tokens."""
         return self.make_maps(Content(q, k, grid, tokens=tokens))
 
-    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        """Vectors e if the bias of the encoding is q_i . e_n (`gives_key_vectors`), so that attention joins them to the keys.
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"]:
+        """The vectors e where `gives_key_vectors`. Of q, which is not rotated here, they see the shape.
 
-        They are the same for all images: of q they see the shape. q is not rotated here, whatever `rotate` does.
         `make_bias` gives the same as a term, for maps and for where they cannot be joined.
         """
-        return None
+        raise NotImplementedError
 
 
 def encoding_names(model: nn.Module) -> set[str]:
@@ -193,48 +187,43 @@ class NoEncoding(AttentionEncoding):
 
 
 class Composite(AttentionEncoding):
-    """Several attention encodings at once: rotations one after the other, biases added."""
+    """Several attention encodings at once: rotations one after the other, biases added. A composite among them is its parts."""
 
     def __init__(self, parts: list[AttentionEncoding]) -> None:
         nn.Module.__init__(self)
-        self.parts = nn.ModuleList(parts)
+        parts = [each for part in parts for each in (part.parts if isinstance(part, Composite) else [part])]
+        self.parts: Any = nn.ModuleList(parts)
         facts = [part.facts for part in parts]
         symmetries = {field.name: all(getattr(fact, field.name) for fact in facts) for field in dataclasses.fields(Facts)}
         self.facts = Facts(**symmetries | {"content_dependent": any(fact.content_dependent for fact in facts)})
         self.score_axes = tuple(dict.fromkeys(axis for part in parts for axis in part.score_axes))
         self.reads_tokens = any(part.reads_tokens for part in parts)
+        given = [part.gives_key_vectors for part in parts if part.makes_bias]
+        self.gives_key_vectors = bool(given) and all(given)
+        self.gives_some_key_vectors = any(given) and not self.rotates and not self.score_axes
 
     @property
     def makes_bias(self) -> bool:
-        return any(part.makes_bias for part in self._members())
+        return any(part.makes_bias for part in self.parts)
+
+    @property
+    def rotates(self) -> bool:
+        return any(part.rotates for part in self.parts)
 
     def check_trainable(self) -> None:
-        for part in self._members():
+        for part in self.parts:
             part.check_trainable()
-
-    def _members(self) -> Iterator[AttentionEncoding]:
-        return (part for part in self.parts if isinstance(part, AttentionEncoding))
 
     def rotate(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
         return self.rotate_all(q, k, grid)
 
     def rotate_all(self, q: Vectors, k: Vectors, grid: Grid) -> tuple[Vectors, Vectors]:
-        for part in self._members():
+        for part in self.parts:
             q, k = part.rotate_all(q, k, grid)
         return q, k
 
-    @property
-    def gives_key_vectors(self) -> bool:
-        return self.makes_bias and all(part.gives_key_vectors for part in self._members() if part.makes_bias)
-
-    @property
-    def gives_some_key_vectors(self) -> bool:
-        """Whether vectors of some parts can be added to keys beside the bias of others: nothing is rotated, no score shared."""
-        rotated = any(part.rotates() for part in self._members())
-        return not rotated and not self.score_axes and any(part.gives_key_vectors for part in self._members())
-
     def make_bias(self, content: Content) -> AttentionBias | None:
-        parts = [part for part in self._members() if not (content.joined and part.gives_key_vectors)]
+        parts = [part for part in self.parts if not (content.joined and part.gives_key_vectors)]
         biases = [part.make_bias(content) for part in parts]
         given = [bias for bias in biases if bias is not None]
         return functools.reduce(operator.add, given) if given else None
@@ -242,13 +231,11 @@ class Composite(AttentionEncoding):
     def make_maps(self, content: Content) -> dict[str, Tensor]:
         """The maps of all parts; the biases are added up."""
         result: dict[str, Tensor] = {}
-        for part in self._members():
+        for part in self.parts:
             for name, value in part.make_maps(content).items():
                 result[name] = result[name] + value if name == "bias" and name in result else value
         return result
 
-    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"]:
         """The sum of those that parts give."""
-        vectors = [part.key_vectors(q, grid) for part in self._members() if part.gives_key_vectors]
-        given = [v for v in vectors if v is not None]
-        return functools.reduce(operator.add, given) if given else None
+        return functools.reduce(operator.add, [part.key_vectors(q, grid) for part in self.parts if part.gives_key_vectors])

@@ -82,10 +82,6 @@ class AttentionBias:
         """The tensors of all terms, in the order of the terms."""
         return [tensor for term in self.terms for tensor in term.tensors()]
 
-    @property
-    def requires_grad(self) -> bool:
-        return any(tensor.requires_grad for tensor in self.tensors())
-
     def factored(self) -> tuple[Tensor, Tensor] | None:
         """(query_side, key_side), (..., N, r), of all terms that are dot products; None if none is."""
         pairs = [term.factors() for term in self.terms]  # torch.compile cannot trace a walrus in a comprehension

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.encodings.base import MAX_POSITIONS, AttentionEncoding, Facts
+from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Matrix
 from sape2.encodings.content import Content
-from sape2.encodings.counting import rescaling
+from sape2.encodings.counting import Beyond, check_num_positions, rescaled
 from sape2.encodings.counting.readable import count_positions, interpolate
 from sape2.encodings.grid import Grid, num_tokens
 from sape2.encodings.precision import full_precision, no_autocast
@@ -45,12 +45,10 @@ class CoPEOptions:
     count: Count = "suffix"
     divide_bias: bool = True
     num_positions: int | None = None
-    beyond: Literal["clamp", "rescale"] = "clamp"
+    beyond: Beyond = "clamp"
 
     def __post_init__(self) -> None:
-        if self.num_positions is not None and not 2 <= self.num_positions <= MAX_POSITIONS:
-            wanted = f"at least 2, to interpolate between, and at most {MAX_POSITIONS}"
-            raise ValueError(f"cope:num_positions must be {wanted}; got {str(self.num_positions)[:50]}")
+        check_num_positions("cope", self.num_positions)
 
 
 class CoPE(AttentionEncoding):
@@ -91,10 +89,8 @@ class CoPE(AttentionEncoding):
             gates, seen = torch.sigmoid(products), content.visible
             gates = gates if seen is None else gates * seen
             length = num_tokens(grid) if seen is None else seen.sum(-1, keepdim=True)
-            positions = cope_positions(gates, self.options.count) * self._position_scale(length, q)
+            counted = cope_positions(gates, self.options.count)
+            positions = rescaled(counted, self.options.beyond, num_tokens(self.grid), length)
             bias = interpolate(q @ full_precision(self.table).T, positions)
             divisor = self.head_dim**0.5 if self.options.divide_bias else 1.0
             return {"gates": gates, "positions": positions, "bias": bias / divisor}
-
-    def _position_scale(self, length: int | Tensor, like: Tensor) -> float | Tensor:
-        return 1.0 if self.options.beyond == "clamp" else rescaling(num_tokens(self.grid), length, like)

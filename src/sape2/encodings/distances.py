@@ -50,8 +50,9 @@ class Distances(Term):
 
     def _gain(self, count: int) -> float | Tensor:
         """The gain, one for each image and head where it is learned: (C, 1, 1)."""
-        gain = self.gain.detach() if isinstance(self.gain, Tensor) else self.gain
-        return gain if isinstance(gain, float) else gain.expand(count // len(gain), -1, 1, 1).flatten(0, 1)
+        if isinstance(self.gain, float):
+            return self.gain
+        return self.gain.detach().expand(count // len(self.gain), -1, 1, 1).flatten(0, 1)
 
     def add_to(self, logits: Tensor, rows: slice, work: Tensor) -> None:
         gain = self._gain(len(logits))

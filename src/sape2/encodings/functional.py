@@ -15,6 +15,7 @@ from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Matrix
 from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, num_offsets, offset_index
+from sape2.encodings.options import check_positive
 from sape2.encodings.precision import full_precision, no_autocast
 
 MAX_WIDTH = 2**16
@@ -47,6 +48,10 @@ class OffsetFunction(AttentionEncoding):
     """b_in = f(offset), computed once for each offset of the grid; what f is is for the subclass to say."""
 
     facts = Facts(translation=True)
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid, **options)
+        self.network = OffsetNetwork(self.options.width, num_heads)
 
     def make_bias(self, content: Content) -> AttentionBias:
         q, grid = content.q, content.grid
@@ -98,10 +103,6 @@ class LogCPB(OffsetFunction):
     summary = "a network of the offset on a logarithmic scale, between 0 and 16 (Swin V2)"
     source = "arXiv:2111.09883"
 
-    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
-        super().__init__(num_heads, head_dim, grid, **options)
-        self.network = OffsetNetwork(self.options.width, num_heads)
-
     def table(self, grid: Grid, like: Tensor) -> Float[Tensor, "rows columns heads"]:
         axes = [-_offsets(length, like) * 8 / max(trained - 1, 1) for length, trained in zip(grid, self.grid, strict=True)]
         logarithms = [along.sign() * torch.log2(1 + along.abs()) / math.log2(8) for along in axes]
@@ -120,8 +121,7 @@ class FIREOptions:
 
     def __post_init__(self) -> None:
         _check_width("fire", self.width)
-        if not self.c > 0:
-            raise ValueError(f"fire:c must be above 0; got {self.c}")
+        check_positive("fire:c", self.c)
 
 
 class FIRE(OffsetFunction):
@@ -139,7 +139,6 @@ class FIRE(OffsetFunction):
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
-        self.network = OffsetNetwork(self.options.width, num_heads)
         self.c = nn.Parameter(torch.tensor([self.options.c]))
         self.threshold = nn.Parameter(torch.ones(1))  # L in training sizes
 

@@ -38,11 +38,14 @@ def describe_options(options_class: type) -> dict[str, str]:
     return {field.name: describe_option(hints[field.name], field.default) for field in dataclasses.fields(options_class)}
 
 
-def changed_options(options_class: type, options: Any) -> str:
-    """ "count=cyclic, axes=x" for `repr`: the options that differ from their defaults; "" for an encoding without options."""
-    default = vars(options_class())
-    changed = {} if options is None else {name: value for name, value in vars(options).items() if value != default.get(name)}
-    return ", ".join(f"{name}={value}" for name, value in changed.items())
+def changed_options(options: Any, default: Any) -> dict[str, Any]:
+    """The options that differ from those of `default`."""
+    return {name: value for name, value in vars(options).items() if value != getattr(default, name)}
+
+
+def check_positive(what: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{what} must be above 0; got {value}")
 
 
 def _convert(what: str, hint: Any, value: Any) -> Any:

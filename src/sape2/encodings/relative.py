@@ -21,16 +21,7 @@ from torch import Tensor, nn
 from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import PLACE_AXES, AttentionBias, Matrix, Places
 from sape2.encodings.content import Content
-from sape2.encodings.grid import (
-    Grid,
-    from_lines,
-    is_symbolic,
-    line_length,
-    num_offsets,
-    offset_index,
-    offsets,
-    to_lines,
-)
+from sape2.encodings.grid import Grid, from_lines, is_symbolic, line_length, num_offsets, offset_index, offsets, to_lines
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.resample import resample
 

@@ -21,6 +21,7 @@ from sape2.encodings.bias import AttentionBias, Factors
 from sape2.encodings.content import Content, Vectors
 from sape2.encodings.derivatives import by_hand
 from sape2.encodings.grid import Grid, check_tokens, coordinates, num_prefix_tokens
+from sape2.encodings.options import check_positive
 from sape2.encodings.precision import full_precision, no_autocast
 
 Beyond = Literal["extrapolate", "rescale"]
@@ -73,11 +74,6 @@ def check_head_dim(name: str, num_heads: int, head_dim: int, directions: int = 2
         )
 
 
-def check_temperature(name: str, temperature: float) -> None:
-    if not temperature > 0:
-        raise ValueError(f"{name}:temperature must be above 0; got {temperature}")
-
-
 class Rotation(AttentionEncoding):
     """Turns q and k by `angles`; what these are is for the subclass to say."""
 
@@ -115,7 +111,7 @@ class RotaryOptions:
     train_rescale: float = 1.0
 
     def __post_init__(self) -> None:
-        check_temperature("rope", self.temperature)
+        check_positive("rope:temperature", self.temperature)
         if self.beyond == "rescale" and self.coordinates != "patches":
             raise ValueError(f"rope:beyond=rescale has no effect on coordinates={self.coordinates}, which follow the grid")
         if self.directions < 1:
@@ -214,7 +210,7 @@ class RotaryMixedOptions:
     beyond: Beyond = "extrapolate"
 
     def __post_init__(self) -> None:
-        check_temperature("rope_mixed", self.temperature)
+        check_positive("rope_mixed:temperature", self.temperature)
 
 
 class RotaryMixed(Rotation):
@@ -263,7 +259,7 @@ class PoPEOptions:
     beyond: Beyond = "extrapolate"
 
     def __post_init__(self) -> None:
-        check_temperature("pope", self.temperature)
+        check_positive("pope:temperature", self.temperature)
 
 
 class PoPE(AttentionEncoding):

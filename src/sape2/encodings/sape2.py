@@ -23,17 +23,9 @@ from torch import Tensor, nn
 from sape2.encodings.base import AttentionEncoding
 from sape2.encodings.bias import PLACE_AXES, AttentionBias, Factors, Matrix, Places
 from sape2.encodings.content import Content, Vectors
-from sape2.encodings.counting import as_length, form_for, readable, rescaling
+from sape2.encodings.counting import as_length, form_for, readable, rescaled
 from sape2.encodings.distances import Distances
-from sape2.encodings.grid import (
-    Axis,
-    Grid,
-    from_lines,
-    line_coordinate,
-    line_length,
-    num_tokens,
-    to_lines,
-)
+from sape2.encodings.grid import Axis, Grid, from_lines, line_coordinate, line_length, num_tokens, to_lines
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.sape2_options import PRESETS, VARIANTS, SaPE2Options, facts_of
 
@@ -130,6 +122,7 @@ class SaPE2(AttentionEncoding):
         longest = num_tokens(grid) if self.options.axes == "raster" else max(grid)
         self.num_positions = self.options.num_positions or longest + 1
         self.score_axes = self.axes if self.options.gates == "content" else ()
+        self.gives_key_vectors = self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"
         for axis in self.axes:
             table = nn.Parameter(torch.empty(self.num_positions, head_dim))
             self.register_parameter(f"table_{axis}", table)
@@ -140,7 +133,7 @@ class SaPE2(AttentionEncoding):
             gain = 1.0 if self.options.gain_init is None else self.options.gain_init
             self.gain = nn.Parameter(torch.full((num_heads,), gain))
         self.facts = facts_of(self.options)
-        self.register_load_state_dict_post_hook(_warn_after_loading)
+        self.register_load_state_dict_post_hook(_warn_if_dead)
 
     @classmethod
     def listing(cls, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> SaPE2:
@@ -175,14 +168,8 @@ class SaPE2(AttentionEncoding):
             vectors = {axis: maps.vectors for axis, maps in lines.items()}
             return result | {"bias": self._read_out(vectors, content.grid, content.q.dtype).dense()}
 
-    @property
-    def gives_key_vectors(self) -> bool:
-        return self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"
-
-    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"] | None:
-        """e_n, the tables read at the column and the row of n, if every query counts alike and the bias is q_i . e_n."""
-        if not self.gives_key_vectors:
-            return None
+    def key_vectors(self, q: Vectors, grid: Grid) -> Float[Tensor, "*#heads tokens head_dim"]:
+        """e_n, the tables read at the column and the row of n, where every query counts alike."""
         self._check_input(q)
         total = q.new_zeros((), dtype=full_precision(q).dtype)
         for axis in self.axes:
@@ -224,7 +211,8 @@ class SaPE2(AttentionEncoding):
             if seen is not None:
                 gates, length = gates * seen.own, seen.places.sum(-1, keepdim=True)
             place = line_coordinate(content.grid, axis, gates.device)
-            positions = self._rescaled(form.count_positions(gates, self.options.count, place), length, axis)
+            counted = form.count_positions(gates, self.options.count, place)
+            positions = rescaled(counted, self.options.beyond, line_length(self.grid, axis), length)
             vectors = self._normalized(form.interpolate(of_axis, positions), length)
             if seen is not None:
                 vectors = (vectors.unflatten(-1, (-1, gates.shape[-1])) * seen.places.unsqueeze(-2)).flatten(-2)
@@ -269,15 +257,10 @@ class SaPE2(AttentionEncoding):
         table, length = full_precision(getattr(self, f"table_{axis}")), line_length(grid, axis)
         place = torch.arange(1 if self._counts_alike else length, device=table.device)
         gates = table.new_full((1, 1), self._gate()).expand(len(place), length)
-        positions = self._rescaled(readable.count_positions(gates, self.options.count, place), length, axis)
+        counted = readable.count_positions(gates, self.options.count, place)
+        positions = rescaled(counted, self.options.beyond, line_length(self.grid, axis), length)
         products = table.T[:, None].expand(-1, len(place), -1)  # (d, S, P)
         return self._normalized(readable.interpolate(products, positions.expand(self.head_dim, -1, -1)), length)
-
-    def _rescaled(self, positions: Tensor, length: int | Tensor, axis: Axis) -> Tensor:
-        """Rule for lines longer than in training: clamp leaves positions alone, rescale maps them onto the trained range."""
-        if self.options.beyond == "clamp":
-            return positions
-        return positions * rescaling(line_length(self.grid, axis), length, positions)
 
     def _normalized(self, vectors: Tensor, length: int | Tensor) -> Tensor:
         """Divided by sqrt(S), if asked for; in a tensor where an export leaves S open, for none takes the root of a symbol."""
@@ -302,13 +285,9 @@ class SaPE2(AttentionEncoding):
         return (1.0 if self.options.sign == "plus" else -1.0) / divisor
 
 
-def _warn_if_dead(encoding: SaPE2) -> None:
+def _warn_if_dead(encoding: Any, *_: Any) -> None:
+    """Also the hook after a state dict was loaded."""
     try:
         encoding.check_trainable()
     except ValueError as error:
         warnings.warn(str(error), stacklevel=2)
-
-
-def _warn_after_loading(module: nn.Module, incompatible_keys: Any) -> None:
-    if isinstance(module, SaPE2):
-        _warn_if_dead(module)

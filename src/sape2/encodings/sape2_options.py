@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sape2.encodings.base import MAX_POSITIONS, Facts
+from sape2.encodings.base import Facts
+from sape2.encodings.counting import Beyond, check_num_positions
 from sape2.encodings.counting.readable import Count
 
 PRESETS: dict[str, dict[str, Any]] = {"listing": {}, "equations": {"gate_scale": "none", "divide_bias": True}}
@@ -47,14 +48,12 @@ class SaPE2Options:
     divide_bias: bool = False
     normalize: Literal["none", "sqrt_length"] = "none"
     num_positions: int | None = None
-    beyond: Literal["clamp", "rescale"] = "clamp"
+    beyond: Beyond = "clamp"
     gain_init: float | None = None
     table_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.num_positions is not None and not 2 <= self.num_positions <= MAX_POSITIONS:
-            wanted = f"at least 2, to interpolate between, and at most {MAX_POSITIONS}"
-            raise ValueError(f"sape2:num_positions must be {wanted}; got {str(self.num_positions)[:50]}")
+        check_num_positions("sape2", self.num_positions)
         if not self.table_std > 0:
             raise ValueError(
                 f"sape2:table_std must be above 0: an all-zero table makes every distance and every gradient 0 and "

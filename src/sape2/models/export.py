@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,6 @@ from sape2.runs.files import write_atomic
 from sape2.runs.run import Run
 from sape2.tables import Row
 
-GraphFormat = Literal["onnx", "pt2"]
 Format = Literal["onnx", "pt2", "safetensors", "hub"]
 Computed = Callable[[Tensor], Tensor]  # images -> logits
 Model = TypeVar("Model", bound=nn.Module)
@@ -146,7 +145,7 @@ def export_run(
     described = describe(config.model, run, weights, license)
     name = run.folder.resolve().name
     path = out or run.folder / "export" / (f"{name}.{format}" if format != "hub" else f"{name}-hub")
-    if normalize and format not in get_args(GraphFormat):
+    if normalize and format not in RUNNERS:
         raise ValueError(f"normalisation goes into a graph, and {format} has none; its config says what to do with images")
     if format == "hub":
         _refuse_size(format, size)
@@ -191,7 +190,7 @@ def compare(model: nn.Module, run: Computed, cases: list[tuple[int, Size]]) -> l
         images = example(model, size, batch, seed=number)
         with torch.no_grad():
             expected = logits_of(model(images)).float()
-        found = run(images).to(expected)
+            found = run(images).to(expected)
         same_shape = found.shape == expected.shape
         difference = (found - expected).abs().max().item() if same_shape else float("inf")
         tolerance = TOLERANCE * max(1.0, expected.abs().max().item())
@@ -279,12 +278,7 @@ def _write_pt2(program: ExportedProgram, file: Path, metadata: Description) -> N
 
 def _run_pt2(file: Path) -> Computed:
     module = torch.export.load(file).module()
-
-    def run(images: Tensor) -> Tensor:
-        with torch.no_grad():
-            return logits_of(module(images))
-
-    return run
+    return lambda images: logits_of(module(images))
 
 
 def _write_onnx(program: ExportedProgram, file: Path, metadata: Description) -> None:
@@ -308,11 +302,7 @@ def _run_onnx(file: Path) -> Computed:
     onnxruntime = importlib.import_module("onnxruntime")
     importlib.import_module("onnx").checker.check_model(str(file))
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
-
-    return run
+    return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
 
 
 def _write_safetensors(model: nn.Module, path: Path, metadata: Description | None) -> list[Row]:

@@ -8,6 +8,7 @@ value. This also works for models of other libraries with an encoding attached.
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -83,12 +84,8 @@ def trace(model: nn.Module, images: Tensor, step: Size | None = None) -> Exporte
 def _cannot_trace(model: nn.Module, images: Tensor, step: Size | None, error: Exception) -> str:
     lines = (" ".join(line.split()) for line in str(error).splitlines())
     reason = next((line for line in lines if line), type(error).__name__)
-    what = (
-        f"for images of {images.shape[-2]}x{images.shape[-1]} pixels"
-        if step is None
-        else "for images of any size; give one size"
-    )
-    return f"{type(model).__name__} cannot be traced {what}: {reason}"
+    size = f"{images.shape[-2]}x{images.shape[-1]} pixels" if step is None else "any size; give one size"
+    return f"{type(model).__name__} cannot be traced for images of {size}: {reason}"
 
 
 def _check_open(program: ExportedProgram, model: nn.Module, shapes: dict[int, Any]) -> None:
@@ -151,7 +148,7 @@ def _known_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
     with torch.no_grad():
         for node in module.graph.nodes:
             if node.op == "get_attr":
-                value = _attribute(module, node.target)
+                value = operator.attrgetter(node.target)(module)
                 if isinstance(value, Tensor):
                     known[node] = value.detach()
             elif node.op == "call_function" and all(n in known for n in node.all_input_nodes) and not _is_random(node):
@@ -168,13 +165,6 @@ def _store(module: fx.GraphModule, constants: list[Tensor], value: Tensor) -> st
     constants.append(value.contiguous())
     module.register_buffer(f"constant_{len(constants) - 1}", constants[-1])
     return f"constant_{len(constants) - 1}"
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    *parents, name = path.split(".")
-    for parent in parents:
-        module = getattr(module, parent)
-    return getattr(module, name)
 
 
 def _is_random(node: fx.Node) -> bool:

@@ -246,20 +246,8 @@ def _table(title: str, values: dict[str, Any]) -> str:
 def _results(rows: list[dict[str, Any]]) -> str:
     if not rows:
         return "## Results\n\nNot measured.\n"
-    columns = (
-        "name",
-        "value",
-        "ci_low",
-        "ci_high",
-        "unit",
-        "n",
-        "split",
-        "weights",
-        "protocol",
-        "precision",
-        "hardware",
-        "torch",
-    )
+    columns = ("name", "value", "ci_low", "ci_high", "unit", "n",
+               "split", "weights", "protocol", "precision", "hardware", "torch")  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         texts = (f"{row[c]:.4f}" if isinstance(row.get(c), float) else str(row.get(c, "")) for c in columns)

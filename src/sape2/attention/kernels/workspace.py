@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-BLOCK_ELEMENTS = 2**21  # of a map that is worked on at a time: 8 MB of float32, so that it stays in the cache
+from sape2.encodings.distances import BLOCK_ELEMENTS
 
 
 class Workspace(threading.local):

@@ -10,11 +10,21 @@ rounding. `form_for` chooses, and nothing else does.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Literal
 
 from torch import Tensor
 
 from sape2.encodings.counting import fast, readable
 from sape2.encodings.derivatives import by_hand
+
+MAX_POSITIONS = 2**20  # rows of a table: a position of its own for every token of the largest grids
+Beyond = Literal["clamp", "rescale"]
+
+
+def check_num_positions(encoding: str, number: int | None) -> None:
+    if number is not None and not 2 <= number <= MAX_POSITIONS:
+        wanted = f"at least 2, to interpolate between, and at most {MAX_POSITIONS}"
+        raise ValueError(f"{encoding}:num_positions must be {wanted}; got {str(number)[:50]}")
 
 
 def form_for(*tensors: Tensor) -> ModuleType:
@@ -22,11 +32,13 @@ def form_for(*tensors: Tensor) -> ModuleType:
     return fast if tensors[0].device.type == "cpu" and by_hand(*tensors) else readable
 
 
-def rescaling(trained: int, length: int | Tensor, like: Tensor) -> float | Tensor:
-    """min(1, trained / length), which maps longer lines onto the trained range; a tensor where lengths differ or are open."""
+def rescaled(positions: Tensor, beyond: Beyond, trained: int, length: int | Tensor) -> Tensor:
+    """Rule for lines longer than in training: clamp leaves positions alone, rescale maps them onto the trained range."""
+    if beyond == "clamp":
+        return positions
     if isinstance(length, int):
-        return min(1.0, trained / length)
-    return (trained / as_length(length, like)).clamp_max(1)
+        return positions * min(1.0, trained / length)
+    return positions * (trained / as_length(length, positions)).clamp_max(1)
 
 
 def as_length(length: int | Tensor, like: Tensor) -> Tensor:
