@@ -37,6 +37,7 @@ leaderboard: $(VENV)/.demo  ## the table of docs/leaderboard.md, from the rows i
 
 tables: $(VENV)/.demo  ## the tables of the docs and the figures of the sprint, from the rows in benchmarks/results
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/tables.py write
 	$(BIN)/python benchmarks/sprint.py figure
 
 docs: $(VENV)/.docs  ## the site, in build/site: no network, a warning is an error, every link and every source of a page checked

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from glance_measures import COLUMNS, means_of_columns, seed_tables
+from glance_measures import COLUMNS, Columns, means_of_columns, seed_tables
 from kept import six_digits
 from sprint import ROWS as RUNS
 from sprint import STAGES, Trial, keep, run_of, splits_of
@@ -68,10 +69,18 @@ def measured(trial: Trial, part: str, data: Path | None, out: Path) -> Iterator[
         yield mark | row | {"commit": about["commit"], "date": about["date"], "processor": about["hardware"]}
 
 
+def _table(part: str, columns: Columns, rows: list[Row]) -> str:
+    return seed_tables([row for row in rows if row["part"] == part], columns)
+
+
+TABLES: dict[str, Callable[[list[Row]], str]] = {
+    "measures": partial(_table, "measures", COLUMNS),
+    "sizes": partial(_table, "sizes", {f"{side}x{side}": [] for side in SIDES}),
+}
+
+
 def tables(rows: list[Row]) -> str:
-    sizes = {f"{side}x{side}": [] for side in SIDES}
-    of = {part: [row for row in rows if row["part"] == part] for part in PARTS}
-    return f"{seed_tables(of['measures'], COLUMNS)}\n### accuracy at other sizes\n\n{seed_tables(of['sizes'], sizes)}"
+    return "\n".join(f"### {name}\n\n{table(rows)}" for name, table in TABLES.items())
 
 
 def main() -> None:

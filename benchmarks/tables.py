@@ -1,10 +1,13 @@
 """The tables of the docs, made again from the rows in benchmarks/results and from nothing else; trains and times nothing.
 
-Command:  python benchmarks/tables.py [NAME ...]        (make tables)
+Command:  python benchmarks/tables.py [NAME ...]        prints them                                   (make tables)
+          python benchmarks/tables.py write             and puts them where a page has the marks
+                                                        <!-- table: NAME --> or <!-- table: NAME, PART --> and <!-- end -->
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 
@@ -21,8 +24,9 @@ import roofline
 import sprint
 import sprint_measures
 from kept import ranked_table
-from timing import RESULTS, Row
+from timing import RESULTS, ROOT, Row
 
+from sape2.runs.files import write_text
 from sape2.runs.rows import read_rows
 from sape2.studies.compare.outcome import Outcome, accuracy_table, cost_table, outcome
 from sape2.studies.compare.paired import paired_difference
@@ -204,7 +208,31 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 }
 
 
+PARTS = {"sprint": sprint.TABLES, "sprint_measures": sprint_measures.TABLES}
+MARKED = re.compile(r"(<!-- table: (\w+)(?:, ([^>]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def written(page: str) -> str:
+    """The page with every marked table made again."""
+
+    def made(mark: re.Match[str]) -> str:
+        opened, file, part, closed = mark.groups()
+        table = TABLES[file] if part is None else PARTS[file][part]
+        return f"{opened}\n{table(read_rows(RESULTS / f'{file}.jsonl'))}\n{closed}"
+
+    return MARKED.sub(made, page)
+
+
+def write() -> None:
+    for path in (ROOT / "docs").glob("*.md"):
+        page = path.read_text(encoding="utf-8")
+        if (new := written(page)) != page:
+            write_text(path, new)
+
+
 def main() -> None:
+    if sys.argv[1:] == ["write"]:
+        return write()
     unknown = [name for name in sys.argv[1:] if name not in TABLES]
     if unknown:
         raise SystemExit(f"no table {unknown[0]!r}; known: {', '.join(TABLES)}")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import glance_measures
 import pytest
-import sprint
 import tables
 
 from sape2.config.recipes import get_recipe
@@ -50,7 +49,6 @@ def lines_of(page: str) -> list[list[str]]:
         ("cifar10_glance_measures", "results.md"),
         ("detection_digits", "detection.md"),
         ("kernel_resources", "gpu.md"),
-        ("gate_forms", "results.md"),
     ],
 )
 def test_the_page_shows_what_the_rows_say(name, page):
@@ -58,10 +56,20 @@ def test_the_page_shows_what_the_rows_say(name, page):
     assert [line for line in table_lines(tables.TABLES[name](rows)) if line not in shown] == []
 
 
-@pytest.mark.parametrize("name", ["one_rate", "one_rate, against constant gates", "one_rate_rivals", "joins", "winner"])
-def test_the_page_shows_the_quarter_of_the_sprint(name):
-    shown = lines_of("results.md")
-    assert [line for line in table_lines(sprint.TABLES[name](read_rows(sprint.ROWS))) if line not in shown] == []
+@pytest.mark.parametrize(
+    "page", sorted(path.name for path in DOCS.glob("*.md") if tables.MARKED.search(path.read_text(encoding="utf-8")))
+)
+def test_a_page_shows_its_marked_tables_as_they_would_be_made_again(page):
+    text = (DOCS / page).read_text(encoding="utf-8")
+    assert tables.written(text) == text
+
+
+def test_a_marked_table_is_made_from_the_rows_and_all_else_is_left():
+    page = "before\n<!-- table: sprint, one_rate -->\nold\n<!-- end -->\nafter\n"
+    made = tables.written(page)
+    assert made.startswith("before\n<!-- table: sprint, one_rate -->\n\n| encoding | accuracy |")
+    assert made.endswith("|\n\n<!-- end -->\nafter\n")
+    assert "old" not in made
 
 
 def test_a_changed_number_would_be_noticed():
