@@ -305,7 +305,7 @@ TUNINGS = ("tuning_headline", "tuning_first", "tuning", "tuning_controls", "tuni
 
 
 def tuning_table(rows: list[Row]) -> str:
-    """Validation accuracy of every encoding at every pair of rates, the chosen one in bold; and what choosing adds."""
+    """Validation accuracy of every encoding at the pairs of rates it has, the best in bold; and what choosing adds."""
     found = {row["digest"]: final_validation_accuracy(row) for row in rows}
     lines: dict[str, Row] = {}
     for encoding in dict.fromkeys(trial.encoding for stage in TUNINGS for trial in STAGES[stage](rows)):
@@ -313,7 +313,8 @@ def tuning_table(rows: list[Row]) -> str:
             if (digest := _with_rates(encoding, rates).digest) in found:
                 lines.setdefault(encoding, {})[_heading(rates)] = found[digest]
     headings = [*map(_heading, RATES), GAIN, *map(_heading, DROPPED)]
-    return markdown_table([_tuning_line(*line) for line in lines.items()], ["encoding", *headings])
+    searched = [_tuning_line(*line) for line in lines.items() if len(line[1]) > 1]
+    return markdown_table(searched, ["encoding", *headings])
 
 
 GAIN = "gain by choosing, points"
@@ -410,15 +411,16 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 }
 
 
-def tables(rows: list[Row]) -> str:
-    return "\n".join(f"### {name}\n\n{_made(table, rows)}" for name, table in TABLES.items())
-
-
-def _made(table: Callable[[list[Row]], str], rows: list[Row]) -> str:
+def table(name: str, rows: list[Row]) -> str:
+    """One of `TABLES`; where its runs are not done, what is left."""
     try:
-        return table(rows)
+        return TABLES[name](rows)
     except ValueError as left:  # rates that are not searched, no run of the baseline
         return f"{left}\n"
+
+
+def tables(rows: list[Row]) -> str:
+    return "\n".join(f"### {name}\n\n{table(name, rows)}" for name in TABLES)
 
 
 FIGURES = ROOT / "docs" / "figures"

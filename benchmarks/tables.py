@@ -208,7 +208,10 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 }
 
 
-PARTS = {"sprint": sprint.TABLES, "sprint_measures": sprint_measures.TABLES}
+PARTS: dict[str, Callable[[str, list[Row]], str]] = {
+    "sprint": sprint.table,
+    "sprint_measures": lambda name, rows: sprint_measures.TABLES[name](rows),
+}
 MARKED = re.compile(r"(<!-- table: (\w+)(?:, ([^>]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -217,8 +220,9 @@ def written(page: str) -> str:
 
     def made(mark: re.Match[str]) -> str:
         opened, file, part, closed = mark.groups()
-        table = TABLES[file] if part is None else PARTS[file][part]
-        return f"{opened}\n{table(read_rows(RESULTS / f'{file}.jsonl'))}\n{closed}"
+        rows = read_rows(RESULTS / f"{file}.jsonl")
+        table = TABLES[file](rows) if part is None else PARTS[file](part, rows)
+        return f"{opened}\n{table}\n{closed}"
 
     return MARKED.sub(made, page)
 
@@ -232,7 +236,8 @@ def write() -> None:
 
 def main() -> None:
     if sys.argv[1:] == ["write"]:
-        return write()
+        write()
+        return
     unknown = [name for name in sys.argv[1:] if name not in TABLES]
     if unknown:
         raise SystemExit(f"no table {unknown[0]!r}; known: {', '.join(TABLES)}")

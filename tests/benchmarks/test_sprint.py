@@ -95,11 +95,12 @@ def test_a_stage_is_compared_in_pairs_with_the_baseline_and_the_next_says_what_i
 def test_the_budget_has_a_point_for_every_length_and_its_difference_in_points(monkeypatch):
     rates = ("train.muon_lr=0.02", "train.encoding_lr=0.002")
     monkeypatch.setattr(sprint, "chosen_rates", lambda rows, encoding: rates)
-    rows = []
-    for stage, gain in (("headline_quarter", 0.02), ("headline", 0.01)):
-        for trial in sprint.STAGES[stage]([]):
-            if trial.encoding in ("ape", "rope") and trial.seed < 2:
-                rows.append(finished_row_of(trial, 0.5 + (gain + 0.002 * trial.seed) * (trial.encoding == "rope")))
+    rows = [
+        finished_row_of(trial, 0.5 + (gain + 0.002 * trial.seed) * (trial.encoding == "rope"))
+        for stage, gain in (("headline_quarter", 0.02), ("headline", 0.01))
+        for trial in sprint.STAGES[stage]([])
+        if trial.encoding in ("ape", "rope") and trial.seed < 2
+    ]
     points = sprint.budget_points(rows)
     assert [point["images"] for point in points["ape"]] == [134, 539]  # thousands, without the rest of an epoch's last batch
     differences = [point for point in points["rope"] if point["name"] == "difference"]
