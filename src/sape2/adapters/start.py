@@ -78,6 +78,11 @@ def _without_effect(
             f"{type(encoding).__name__} turns q and k, which no gain can start from nothing: a trained model would change at "
             'once. Attach a bias (sape2, rpe, cope, alibi, ...), or give start="as_is" to take the change and train on'
         )
+    if encoding.hides:
+        raise ValueError(
+            f"{encoding.name} hides patches from each other, which no gain can start from nothing: attach {encoding.name}:"
+            'outside=far, or give start="as_is" to take the change and train on'
+        )
     q, k = _probe(num_heads, head_dim)
     bias = encoding.bias(q, k, PROBE, _joined(q))
     return encoding if bias is None or not bias.dense().any() else Gained(encoding, num_heads)

@@ -19,6 +19,7 @@ from sape2.encodings.cope import CoPE
 from sape2.encodings.forget import Forget
 from sape2.encodings.functional import FIRE, LogCPB
 from sape2.encodings.grid import Grid
+from sape2.encodings.lookhere import LookHere
 from sape2.encodings.options import check_options, describe_options, make_options
 from sape2.encodings.pape import PaPE
 from sape2.encodings.relative import ALiBi, RelativeContextual, RelativeDecomposed, RelativeTable
@@ -40,6 +41,7 @@ ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
     "rpe_contextual": RelativeContextual,
     "rpe_decomposed": RelativeDecomposed,
     "alibi": ALiBi,
+    "lookhere": LookHere,
     "log_cpb": LogCPB,
     "fire": FIRE,
     "pape": PaPE,
@@ -62,6 +64,7 @@ __all__ = [
     "KeyTable",
     "LearnedAbsolute",
     "LogCPB",
+    "LookHere",
     "NoEncoding",
     "PaPE",
     "PoPE",

@@ -106,6 +106,7 @@ class AttentionEncoding(PositionEncoding):
     """
 
     score_axes: tuple[Axis, ...] = ()
+    hides: bool = False  # whether its bias hides patches from each other, so that no gain can start it from nothing
     reads_tokens: bool = False
 
     @property
