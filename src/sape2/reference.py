@@ -248,7 +248,12 @@ def rope(
             columns = {"separate": width, "min": min(grid), "max": max(grid)}[coordinates]
             y, x = 2 * math.pi * (2 * (y + 0.5) / rows - 1), 2 * math.pi * (2 * (x + 0.5) / columns - 1)
         for f in range(planes):
-            if spread == "golden":
+            if spread == "spiral":  # those of axial RoPE, dealt out in pairs to the directions of a quarter of a turn
+                each, quarter = planes // directions, directions // 2
+                own = [m for m in range(planes // 2) if m // 2 % quarter == f // each % quarter]
+                length = temperature ** (-own[f % each] / (planes // 2))
+                direction = (f // each) * math.pi / directions
+            elif spread == "golden":
                 length, direction = temperature ** (f / (planes - 1) - 1), f * math.pi / ((1 + math.sqrt(5)) / 2)
             else:
                 each = planes // directions
@@ -389,6 +394,40 @@ def alibi(slope: float, grid: Grid, metric: str = "euclidean") -> Tensor:
         for n in range(height * width):
             dy, dx = n // width - i // width, n % width - i % width
             bias[i, n] = -slope * (abs(dy) + abs(dx) if metric == "manhattan" else math.hypot(dy, dx))
+    return bias
+
+
+LOOKHERE = {  # fields of view by the names of the authors' code, in its order; ^ is the quarter of the plane around a side
+    180: ["up", "down", "left", "right"],
+    90: ["up left", "up right", "down left", "down right", "^up", "^down", "^left", "^right"],
+    45: ["^up left", "^down left", "^left up", "^right up", "^up right", "^down right", "^left down", "^right down"],
+}
+
+
+def lookhere(grid: Grid, head: int, num_heads: int, view: int = 90, outside: str = "hidden", slope: float = 2.0) -> Tensor:
+    """b_in = -slope slope_h |p_i - p_n| within the field of view of the head, arXiv:2405.13985, and -500 outside of it, or,
+
+    for outside = "far", what it would be between two corners of the grid.
+    """
+    height, width = grid
+    fields, directed = LOOKHERE[view], 4
+    while 6 * directed / 4 + 3 <= num_heads:  # fours of heads, as near to two thirds of all as can be
+        directed += 4
+    directed = min(directed, num_heads)
+    sides = fields[head % len(fields)].split() if head < directed else []
+    own_slope = 0.5 ** (1 + head // len(fields))
+    if head >= directed:
+        around = num_heads - directed
+        own_slope = [1 / 4, 1 / 16, 1 / 64, 1 / 256][4 * (head - directed) // max(around, 4)]
+    bias = torch.zeros(height * width, height * width, dtype=torch.float64)
+    for i in range(height * width):
+        for n in range(height * width):
+            dy, dx = n // width - i // width, n % width - i % width
+            seen = {"up": dy <= 0, "down": dy >= 0, "left": dx <= 0, "right": dx >= 0}
+            seen |= {"^up": -dy >= abs(dx), "^down": dy >= abs(dx), "^left": -dx >= abs(dy), "^right": dx >= abs(dy)}
+            bias[i, n] = -slope * own_slope * math.hypot(dy, dx)
+            if not all(seen[side] for side in sides):
+                bias[i, n] = -500.0 if outside == "hidden" else -slope * own_slope * math.hypot(height - 1, width - 1)
     return bias
 
 

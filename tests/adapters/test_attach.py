@@ -381,7 +381,9 @@ def test_copies_and_pickles_are_whole_models_of_their_own(case):
 # --- what enters how -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["sape2", "sape2:sign=minus", "alibi", "rpe", "sape2:readout=direct,count=between"])
+@pytest.mark.parametrize(
+    "name", ["sape2", "sape2:sign=minus", "alibi", "rpe", "sape2:readout=direct,count=between", "lookhere:outside=far"]
+)
 def test_a_bias_enters_under_a_gain_of_zero(name):
     (encoding, *_) = attached_encodings(attach(make("timm.vit.avg"), name)).values()
     assert isinstance(encoding, Gained)
@@ -398,6 +400,15 @@ def test_tables_that_start_at_zero_need_no_gain_and_learn_at_the_first_step(name
     torch.testing.assert_close(outputs(model, x), expected, rtol=1e-12, atol=1e-12)
     outputs(model, x).square().sum().backward()
     assert all(p.grad.any() for p in encoding_parameters(model))
+
+
+def test_a_bias_that_hides_patches_enters_only_as_it_is():
+    model, x = make("timm.vit.avg"), images("timm.vit.avg")
+    expected = outputs(model, x)
+    with pytest.raises(ValueError, match=r'lookhere hides patches.*lookhere:outside=far, or give start="as_is"'):
+        attach(model, "rpe+lookhere")
+    assert torch.equal(outputs(model, x), expected)
+    assert not torch.allclose(outputs(attach(model, "lookhere", start="as_is"), x), expected, atol=1e-3)
 
 
 def test_joined_encodings_get_a_gain_each_and_schedules_hold():

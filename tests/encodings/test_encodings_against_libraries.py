@@ -5,6 +5,7 @@ timm computes angles in float32, so its rotations agree to about 1e-6; everythin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,7 +24,6 @@ from timm.layers import (
 from timm.layers.pos_embed_sincos import init_random_2d_freqs
 from timm.models.vision_transformer_sam import get_decomposed_rel_pos_bias
 from torch import Tensor
-from torch.nn import functional as F
 
 from sape2.attention import logits
 from sape2.encodings import create_encoding
@@ -200,76 +200,121 @@ def test_pape_against_its_published_channels(grid: Grid) -> None:
     torch.testing.assert_close(bias, published_pape(x, encoding, grid), rtol=1e-9, atol=1e-9)
 
 
-def published_pope(q: Tensor, k: Tensor, delta: Tensor, temperature: float) -> Tensor:
-    """arXiv:2509.10534 along a text: Re(conj(q) . k) of complex numbers with softplus as length, for each head."""
-    length, dim = q.shape[-2:]
-    angles = torch.arange(length).double()[:, None] * temperature ** (-torch.arange(dim).double() / dim)
-    turned_q = torch.polar(F.softplus(q), angles.expand_as(q))
-    turned_k = torch.polar(F.softplus(k), (angles + delta[:, None]).expand_as(k))
-    return (turned_q.conj() @ turned_k.transpose(-1, -2)).real
-
-
-@pytest.mark.parametrize(("grid", "half"), [((1, 9), 0), ((9, 1), 1)])
-def test_pope_on_one_line_is_pope_on_a_text(grid: Grid, half: int) -> None:
-    """Logits under the encoding: of the channels of that axis those of the source, of the others the same at angle delta."""
-    encoding = create_encoding("pope:temperature=50", HEADS, HEAD_DIM, grid).double()
-    torch.nn.init.uniform_(encoding.phase, -6, 0)
-    q, k = queries_and_keys(grid)
-    parts = [slice(0, HEAD_DIM // 2), slice(HEAD_DIM // 2, HEAD_DIM)]
-    along, still = parts[half], parts[1 - half]
-    expected = published_pope(q[..., along], k[..., along], encoding.phase[:, along], 50.0)
-    expected = expected + (F.softplus(q[..., still]) * encoding.phase[:, None, still].cos()) @ F.softplus(k[..., still]).mT
-    torch.testing.assert_close(logits(q, k, grid, encoding), expected / HEAD_DIM**0.5, rtol=1e-9, atol=1e-9)
-
-
-def published_forget(x: Tensor, weight: Tensor, offset: Tensor) -> Tensor:
-    """Forget gates along a text both ways, as x-transformers has them; `weight` is (2, h, D), `offset` (2, h)."""
-    backwards, onwards = (torch.einsum("bnd,whd->wbhn", x, weight) + offset[:, None, :, None]).sigmoid().log().cumsum(-1)
-    before = backwards[..., :, None] - backwards[..., None, :]
-    after = onwards[..., None, :] - onwards[..., :, None]
-    return before.tril() + after.triu()
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_pope_against_pope_pytorch(grid: Grid) -> None:
+    """Logits under the encoding; x and y have half of the channels each there, too. It computes angles in float32."""
+    library = pytest.importorskip("PoPE_pytorch", exc_type=ImportError)
+    half = HEAD_DIM // 2
+    theirs = library.AxialPoPE(HEAD_DIM, heads=HEADS, axial_dims=(half, half), theta=50.0)
+    torch.nn.init.uniform_(theirs.bias, -6, 0)
+    encoding = create_encoding("pope:temperature=50", HEADS, HEAD_DIM, grid)
+    encoding.load_state_dict({"phase": theirs.bias.detach()})
+    q, k = queries_and_keys(grid, torch.float32)
+    turned_q, turned_k = theirs.apply_pope_to_qk(theirs(grid), q, k)
+    expected = turned_q @ turned_k.mT / HEAD_DIM**0.5
+    torch.testing.assert_close(logits(q, k, grid, encoding), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("grid", "axis"), [((1, 9), 1), ((9, 1), 0)])
 def test_forget_gates_on_one_line_against_x_transformers(grid: Grid, axis: int) -> None:
+    library = pytest.importorskip("x_transformers.x_transformers", exc_type=ImportError)
     torch.manual_seed(0)
+    dim = HEADS * HEAD_DIM
+    theirs = library.DataDependentAlibi(dim, HEADS, causal=False).double()
     encoding = create_encoding("forget", HEADS, HEAD_DIM, grid).double()
+    gates = theirs.to_forget_gates[0]
+    gates.weight.data.copy_(encoding.weight[axis].flatten(0, 1))  # backwards first, as there
+    gates.bias.data.copy_(encoding.offset[axis].flatten())
     q, k = queries_and_keys(grid)
-    x = torch.randn(2, 9, HEADS * HEAD_DIM, dtype=torch.float64)
-    expected = published_forget(x, encoding.weight[axis], encoding.offset[axis])
-    torch.testing.assert_close(encoding.bias(q, k, grid, x).dense(), expected, rtol=1e-9, atol=1e-9)
+    x = torch.randn(2, 9, dim, dtype=torch.float64)
+    torch.testing.assert_close(encoding.bias(q, k, grid, x).dense(), theirs(x), rtol=1e-9, atol=1e-9)
 
 
-def published_cope(q: Tensor, k: Tensor, table: Tensor, causal: bool) -> Tensor:
-    """arXiv:2405.18719, written from its equations, not from ours: gates, positions, vectors e[p], then q^T e[p].
-
-    g_ij = sigmoid(q_i^T k_j / sqrt(d)); p_ij = sum of g_ik for k from j to the last key that i may see; e[p] lies
-    between e[floor p] and e[ceil p]; the logits are q_i^T (k_j + e[p_ij]) / sqrt(d), of which this is the second term.
-    """
-    num_tokens, dim = q.shape
-    logits = torch.einsum("id,jd->ij", q, k) / dim**0.5
-    if causal:
-        logits = logits.masked_fill(torch.ones(num_tokens, num_tokens).triu(1).bool(), -torch.inf)
-    from_j_on = torch.ones(num_tokens, num_tokens, dtype=q.dtype).triu()  # [j, k] = 1 for k >= j
-    positions = torch.einsum("ik,jk->ij", logits.sigmoid(), from_j_on).clamp(max=len(table) - 1)
-    low, high = positions.floor(), positions.ceil()
-    share = (positions - low)[..., None]
-    embedded = share * table[high.long()] + (1 - share) * table[low.long()]  # (N, N, d)
-    return torch.einsum("id,ijd->ij", q, embedded) / dim**0.5
+@pytest.mark.parametrize("num_heads", [3, 8])
+def test_alibi_on_one_line_against_x_transformers(num_heads: int) -> None:
+    library = pytest.importorskip("x_transformers.x_transformers", exc_type=ImportError)
+    q = torch.zeros(1, num_heads, 9, HEAD_DIM)
+    bias = create_encoding("alibi", num_heads, HEAD_DIM, (1, 9)).bias(q, q, (1, 9)).dense()
+    torch.testing.assert_close(bias, library.AlibiPositionalBias(num_heads)(9, 9))
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("count", ["suffix", "causal"])
-@pytest.mark.parametrize("num_positions", [None, 10])
-def test_cope_against_its_published_definition(grid: Grid, count: str, num_positions: int | None) -> None:
+@pytest.mark.parametrize("num_positions", [10, 22])
+def test_cope_against_x_transformers(grid: Grid, count: str, num_positions: int) -> None:
+    """It is given the logits, without their mask as on images, or with it; its bias is not divided by sqrt(d)."""
+    library = pytest.importorskip("x_transformers.x_transformers", exc_type=ImportError)
+    torch.manual_seed(0)
+    theirs = library.CoPE(HEAD_DIM, HEADS, max_pos=num_positions).double()
     encoding = create_encoding(f"cope:count={count},num_positions={num_positions}", HEADS, HEAD_DIM, grid).double()
-    encoding.table.data.normal_()
+    torch.nn.init.normal_(encoding.table)
+    theirs.load_state_dict({"pos_emb": encoding.table.detach()})
     q, k = queries_and_keys(grid)
-    bias = encoding.bias(q, k, grid).dense()
-    for b in range(len(q)):
-        for head in range(HEADS):
-            expected = published_cope(q[b, head], k[b, head], encoding.table, causal=count == "causal")
-            torch.testing.assert_close(bias[b, head], expected, rtol=1e-10, atol=1e-10)
+    products = q @ k.mT / HEAD_DIM**0.5
+    if count == "causal":
+        products = products.masked_fill(torch.ones(products.shape[-2:]).triu(1).bool(), -torch.inf)
+    expected = theirs(q, products) / HEAD_DIM**0.5
+    torch.testing.assert_close(encoding.bias(q, k, grid).dense(), expected, rtol=1e-10, atol=1e-10)
+
+
+def published_views(grid: Grid) -> dict[str, Tensor]:
+    """What the authors' code of LookHere (arXiv:2405.13985) leaves to see, (N, N) for each direction: of corners the rows and
+
+    columns on the right side, of triangles what lies between the two diagonals through the patch.
+    """
+    height, width = grid
+    views: dict[str, list[Tensor]] = {}
+    for y, x in itertools.product(range(height), range(width)):
+        rows, columns = torch.arange(height)[:, None].expand(grid), torch.arange(width).expand(grid)
+        down, falling = rows >= y, torch.ones(grid).tril(x - y).bool()  # on or below the diagonal that falls to the right
+        right, rising = columns >= x, torch.ones(grid).tril(width - 1 - x - y).flip(1).bool()
+        over_falling, over_rising = ~torch.ones(grid).tril(x - y - 1).bool(), rows + columns <= y + x
+        seen = {"up left": (rows <= y) & (columns <= x), "up right": (rows <= y) & right}
+        seen |= {"down left": down & (columns <= x), "down right": down & right}
+        seen |= {"up": over_falling & over_rising, "down": falling & rising}
+        seen |= {"left": falling & over_rising, "right": over_falling & rising}
+        for direction, patches in seen.items():
+            views.setdefault(direction, []).append(patches.flatten())
+    return {direction: torch.stack(each) for direction, each in views.items()}
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_lookhere_against_the_corners_triangles_and_distances_of_its_published_code(grid: Grid) -> None:
+    """Twelve heads, as there: four corners, four triangles, four that look around."""
+    q = torch.zeros(1, 12, grid[0] * grid[1], HEAD_DIM, dtype=torch.float64)
+    bias = create_encoding("lookhere", 12, HEAD_DIM, grid).bias(q, q, grid).dense()
+    places = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1])).double()
+    distance = torch.cdist(places, places, compute_mode="donot_use_mm_for_euclid_dist")
+    views = [*published_views(grid).values(), *[torch.ones_like(distance).bool()] * 4]
+    for head, (view, slope) in enumerate(zip(views, [*[1 / 2] * 8, 1 / 4, 1 / 16, 1 / 64, 1 / 256], strict=True)):
+        torch.testing.assert_close(bias[head], (-2 * slope * distance).where(view, torch.tensor(-500.0).double()))
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_commuting_lie_rotations_are_rope_mixed_in_another_basis(grid: Grid, dtype: torch.dtype, close: float) -> None:
+    """LieRE (arXiv:2406.10322) turns q and k by exp(x A_x + y A_y), A skew-symmetric. Where these commute, they are blocks of
+
+    2x2 in a common basis V: A = V diag(w J) V^T. Then the exponential is V (the rotation of rope_mixed) V^T.
+    """
+    torch.manual_seed(0)
+    encoding = create_encoding("rope_mixed", HEADS, HEAD_DIM, grid).to(dtype)
+    q, k = queries_and_keys(grid, dtype)
+    turned = encoding.rotate(q, k, grid)
+    quarter_turn = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=dtype)
+    for head in range(HEADS):
+        basis = torch.linalg.qr(torch.randn(HEAD_DIM, HEAD_DIM, dtype=dtype)).Q
+        along_x, along_y = (
+            basis @ torch.block_diag(*(w * quarter_turn for w in frequencies)) @ basis.T
+            for frequencies in encoding.frequencies[:, head].detach()
+        )
+        torch.testing.assert_close(along_x @ along_y, along_y @ along_x, rtol=close, atol=close)
+        torch.testing.assert_close(along_x, -along_x.T, rtol=close, atol=close)
+        for n in range(grid[0] * grid[1]):
+            rotation = torch.linalg.matrix_exp(n % grid[1] * along_x + n // grid[1] * along_y)
+            for ours, vectors in zip(turned, (q, k), strict=True):
+                expected = vectors[:, head, n] @ basis.T @ rotation.T @ basis  # in the basis, turned, and back
+                torch.testing.assert_close(ours[:, head, n], expected, rtol=close, atol=close)
 
 
 def test_cope_with_ten_positions_clamps_most_of_an_8x8_grid() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sape2 import reference
+from sape2.attention import logits
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encoding, find_encoding, list_encodings
 from sape2.encodings.grid import Grid
 
@@ -34,6 +35,7 @@ NUMBERS = {
     "num_positions": ["2", "12"],
     "table_std": ["0.5"],
     "directions": ["4"],
+    "slope": ["0.5"],
     "gain_init": [],  # needs sign=learned, see below
 }
 TOGETHER = [
@@ -157,7 +159,8 @@ def expected_bias(
     if name == "forget":
         return reference.forget(tokens, encoding.weight[:, :, head], encoding.offset[:, :, head], grid)
     rescale = min(1.0, math.prod(TRAINED) / math.prod(grid)) if getattr(options, "beyond", None) == "rescale" else 1.0
-    return by_name(name, encoding, q=q, k=k, tokens=tokens, grid=grid, head=head, rescale=rescale, visible=None)
+    known = {"q": q, "k": k, "tokens": tokens, "grid": grid, "head": head, "num_heads": HEADS}
+    return by_name(name, encoding, **known, rescale=rescale, visible=None)
 
 
 def expected_function(encoding: AttentionEncoding, name: str, head: int, grid: Grid) -> Tensor:
@@ -258,6 +261,34 @@ def test_alibi_slopes_for_any_number_of_heads(num_heads: int) -> None:
     """Powers of two and what lies between them, to the rounding of float32."""
     encoding = create_encoding("alibi:slopes=learned", num_heads, HEAD_DIM, TRAINED)
     torch.testing.assert_close(encoding.slopes.data, torch.tensor(reference.alibi_slopes(num_heads)))
+
+
+@pytest.mark.parametrize("num_heads", [1, 4, 6, 12, 16])
+@pytest.mark.parametrize("name", ["lookhere", "lookhere:view=180,slope=0.5", "lookhere:view=45", "lookhere:outside=far"])
+def test_every_head_has_the_field_of_view_of_the_loop(name: str, num_heads: int) -> None:
+    """Logits with two prefix tokens, which every head sees and which see all, on an oblong grid."""
+    torch.manual_seed(0)
+    grid = (4, 3)
+    encoding = create_encoding(name, num_heads, HEAD_DIM, (3, 3))
+    q, k = torch.randn(2, 1, num_heads, 2 + 12, HEAD_DIM, dtype=torch.float64)
+    found = logits(q, k, grid, encoding)
+    for head in range(num_heads):
+        expected = q[0, head] @ k[0, head].T / math.sqrt(HEAD_DIM)
+        expected[2:, 2:] += by_name("lookhere", encoding, grid=grid, head=head, num_heads=num_heads)
+        torch.testing.assert_close(found[0, head], expected, **CLOSE)
+
+
+@pytest.mark.parametrize("directions", [2, 4, 8])
+def test_directions_of_a_spiral_have_the_frequencies_of_the_loop(directions: int) -> None:
+    """In heads that are wide enough for eight directions; with two it is axial rope."""
+    torch.manual_seed(0)
+    encoding = create_encoding(f"rope:spread=spiral,directions={directions},temperature=50", HEADS, 64, TRAINED)
+    q, k = torch.randn(2, 1, HEADS, math.prod(INSIDE), 64, dtype=torch.float64)
+    turned = encoding.rotate(q, k, INSIDE)[1]
+    expected = by_name("rope", encoding, vectors=k[0, 1], grid=INSIDE, rescale=(1, 1))
+    torch.testing.assert_close(turned[0, 1], expected, **CLOSE)
+    axial = create_encoding("rope:temperature=50", HEADS, 64, TRAINED).rotate(q, k, INSIDE)[1]
+    assert torch.equal(turned, axial) == (directions == 2)
 
 
 def test_a_wrong_loop_is_noticed() -> None:

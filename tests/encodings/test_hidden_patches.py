@@ -65,7 +65,10 @@ def test_counts_skip_what_a_patch_does_not_see_as_the_loops_do(name):
             torch.testing.assert_close(bias[image, head], expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", [*HIDDEN, "sape2:beyond=rescale", "cope:beyond=rescale", "rpe:beyond=clamp", "alibi"])
+OFFSETS = ["alibi", "rpe:beyond=clamp", "rpe_contextual", "rpe_decomposed:beyond=clamp", "lookhere", "log_cpb", "pape"]
+
+
+@pytest.mark.parametrize("name", [*HIDDEN, "sape2:beyond=rescale", "cope:beyond=rescale", *OFFSETS])
 def test_a_grid_of_which_a_rectangle_is_seen_gives_the_bias_of_that_rectangle(name):
     grid, rows, columns = (4, 6), slice(1, 3), slice(1, 6)
     whole = content(grid, batch=1)

@@ -73,6 +73,11 @@ def _without_effect(
             f"{type(encoding).__name__} turns q and k, which no gain can start from nothing: a trained model would change at "
             'once. Attach a bias (sape2, rpe, cope, alibi, ...), or give start="as_is" to take the change and train on'
         )
+    if encoding.hides:
+        raise ValueError(
+            f"{encoding.name} hides patches from each other, which no gain can start from nothing: attach {encoding.name}:"
+            'outside=far, or give start="as_is" to take the change and train on'
+        )
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, num_heads, num_tokens(PROBE), head_dim, generator=generator, device="cpu")
     bias = encoding.bias(q, k, PROBE, tokens=q.transpose(1, 2).flatten(2))

@@ -19,6 +19,7 @@ from sape2.encodings.cope import CoPE
 from sape2.encodings.forget import Forget
 from sape2.encodings.functional import FIRE, LogCPB
 from sape2.encodings.grid import Grid
+from sape2.encodings.lookhere import LookHere
 from sape2.encodings.options import changed_options, check_options, describe_options, make_options
 from sape2.encodings.pape import PaPE
 from sape2.encodings.relative import ALiBi, RelativeContextual, RelativeDecomposed, RelativeTable
@@ -40,6 +41,7 @@ ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
     "rpe_contextual": RelativeContextual,
     "rpe_decomposed": RelativeDecomposed,
     "alibi": ALiBi,
+    "lookhere": LookHere,
     "log_cpb": LogCPB,
     "fire": FIRE,
     "pape": PaPE,
@@ -50,9 +52,9 @@ ATTENTION_ENCODINGS: dict[str, type[AttentionEncoding]] = {
 
 __all__ = [
     "ATTENTION_ENCODINGS", "FIRE", "TOKEN_ENCODINGS", "ALiBi", "AttentionBias", "AttentionEncoding", "CoPE", "Conditional",
-    "Facts", "Forget", "KeyTable", "LearnedAbsolute", "LogCPB", "NoEncoding", "PaPE", "PoPE", "RelativeContextual",
-    "RelativeDecomposed", "RelativeTable", "Rotary", "RotaryMixed", "SaPE2", "SinCos", "TokenEncoding", "canonical_name",
-    "create_encoding", "create_encodings", "find_encoding", "list_encodings", "options_of", "parse_encoding",
+    "Facts", "Forget", "KeyTable", "LearnedAbsolute", "LogCPB", "LookHere", "NoEncoding", "PaPE", "PoPE",
+    "RelativeContextual", "RelativeDecomposed", "RelativeTable", "Rotary", "RotaryMixed", "SaPE2", "SinCos", "TokenEncoding",
+    "canonical_name", "create_encoding", "create_encodings", "find_encoding", "list_encodings", "options_of", "parse_encoding",
 ]  # fmt: skip
 
 

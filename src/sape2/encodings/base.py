@@ -105,6 +105,7 @@ class AttentionEncoding(PositionEncoding):
     """
 
     score_axes: tuple[Axis, ...] = ()
+    hides: bool = False  # whether its bias hides patches from each other, so that no gain can start it from nothing
     reads_tokens: bool = False
     gives_key_vectors: bool = False
     gives_some_key_vectors: bool = False  # whether they can be added to the keys beside the bias of other parts

@@ -102,7 +102,7 @@ class RotaryOptions:
     beyond: Beyond = "extrapolate"
     coordinates: Literal["patches", "separate", "min", "max"] = "patches"
     directions: int = 2
-    spread: Literal["uniform", "golden"] = "uniform"
+    spread: Literal["uniform", "spiral", "golden"] = "uniform"
     fastest: float = 1.0
     order: Literal["xy", "yx"] = "xy"
     layout: Layout = "pairs"
@@ -118,6 +118,8 @@ class RotaryOptions:
             raise ValueError(f"rope:directions must be at least 1; got {self.directions}")
         if self.directions != 2 and self.spread == "golden":
             raise ValueError("rope:directions has no effect with spread=golden, which gives every plane its own")
+        if self.directions % 2 and self.spread == "spiral":
+            raise ValueError(f"rope:spread=spiral needs an even number of directions; got {self.directions}")
         if not 0 < self.fastest <= math.pi:
             raise ValueError(f"rope:fastest must be above 0 and at most pi, half a turn a patch; got {self.fastest}")
         if self.train_shift < 0:
@@ -133,9 +135,10 @@ class Rotary(Rotation):
     By default axial RoPE as in RoPE-ViT (arXiv:2403.13298): half of the planes turn with x, half with y, and
     w_f = temperature^(-f / (d/4)), so weights of timm's ViT-RoPE models ("cat", x before y) see the same rotation.
     preset=dinov3 is that of DINOv3 (arXiv:2508.10104) and timm's `RotaryEmbeddingDinoV3`: y first, halves, places from -1
-    to 1 times 2 pi. `directions` are spread over half a turn, each with all frequencies (Spiral RoPE, arXiv:2602.03227);
+    to 1 times 2 pi. `directions` are spread over half a turn, each with all frequencies; spread=spiral deals out those of
+    axial RoPE in pairs, so that only directions at a right angle share them (Spiral RoPE, arXiv:2602.03227, has both);
     spread=golden turns the direction by pi over the golden ratio from plane to plane, slowest first (golden gate RoPE).
-    Raises ValueError unless head_dim is divisible by twice the number of directions.
+    Raises ValueError unless head_dim is divisible by twice the number of directions, for spread=spiral by four times.
     """
 
     name = "rope"
@@ -145,7 +148,7 @@ class Rotary(Rotation):
     presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
     variants: ClassVar[dict[str, str]] = {
         "preset=dinov3": "places from -1 to 1, y first, halves, and sizes drawn in training: DINOv3, arXiv:2508.10104",
-        "directions=4": "four directions instead of x and y: Spiral RoPE, arXiv:2602.03227",
+        "directions=4": "four directions instead of x and y: Spiral RoPE with the same frequencies in all, arXiv:2602.03227",
         "spread=golden": "a direction for every plane by the golden ratio: golden gate RoPE, jerryxio.ng/posts/nd-rope",
     }
     facts = Facts(translation=True)
@@ -153,7 +156,8 @@ class Rotary(Rotation):
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
         self.layout = self.options.layout
-        check_head_dim("rope", num_heads, head_dim, 1 if self.options.spread == "golden" else self.options.directions)
+        parts = {"uniform": 1, "spiral": 2, "golden": 0}[self.options.spread] * self.options.directions
+        check_head_dim("rope", num_heads, head_dim, max(parts, 1))
 
     def angles(self, grid: Grid, like: Tensor) -> Float[Tensor, "tokens planes"]:
         first, second = self._moved(self._places(grid, like))
@@ -163,11 +167,18 @@ class Rotary(Rotation):
             lengths = o.fastest * o.temperature ** (plane / max(planes - 1, 1) - 1)
             turned = plane * (math.pi / GOLDEN_RATIO)
             return first[:, None] * (lengths * turned.cos()) + second[:, None] * (lengths * turned.sin())
-        each = planes // o.directions
-        frequencies = o.fastest * o.temperature ** (-torch.arange(each, device=first.device).to(first.dtype) / each)
         turns = [direction * math.pi / o.directions for direction in range(o.directions)]
         along = [first * round(math.cos(t), 15) + second * round(math.sin(t), 15) for t in turns]  # a right angle is exact
-        return torch.cat([place[:, None] * frequencies for place in along], dim=-1)
+        return torch.cat([place[:, None] * own for place, own in zip(along, self._frequencies(first), strict=True)], dim=-1)
+
+    def _frequencies(self, like: Tensor) -> list[Float[Tensor, " planes"]]:
+        """Those of each direction: the same for all, or in a spiral those of two directions, dealt out two at a time."""
+        o, half = self.options, self.options.directions // 2
+        count = self.head_dim // (4 if o.spread == "spiral" else 2 * o.directions)
+        frequencies = o.fastest * o.temperature ** (-torch.arange(count, device=like.device).to(like.dtype) / count)
+        if o.spread == "uniform":
+            return [frequencies] * o.directions
+        return 2 * [dealt.flatten() for dealt in frequencies.unflatten(0, (-1, half, 2)).unbind(1)]
 
     def _places(self, grid: Grid, like: Tensor) -> list[Tensor]:
         """Both coordinates of every token, (N,) each, in the order of the options."""
