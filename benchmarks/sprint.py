@@ -345,7 +345,7 @@ def table_of_added(rows: list[Row], *stages: str) -> str:
     return markdown_table(*paired_table([*base, *rows_of(rows, *stages)], BASELINE, level=LEVEL))
 
 
-QUARTERS = ("one_rate", "one_rate_rivals", "joins", "joins_of_biases", "winner")  # all with one pair of rates
+QUARTERS = ("one_rate", "one_rate_rivals", "one_rate_controls", "joins", "joins_of_biases", "winner")  # one pair of rates
 WINNER = JOINS_OF_BIASES[-1]
 CONTRASTS = (  # what findings.md, choosing.md and README say of two encodings
     *((name, BASELINE) for name in ("ape+sape2", "rope", "cpe", "log_cpb", "cpe+log_cpb", WINNER)),
@@ -353,6 +353,7 @@ CONTRASTS = (  # what findings.md, choosing.md and README say of two encodings
     (f"cpe+{DIRECT}", "cpe"),
     (f"rope+{DIRECT},gates=constant", "rope"),
     (f"rope+{DIRECT}", f"rope+{DIRECT},gates=constant"),
+    (f"cpe+{DIRECT}", f"cpe+{DIRECT},gates=constant"),
     ("rope+key_table", "rope"),
     (f"rope+{DIRECT},gates=constant", "rope+key_table"),
     *(("cpe+log_cpb", name) for name in ("rope", "cpe", "log_cpb", f"cpe+{DIRECT}")),

@@ -42,11 +42,14 @@ def conditions() -> Row:
 
 
 def commit() -> str | None:
-    """None where there is no git, or the files are no checkout."""
-    if shutil.which("git") is None:
+    """With "-dirty" where files other than the rows differ from it; None where there is no git, or the files are no checkout."""
+    if shutil.which("git") is None or not (found := _git("rev-parse", "--short", "HEAD")):
         return None
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    return found + ("-dirty" if _git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def processor() -> str:
