@@ -7,12 +7,13 @@ from torchvision.models import VisionTransformer
 
 from sape2.adapters.attached import Host, Size
 from sape2.adapters.pytorch import AttachedMultihead, check_multihead
+from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens
 
 
 def find(model: nn.Module) -> Host:
     if not isinstance(model, VisionTransformer):
-        raise ValueError(f"attach knows torchvision's VisionTransformer; got {type(model).__name__}")
+        raise ValueError(f"attach knows torchvision's VisionTransformer; got {type(model).__name__}: {reason(model)}")
     attentions = [check_multihead(block.self_attention) for block in model.encoder.layers]  # pyrefly: ignore
     side = model.image_size // model.patch_size
     return Host(
