@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from export_cases import tiny
-from host_cases import CASES, TIMM, images, make, open_gains, outputs
+from host_cases import CASES, TIMM, TRANSFORMERS, images, make, open_gains, outputs
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -302,7 +302,7 @@ def test_weights_of_whole_numbers_leave_the_tables_in_float32():
 
 def lora(model, **options):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "qkv"], **options))
 
 
 def fit(model, x):
@@ -327,9 +327,13 @@ def test_lora_in_the_network_of_an_encoding_takes_part():
     torch.testing.assert_close(tuned.merge_and_unload()(x), with_it)
 
 
+WITH_LORA = ["timm.vit.class", "timm.eva.dinov3", *(f"transformers.{name}.sdpa" for name in TRANSFORMERS)]
+
+
+@pytest.mark.parametrize("case", WITH_LORA)
 @pytest.mark.parametrize("order", ["lora first", "attach first"])
-def test_lora_and_an_encoding_learn_together_and_come_apart(order, tmp_path):
-    host, x = make("transformers.ViT.sdpa"), images("transformers")
+def test_lora_and_an_encoding_learn_together_and_come_apart(case, order, tmp_path):
+    host, x = make(case), images(case)
     if order == "lora first":
         both = lora(host)
         attach(host, "sape2")
