@@ -25,11 +25,11 @@ class Watched(nn.Module):
     """A `MappedModel` around a model, which is put into evaluation mode and asked for its attention weights.
 
     Tokens and weights are told in one order, whatever that of the model: those that stand on no grid, then the patches by
-    rows. `images`, (1, C, height, width), say the size; a few such images pass to see what there is. Raises ValueError for a
+    rows. `images` say the size; they and a few of that size pass to see what there is. Raises ValueError for a
     model without such blocks, and where a patch is not found in its place.
     """
 
-    def __init__(self, model: nn.Module, images: Float[Tensor, "1 channels height width"]) -> None:
+    def __init__(self, model: nn.Module, images: Float[Tensor, "batch channels height width"]) -> None:
         super().__init__()
         self.model = model.eval()
         self.layout: Layout | None = None
@@ -140,13 +140,13 @@ class Watched(nn.Module):
             stand = stand.gather(1, self.layout.place.argsort(1))
         return torch.cat([at[:, :first], at[:, first + patches :], stand], dim=1)
 
-    def _check_places(self, images: Float[Tensor, "1 channels height width"]) -> int:
+    def _check_places(self, images: Float[Tensor, "batch channels height width"]) -> int:
         """The number of tokens that stand on no grid. Raises ValueError unless each corner of an image changes its token."""
         tokens, (height, width) = self.embed(images)
         apart = tokens.shape[1] - height * width
         corners = list(dict.fromkeys(itertools.product((0, height - 1), (0, width - 1))))
         patch_size = _in_pixels(self.patch_size, (height, width), images)
-        changed = images.repeat(1 + len(corners), 1, 1, 1)
+        changed = images[:1].repeat(1 + len(corners), 1, 1, 1)
         for image, corner in zip(changed[1:], corners, strict=True):
             _change(image, corner, patch_size)
         tokens, _ = self.embed(changed)
