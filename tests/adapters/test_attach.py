@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from host_cases import CASES, TIMM, description, images, make, make_transformers, open_gains, outputs, randomised
+import torchvision
+from host_cases import CASES, HF, TIMM, description, images, make, make_transformers, open_gains, outputs, randomised
 from torch import nn
 from torch.nn import functional as F
 
@@ -381,14 +382,32 @@ def test_copies_and_pickles_are_whole_models_of_their_own(case):
 # --- what enters how -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["sape2", "sape2:sign=minus", "alibi", "rpe", "sape2:readout=direct,count=between", "lookhere:outside=far"]
-)
+UNDER_A_GAIN = ["sape2", "sape2:sign=minus", "alibi", "rpe", "sape2:readout=direct,count=between"]
+UNDER_A_GAIN += ["key_table", "log_cpb", "fire", "forget", "pape", "lookhere:outside=far"]
+
+
+@pytest.mark.parametrize("name", UNDER_A_GAIN)
 def test_a_bias_enters_under_a_gain_of_zero(name):
     (encoding, *_) = attached_encodings(attach(make("timm.vit.avg"), name)).values()
     assert isinstance(encoding, Gained)
     assert not encoding.gain.any()
     assert all(p.any() for p in encoding.inner.parameters())
+
+
+@pytest.mark.parametrize("name", UNDER_A_GAIN)
+def test_what_stands_under_a_gain_changes_nothing_and_learns_from_the_second_step_on(name):
+    model, x = make("timm.vit.avg"), images("timm.vit.avg")
+    expected = outputs(model, x)
+    attach(model, name, trainable="encoding")
+    torch.testing.assert_close(outputs(model, x), expected, rtol=1e-12, atol=1e-12)
+    optimizer = torch.optim.SGD(encoding_parameters(model), lr=0.1)
+    for _ in range(2):
+        optimizer.zero_grad()
+        outputs(model, x).square().sum().backward()
+        optimizer.step()
+    (first, *_) = attached_encodings(model).values()
+    assert all(p.grad is not None and p.grad.any() for p in first.parameters())
+    assert torch.equal(outputs(detach(model), x), expected)
 
 
 @pytest.mark.parametrize("name", ["cope", "rpe_contextual", "rpe_decomposed"])
@@ -432,8 +451,9 @@ def test_joined_encodings_get_a_gain_each_and_schedules_hold():
 def test_a_rotation_enters_only_as_it_is():
     model, x = make("timm.vit.avg"), images("timm.vit.avg")
     expected = outputs(model, x)
-    with pytest.raises(ValueError, match=r'turns q and k, which no gain can start from nothing.*start="as_is"'):
-        attach(model, "rope+sape2")
+    for name in ("rope+sape2", "rope_mixed", "pope"):
+        with pytest.raises(ValueError, match=r'turns q and k, which no gain can start from nothing.*start="as_is"'):
+            attach(model, name)
     attach(model, "rope", start="as_is")
     turned = outputs(model, x)
     assert (turned - expected).abs().max() > 1e-2
@@ -475,9 +495,11 @@ def features_only(name):
         (
             lambda: timm.models.VisionTransformer(**TIMM, block_fn=timm.models.vision_transformer.ParallelScalingBlock),
             {},
-            "ParallelScalingBlock with the attention NoneType",
+            "into ParallelScalingBlock: attention and MLP share one projection",
         ),
-        (lambda: make("timm.vit.avg"), {"encoding": "ape+sape2"}, "Leave ape, sincos and cpe out"),
+        (lambda: make("timm.vit.avg"), {"encoding": "ape+sape2"}, "Leave ape, sincos and cpe out: attach 'sape2'"),
+        (lambda: make("timm.vit.avg"), {"encoding": "cpe+log_cpb"}, "Leave ape, sincos and cpe out: attach 'log_cpb'$"),
+        (lambda: make("timm.vit.avg"), {"encoding": "sincos"}, "Leave ape, sincos and cpe out$"),
         (lambda: make("timm.vit.avg"), {"encoding": "sapes"}, "unknown encoding 'sapes'"),
         (lambda: make("timm.vit.avg"), {"trainable": "tables"}, "trainable must be one of all, encoding; got 'tables'"),
         (lambda: make("timm.vit.avg"), {"start": "zero"}, "start must be one of no_effect, as_is; got 'zero'"),
@@ -492,6 +514,67 @@ def test_what_cannot_be_is_refused_with_the_reason_and_nothing_changes(make_mode
     with pytest.raises(ValueError, match=message):
         attach(model, **options)
     assert description(model) == before
+
+
+def of_timm(name, **options):
+    return lambda: timm.create_model(name, **options)
+
+
+def of_torchvision(name):
+    return lambda: getattr(torchvision.models, name)()
+
+
+def of_transformers(name, **sizes):
+    transformers = pytest.importorskip("transformers")
+    return lambda: getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**sizes))
+
+
+COSINES, KEYS, QUERIES = "its logits are cosines", "its keys are pooled", "it pools queries"
+WITHOUT = "it has no attention, so there is nothing that a position encoding could enter"
+VIT = {key: value for key, value in HF.items() if key != "num_labels"} | {"image_size": 24, "patch_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("make_model", "reason"),
+    [
+        (of_timm("hiera_tiny_224"), f"got Hiera: {QUERIES}"),
+        (of_timm("levit_128s"), f"got LevitDistilled: {QUERIES}"),
+        (of_timm("cait_xxs24_224"), "got Cait: its logits are mixed between heads"),
+        (of_timm("maxvit_tiny_tf_224"), "got MaxxVit: MaxViT also attends over patches that lie apart"),
+        (of_timm("twins_svt_small"), f"got Twins: {KEYS}"),
+        (of_timm("convit_tiny"), "got ConVit: its first layers add a softmax of positions"),
+        (of_timm("volo_d1_224"), "got VOLO: its outlook attention has no keys"),
+        (of_timm("csatv2"), "got CSATv2: one of its attentions is a gate of one channel"),
+        (of_timm("davit_tiny"), "got DaVit: half of its layers attend over channels"),
+        (of_timm("xcit_nano_12_p16_224"), "got Xcit: it attends over channels"),
+        (of_timm("mvitv2_tiny"), f"got MultiScaleVit: {KEYS}"),
+        (of_timm("pvt_v2_b0"), f"got PyramidVisionTransformerV2: {KEYS}"),
+        (of_timm("swinv2_cr_tiny_224"), f"got SwinTransformerV2Cr: {COSINES}"),
+        (of_timm("resnet18"), f"got ResNet: {WITHOUT}"),
+        (of_timm("crossvit_tiny_240"), r"its attention \(Attention, .*\) is none of those that this was written for"),
+        (of_timm("vit_tiny_patch16_224", features_only=True, feature_cls="hook"), r'FeatureHookNet: .*model\["body"\]'),
+        (of_timm("swin_tiny_patch4_window7_224", features_only=True, feature_cls="list"), "FeatureListNet: .*'getter'"),
+        (of_torchvision("swin_t"), "its attention is a function that takes no further bias; SwinTransformer of timm"),
+        (of_torchvision("swin_v2_t"), f"got SwinTransformer: {COSINES}"),
+        (of_torchvision("maxvit_t"), "got MaxVit: it also attends over patches that lie apart"),
+        (of_torchvision("resnet18"), f"got ResNet: {WITHOUT}"),
+        (of_transformers("Swinv2", embed_dim=8, depths=[1], num_heads=[1], image_size=32), f"got Swinv2Model: {COSINES}"),
+        (of_transformers("Hiera", embed_dim=8, image_size=[32, 32], depths=[1] * 4), f"got HieraModel: {QUERIES}"),
+        (of_transformers("DPT", **VIT), "got DPTModel: .* DPT with DINOv2 as its backbone_config takes encodings"),
+        (of_transformers("Data2VecVision", **VIT), "got Data2VecVisionModel: .* BEiT itself takes encodings"),
+        (of_transformers("PvtV2"), f"got PvtV2Model: {KEYS}"),
+        (of_transformers("Segformer"), f"got SegformerModel: {KEYS}"),
+        (of_transformers("ConvNext"), f"got ConvNextModel: {WITHOUT}"),
+        (of_transformers("Bert", **HF, vocab_size=9), r"its attention \(BertAttention, .*\) is none of those"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else "",
+)
+@pytest.mark.usefixtures("as_users_call_it")
+def test_every_model_that_takes_no_encoding_is_told_why(make_model, reason):
+    with torch.device("meta"):
+        model = make_model()
+    with pytest.raises(ValueError, match=reason):
+        attach(model)
 
 
 def test_there_is_nothing_to_detach_from_a_plain_model():

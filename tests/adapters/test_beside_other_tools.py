@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from export_cases import tiny
-from host_cases import CASES, TIMM, images, make, open_gains, outputs
+from host_cases import CASES, TIMM, TRANSFORMERS, images, make, open_gains, outputs
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -302,7 +302,7 @@ def test_weights_of_whole_numbers_leave_the_tables_in_float32():
 
 def lora(model, **options):
     peft = pytest.importorskip("peft")
-    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], **options))
+    return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj", "qkv"], **options))
 
 
 def fit(model, x):
@@ -327,9 +327,13 @@ def test_lora_in_the_network_of_an_encoding_takes_part():
     torch.testing.assert_close(tuned.merge_and_unload()(x), with_it)
 
 
+WITH_LORA = ["timm.vit.class", "timm.eva.dinov3", *(f"transformers.{name}.sdpa" for name in TRANSFORMERS)]
+
+
+@pytest.mark.parametrize("case", WITH_LORA)
 @pytest.mark.parametrize("order", ["lora first", "attach first"])
-def test_lora_and_an_encoding_learn_together_and_come_apart(order, tmp_path):
-    host, x = make("transformers.ViT.sdpa"), images("transformers")
+def test_lora_and_an_encoding_learn_together_and_come_apart(case, order, tmp_path):
+    host, x = make(case), images(case)
     if order == "lora first":
         both = lora(host)
         attach(host, "sape2")
@@ -381,3 +385,87 @@ def test_an_encoding_that_peft_wraps_whole_or_in_part_is_refused(encoding, optio
         with pytest.raises(ValueError, match="get_peft_model"):
             act()
     detach(both.unload())
+
+
+def adapted(model, kind):
+    """The model under an adapter of peft."""
+    peft = pytest.importorskip("peft")
+    target = {"target_modules": ["q_proj", "v_proj"]}
+    configs = {
+        "LoRA": lambda: peft.LoraConfig(r=2, **target),
+        "LoRA and classifier": lambda: peft.LoraConfig(r=2, modules_to_save=["classifier"], **target),
+        "DoRA": lambda: peft.LoraConfig(r=2, use_dora=True, **target),
+        "IA3": lambda: peft.IA3Config(feedforward_modules=[], **target),
+    }
+    return peft.get_peft_model(model, configs[kind]())
+
+
+KINDS = ["LoRA", "LoRA and classifier", "DoRA", "IA3"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ["adapter first", "attach first"])
+def test_an_adapter_of_peft_is_read_back_onto_a_host_with_an_encoding(kind, order, tmp_path):
+    """peft's own file holds its adapter, `save_adapter` the encoding; both go onto a fresh host in either order, and merge."""
+    peft = pytest.importorskip("peft")
+    host, x = make("transformers.ViT.sdpa"), images("transformers")
+    if order == "adapter first":
+        both = adapted(host, kind)
+        attach(host, "sape2")
+    else:
+        both = adapted(attach(host, "sape2"), kind)
+        for parameter in encoding_parameters(host):
+            parameter.requires_grad_(True)
+    open_gains(host, std=0.3)
+    moved = fit(both, x)
+    assert {".sape2." in name for name in moved} == {True, False}
+    assert any("classifier" in name for name in moved) == (kind == "LoRA and classifier")
+    expected = outputs(both.eval(), x)
+    both.save_pretrained(tmp_path / "peft")
+    save_adapter(host, tmp_path / "sape2")
+
+    again = make("transformers.ViT.sdpa")
+    if order == "adapter first":
+        read = peft.PeftModel.from_pretrained(again, tmp_path / "peft")
+        load_adapter(again, tmp_path / "sape2")
+    else:
+        read = peft.PeftModel.from_pretrained(load_adapter(again, tmp_path / "sape2"), tmp_path / "peft")
+    torch.testing.assert_close(outputs(read.eval(), x), expected, rtol=1e-5, atol=1e-5)
+    merged = read.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, x), expected, rtol=1e-5, atol=1e-5)
+    assert not any(".sape2." in name for name in detach(merged).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("target", "attach_first"),
+    [(["self_attention"], False), (["mlp.0", "mlp.3"], False), (["mlp.0", "mlp.3"], True)],
+    ids=["attention", "mlp, lora first", "mlp, attach first"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_lora_and_an_encoding_learn_together_in_torchvision(target, attach_first, tmp_path):
+    """The attention there is one `nn.MultiheadAttention`, which peft wraps whole, so LoRA in it comes before `attach`."""
+    peft = pytest.importorskip("peft")
+    host, x = make("torchvision"), images("torchvision")
+    plain = outputs(host, x)
+    wrap = lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=target))  # noqa: E731
+    both = wrap(attach(host, "sape2")) if attach_first else wrap(host)
+    if not attach_first:
+        attach(host, "sape2")
+    torch.testing.assert_close(outputs(both.eval(), x), plain)
+    for parameter in encoding_parameters(host):
+        parameter.requires_grad_(True)
+    moved = fit(both, x)
+    assert {kind for kind in ("lora_", ".sape2.") if any(kind in name for name in moved)} == {"lora_", ".sape2."}
+    others = [name for name in moved if "lora_" not in name and ".sape2." not in name]
+    assert all("self_attention" in name for name in others)  # to these peft adds LoRA in a call and takes it off, with rounding
+    expected = outputs(both.eval(), x)
+    save_adapter(host, tmp_path)
+    merged = both.merge_and_unload()
+    torch.testing.assert_close(outputs(merged, x), expected)
+    torch.testing.assert_close(outputs(load_adapter(detach(merged), tmp_path), x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_lora_around_an_attached_multihead_attention_is_refused_by_peft():
+    peft = pytest.importorskip("peft")
+    with pytest.raises(ValueError, match="Only same embed for query/key/value is supported"):
+        peft.get_peft_model(attach(make("torchvision"), "sape2"), peft.LoraConfig(r=2, target_modules=["self_attention"]))

@@ -273,12 +273,15 @@ def test_tables_are_for_the_grid_that_a_layer_attends_over(name, grids, tmp_path
             attach(make_family(name), "sape2", grid=(4, 4))
 
 
-def test_a_model_that_only_says_features_takes_an_encoding_inside():
-    model = timm.create_model("vit_tiny_patch16_224", features_only=True, out_indices=(1,), **TIMM | {"num_classes": 0})
+@pytest.mark.parametrize("kind", ["getter", "hook"])
+def test_a_model_that_only_says_features_takes_an_encoding_inside(kind):
+    sizes = TIMM | {"num_classes": 0, "features_only": True, "out_indices": (1,)}
+    model = timm.create_model("vit_tiny_patch16_224", feature_cls=kind, **sizes)
+    inside = model.model if kind == "getter" else model["body"]
     x = torch.randn(1, 3, 24, 32)
     with torch.no_grad():
-        expected = model.eval()(x)[0]
-        attach(model.model, "sape2")
+        expected = model.eval()(x)[0].clone()
+        attach(inside, "sape2")
         torch.testing.assert_close(model(x)[0], expected)
-        open_gains(model.model)
+        open_gains(inside)
         assert (model(x)[0] - expected).abs().max() > 1e-3

@@ -23,7 +23,7 @@ from sape2.adapters.layouts import Scattered, bias_on, rotate_on
 from sape2.adapters.start import Start, prepare
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
-from sape2.encodings import create_encodings
+from sape2.encodings import TOKEN_ENCODINGS, create_encodings
 from sape2.encodings.base import AttentionEncoding, NoEncoding, names_without_decay
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
@@ -295,9 +295,10 @@ def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: in
     with torch.device("cpu"):  # the probes of `prepare` are
         tokens, layers = create_encodings(encoding, num_heads, head_dim, grid, depth)
     if tokens:
+        rest = "+".join(part for part in encoding.split("+") if part.partition(":")[0].strip() not in TOKEN_ENCODINGS)
         raise ValueError(
             f"attach puts encodings into attention; {encoding!r} also changes the tokens, for which the model has its own "
-            "positions. Leave ape, sincos and cpe out"
+            f"positions. Leave ape, sincos and cpe out{f': attach {rest!r}' if rest else ''}"
         )
     if host.rotates and any(layer.rotates for layer in layers):
         raise ValueError(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sape2.adapters.attached import Attached, Host, Size, Window, shifted
 from sape2.adapters.layouts import Layout, Scattered
+from sape2.adapters.reasons import known_reason, reason
 from sape2.adapters.tokens import Tokens, grid_of_output
 from sape2.encodings.grid import as_grid
 
@@ -32,18 +33,6 @@ HOSTS = (
     swin_transformer.SwinTransformer,
     NaFlexVit,
 )
-COSINES = "its logits are cosines times a learned temperature, and encodings are made for q.k / sqrt(d)"
-REASONS = {
-    "DaVit": "half of its layers attend over channels, which have no position",
-    "Xcit": "it attends over channels, which have no position",
-    "SwinTransformerV2": COSINES,
-    "SwinTransformerV2Cr": COSINES,
-    "MultiScaleVit": "its keys are pooled, so queries and keys stand on different grids",
-    "PyramidVisionTransformerV2": "its keys are pooled, so queries and keys stand on different grids",
-    "FeatureGetterNet": "with features_only a model is wrapped; attach to the one inside, model.model",
-    "FeatureListNet": "features_only takes a model apart; make it with feature_cls='getter', attach to model.model",
-    "DiffAttention": "it subtracts one softmax from another, and an added bias would mean something else in each",
-}
 
 
 class AttachedAttention(Attached, Attention):
@@ -211,9 +200,8 @@ def find(model: nn.Module) -> Host:
     """Raises ValueError for a model whose attention is not one of those above."""
     name = type(model).__name__
     if not isinstance(model, HOSTS):
-        reason = f": {REASONS[name]}" if name in REASONS else ""
         known = ", ".join(each.__name__ for each in HOSTS)
-        raise ValueError(f"attach knows timm's {known} and what is made of them; got {name}{reason}")
+        raise ValueError(f"attach knows timm's {known} and what is made of them; got {name}: {reason(model)}")
     stages: Any = model.layers if isinstance(model, swin_transformer.SwinTransformer) else [model]
     blocks = [block for stage in stages for block in stage.blocks]
     attentions = [_attention(block) for block in blocks]
@@ -256,8 +244,9 @@ def _attention(block: nn.Module) -> Any:
     attention: Any = getattr(block, "attn", None)
     name = type(attention).__name__
     if type(attention) not in ATTACHED:
-        reason = REASONS.get(name, f"known are {', '.join(each.__name__ for each in ATTACHED)}")
-        raise ValueError(f"attach cannot put a bias into {type(block).__name__} with the attention {name}: {reason}")
+        why = known_reason(attention) or known_reason(block) or f"known are {', '.join(each.__name__ for each in ATTACHED)}"
+        what = type(block).__name__ if attention is None else f"{type(block).__name__} with the attention {name}"
+        raise ValueError(f"attach cannot put a bias into {what}: {why}")
     head_dim = _size(attention, None).head_dim
     if abs(attention.scale - head_dim**-0.5) > 1e-9:
         raise ValueError(f"attach needs logits scaled by 1/sqrt({head_dim}); this {name} scales by {attention.scale}")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torchvision.models import VisionTransformer
 
 from sape2.adapters.attached import Host, Size
 from sape2.adapters.pytorch import AttachedMultihead, check_multihead
+from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens
 
 
 def find(model: nn.Module) -> Host:
     if not isinstance(model, VisionTransformer):
-        raise ValueError(f"attach knows torchvision's VisionTransformer; got {type(model).__name__}")
-    attentions = [check_multihead(block.self_attention) for block in model.encoder.layers]  # pyrefly: ignore
+        raise ValueError(f"attach knows torchvision's VisionTransformer; got {type(model).__name__}: {reason(model)}")
+    found: list[Any] = [block.self_attention for block in model.encoder.layers]  # pyrefly: ignore
+    attentions = [check_multihead(getattr(each, "base_layer", each)) for each in found]  # that in what LoRA puts around it
     side = model.image_size // model.patch_size
     return Host(
         name="torchvision VisionTransformer",

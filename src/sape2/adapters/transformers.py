@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from sape2.adapters.attached import Attached, Host, Size, Window, shifted
 from sape2.adapters.layouts import Layout, Scattered
+from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens, grid_of_output
 from sape2.encodings.grid import Grid, as_grid
 
@@ -191,8 +192,10 @@ def find(model: nn.Module) -> Host:
     tower = _tower(model, sources[0]) if len(sources) == 1 else None
     if tower is None:
         known = ", ".join(dict.fromkeys(KIND.sub("", name) for name in FAMILIES))
+        several = len(sources) > 1 and any(_is_attention(part) for part in model.modules())
+        why = f"it makes patches in {len(sources)} places" if several else reason(model)
         raise ValueError(
-            f"attach knows models of transformers with one image tower of the kinds {known}; got {type(model).__name__}"
+            f"attach knows models of transformers with one image tower of the kinds {known}; got {type(model).__name__}: {why}"
         )
     layers = list(_layers(tower))
     attentions = [attention for _, attention in layers]

@@ -25,6 +25,7 @@ from sape2.machine import find_device
 from sape2.models.trained import load_run_model
 from sape2.runs.run import Run
 
+IMAGE_TOWERS = ("vision_model", "vision_encoder")  # of CLIP and what is made like it, and of SAM
 STANDARD = (0.5, 0.5, 0.5)  # mean and standard deviation where the model does not tell
 
 
@@ -87,7 +88,7 @@ def _transformers(folder: Path, _: str | None, size: tuple[int, int] | None) -> 
     missing = [*(key for key in loaded["missing_keys"] if "pooler" not in key), *loaded["mismatched_keys"]]
     if missing:
         raise ValueError(f"the weights of {folder} lack {len(missing)} of its parameters, such as {missing[0]}")
-    model = getattr(model, "vision_model", model)
+    model = next((getattr(model, name) for name in IMAGE_TOWERS if hasattr(model, name)), model)
     path = folder / "preprocessor_config.json"
     read = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     mean, std = (tuple(read.get(key, STANDARD)) for key in ("image_mean", "image_std"))
@@ -173,6 +174,9 @@ def _size_of(model: Any) -> tuple[int, int]:
     told = getattr(model, "pretrained_cfg", None) or {}
     embedded = getattr(getattr(model, "patch_embed", None), "img_size", None)
     found = embedded or (told.get("input_size") or (None,))[1:] or getattr(getattr(model, "config", None), "image_size", None)
+    config = getattr(model, "config", None)
+    if not found and hasattr(config, "num_patches") and hasattr(config, "patch_size"):  # SigLIP 2: a square of positions
+        found = int(config.num_patches**0.5) * config.patch_size
     if not found:
         raise ValueError(f"{type(model).__name__} does not tell the size of its images; give --size HxW")
     height, width = found if isinstance(found, (tuple, list)) else (found, found)
