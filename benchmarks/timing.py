@@ -42,7 +42,7 @@ def conditions() -> Row:
 
 
 def commit() -> str | None:
-    """With "-dirty" where files other than the rows differ from it; None where there is no git, or the files are no checkout."""
+    """With "-dirty" where files other than rows differ from it; None where there is no git, or the files are no checkout."""
     if shutil.which("git") is None or not (found := _git("rev-parse", "--short", "HEAD")):
         return None
     return found + ("-dirty" if _git("status", "--porcelain", "--", ".", ":!benchmarks/results") else "")
