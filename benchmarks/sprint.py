@@ -39,7 +39,7 @@ from sape2.studies.compare.paired import Paired, paired_difference
 from sape2.studies.compare.rawrows import final_accuracy, final_validation_accuracy
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.tables import markdown_table
-from sape2.viz.curves import Notes, Panel, plot_rows
+from sape2.viz.base import legend_below, line_style, pyplot, save
 
 if TYPE_CHECKING:
     from sape2.data import Splits
@@ -461,14 +461,26 @@ def budget_points(rows: list[Row]) -> dict[str, list[Row]]:
 
 
 def budget_figure(rows: list[Row]) -> Path:
-    """Accuracy, and its difference to the baseline, against the images that a training sees."""
-    along = "training images seen (thousands)"
-    panels = [
-        Panel("accuracy", "test accuracy", "mean over seeds", "images", along, {}),
-        Panel("difference", f"difference to {BASELINE} (points)", "in pairs of a seed", "images", along, {}),
-    ]
+    """Accuracy, and its difference to the baseline, against the images that a training sees; bars are 95 % intervals."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4), layout="constrained")
+    points = budget_points(rows)
+    lengths = sorted({row["images"] for found in points.values() for row in found})
+    for index, (name, found) in enumerate(points.items()):
+        for axis, what in zip(axes, ("accuracy", "difference"), strict=True):
+            some = [row for row in found if row["name"] == what]
+            bars = [[abs(row["value"] - row.get(end, float("nan"))) for row in some] for end in ("ci_low", "ci_high")]
+            apart = 1 + 0.02 * (index - len(points) // 2)  # so that bars do not cover each other
+            places = [row["images"] * apart for row in some]
+            axis.errorbar(places, [row["value"] for row in some], bars, capsize=3, label=name, **line_style(index))
+    labels = ("test accuracy, mean over seeds", f"difference to {BASELINE} in pairs of a seed (points)")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.set(xscale="log", xlabel="training images seen (thousands)", ylabel=label)
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set_xticks([], minor=True)
+        axis.grid(alpha=0.3)
+    legend_below(figure, *axes[0].get_legend_handles_labels())
     path = FIGURES / "sprint_budget.png"
-    plot_rows(budget_points(rows), panels, path, Notes("95 % interval of the difference over seeds"))
+    save(figure, path)
     return path
 
 
