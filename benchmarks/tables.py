@@ -26,15 +26,16 @@ import sprint_measures
 from kept import ranked_table
 from timing import RESULTS, ROOT, Row
 
+from sape2.encodings import canonical_name
 from sape2.runs.files import write_text
 from sape2.runs.rows import read_rows
 from sape2.studies.compare.outcome import Outcome, accuracy_table, cost_table, outcome
 from sape2.studies.compare.paired import paired_difference
 from sape2.studies.compare.rawrows import final_accuracy
-from sape2.studies.compare.summary import grouped, summarize
+from sape2.studies.compare.summary import grouped, mean_and_std, summarize
 from sape2.studies.probes import find_task
 from sape2.studies.probing import table as probe_table
-from sape2.tables import markdown_table
+from sape2.tables import format_spread, markdown_table
 
 SIZES = ["encoding", "parameters", "MACs per image", "MiB per step"]
 
@@ -151,6 +152,28 @@ def probe_tables(rows: list[Row]) -> str:
     return _by(rows, ("task", "steps"), lambda some: markdown_table(*probe_table(some, find_task(some[0]["task"]))))
 
 
+COUNTING = "sape2:count=between,readout=direct"
+GATES = {  # kind of gates -> encoding
+    "content": canonical_name(COUNTING),
+    "none": canonical_name(f"{COUNTING},gates=none"),
+    "constant": canonical_name(f"{COUNTING},gates=constant"),
+}
+
+
+def gate_table(rows: list[Row]) -> str:
+    """The task `count` with each kind of gates: accuracy by split, and what content gates add, in pairs of a seed."""
+    lines = []
+    for split in dict.fromkeys(row["split"] for row in rows):
+        found = grouped(row for row in rows if row["split"] == split)
+        values = {kind: found[name] for kind, name in GATES.items()}
+        line = {"split": split} | {kind: format_spread(*mean_and_std(list(of.values())), 3) for kind, of in values.items()}
+        for other in ("none", "constant"):
+            pair = paired_difference(values["content"], values[other])
+            line[f"content minus {other}, points"] = sprint.in_points(pair) if pair else ""
+        lines.append(line)
+    return markdown_table(lines, list(lines[0]))
+
+
 def _by(rows: list[Row], keys: tuple[str, ...], table: Callable[[list[Row]], str]) -> str:
     groups: dict[tuple, list[Row]] = {}
     for row in rows:
@@ -192,6 +215,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "cifar10_measures": cifar10_measures.tables,
     "cifar10_glance_measures": glance_measures.tables,
     "probes": probe_tables,
+    "probes_gates": gate_table,
     "detection_digits": detection_digits.table,
     "attach_cifar10": attach_table,
     "attention_cost": attention_tables,
