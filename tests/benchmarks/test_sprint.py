@@ -112,3 +112,8 @@ def test_choosing_rates_shows_what_it_adds():
     trials = list(sprint.tuning(["rope"]))
     rows = [row_of(trial, 0.25 + 0.01 * (i == 2)) for i, trial in enumerate(trials)]
     assert sprint.tuning_table(rows).splitlines()[2].endswith("| 0.2500 | 0.2500 | **0.2600** | 0.2500 | 1.0 |  |")
+
+
+@pytest.mark.parametrize("name", sprint.TABLES)
+def test_every_table_is_text(name):
+    assert isinstance(sprint.table(name, read_rows(sprint.ROWS)), str)
