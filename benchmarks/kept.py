@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,13 @@ from timing import Row
 
 from sape2.runs.rows import read_rows, write_rows
 from sape2.tables import markdown_table
+
+MARKED = re.compile(r"(<!-- table: ([^>]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def with_tables(page: str, table: Callable[[str], str]) -> str:
+    """The page with every marked table made again from the name in its mark."""
+    return MARKED.sub(lambda mark: f"{mark[1]}\n{table(mark[2])}\n{mark[3]}", page)
 
 
 def last_test_rows(folder: Path) -> list[Row]:

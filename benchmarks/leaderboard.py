@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from kept import with_tables
 from timing import RESULTS, ROOT, Row
 
 from sape2.studies.compare.rawrows import check_one_study, final_accuracy, read_raw
@@ -21,7 +22,7 @@ from sape2.tables import format_spread, markdown_table
 
 ENTRIES = RESULTS / "leaderboard"
 PAGE = ROOT / "docs" / "leaderboard.md"
-START, END = "<!-- table: make leaderboard -->\n", "<!-- end of the table -->\n"
+START, END = "<!-- table: leaderboard -->\n", "<!-- end -->\n"
 SETS = {"cifar10": 10_000, "cifar100": 10_000}  # test images
 SEEDS = 3
 TARGETS = (0.70, 0.80, 0.86)
@@ -123,9 +124,7 @@ def kept() -> dict[str, list[Row]]:
 
 def written(page: str, entries: dict[str, list[Row]]) -> str:
     """The page with its table made again."""
-    before, _, rest = page.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}\n{table(entries)}\n{END}{after}"
+    return with_tables(page, lambda name: table(entries))
 
 
 def main() -> None:

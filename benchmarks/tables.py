@@ -7,7 +7,6 @@ Command:  python benchmarks/tables.py [NAME ...]        prints them             
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable
 
@@ -18,12 +17,13 @@ import cifar10_measures
 import detection_digits
 import gate_forms
 import glance_measures
+import leaderboard
 import memory
 import model_cost
 import roofline
 import sprint
 import sprint_measures
-from kept import ranked_table
+from kept import ranked_table, with_tables
 from timing import RESULTS, ROOT, Row
 
 from sape2.encodings import canonical_name
@@ -236,19 +236,20 @@ PARTS: dict[str, Callable[[str, list[Row]], str]] = {
     "sprint": sprint.table,
     "sprint_measures": lambda name, rows: sprint_measures.TABLES[name](rows),
 }
-MARKED = re.compile(r"(<!-- table: (\w+)(?:, ([^>]+))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def marked_table(name: str) -> str:
+    """The table of a mark: `leaderboard`, a file of rows, or one part of a file."""
+    if name == "leaderboard":
+        return leaderboard.table(leaderboard.kept())
+    file, _, part = name.partition(", ")
+    rows = read_rows(RESULTS / f"{file}.jsonl")
+    return PARTS[file](part, rows) if part else TABLES[file](rows)
 
 
 def written(page: str) -> str:
     """The page with every marked table made again."""
-
-    def made(mark: re.Match[str]) -> str:
-        opened, file, part, closed = mark.groups()
-        rows = read_rows(RESULTS / f"{file}.jsonl")
-        table = TABLES[file](rows) if part is None else PARTS[file](part, rows)
-        return f"{opened}\n{table}\n{closed}"
-
-    return MARKED.sub(made, page)
+    return with_tables(page, marked_table)
 
 
 def write() -> None:
