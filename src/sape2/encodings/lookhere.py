@@ -13,6 +13,7 @@ from sape2.encodings.base import AttentionEncoding, Facts
 from sape2.encodings.bias import AttentionBias, Matrix
 from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, offsets
+from sape2.encodings.options import check_positive
 from sape2.encodings.precision import full_precision
 
 HIDDEN = -500.0  # a softmax weight of 0 (1e-217 in float64); finite, so that maps can be added, averaged and compared
@@ -34,8 +35,7 @@ class LookHereOptions:
     slope: float = 2.0
 
     def __post_init__(self) -> None:
-        if not self.slope > 0:
-            raise ValueError(f"lookhere:slope must be above 0; got {self.slope}")
+        check_positive("lookhere:slope", self.slope)
 
 
 class LookHere(AttentionEncoding):
