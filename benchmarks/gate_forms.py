@@ -3,7 +3,7 @@
 Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data DIR --out DIR     trains these forms
           python benchmarks/gate_forms.py                                                          prints the table
 
-Names are encodings of the package, and the two of this file, `counted` and `opened`. Every run is three epochs of
+Names are encodings of the package, and the three of this file, `counted`, `opened` and `faded`. Every run is three epochs of
 `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
 benchmarks/results/gate_forms.jsonl. The forms are no part of the package: none has shown that its gates help.
 """
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from sape2.encodings import ATTENTION_ENCODINGS
 from sape2.encodings.base import AttentionEncoding
 from sape2.encodings.content import Content, Vectors
+from sape2.encodings.forget import Forget
 from sape2.encodings.grid import Axis, Grid, coordinates, from_lines, line_length, num_prefix_tokens, to_lines
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.rotary import turn
@@ -45,6 +46,9 @@ CONTROLS = {  # form -> what is left of it without content
     "opened+rope": "opened:const=1+rope",
     "opened:own=8+rope": "opened:const=1+rope",
     "rope+sape2:readout=direct": "rope+sape2:gates=constant,readout=direct",
+    "rope+sape2:count=between,readout=direct": "rope+sape2:count=between,gates=none,readout=direct",
+    "forget": "faded",
+    "forget:start=2.0": "faded:start=2.0",
 }
 
 
@@ -131,12 +135,24 @@ class Opened(SaPE2):
         return content_gates(line_products(q, k, content.grid, axis) * q.shape[-1] ** -0.5 + offset, 1.0)
 
 
-FORMS = {"counted": Counted, "opened": Opened}
+class Faded(Forget):
+    """`forget` with gates that do not read the tokens: sigmoid(c), learned for each head, axis and direction."""
+
+    name = "faded"
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid, **options)
+        weight = torch.zeros_like(self.weight)
+        del self.weight
+        self.register_buffer("weight", weight, persistent=False)
+
+
+FORMS = {"counted": Counted, "opened": Opened, "faded": Faded}
 
 
 def table(rows: list[Row]) -> str:
     """Each form and its control: validation accuracy that chose it (seed 1), test accuracy in pairs of a seed."""
-    kept = rows + sprint.rows_of(read_rows(sprint.ROWS), "one_rate")
+    kept = rows + sprint.rows_of(read_rows(sprint.ROWS), *sprint.QUARTERS)
     tested, chosen = grouped(kept, final_accuracy), grouped(kept, final_validation_accuracy)
     lines = []
     for form, control in CONTROLS.items():
