@@ -189,6 +189,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
     "one_rate_table": lambda rows: one_rate((BASELINE, "ape+rope", "ape+cope", "sape2"), (1, 2, 3)),
     "one_rate_controls": lambda rows: one_rate(CONTROLS, (1, 2, 3)),
+    "other_sizes": lambda rows: one_rate(AT_SIZES, (1, 2, 3)),
     "winner": lambda rows: one_rate((JOINS_OF_BIASES[-1], "cpe", "log_cpb", "rope", "cpe+log_cpb"), (1, 2, 3, 4, 5)),
     "tuning": lambda rows: tuning((*TABLE, *BEYOND)),
     "cifar10": lambda rows: tuned(rows, (*TABLE, *BEYOND)),
@@ -207,7 +208,9 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
 FIRST = ("none", "ape", "rope", "ape+sape2", *BEYOND, f"rope+{DIRECT},gates=constant", "rope+key_table")
 # What the whole length is spent on first: the paper's claim, what is recommended, and the gates beside their control.
 HEADLINE = ("ape", "cpe+log_cpb", "ape+sape2", "rope", "cpe", f"rope+{DIRECT},gates=constant", f"rope+{DIRECT}")
-RIVALS = ("pape", "rope:preset=dinov3", "rope:directions=4", "pope", "log_cpb", "fire", "forget")
+DINOV3 = "rope:preset=dinov3"
+RIVALS = ("pape", DINOV3, "rope:directions=4", "pope", "log_cpb", "fire", "forget")
+AT_SIZES = ("ape", "rope", DINOV3, f"{DINOV3},train_rescale=1", "cpe", "log_cpb", "fire", "cpe+log_cpb")
 JOINS = ("cpe+rope", "cpe+key_table", "cpe+rope+key_table", f"cpe+rope+{DIRECT},gates=constant")  # of decision 0012
 JOINS_OF_BIASES = ("cpe+log_cpb", "rope+log_cpb", f"log_cpb+{DIRECT},gates=constant", f"cpe+log_cpb+{DIRECT},gates=constant")
 LENGTHS = ("ape", "rope", "ape+sape2", f"rope+{DIRECT}", f"rope+{DIRECT},gates=constant")
@@ -341,7 +344,10 @@ def accuracy_table(rows: list[Row], *stages: str, baseline: str = BASELINE) -> s
 
 
 # With one pair of rates.
-QUARTERS = ("one_rate", "one_rate_table", "one_rate_rivals", "one_rate_controls", "joins", "joins_of_biases", "winner")
+QUARTERS = (
+    *(f"one_rate{added}" for added in ("", "_table", "_rivals", "_controls")),
+    *("other_sizes", "joins", "joins_of_biases", "winner"),
+)
 
 
 def table_of_added(rows: list[Row], *stages: str) -> str:
