@@ -285,3 +285,31 @@ def test_a_model_that_only_says_features_takes_an_encoding_inside(kind):
         torch.testing.assert_close(model(x)[0], expected)
         open_gains(inside)
         assert (model(x)[0] - expected).abs().max() > 1e-3
+
+
+@ALL
+@pytest.mark.usefixtures("as_users_call_it")
+def test_attached_families_compile(name):
+    torch._dynamo.reset()
+    model, batch = opened(name), batch_of(name)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")
+        torch.testing.assert_close(found(compiled, batch), found(model, batch), rtol=1e-9, atol=1e-9)
+
+
+NOT_ALONE = {"timm.NaFlex", "timm.NaFlex.rope"}  # timm branches on values: not exported without an encoding either
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in {"Siglip2", *NOT_ALONE}])
+@pytest.mark.usefixtures("as_users_call_it")
+def test_attached_families_export(name):
+    model, batch = opened(name), batch_of(name)
+    with torch.no_grad():
+        program = torch.export.export(model, (), batch, strict=False)
+        torch.testing.assert_close(found(program.module(), batch), found(model, batch), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.usefixtures("as_users_call_it")
+def test_an_export_of_several_grids_in_a_batch_is_refused():
+    with torch.no_grad(), pytest.raises(ValueError, match="several grids in one batch cannot be exported"):
+        torch.export.export(opened("Siglip2"), (), batch_of("Siglip2"), strict=False)

@@ -43,6 +43,13 @@ class Scattered:
 Layout = Grid | Scattered
 
 
+def grids_of(sizes: Int[Tensor, "batch 2"]) -> tuple[Grid, ...]:
+    """(H, W) of each image. Raises ValueError in an export: a program made ahead cannot follow values of the batch."""
+    if torch.compiler.is_exporting():
+        raise ValueError("an encoding on several grids in one batch cannot be exported; torch.compile can take it")
+    return tuple((height, width) for height, width in sizes.tolist())
+
+
 def whole(grid: Grid, batch: int, device: torch.device) -> Scattered:
     """All patches of one grid."""
     place = torch.arange(num_tokens(grid), device=device).expand(batch, -1)

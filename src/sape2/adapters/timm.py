@@ -19,7 +19,7 @@ from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransfo
 from torch import Tensor, nn
 
 from sape2.adapters.attached import Attached, Host, Size, Window, shifted
-from sape2.adapters.layouts import Layout, Scattered
+from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import known_reason, reason
 from sape2.adapters.tokens import Tokens, grid_of_output
 from sape2.encodings.grid import as_grid
@@ -231,7 +231,7 @@ def _of_naflex(embeds: Any, inputs: Any, keywords: dict[str, Any], output: Any) 
     valid = keywords["patch_valid"].bool()
     yx = keywords["patch_coord"] * valid[..., None]
     sizes = yx.amax(1) + 1
-    return Scattered(tuple((height, width) for height, width in sizes.tolist()), yx[..., 0] * sizes[:, 1:] + yx[..., 1], valid)
+    return Scattered(grids_of(sizes), yx[..., 0] * sizes[:, 1:] + yx[..., 1], valid)
 
 
 def _size(attention: Any, grid: Any) -> Size:

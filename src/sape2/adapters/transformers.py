@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sape2.adapters.attached import Attached, Host, Size, Window, shifted
-from sape2.adapters.layouts import Layout, Scattered
+from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens, grid_of_output
 from sape2.encodings.grid import Grid, as_grid
@@ -234,7 +234,7 @@ def _of_siglip2(embeddings: Any, inputs: Any, keywords: dict[str, Any], output: 
     shapes = inputs[1] if len(inputs) > 1 else keywords["spatial_shapes"]
     place = torch.arange(output.shape[1], device=output.device).expand(len(output), -1)
     valid = place < shapes.to(output.device).prod(-1, keepdim=True)
-    return Scattered(tuple((height, width) for height, width in shapes.tolist()), place, valid)
+    return Scattered(grids_of(shapes), place, valid)
 
 
 READERS = {"ViTMAEEmbeddings": _of_mae, "Siglip2VisionEmbeddings": _of_siglip2}
