@@ -29,6 +29,8 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 CACHE_BYTES = 512 * 2**20  # row groups kept by one process
 READING = threading.Lock()  # row groups are kept and left by one thread at a time
 FEWEST_BYTES = 40  # of an image; smaller columns of bytes hold none
+LONGEST_PATH = 1000  # characters; longer texts are something else, such as base64
+AT_ONCE = 256  # rows; pyarrow reads no more than 2 GiB of bytes as one array, and row groups may hold more
 
 
 class ParquetImages:
@@ -115,7 +117,10 @@ class ParquetImages:
         file, number = self._groups[group, :2].tolist()
         try:
             with self.files[file].open("rb") as stream, opened(stream) as found:
-                return found.read_row_group(number, columns=[self._image]).column(self._image).combine_chunks()
+                import pyarrow
+
+                batches = found.iter_batches(AT_ONCE, row_groups=[number], columns=[self._image])
+                return pyarrow.chunked_array([batch.column(self._image) for batch in batches])
         except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -142,11 +147,22 @@ def inside(root: Path, path: str, where: str) -> Path:
 
 
 def paths_in(found: Any, column: str) -> list[str]:
-    """The paths that stand in the place of images; those beside bytes are names only."""
+    """The paths that stand in the place of images; those beside bytes are names only. Raises ValueError for other texts."""
+    paths = _texts_in(found, column)
+    if (longest := max(map(len, paths), default=0)) > LONGEST_PATH:
+        raise ValueError(
+            f"column {column!r} holds texts of up to {longest} characters, which are no paths; it needs the bytes of images, "
+            "not base64 or another text made of them"
+        )
+    return paths
+
+
+def _texts_in(found: Any, column: str) -> list[str]:
     if _holds(found.schema_arrow.field(column).type, "string"):
         return [path for path in found.read(columns=[column]).column(column).to_pylist() if path is not None]
     groups = [group for group in range(found.num_row_groups) if _lacks_bytes(found.metadata.row_group(group), column)]
-    rows = found.read_row_groups(groups, columns=[column]).column(column).to_pylist() if groups else []
+    batches = found.iter_batches(AT_ONCE, row_groups=groups, columns=[column])
+    rows = (row for batch in batches for row in batch.column(column).to_pylist())
     return [row["path"] for row in rows if isinstance(row, dict) and row.get("bytes") is None and row.get("path")]
 
 

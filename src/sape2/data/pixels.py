@@ -138,8 +138,9 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) once it is turned as its EXIF says."""
-    return (image.width, image.height) if _turn(image) in SIDEWAYS else (image.height, image.width)
+    """(height, width) once it is turned as its EXIF says. Of TIFF, which Pillow turns itself, it already gives that size."""
+    sideways = image.format != "TIFF" and _turn(image) in SIDEWAYS
+    return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
