@@ -35,7 +35,7 @@ __all__ = [
 LAYOUTS: dict[str, tuple[Callable[[Files], bool], Callable[[Files, DataConfig], Any]]] = {
     "folder": (folder.find, lambda files, config: folder.read(files, config.test_fraction, config.split_seed)),
     "parquet": (parquet.find, parquet.read),
-    "webdataset": (webdataset.find, lambda files, _: webdataset.read(files)),
+    "webdataset": (webdataset.find, lambda files, config: webdataset.read(files, config.test_fraction, config.split_seed)),
 }
 MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
 COMPARED = 10_000  # images of which the files are compared where they are not decoded: some seconds
@@ -59,6 +59,8 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
         print_ |= {"hub_id": config.source}
     train, test = (as_images(source, config, model, split, print_) for split, source in sources.items())
     _check_counts(train, sources["train"].where)
+    if not classes:
+        _check_trained(train, test, sources["test"].where)
     rest, part = class_split(train.labels, config.validation_fraction, config.split_seed)
     train, validation = train[rest], train[part]
     if config.train_limit is not None and config.train_limit < len(train):
@@ -87,6 +89,13 @@ def _check_counts(train: ImageFiles | ImageData, where: str) -> None:
     if len(alone):
         name = train.classes[int(alone[0])]
         raise ValueError(f"{where}: the class {name!r} has 1 image; training and validation need one each, at least 2")
+
+
+def _check_trained(train: ImageFiles | ImageData, test: ImageFiles | ImageData, where: str) -> None:
+    """Raises ValueError naming a class of the test set that has no image to train on."""
+    untrained = sorted({*test.labels.tolist()} - {*train.labels.tolist()})
+    if untrained:
+        raise ValueError(f"{where} has images of the class {test.classes[untrained[0]]!r}, and there is none to train on")
 
 
 def _tell_lost(train: ImageFiles | ImageData, known: set[int], where: str) -> None:

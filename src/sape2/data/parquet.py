@@ -239,7 +239,13 @@ class HubImages:
         self.where = where
         self.classes = tuple(getattr(rows.features[label], "names", None) or ())
         self.labels = rows.with_format(None)[label][:]
-        self._rows = rows.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        try:
+            self._rows = rows.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        except Exception as error:  # datasets and pyarrow raise many kinds for what holds no images
+            kind = " ".join(str(rows.features[self._image]).split())[:80]
+            raise ValueError(
+                f"{where} column {self._image!r} holds {kind}, not images; use --set data.image_column=NAME"
+            ) from error
 
     def name(self, index: int) -> str:
         return f"{self.where} row {index}"
@@ -271,7 +277,8 @@ def holds_paths(files: Files, config: DataConfig) -> bool:
 def read(files: Files, config: DataConfig) -> dict[str, Source]:
     """The split of a file is a word of its path, or told by a README.md with `configs:`."""
     where, seen = plain_name(files.root), set()
-    groups = files_by_split(files, ".parquet")
+    fraction, seed = config.test_fraction, config.split_seed
+    groups = files_by_split(files, ".parquet", fraction is not None)
 
     def open_split(split: str) -> tuple[ParquetImages, dict[str, str]]:
         paths = [files.root / name for name in groups[split]]
@@ -282,7 +289,7 @@ def read(files: Files, config: DataConfig) -> dict[str, Source]:
         source.paths = []
         return source, lies
 
-    sources = open_labelled(groups, where, open_split)
+    sources = open_labelled(groups, where, open_split, fraction, seed)
     others = [name for name, lies in files.real.items() if lies not in seen and not name.lower().endswith(".parquet")]
     tell_left_out(where, others, "rows of parquet files are taken")
     return sources
@@ -297,13 +304,13 @@ def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
     if not is_hub_id(source):
         raise FileNotFoundError(f"--data {source} is neither a folder nor a hub id (owner/name)")
     found = _load_quietly(source)
-    groups = by_split(source, map(str, found), "split")
+    groups = by_split(source, map(str, found), "split", config.test_fraction is not None)
 
     def open_split(split: str) -> tuple[HubImages, dict[str, str]]:
         [name] = groups[split]
         return HubImages(f"{source} {name}", found[name], config), {}
 
-    return open_labelled(groups, source, open_split)
+    return open_labelled(groups, source, open_split, config.test_fraction, config.split_seed)
 
 
 def _load_quietly(source: str) -> Any:

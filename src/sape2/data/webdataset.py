@@ -228,14 +228,14 @@ def find(files: Files) -> bool:
     return bool(files.ending(".tar"))
 
 
-def read(files: Files) -> dict[str, Source]:
+def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dict[str, Source]:
     """The split of a shard is a word of its path (train-0001.tar, val/0001.tar); classes.txt may hold names, one a line."""
     packed = next((name for name in files.real if PACKED.search(name)), None)
     where = plain_name(files.root)
     if packed is not None or not find(files):
         found = "no .tar file" if packed is None else plain_name(packed)
         raise ValueError(f"--data {where} needs webdataset shards that are not compressed (.tar); found {found}")
-    groups, classes = files_by_split(files, ".tar"), _class_names(files)
+    groups, classes = files_by_split(files, ".tar", test_fraction is not None), _class_names(files)
     _tell_places(where, classes)
     tell_left_out(where, {*files.real} - {*files.ending(".tar"), "classes.txt"}, "samples in shards are taken")
 
@@ -245,7 +245,7 @@ def read(files: Files) -> dict[str, Source]:
         source.check_split(split)
         return source, {files.real[name]: name for name in groups[split]}
 
-    return open_labelled(groups, where, open_split)
+    return open_labelled(groups, where, open_split, test_fraction, seed)
 
 
 def _class_names(files: Files) -> tuple[str, ...]:
