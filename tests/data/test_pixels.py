@@ -266,10 +266,11 @@ def test_deep_and_transparent_images_are_turned_too():
         assert np.array_equal(read(saved(image, exif=image.getexif())), np.rot90(upright, -1))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])  # Pillow turns TIFF itself
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_the_size_of_an_image_is_known_before_it_is_turned(orientation):
+def test_the_size_of_an_image_is_known_before_it_is_turned(orientation, kind):
     image = turned(orientation, 4, 6)
-    file = saved(image, exif=image.getexif())
+    file = saved(image, kind, exif=image.getexif())
     with opened(file) as found:
         assert upright_size(found) == read(file).shape[:2]
 

@@ -60,7 +60,7 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     train, test = (as_images(source, config, model, split, print_) for split, source in sources.items())
     _check_counts(train, sources["train"].where)
     if not classes:
-        _check_trained(train, test, sources["test"].where)
+        _check_trained(train, test, sources["test"])
     rest, part = class_split(train.labels, config.validation_fraction, config.split_seed)
     train, validation = train[rest], train[part]
     if config.train_limit is not None and config.train_limit < len(train):
@@ -91,11 +91,15 @@ def _check_counts(train: ImageFiles | ImageData, where: str) -> None:
         raise ValueError(f"{where}: the class {name!r} has 1 image; training and validation need one each, at least 2")
 
 
-def _check_trained(train: ImageFiles | ImageData, test: ImageFiles | ImageData, where: str) -> None:
-    """Raises ValueError naming a class of the test set that has no image to train on."""
-    untrained = sorted({*test.labels.tolist()} - {*train.labels.tolist()})
-    if untrained:
-        raise ValueError(f"{where} has images of the class {test.classes[untrained[0]]!r}, and there is none to train on")
+def _check_trained(train: ImageFiles | ImageData, test: ImageFiles | ImageData, source: Source | ArrayImages) -> None:
+    """Names classes of the test set that have no image to train on. Raises ValueError where the test set was drawn."""
+    untrained = [test.classes[label] for label in sorted({*test.labels.tolist()} - {*train.labels.tolist()})]
+    if not untrained:
+        return
+    line = f"{source.where} has images of classes of which none is there to train on: {first_of(untrained)}"
+    if isinstance(source, Subset):
+        raise ValueError(f"{line}; training, validation and test need one each, at least 3")
+    tell(line)
 
 
 def _tell_lost(train: ImageFiles | ImageData, known: set[int], where: str) -> None:

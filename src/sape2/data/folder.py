@@ -63,10 +63,10 @@ class FolderImages:
         """Warns where images lie one folder below their classes, under the same names in each: these may be the classes."""
         inner: dict[str, set[str]] = {name: set() for name in folders if "/" not in name}
         for name in found:
-            top, *between, _ = name.split("/")
-            if not between:
+            if name.count("/") < 2:
                 return
-            inner[top].add(between[0])
+            top, below, _ = name.split("/", 2)
+            inner[top].add(below)
         first = next(iter(inner.values()), set())
         if len(inner) > 1 and len(first) > 1 and all(names == first for names in inner.values()):
             classes, below = listed(sorted(inner)), listed(sorted(first))

@@ -20,7 +20,7 @@ from sape2.config import DataConfig, ModelConfig, RunConfig
 from sape2.data import allowed_unreadable, data_folder, find_layout, folder, keep_in_memory, open_sources
 from sape2.data.base import Source, Subset, plain_name
 from sape2.data.decoding import decode, file_in
-from sape2.data.images import share_of
+from sape2.data.images import size_of_part
 from sape2.data.labels import first_of
 from sape2.data.pixels import is_grey, named, opened, upright_size
 from sape2.data.splits import files_by_split
@@ -52,7 +52,7 @@ def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
     mean, std = _statistics(train, looked, model)
     bad = max(1, len(train.labels) // 20, allowed_unreadable(len(train.labels), data))
     data = replace(data, mean=mean, std=std, max_bad_samples=bad)
-    rest = len(train.labels) - sum(share_of(n, data.validation_fraction) for n in Counter(train.labels).values())
+    rest = len(train.labels) - sum(size_of_part(n, data.validation_fraction) for n in Counter(train.labels).values())
     batch = 2 ** min(7, max(1, int(math.log2(max(2, rest // UPDATES)))))
     workers = 0 if keep_in_memory(len(train.labels) + len(sources["test"].labels), data, model) else 4
     training = replace(config.train, batch_size=batch, workers=workers)
