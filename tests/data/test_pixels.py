@@ -304,6 +304,9 @@ def test_of_several_frames_the_first_is_read(kind):
 def test_what_is_no_image_is_said_in_words():
     assert "empty" in refused(b"")
     assert "SVG" in refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    assert "web page" in refused(b"\n<!DOCTYPE html><html></html>")
+    assert "git lfs pull" in refused(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    assert "kind heic" in refused(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     assert "Pillow" in refused(b"GIF89a, or is it")
 
 

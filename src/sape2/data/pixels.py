@@ -89,6 +89,12 @@ def _what_it_is(start: bytes) -> str:
         return "the file is empty"
     if start.startswith((b"<svg", b"<?xml")) and b"<svg" in start:
         return "it is SVG, which describes shapes; save it as PNG first"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, as servers send in place of an image; fetch the image again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; git lfs pull fetches the image"
+    if start[4:8] == b"ftyp":
+        return f"it is of the kind {start[8:12].decode('ascii', 'replace').strip()}, which is not read; save it as JPEG or PNG first"
     return "it is of no kind that Pillow knows"
 
 
