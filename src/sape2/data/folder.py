@@ -188,7 +188,7 @@ def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dic
         source = FolderImages(files, splits[split])
         return source, source.real_paths(files)
 
-    sources = open_labelled(splits, where, opened)
+    sources = open_labelled(splits, where, opened, test_fraction, seed)
     train, test = sources["train"], sources["test"]
     numbers = numbers_of(train.classes)
     for name in test.classes:

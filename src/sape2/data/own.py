@@ -24,7 +24,7 @@ from sape2.data.images import size_of_part
 from sape2.data.labels import first_of
 from sape2.data.pixels import is_grey, named, opened, upright_size
 from sape2.data.splits import files_by_split
-from sape2.data.walk import walk
+from sape2.data.walk import Files, walk
 
 PATCHES = {32: 4, 64: 8, 96: 8, 224: 16}  # image size -> patch: grids of 8, 8, 12 and 14
 TEST_FRACTION = 0.2
@@ -71,9 +71,16 @@ def find_data(data: DataConfig) -> DataConfig:
         raise FileNotFoundError(f"--data {plain_name(source)}: there is no such folder")
     name, files = plain_name(path.resolve().name) or "images", walk(path)
     layout = data.layout or find_layout(files, data)
-    splits = folder.split_folders(files) if layout == "folder" else files_by_split(files, ENDINGS[layout], to_draw=True)
-    to_draw = {*splits} <= {"train"}
-    return replace(data, name=name, layout=layout, test_fraction=TEST_FRACTION if to_draw else None)
+    fraction = TEST_FRACTION if data.test_fraction is None and _lacks_test(files, layout) else data.test_fraction
+    return replace(data, name=name, layout=layout, test_fraction=fraction)
+
+
+def _lacks_test(files: Files, layout: str) -> bool:
+    """True if there are images to train on, and no others."""
+    if layout == "folder":
+        return {*folder.split_folders(files)} <= {"train"}
+    ending = ENDINGS[layout]
+    return bool(files.ending(ending)) and {*files_by_split(files, ending, to_draw=True)} == {"train"}
 
 
 def _check_classes(train: Source, test: Source) -> tuple[str, ...]:

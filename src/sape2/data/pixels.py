@@ -94,7 +94,8 @@ def _what_it_is(start: bytes) -> str:
     if start.startswith(b"version https://git-lfs"):
         return "it is a pointer of Git LFS; git lfs pull fetches the image"
     if start[4:8] == b"ftyp":
-        return f"it is of the kind {start[8:12].decode('ascii', 'replace').strip()}, which is not read; save it as JPEG or PNG first"
+        kind = start[8:12].decode("ascii", "replace").strip()
+        return f"it is of the kind {kind}, which is not read; save it as JPEG or PNG first"
     return "it is of no kind that Pillow knows"
 
 

@@ -212,7 +212,7 @@ def open_labelled(
 ) -> dict[str, Source]:
     """{"train": ..., "test": ...}: the test set is the first of test and validation that has labels.
 
-    If there is neither, `test_fraction` of each class is drawn from the training set with `seed`.
+    If there is none, `test_fraction` of each class is drawn from the training set with `seed`.
 
     `open_split` also gives what the files of a split are called, by their real paths. Raises ValueError if there is no test
     set, and if one file is in both.
@@ -221,8 +221,6 @@ def open_labelled(
     if "train" not in names or not (tests or test_fraction):
         raise ValueError(needs(where, names))
     train, of_train = open_split("train")
-    if not tests and test_fraction:
-        return drawn(train, test_fraction, seed)
     for name in tests:
         test, of_test = open_split(name)
         if not test.labels:
@@ -234,7 +232,13 @@ def open_labelled(
                     reason = "has no labels" if other == "test" else "is not read: images to validate are drawn from train"
                     tell(f"{where}: the split {other} {reason}")
             return {"train": train, "test": test}
-    raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing")
+    if test_fraction:
+        if tests:
+            tell(f"{where}: {' and '.join(tests)} have no labels; the test set is drawn from train")
+        return drawn(train, test_fraction, seed)
+    raise ValueError(
+        f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing; data.test_fraction=0.2 draws a test set"
+    )
 
 
 def has_labels(source: Source) -> bool:

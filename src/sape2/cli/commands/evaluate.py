@@ -103,9 +103,9 @@ def _for_others(config: RunConfig, folder: str | None, name: str) -> RunConfig:
     from sape2.data.own import find_data
     from sape2.data.parquet import is_hub_id
 
-    data = replace(config.data, source=folder, layout=None)
+    data = replace(config.data, source=folder, layout=None, test_fraction=None)
     if is_hub_id(folder):
-        return replace(config, data=replace(data, name=folder, test_fraction=None))
+        return replace(config, data=replace(data, name=folder))
     return replace(config, data=find_data(data))
 
 
