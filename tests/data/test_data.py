@@ -1,5 +1,6 @@
 """Images: what is read and what is refused, and how they are split."""
 
+import base64
 import io
 import pickle
 import random
@@ -7,6 +8,7 @@ import re
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from image_cases import synthetic
@@ -14,7 +16,7 @@ from PIL import Image
 
 from sape2.config import DataConfig, ModelConfig
 from sape2.config.recipes import get_recipe
-from sape2.data import decode, load_data
+from sape2.data import decode, load_data, parquet
 from sape2.data.images import class_split, draw_by_class
 
 CLASSES = ["cat", "dog", "eel"]
@@ -204,6 +206,10 @@ def test_a_missing_folder_is_named(tmp_path):
     assert f"{tmp_path / 'nowhere'} " in refusal(config_of(tmp_path / "nowhere"), MODEL)
 
 
+def test_a_home_that_is_none_is_a_missing_folder():
+    assert "~nobody-of-this-name/x " in refusal(config_of("~nobody-of-this-name/x"), MODEL)
+
+
 def test_a_hub_data_set_that_cannot_be_had_is_named():
     message = refusal(config_of("no-such-owner/no-such-images"), MODEL)
     assert "no-such-owner/no-such-images" in message
@@ -245,6 +251,16 @@ def test_a_missing_column_lists_the_columns_there_are(tmp_path, names, changes, 
 def test_a_column_that_holds_no_images_is_refused(tmp_path, column):
     message = refusal(config_of(write_folder(tmp_path), image_column=column, label_column="label"), MODEL)
     assert f"{tmp_path} train" in message
+
+
+def test_images_as_text_are_refused_in_one_short_line(tmp_path):
+    write_folder(tmp_path)
+    text = base64.b64encode(file_of(picture(size=(40, 40)))).decode()
+    table = pyarrow.table({"img": [text] * 3, "label": [0, 1, 2]})
+    pyarrow.parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
+    message = refusal(config_of(tmp_path), MODEL)
+    assert f"column 'img' holds texts of up to {len(text)} characters" in message
+    assert len(message) < 400
 
 
 @pytest.mark.parametrize(("label", "message"), [(3, "3 .* 0\\.\\.2"), (-1, "-1 .* 0\\.\\.2"), (None, "no label")])
@@ -311,6 +327,13 @@ def test_more_than_one_batch_of_rows_is_read_and_named_by_its_own_row(tmp_path):
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
+def test_row_groups_are_read_in_parts(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path)
+    whole = load_data(config_of(folder), MODEL).train.images
+    monkeypatch.setattr(parquet, "AT_ONCE", 4)
+    assert torch.equal(load_data(config_of(folder), MODEL).train.images, whole)
+
+
 def test_splits_share_no_image_and_lose_none():
     data = synthetic(60)
     kept = [image.numpy().tobytes() for half in class_split(data.labels, 0.25, seed=0) for image in data[half].images]
@@ -323,6 +346,13 @@ def test_splits_hold_the_same_share_of_every_class():
     rest, part = class_split(labels, 0.1, seed=0)
     assert labels[part].bincount().tolist() == [4, 2, 1]  # at least one of each
     assert labels[rest].bincount().tolist() == [36, 18, 3]
+
+
+def test_no_fraction_takes_all_images_of_a_class():
+    labels = torch.tensor([0] * 40 + [1] * 3 + [2] * 2 + [3])
+    rest, part = class_split(labels, 0.9, seed=0)
+    assert labels[rest].bincount(minlength=4).tolist() == [4, 1, 1, 0]
+    assert labels[part].bincount().tolist() == [36, 2, 1, 1]
 
 
 def test_splits_depend_on_the_split_seed_and_on_nothing_global(tmp_path):
@@ -360,6 +390,11 @@ def test_a_train_limit_above_the_size_changes_nothing(tmp_path):
     folder = write_folder(tmp_path)
     full, limited = load_data(config_of(folder), MODEL), load_data(config_of(folder, train_limit=28), MODEL)
     assert torch.equal(full.train.images, limited.train.images)
+
+
+def test_classes_of_which_a_train_limit_leaves_no_image_are_told(tmp_path, caplog):
+    load_data(config_of(write_folder(tmp_path), train_limit=2), MODEL)
+    assert "data.train_limit=2 leaves no image of 1 of 3 classes: " in caplog.text
 
 
 def test_limits_keep_the_shares_of_unequal_classes():

@@ -220,6 +220,13 @@ def test_a_test_class_of_a_hub_id_that_training_has_not_is_refused_with_its_name
         load("owner/name")
 
 
+def test_a_hub_column_without_images_is_refused(monkeypatch):
+    rows = datasets.Dataset.from_dict({"image": [1, 2], "label": [0, 1]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda _: {"train": rows, "test": rows})
+    with pytest.raises(ValueError, match=r"owner/name train column 'image' holds Value.*data.image_column=NAME"):
+        load("owner/name")
+
+
 @pytest.mark.parametrize("unnamed", ["train", "test"])
 def test_labels_of_a_hub_id_go_by_number_where_one_split_has_no_names(hub, unnamed, caplog):
     splits = {"train": (["cat", "dog"], [0, 1] * 4), "test": (["cat", "dog"], [1, 0, 1])}
@@ -233,3 +240,10 @@ def test_labels_of_a_hub_id_go_by_number_where_one_split_has_no_names(hub, unnam
 def test_a_test_set_of_a_hub_id_without_labels_gives_way_to_the_validation_set(hub):
     hub(train=(["cat", "dog"], [0, 1] * 4), validation=(["dog", "cat"], [0, 1]), test=(["cat", "dog"], [-1, -1]))
     assert load("owner/name").test.labels.tolist() == [1, 0]
+
+
+def test_a_test_class_of_which_there_is_nothing_to_train_on_is_told(hub, caplog):
+    names = ["cat", "dog"]
+    hub(train=(names, [0] * 8), test=(names, [0, 1]))
+    load("owner/name")
+    assert "owner/name test has images of classes of which none is there to train on: dog" in caplog.text

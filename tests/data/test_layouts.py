@@ -206,6 +206,14 @@ def test_the_test_view_is_that_of_torchvision(size):
     assert np.array_equal(got, np.asarray(expected))
 
 
+@pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
+def test_the_test_view_of_one_line_of_pixels_is_its_middle(size):
+    grey = np.full((size[1], size[0], 3), 50, np.uint8)
+    grey[size[1] // 2 - 40 : size[1] // 2 + 40, size[0] // 2 - 40 : size[0] // 2 + 40] = 200
+    view = center_crop(Image.fromarray(grey), ModelConfig(image_size=(64, 64), patch_size=4), 0.875)
+    assert (np.asarray(view) == 200).all()
+
+
 def test_center_crop_is_used_for_the_test_set_and_boxes_replace_it_in_training(whole):
     plain, cut = load(whole["folder"], in_memory=False), load(whole["folder"], in_memory=False, center_crop=0.5)
     assert not torch.equal(plain.test.images, cut.test.images)

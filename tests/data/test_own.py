@@ -1,16 +1,17 @@
 """The recipe `images`: what a folder of one's own says about a run, the same each time, and one line where it cannot."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from layout_cases import shard_of
+from layout_cases import file_of, picture, shard_of, write_parquet
 from own_cases import fill
 
 from sape2.cli import build_parser, main
 from sape2.cli.options import default_name, resolve
-from sape2.config import ModelConfig
+from sape2.config import DataConfig, ModelConfig
 from sape2.data import load_data, open_sources
 from sape2.data.images import class_split
 from sape2.runs.run import Run
@@ -97,6 +98,46 @@ def test_a_training_set_without_a_test_set_is_split(tmp_path):
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (14, 2, 4)
     test = {image.numpy().tobytes() for image in splits.test.images}
     assert not test & {image.numpy().tobytes() for image in splits.train.images}
+
+
+def test_a_training_set_alone_is_split_in_every_layout(tmp_path):
+    write_parquet(tmp_path / "rows" / "train.parquet", [file_of(picture(row)) for row in range(30)], [0, 1, 2] * 10)
+    shard_of(tmp_path / "shards" / "train.tar", 30)
+    for name in ("rows", "shards"):
+        config = config_of(tmp_path / name)
+        splits = load_data(config.data, config.model)
+        assert (len(splits.train), len(splits.validation), len(splits.test)) == (21, 3, 6)
+        with pytest.raises(ValueError, match=r"found train; data.test_fraction=0.2 draws a test set"):
+            load_data(replace(config.data, test_fraction=None), config.model)
+
+
+def test_a_test_set_whose_answers_are_kept_back_can_be_replaced(tmp_path):
+    shard_of(tmp_path / "shards" / "train.tar", 30)
+    shard_of(tmp_path / "shards" / "test.tar", 30, label=lambda number: -1)
+    fill(tmp_path / "folders" / "train", {"cat": 10, "dog": 10})
+    fill(tmp_path / "folders" / "test", {"": 10})
+    for name, fraction, sizes in (("shards", 0.2, (21, 3, 6)), ("folders", 0.5, (8, 2, 10))):
+        with pytest.raises(ValueError, match=r"no labels in test.*data\.test_fraction=0\.2 draws a test set"):
+            config_of(tmp_path / name)
+        config = config_of(tmp_path / name, "--set", f"data.test_fraction={fraction}")
+        splits = load_data(config.data, config.model)
+        assert (len(splits.train), len(splits.validation), len(splits.test)) == sizes
+
+
+def test_the_words_speak_of_the_fractions_that_are_set(tmp_path, capfd):
+    folder = fill(tmp_path / "mine", {"cat": 20, "dog": 20})
+    config_of(folder, "--set", "data.test_fraction=0.5", "--set", "data.validation_fraction=0.3")
+    told = capfd.readouterr().err
+    assert "14 images to train, 6 to validate (30% of each class, seed 0) and 20 to test (50% of each class" in told
+
+
+def test_a_class_that_a_drawn_test_set_takes_whole_is_named(tmp_path):
+    shard_of(tmp_path / "mine" / "train.tar", 10, label=lambda number: number // 9)
+    with pytest.raises(ValueError, match=r"the class '1' has 1 image; training, validation and test need one each"):
+        config_of(tmp_path / "mine")
+    data = DataConfig("mine", str(tmp_path / "mine"), test_fraction=0.2)
+    with pytest.raises(ValueError, match=r"none is there to train on: 1; training, validation and test need"):
+        load_data(data, ModelConfig(num_classes=2))
 
 
 @pytest.mark.parametrize(

@@ -266,10 +266,11 @@ def test_deep_and_transparent_images_are_turned_too():
         assert np.array_equal(read(saved(image, exif=image.getexif())), np.rot90(upright, -1))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])  # Pillow turns TIFF itself
 @pytest.mark.parametrize("orientation", UPRIGHT)
-def test_the_size_of_an_image_is_known_before_it_is_turned(orientation):
+def test_the_size_of_an_image_is_known_before_it_is_turned(orientation, kind):
     image = turned(orientation, 4, 6)
-    file = saved(image, exif=image.getexif())
+    file = saved(image, kind, exif=image.getexif())
     with opened(file) as found:
         assert upright_size(found) == read(file).shape[:2]
 
@@ -303,6 +304,9 @@ def test_of_several_frames_the_first_is_read(kind):
 def test_what_is_no_image_is_said_in_words():
     assert "empty" in refused(b"")
     assert "SVG" in refused(b"<svg xmlns='http://www.w3.org/2000/svg'/>")
+    assert "web page" in refused(b"\n<!DOCTYPE html><html></html>")
+    assert "git lfs pull" in refused(b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    assert "kind heic" in refused(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     assert "Pillow" in refused(b"GIF89a, or is it")
 
 

@@ -91,6 +91,11 @@ def test_what_the_program_tar_writes_and_appends_to_is_read(tmp_path):
     assert sorted(keys_of(shard)) == ["0", "1", "2"]
 
 
+def test_a_packed_shard_is_named_whatever_its_ending(tmp_path):
+    shard = write_shard(tmp_path / "train.tar", SAMPLES, "w:xz")
+    assert "is packed with xz" in refusal(shard)
+
+
 def test_packed_shards_beside_open_ones_are_refused(tmp_path):
     for split in ("train", "test"):
         write_shard(tmp_path / f"{split}-0.tar", SAMPLES)
@@ -125,6 +130,38 @@ def test_names_in_shards_are_numbered_by_classes_txt(tmp_path):
     found = webdataset.read(walk(tmp_path))
     assert found["test"].classes == ("cat", "dog")
     assert found["train"].labels == [1, 0]
+
+
+def test_names_are_found_in_both_forms_of_their_letters(tmp_path):
+    (tmp_path / "classes.txt").write_text("caf\u00e9\ntea\x0b1", encoding="utf-8")
+    for split in ("train", "test"):
+        write_shard(tmp_path / f"{split}.tar", [("a.png", png(1)), ("a.cls", "cafe\u0301".encode())])
+    found = webdataset.read(walk(tmp_path))["train"]
+    assert (found.labels, found.classes) == ([0], ("caf\u00e9", "tea\x0b1"))
+
+
+def test_a_first_class_without_a_name_does_not_move_the_others(tmp_path):
+    (tmp_path / "classes.txt").write_text("\ncat\ndog\n")
+    for split in ("train", "test"):
+        shard_of(tmp_path / f"{split}.tar", 6)
+    with pytest.raises(ValueError, match="names a class ''"):
+        load_data(DataConfig("tiny", str(tmp_path)), ModelConfig(num_classes=3))
+
+
+def test_a_name_that_could_be_a_number_is_told(tmp_path, caplog):
+    (tmp_path / "classes.txt").write_text("0\n2\n1")
+    for split in ("train", "test"):
+        shard_of(tmp_path / f"{split}.tar", 3)
+    assert webdataset.read(walk(tmp_path))["train"].labels == [0, 1, 2]
+    assert "classes.txt has the name '2' in place 1" in caplog.text
+
+
+def test_a_name_that_classes_txt_has_not_is_refused_with_the_nearest(tmp_path):
+    (tmp_path / "classes.txt").write_text("cat\ndog")
+    for split in ("train", "test"):
+        shard_of(tmp_path / f"{split}.tar", 6, label=lambda number: ("Cat", "dog")[number % 2])
+    with pytest.raises(ValueError, match=r"label 'Cat' .* no class of cat, dog; it has 'cat'"):
+        load_data(DataConfig("tiny", str(tmp_path)), ModelConfig(num_classes=2))
 
 
 def test_keys_of_other_bytes_than_utf8_are_read_and_shown_as_text(tmp_path):

@@ -387,3 +387,11 @@ def test_every_kind_of_image_is_found_and_other_files_are_told(tmp_path, caplog)
     (tmp_path / "up").symlink_to(".")
     assert [path.name for path in image_files(tmp_path)] == ["D.JPG", "a.png", "b.gif", "c.jfif"]
     assert "left out, e; " in caplog.text
+
+
+def test_folders_of_one_name_in_every_class_are_told(tmp_path, caplog):
+    opened(fill(tmp_path / "a", "{one,two,three}/left/a.png", "{one,two,three}/right/b.png"), test_fraction=0.2)
+    assert "the classes are the first folders, one, three, two; each of them holds the folders left, right" in caplog.text
+    caplog.clear()
+    opened(fill(tmp_path / "b", "{one,two,three}/left/a.png", "{one,two,three}/b.png"), test_fraction=0.2)
+    assert caplog.text == ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from typing import Any, NoReturn
 
 from sape2._version import __version__
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     print_anything()
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files: what the variable held is not ours to stumble over
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of what Pillow warns, an image is refused by name, or nothing is lost
     parser = build_parser()
     arguments, others = parser.parse_known_args(argv)
     if arguments.command is None and not others:

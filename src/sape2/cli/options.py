@@ -15,7 +15,8 @@ from sape2.config.names import unknown
 from sape2.config.recipes import get_recipe
 from sape2.runs.files import safe_name
 
-READ_BY = tuple(prefix + key for prefix in ("data.", "") for key in ("layout", "image_column", "label_column", "split_seed"))
+READERS = ("layout", "image_column", "label_column", "split_seed", "test_fraction", "validation_fraction")
+READ_BY = tuple(prefix + key for prefix in ("data.", "") for key in READERS)
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

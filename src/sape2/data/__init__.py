@@ -17,7 +17,7 @@ import torch
 from sape2.config import HUB_IDS, DataConfig, ModelConfig
 from sape2.data import folder, parquet, webdataset
 from sape2.data.arrays import TORCHVISION_FOLDERS, ArrayImages, read_digits, read_torchvision
-from sape2.data.base import Source, Subset, UnreadableImages, plain_name
+from sape2.data.base import Source, Subset, UnreadableImages, at_home, plain_name, tell
 from sape2.data.decoding import decode
 from sape2.data.files import ImageFiles, Splits
 from sape2.data.fingerprint import fingerprint
@@ -35,7 +35,7 @@ __all__ = [
 LAYOUTS: dict[str, tuple[Callable[[Files], bool], Callable[[Files, DataConfig], Any]]] = {
     "folder": (folder.find, lambda files, config: folder.read(files, config.test_fraction, config.split_seed)),
     "parquet": (parquet.find, parquet.read),
-    "webdataset": (webdataset.find, lambda files, _: webdataset.read(files)),
+    "webdataset": (webdataset.find, lambda files, config: webdataset.read(files, config.test_fraction, config.split_seed)),
 }
 MEMORY_BYTES = 4 * 2**30  # decoded images above this stay in their files, unless data.in_memory says otherwise
 COMPARED = 10_000  # images of which the files are compared where they are not decoded: some seconds
@@ -55,14 +55,18 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     if config.test_fraction is not None and not isinstance(sources["test"], Subset):
         raise ValueError(f"data.test_fraction is for images without a test set; --data {config.source} has one")
     print_ = fingerprint(sources)
-    if config.source is not None and not Path(config.source).expanduser().exists():
+    if config.source is not None and not at_home(config.source).exists():
         print_ |= {"hub_id": config.source}
     train, test = (as_images(source, config, model, split, print_) for split, source in sources.items())
     _check_counts(train, sources["train"].where)
+    if not classes:
+        _check_trained(train, test, sources["test"])
     rest, part = class_split(train.labels, config.validation_fraction, config.split_seed)
     train, validation = train[rest], train[part]
     if config.train_limit is not None and config.train_limit < len(train):
-        train = train[draw_by_class(train.labels, config.train_limit, config.split_seed)]
+        limited = train[draw_by_class(train.labels, config.train_limit, config.split_seed)]
+        _tell_lost(limited, {*train.labels.tolist()}, sources["train"].where)
+        train = limited
     splits = {"train": train, "validation": validation, "test": test}
     number = sum(map(len, splits.values()))
 
@@ -85,6 +89,24 @@ def _check_counts(train: ImageFiles | ImageData, where: str) -> None:
     if len(alone):
         name = train.classes[int(alone[0])]
         raise ValueError(f"{where}: the class {name!r} has 1 image; training and validation need one each, at least 2")
+
+
+def _check_trained(train: ImageFiles | ImageData, test: ImageFiles | ImageData, source: Source | ArrayImages) -> None:
+    """Names classes of the test set that have no image to train on. Raises ValueError where the test set was drawn."""
+    untrained = [test.classes[label] for label in sorted({*test.labels.tolist()} - {*train.labels.tolist()})]
+    if not untrained:
+        return
+    line = f"{source.where} has images of classes of which none is there to train on: {first_of(untrained)}"
+    if isinstance(source, Subset):
+        raise ValueError(f"{line}; training, validation and test need one each, at least 3")
+    tell(line)
+
+
+def _tell_lost(train: ImageFiles | ImageData, known: set[int], where: str) -> None:
+    """Names the classes of which `data.train_limit` leaves no image."""
+    lost = [train.classes[label] for label in sorted(known - {*train.labels.tolist()})]
+    if lost:
+        tell(f"{where}: data.train_limit={len(train)} leaves no image of {len(lost)} of {len(known)} classes: {first_of(lost)}")
 
 
 def keep_in_memory(images: int, config: DataConfig, model: ModelConfig) -> bool:
@@ -121,7 +143,7 @@ def data_folder(source: str) -> Path | None:
     """The folder that --data names, whole; None where there is no such folder. Raises NotADirectoryError for a file."""
     if not source.strip():
         raise ValueError("--data is empty; give a folder or a hub id")
-    path = Path(source).expanduser().absolute()
+    path = at_home(source).absolute()
     if path.is_file():
         raise NotADirectoryError(f"--data {plain_name(source)} is a file; give the folder that holds it")
     return path if path.is_dir() else None

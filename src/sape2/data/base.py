@@ -51,6 +51,11 @@ def plain_name(path: Path | str) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def at_home(path: str) -> Path:
+    """A path in which a leading ~ or ~NAME stands for a home folder, if there is one; else it is a name like any other."""
+    return Path(os.path.expanduser(path))
+
+
 def one_line(text: str) -> str:
     """Text with line ends and other control characters written as in Python: a file may be named so."""
     return text if text.isprintable() else "".join(ascii(s)[1:-1] if category(s) in LINE_ENDS else s for s in text)

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from sape2.config import DataConfig, ModelConfig
-from sape2.data.pixels import named, read_image
+from sape2.data.pixels import MAX_PIXELS, named, read_image
 
 # The part of an image that a model sees. Without a crop the whole image is resized, which may change its proportions.
 Crop = Callable[[Image.Image, ModelConfig], Image.Image]
@@ -66,10 +66,20 @@ def center_crop(image: Image.Image, model: ModelConfig, share: float) -> Image.I
     """The middle `share` of the shorter side: resized to size / share, then cut (timm's and DeiT's test view)."""
     height, width = model.image_size
     scale = max(height / image.height, width / image.width) / share
+    if image.height * image.width * scale**2 > MAX_PIXELS:  # one row of pixels would need gigabytes
+        image = _middle(image, model)
     sides = [max(side, int(length * scale + 1e-6)) for side, length in ((height, image.height), (width, image.width))]
     resized = image.resize((sides[1], sides[0]), Image.Resampling.BICUBIC)
     top, left = (round((side - cut) / 2) for side, cut in zip(sides, (height, width), strict=True))
     return resized.crop((left, top, left + width, top + height))
+
+
+def _middle(image: Image.Image, model: ModelConfig) -> Image.Image:
+    """The image without its far ends: at most 16 times as long as the model's, so that all of the test view is in it."""
+    height, width = model.image_size
+    longest = [16 * math.ceil(side) for side in (image.width * height / width, image.height * width / height)]
+    top, left = (max(0, (side - most) // 2) for side, most in zip((image.height, image.width), longest, strict=True))
+    return image.crop((left, top, image.width - left, image.height - top))
 
 
 def evaluation_crop(config: DataConfig) -> Crop | None:

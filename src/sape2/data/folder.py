@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from sape2.data.base import IMAGE_ENDINGS, Source, Subset, plain_name, tell, waiting_for
-from sape2.data.images import class_split
+from sape2.data.base import IMAGE_ENDINGS, Source, plain_name, tell, waiting_for
 from sape2.data.labels import near_name, numbers_of
-from sape2.data.splits import by_split, check_card, open_labelled, split_of, splits_in
+from sape2.data.splits import by_split, check_card, drawn, open_labelled, split_of, splits_in
 from sape2.data.walk import Files, is_image, listed, tell_left_out
 
 KNOWN = f"taken are images in folders of their classes ({', '.join(IMAGE_ENDINGS)})"
@@ -45,6 +43,7 @@ class FolderImages:
         self.classes = tuple(map(plain_name, classes))
         numbers = {name: number for number, name in enumerate(classes)}
         self.labels: list[Any] = [numbers.get(_class_of(name)) for name in found]
+        self._tell_inner_folders(folders, found)
         self._paths = np.array([os.fsencode(name) for name in found], dtype=bytes)  # far smaller than a list of str
 
     def _once(self, files: Files, found: list[str]) -> list[str]:
@@ -59,6 +58,19 @@ class FolderImages:
         if again := sorted({*found} - {*seen.values()}):
             tell(f"{self.where}: left out, links to images that are taken already: {listed(again)}")
         return list(seen.values())
+
+    def _tell_inner_folders(self, folders: list[str], found: list[str]) -> None:
+        """Warns where images lie one folder below their classes, under the same names in each: these may be the classes."""
+        inner: dict[str, set[str]] = {name: set() for name in folders if "/" not in name}
+        for name in found:
+            if name.count("/") < 2:
+                return
+            top, below, _ = name.split("/", 2)
+            inner[top].add(below)
+        first = next(iter(inner.values()), set())
+        if len(inner) > 1 and len(first) > 1 and all(names == first for names in inner.values()):
+            classes, below = listed(sorted(inner)), listed(sorted(first))
+            tell(f"{self.where}: the classes are the first folders, {classes}; each of them holds the folders {below}")
 
     def real_paths(self, files: Files) -> dict[str, str]:
         """Maps the real path of each image to the name it is called by."""
@@ -165,9 +177,7 @@ def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dic
     if splits:
         tell_left_out(where, [name for name in files.real if _class_of(name) not in splits.values()], "they are of no split")
     if test_fraction is not None and {*splits} <= {"train"}:
-        source = _all_filled(FolderImages(files, splits.get("train", "")))
-        rest, part = class_split(torch.tensor(source.labels, dtype=torch.long), test_fraction, seed)
-        return {"train": Subset(source, rest.tolist(), "train"), "test": Subset(source, part.tolist(), "test")}
+        return drawn(_all_filled(FolderImages(files, splits.get("train", ""))), test_fraction, seed)
     if not splits:
         raise ValueError(
             f"--data {where} needs the splits train and test; found classes only. sape2 train images splits them, "
@@ -178,7 +188,7 @@ def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dic
         source = FolderImages(files, splits[split])
         return source, source.real_paths(files)
 
-    sources = open_labelled(splits, where, opened)
+    sources = open_labelled(splits, where, opened, test_fraction, seed)
     train, test = sources["train"], sources["test"]
     numbers = numbers_of(train.classes)
     for name in test.classes:

@@ -106,15 +106,20 @@ def draw_by_class(labels: Tensor, size: int, seed: int) -> Tensor:
 
 
 def class_split(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (rest, part): `part` holds `fraction` of every class, at least one image of each, drawn with `seed`."""
+    """Indices (rest, part): `part` holds the `size_of_part` of every class, drawn with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     rest, part = [], []
     for members in _members(labels):
         members = members[torch.randperm(len(members), generator=generator)]
-        size = max(1, round(fraction * len(members)))
+        size = size_of_part(len(members), fraction)
         part.append(members[:size])
         rest.append(members[size:])
     return torch.cat(rest).sort().values, torch.cat(part).sort().values
+
+
+def size_of_part(images: int, fraction: float) -> int:
+    """That fraction of the images of a class, at least one; of two and more at least one is left."""
+    return max(1, min(round(fraction * images), images - 1))
 
 
 def _members(labels: Tensor) -> Sequence[Tensor]:

@@ -93,9 +93,18 @@ def as_numbers(source: Any) -> None:
         if label is None:
             raise ValueError(f"{source.name(row)} has no label")
         if not isinstance(label, (bool, float, Decimal)) or label != label or label % 1:
-            way_out = "; classes.txt can number names in shards, ClassLabel in parquet" if isinstance(label, str) else ""
-            raise ValueError(f"{source.name(row)}: label {repr(label)[:80]} is no whole number{way_out}")
+            hint = _way_out(label, source.classes)
+            raise ValueError(f"{source.name(row)}: label {repr(label)[:80]} is no whole number{hint}")
         source.labels[row] = int(label)
+
+
+def _way_out(label: Any, classes: Sequence[str]) -> str:
+    """Hint for an error about a label that is no number."""
+    if not isinstance(label, str):
+        return ""
+    if classes:
+        return f", and no class of {first_of(classes)}{near_name(label, classes)}"
+    return "; classes.txt can number names in shards, ClassLabel in parquet"
 
 
 def _looks(name: str) -> str:

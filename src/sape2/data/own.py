@@ -20,12 +20,15 @@ from sape2.config import DataConfig, ModelConfig, RunConfig
 from sape2.data import allowed_unreadable, data_folder, find_layout, folder, keep_in_memory, open_sources
 from sape2.data.base import Source, Subset, plain_name
 from sape2.data.decoding import decode, file_in
+from sape2.data.images import size_of_part
 from sape2.data.labels import first_of
 from sape2.data.pixels import is_grey, named, opened, upright_size
-from sape2.data.walk import walk
+from sape2.data.splits import files_by_split
+from sape2.data.walk import Files, walk
 
 PATCHES = {32: 4, 64: 8, 96: 8, 224: 16}  # image size -> patch: grids of 8, 8, 12 and 14
 TEST_FRACTION = 0.2
+ENDINGS = {"parquet": ".parquet", "webdataset": ".tar"}
 LOOKED_AT = 256  # images, drawn with data.split_seed
 UPDATES = 8  # an epoch, at least, where the images allow it
 FEWEST_STD = 0.01  # for images that are all of one colour
@@ -49,7 +52,7 @@ def fit(config: RunConfig) -> tuple[RunConfig, list[str]]:
     mean, std = _statistics(train, looked, model)
     bad = max(1, len(train.labels) // 20, allowed_unreadable(len(train.labels), data))
     data = replace(data, mean=mean, std=std, max_bad_samples=bad)
-    rest = len(train.labels) - sum(max(1, round(data.validation_fraction * n)) for n in Counter(train.labels).values())
+    rest = len(train.labels) - sum(size_of_part(n, data.validation_fraction) for n in Counter(train.labels).values())
     batch = 2 ** min(7, max(1, int(math.log2(max(2, rest // UPDATES)))))
     workers = 0 if keep_in_memory(len(train.labels) + len(sources["test"].labels), data, model) else 4
     training = replace(config.train, batch_size=batch, workers=workers)
@@ -68,22 +71,30 @@ def find_data(data: DataConfig) -> DataConfig:
         raise FileNotFoundError(f"--data {plain_name(source)}: there is no such folder")
     name, files = plain_name(path.resolve().name) or "images", walk(path)
     layout = data.layout or find_layout(files, data)
-    to_draw = layout == "folder" and {*folder.split_folders(files)} <= {"train"}
-    return replace(data, name=name, layout=layout, test_fraction=TEST_FRACTION if to_draw else None)
+    fraction = TEST_FRACTION if data.test_fraction is None and _lacks_test(files, layout) else data.test_fraction
+    return replace(data, name=name, layout=layout, test_fraction=fraction)
+
+
+def _lacks_test(files: Files, layout: str) -> bool:
+    """True if there are images to train on, and no others."""
+    if layout == "folder":
+        return {*folder.split_folders(files)} <= {"train"}
+    ending = ENDINGS[layout]
+    return bool(files.ending(ending)) and {*files_by_split(files, ending, to_draw=True)} == {"train"}
 
 
 def _check_classes(train: Source, test: Source) -> tuple[str, ...]:
     """Names of the classes. Raises ValueError if there are too few, or a class has too few images to be split."""
-    counts = Counter(train.labels)
-    classes = tuple(train.classes) or tuple(map(str, range(min(max(counts, default=-1) + 1, len(train.labels)))))
-    own = not isinstance(test, Subset)
-    if not counts and (own or not test.labels):  # a drawn test set may have taken the one image of every class
+    counts, own = Counter(train.labels), not isinstance(test, Subset)
+    known = counts if own else counts + Counter(test.labels)  # a drawn test set may have taken the one image of a class
+    classes = tuple(train.classes) or tuple(map(str, range(min(max(known, default=-1) + 1, known.total()))))
+    if not known:
         raise ValueError(f"{train.where} holds no images")
     if len(classes) < 2:
         raise ValueError(f"{train.where} has the one class {classes[0]!r}; at least two are needed, a folder for each")
     for label, name in enumerate(classes):
         if counts[label] < 2:
-            n = counts[label] + (0 if own else test.labels.count(label))
+            n = known[label]
             sets, least = ("training and validation", 2) if own else ("training, validation and test", 3)
             raise ValueError(
                 f"{train.where}: the class {name!r} has {n} image{'s' * (n != 1)}; {sets} need one each, at least {least}"

@@ -29,6 +29,8 @@ LABEL_COLUMNS = ("label", "fine_label", "labels")
 CACHE_BYTES = 512 * 2**20  # row groups kept by one process
 READING = threading.Lock()  # row groups are kept and left by one thread at a time
 FEWEST_BYTES = 40  # of an image; smaller columns of bytes hold none
+LONGEST_PATH = 1000  # characters; longer texts are something else, such as base64
+AT_ONCE = 256  # rows; pyarrow reads no more than 2 GiB of bytes as one array, and row groups may hold more
 
 
 class ParquetImages:
@@ -115,7 +117,10 @@ class ParquetImages:
         file, number = self._groups[group, :2].tolist()
         try:
             with self.files[file].open("rb") as stream, opened(stream) as found:
-                return found.read_row_group(number, columns=[self._image]).column(self._image).combine_chunks()
+                import pyarrow
+
+                batches = found.iter_batches(AT_ONCE, row_groups=[number], columns=[self._image])
+                return pyarrow.chunked_array([batch.column(self._image) for batch in batches])
         except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
@@ -142,11 +147,22 @@ def inside(root: Path, path: str, where: str) -> Path:
 
 
 def paths_in(found: Any, column: str) -> list[str]:
-    """The paths that stand in the place of images; those beside bytes are names only."""
+    """The paths that stand in the place of images; those beside bytes are names only. Raises ValueError for other texts."""
+    paths = _texts_in(found, column)
+    if (longest := max(map(len, paths), default=0)) > LONGEST_PATH:
+        raise ValueError(
+            f"column {column!r} holds texts of up to {longest} characters, which are no paths; it needs the bytes of images, "
+            "not base64 or another text made of them"
+        )
+    return paths
+
+
+def _texts_in(found: Any, column: str) -> list[str]:
     if _holds(found.schema_arrow.field(column).type, "string"):
         return [path for path in found.read(columns=[column]).column(column).to_pylist() if path is not None]
     groups = [group for group in range(found.num_row_groups) if _lacks_bytes(found.metadata.row_group(group), column)]
-    rows = found.read_row_groups(groups, columns=[column]).column(column).to_pylist() if groups else []
+    batches = found.iter_batches(AT_ONCE, row_groups=groups, columns=[column])
+    rows = (row for batch in batches for row in batch.column(column).to_pylist())
     return [row["path"] for row in rows if isinstance(row, dict) and row.get("bytes") is None and row.get("path")]
 
 
@@ -223,7 +239,13 @@ class HubImages:
         self.where = where
         self.classes = tuple(getattr(rows.features[label], "names", None) or ())
         self.labels = rows.with_format(None)[label][:]
-        self._rows = rows.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        try:
+            self._rows = rows.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
+        except Exception as error:  # datasets and pyarrow raise many kinds for what holds no images
+            kind = " ".join(str(rows.features[self._image]).split())[:80]
+            raise ValueError(
+                f"{where} column {self._image!r} holds {kind}, not images; use --set data.image_column=NAME"
+            ) from error
 
     def name(self, index: int) -> str:
         return f"{self.where} row {index}"
@@ -255,7 +277,8 @@ def holds_paths(files: Files, config: DataConfig) -> bool:
 def read(files: Files, config: DataConfig) -> dict[str, Source]:
     """The split of a file is a word of its path, or told by a README.md with `configs:`."""
     where, seen = plain_name(files.root), set()
-    groups = files_by_split(files, ".parquet")
+    fraction, seed = config.test_fraction, config.split_seed
+    groups = files_by_split(files, ".parquet", fraction is not None)
 
     def open_split(split: str) -> tuple[ParquetImages, dict[str, str]]:
         paths = [files.root / name for name in groups[split]]
@@ -266,7 +289,7 @@ def read(files: Files, config: DataConfig) -> dict[str, Source]:
         source.paths = []
         return source, lies
 
-    sources = open_labelled(groups, where, open_split)
+    sources = open_labelled(groups, where, open_split, fraction, seed)
     others = [name for name, lies in files.real.items() if lies not in seen and not name.lower().endswith(".parquet")]
     tell_left_out(where, others, "rows of parquet files are taken")
     return sources
@@ -281,13 +304,13 @@ def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
     if not is_hub_id(source):
         raise FileNotFoundError(f"--data {source} is neither a folder nor a hub id (owner/name)")
     found = _load_quietly(source)
-    groups = by_split(source, map(str, found), "split")
+    groups = by_split(source, map(str, found), "split", config.test_fraction is not None)
 
     def open_split(split: str) -> tuple[HubImages, dict[str, str]]:
         [name] = groups[split]
         return HubImages(f"{source} {name}", found[name], config), {}
 
-    return open_labelled(groups, source, open_split)
+    return open_labelled(groups, source, open_split, config.test_fraction, config.split_seed)
 
 
 def _load_quietly(source: str) -> Any:

@@ -89,6 +89,13 @@ def _what_it_is(start: bytes) -> str:
         return "the file is empty"
     if start.startswith((b"<svg", b"<?xml")) and b"<svg" in start:
         return "it is SVG, which describes shapes; save it as PNG first"
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, as servers send in place of an image; fetch the image again"
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a pointer of Git LFS; git lfs pull fetches the image"
+    if start[4:8] == b"ftyp":
+        kind = start[8:12].decode("ascii", "replace").strip()
+        return f"it is of the kind {kind}, which is not read; save it as JPEG or PNG first"
     return "it is of no kind that Pillow knows"
 
 
@@ -138,8 +145,9 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """(height, width) once it is turned as its EXIF says."""
-    return (image.width, image.height) if _turn(image) in SIDEWAYS else (image.height, image.width)
+    """(height, width) once it is turned as its EXIF says. Of TIFF, which Pillow turns itself, it already gives that size."""
+    sideways = image.format != "TIFF" and _turn(image) in SIDEWAYS
+    return (image.width, image.height) if sideways else (image.height, image.width)
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:

@@ -11,7 +11,11 @@ import unicodedata
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sape2.data.base import NUMBERED, Source, plain_name, tell
+import torch
+
+from sape2.data.base import NUMBERED, Source, Subset, plain_name, tell
+from sape2.data.images import class_split
+from sape2.data.labels import as_numbers
 from sape2.data.walk import Files, is_image, listed, tell_left_out
 
 WORDS = {"train": "train|training", "test": "test|testing|eval|evaluation", "validation": "validation|valid|val|dev"}
@@ -44,11 +48,12 @@ def split_of(path: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def by_split(where: str, names: Iterable[str], what: str = "file") -> dict[str, list[str]]:
+def by_split(where: str, names: Iterable[str], what: str = "file", to_draw: bool = False) -> dict[str, list[str]]:
     """Each name in the one split whose word it has; where some are of that word alone, only these.
 
     Other names are told and left out. Of files a split may have many; of all else ("folder", "split") one, and a name of two
-    splits is left out. Raises ValueError for the path of a file that names two splits, and for a second folder.
+    splits is left out. Raises ValueError for the path of a file that names two splits, for a second folder, and where a split
+    is missing: the test set may be, if it is to be drawn (`to_draw`).
     """
     groups: dict[str, list[tuple[str, bool]]] = {}
     names = list(names)
@@ -67,7 +72,7 @@ def by_split(where: str, names: Iterable[str], what: str = "file") -> dict[str, 
                 f"--data {where} has two {what}s of the split {split}, {listed(own)}; leave one, or put them together"
             )
     unnamed = sorted(set(names).difference(*({name for name, _ in own} for own in groups.values())))
-    if what != "folder" and len(taken) > ("train" in taken) > 0:
+    if what != "folder" and "train" in taken and (to_draw or len(taken) > 1):
         tell_left_out(where, unnamed, f"no word of a split ({KNOWN})", what)
         for split, own in taken.items():
             more = {name for name, _ in groups[split]} - {*own}
@@ -78,14 +83,14 @@ def by_split(where: str, names: Iterable[str], what: str = "file") -> dict[str, 
     return taken
 
 
-def files_by_split(files: Files, ending: str) -> dict[str, list[str]]:
+def files_by_split(files: Files, ending: str, to_draw: bool = False) -> dict[str, list[str]]:
     """The files with this ending of each split: as a README.md with `configs:` says, else by the words of their paths."""
     where, names = plain_name(files.root), sorted(files.ending(ending), key=lambda name: name.split("/"))
     folder, wanted = _card(files)
     if wanted is None:
         inside = [name for name in names if folder == "./" or name.startswith(folder)]
         tell_left_out(where, {*names} - {*inside}, f"README.md has the folder {folder}")
-        groups = by_split(where, inside)
+        groups = by_split(where, inside, to_draw=to_draw)
         for split, own in groups.items():
             if len(folders := sorted({posixpath.dirname(name) or "." for name in own})) > 1:
                 tell(f"{where}: the split {split} is what lies in {len(folders)} folders, {listed(folders)}")
@@ -100,7 +105,7 @@ def files_by_split(files: Files, ending: str) -> dict[str, list[str]]:
                 raise ValueError(f"--data {where}: README.md names {plain_name(name)}, which is no {ending} file")
             if found.setdefault(name, split) != split:
                 raise ValueError(f"--data {where}: README.md has {plain_name(name)} in two splits, {found[name]} and {split}")
-    groups = {split: declared[own[0]] for split, own in by_split(where, declared, "split").items()}
+    groups = {split: declared[own[0]] for split, own in by_split(where, declared, "split", to_draw).items()}
     tell_left_out(where, {*names} - {*found}, "README.md does not name them")
     return _once(where, files, groups)
 
@@ -186,19 +191,34 @@ def _matched_by(files: Files, folder: str, patterns: list[str]) -> list[str]:
 
 
 def needs(where: str, found: Iterable[str]) -> str:
-    return f"--data {where} needs the splits train and test; found {', '.join(found) or 'none'}"
+    names = [*found]
+    way_out = "; data.test_fraction=0.2 draws a test set" if names == ["train"] else ""
+    return f"--data {where} needs the splits train and test; found {', '.join(names) or 'none'}{way_out}"
+
+
+def drawn(source: Source, fraction: float, seed: int) -> dict[str, Source]:
+    """That fraction of each class as the test set, drawn with `seed`, and the others as the training set."""
+    as_numbers(source)
+    rest, part = class_split(torch.tensor(source.labels, dtype=torch.long), fraction, seed)
+    return {"train": Subset(source, rest.tolist(), "train"), "test": Subset(source, part.tolist(), "test")}
 
 
 def open_labelled(
-    names: Iterable[str], where: str, open_split: Callable[[str], tuple[Source, dict[str, str]]]
+    names: Iterable[str],
+    where: str,
+    open_split: Callable[[str], tuple[Source, dict[str, str]]],
+    test_fraction: float | None = None,
+    seed: int = 0,
 ) -> dict[str, Source]:
     """{"train": ..., "test": ...}: the test set is the first of test and validation that has labels.
+
+    If there is none, `test_fraction` of each class is drawn from the training set with `seed`.
 
     `open_split` also gives what the files of a split are called, by their real paths. Raises ValueError if there is no test
     set, and if one file is in both.
     """
     tests = [name for name in ("test", "validation") if name in names]
-    if "train" not in names or not tests:
+    if "train" not in names or not (tests or test_fraction):
         raise ValueError(needs(where, names))
     train, of_train = open_split("train")
     for name in tests:
@@ -212,7 +232,13 @@ def open_labelled(
                     reason = "has no labels" if other == "test" else "is not read: images to validate are drawn from train"
                     tell(f"{where}: the split {other} {reason}")
             return {"train": train, "test": test}
-    raise ValueError(f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing")
+    if test_fraction:
+        if tests:
+            tell(f"{where}: {' and '.join(tests)} have no labels; the test set is drawn from train")
+        return drawn(train, test_fraction, seed)
+    raise ValueError(
+        f"--data {where} has no labels in {' or '.join(tests)}: all are -1 or missing; data.test_fraction=0.2 draws a test set"
+    )
 
 
 def has_labels(source: Source) -> bool:

@@ -70,12 +70,12 @@ def walk(root: Path) -> Files:
 
 
 def lying(files: Files, paths: Iterable[str]) -> dict[str, str]:
-    """Maps the real path of each file that data refer to by `paths` to that path; only files inside the root."""
+    """Maps the real path of each file that data refer to by `paths` to that path; only files that lie inside the root."""
     found, top = {}, os.path.join(os.path.realpath(files.root), "")
     for path in paths:
         if "\0" not in path:  # no file has such a name
             real = files.real.get(posixpath.normpath(path)) or os.path.realpath(files.root / path)
-            if real.startswith(top):
+            if real.startswith(top) and os.path.exists(real):
                 found[real] = path
     return found
 

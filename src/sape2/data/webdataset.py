@@ -20,10 +20,13 @@ from typing import IO, Any
 import numpy as np
 
 from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, Source, plain_name, tell, tell_missing, waiting_for
+from sape2.data.labels import numbers_of
 from sape2.data.splits import files_by_split, open_labelled, splits_in
 from sape2.data.walk import Files, tell_left_out
 
 LABEL_ENDINGS = ("cls", "json")
+# The first bytes of packed files.
+STARTS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 PACKED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 
 
@@ -35,7 +38,7 @@ class ShardImages:
     def __init__(self, where: str, shards: list[Path], classes: tuple[str, ...]) -> None:
         self.where, self.shards, self.classes = where, shards, classes
         tell_missing(where, shards)
-        numbers = {name: number for number, name in enumerate(classes)}
+        numbers = numbers_of(classes)
         indices = [waiting_for(plain_name(shard), lambda shard=shard: index_shard(shard, numbers)) for shard in shards]
         for shard, index in zip(shards, indices, strict=True):
             if not index:
@@ -103,6 +106,7 @@ def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Pl
     Raises ValueError if the shard is damaged, has members that would be left out, or is ambiguous.
     """
     samples: dict[str, Sample] = {}  # ./KEY is KEY
+    _check_start(path)
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
@@ -118,6 +122,15 @@ def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Pl
     others = [name for each in samples.values() if not (each.images or each.labels or each.links) for name in each.others]
     tell_left_out(plain_name(path), others, f"read are {', '.join(IMAGE_ENDINGS)}", "image")
     return found
+
+
+def _check_start(path: Path) -> None:
+    """Raises ValueError for a packed file, whatever its name says."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    kind = next((kind for known, kind in STARTS.items() if start.startswith(known)), None)
+    if kind:
+        raise ValueError(f"the shard {plain_name(path)} is packed with {kind}; unpack it, since images are read by their place")
 
 
 def _check_end(file: IO[bytes], offset: int) -> None:
@@ -188,7 +201,7 @@ def _only(key: str, found: list[tuple[str, int, int]]) -> tuple[int, int]:
 def _agreed(key: str, found: list[tuple[str, Any]]) -> Any:
     """The one label, however often it is there; a number goes before words that are no class."""
     counted = [label for label in found if isinstance(label[1], int)] or found
-    other = next((label for label in counted if label[1] != counted[0][1]), None)
+    other = next((label for label in counted[1:] if label[1] != counted[0][1]), None)
     if other is not None:
         (first, one), (second, two) = counted[0], other
         raise ValueError(f"sample {key} has two labels, {one!r} in {first} and {two!r} in {second}; leave the right one")
@@ -215,14 +228,15 @@ def find(files: Files) -> bool:
     return bool(files.ending(".tar"))
 
 
-def read(files: Files) -> dict[str, Source]:
+def read(files: Files, test_fraction: float | None = None, seed: int = 0) -> dict[str, Source]:
     """The split of a shard is a word of its path (train-0001.tar, val/0001.tar); classes.txt may hold names, one a line."""
     packed = next((name for name in files.real if PACKED.search(name)), None)
     where = plain_name(files.root)
     if packed is not None or not find(files):
         found = "no .tar file" if packed is None else plain_name(packed)
         raise ValueError(f"--data {where} needs webdataset shards that are not compressed (.tar); found {found}")
-    groups, classes = files_by_split(files, ".tar"), _class_names(files)
+    groups, classes = files_by_split(files, ".tar", test_fraction is not None), _class_names(files)
+    _tell_places(where, classes)
     tell_left_out(where, {*files.real} - {*files.ending(".tar"), "classes.txt"}, "samples in shards are taken")
 
     def open_split(split: str) -> tuple[ShardImages, dict[str, str]]:
@@ -231,15 +245,24 @@ def read(files: Files) -> dict[str, Source]:
         source.check_split(split)
         return source, {files.real[name]: name for name in groups[split]}
 
-    return open_labelled(groups, where, open_split)
+    return open_labelled(groups, where, open_split, test_fraction, seed)
 
 
 def _class_names(files: Files) -> tuple[str, ...]:
-    """The class names in classes.txt, one per line."""
+    """The class names in classes.txt, one per line; an empty line before the last name is a class without a name."""
     path = files.root / "classes.txt"
     if "classes.txt" not in files.real:
         return ()
     try:
-        return tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").strip().splitlines())
+        text = path.read_text(encoding="utf-8-sig").rstrip()
+        return tuple(map(str.strip, text.split("\n"))) if text else ()
     except UnicodeDecodeError as error:
         raise ValueError(f"{plain_name(path)} is not UTF-8: {error}; save it as UTF-8") from error
+
+
+def _tell_places(where: str, classes: tuple[str, ...]) -> None:
+    """Warns where a label could be the name of one class and the number of another; it is taken as a number."""
+    other = [name for number, name in enumerate(classes) if name.isdecimal() and number != int(name) < len(classes)]
+    if other:
+        name, number = other[0], classes.index(other[0])
+        tell(f"{where}: classes.txt has the name {name!r} in place {number}, from 0; a label {name} in shards is a place")

@@ -136,7 +136,8 @@ class CocoImages(Dataset):
             file = (folder / name).resolve()
             is_file = file.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # a NUL, a name too long, links in a circle
-            raise ValueError(f"{what} has a file_name that is no path: {ascii(name)[:80]} ({error})") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{what} has a file_name that is no path: {ascii(name)[:80]} ({reason})") from error
         if not file.is_relative_to(folder):
             raise ValueError(f"{what} lies outside of {self.folder}: {name!r}")
         if not is_file:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sape2.config.detection import DetectionConfig
+from sape2.data.base import at_home
 from sape2.data.files import threads
 from sape2.data.fingerprint import digest
 from sape2.data.pixels import RULE
@@ -30,7 +31,7 @@ def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
     elif images.source is None:
         raise ValueError("coco needs --data: a folder in COCO format, with annotations/, train2017/ and val2017/")
     else:
-        source = Path(images.source).expanduser()
+        source = at_home(images.source)
     limits = {"train": images.train_images, "test": images.test_images}
     train, test = (open_split(source, split, config.detector.masks, limit) for split, limit in limits.items())
     test.match_classes(train)

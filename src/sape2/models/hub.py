@@ -18,6 +18,7 @@ from sape2.config import HUB_IDS, ModelConfig, RunConfig, model_config
 from sape2.config.command import command
 from sape2.config.names import cell
 from sape2.config.recipes.changed import changed_in_words
+from sape2.data.base import at_home
 from sape2.data.decoding import in_words
 from sape2.runs.checkpoint import load_weights, save_weights
 from sape2.runs.files import write_text
@@ -143,7 +144,7 @@ def load_pretrained(model_class: type[Model], source: str | Path, revision: str 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is; the files of a hub repository downloaded."""
-    folder = Path(source).expanduser()
+    folder = at_home(str(source))
     if folder.is_dir():
         return folder
     if folder.exists():

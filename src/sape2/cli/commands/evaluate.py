@@ -16,6 +16,7 @@ from sape2.progress import bars
 from sape2.runs.files import check_writable
 
 if TYPE_CHECKING:
+    from sape2.data import Splits
     from sape2.runs.run import Run
 
 HELP = "measure a finished run"
@@ -61,6 +62,9 @@ def run(arguments: argparse.Namespace) -> int:
     if other is not None:
         for note in notes_of_others(getattr(splits, arguments.split), classes, other):
             say(note)
+        if config.data.test_fraction is not None and arguments.split == "test":
+            share = f"{config.data.test_fraction:.0%} of each class"
+            say(f"{other} has no test set of its own: measured are {len(splits.test)} of its {_number(splits)} images, {share}")
     with _watching() as watch:
         rows = measure(run, splits, measures, arguments.split, [arguments.weights], limit, watch, other, load)
     _tell_of_few(rows, run)
@@ -71,6 +75,10 @@ def run(arguments: argparse.Namespace) -> int:
         *(pictures(run, lambda: splits, load).values() if whole else ()),
     )
     return show_results(rows, run, arguments.json, files, arguments.all)
+
+
+def _number(splits: Splits) -> int:
+    return len(splits.train) + len(splits.validation) + len(splits.test)
 
 
 def _tell_of_few(rows: list[Row], run: Run[RunConfig]) -> None:
@@ -95,9 +103,9 @@ def _for_others(config: RunConfig, folder: str | None, name: str) -> RunConfig:
     from sape2.data.own import find_data
     from sape2.data.parquet import is_hub_id
 
-    data = replace(config.data, source=folder, layout=None)
+    data = replace(config.data, source=folder, layout=None, test_fraction=None)
     if is_hub_id(folder):
-        return replace(config, data=replace(data, name=folder, test_fraction=None))
+        return replace(config, data=replace(data, name=folder))
     return replace(config, data=find_data(data))
 
 
