@@ -25,8 +25,9 @@ class AttachedOwn(Attached, Attention):
         """
         attached, kept = encoding_of(self), self.__dict__.get("sape2_both")
         if kept is None or kept[0] is not self.encoding or kept[1] is not attached:
-            kept = self.__dict__["sape2_both"] = (self.encoding, attached, Composite([self.encoding, attached]))
-            kept[2]._is_replica = getattr(self, "_is_replica", False)
+            both: Any = Composite([self.encoding, attached])
+            both._is_replica = getattr(self, "_is_replica", False)
+            kept = self.__dict__["sape2_both"] = (self.encoding, attached, both)
         return kept[2]
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:

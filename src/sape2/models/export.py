@@ -112,7 +112,8 @@ def export_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    compiled: Any = model
+    model = getattr(compiled, "_orig_mod", compiled)  # what torch.compile wraps
     with evaluating(model):
         if format == "safetensors":
             _refuse_size(format, size)
