@@ -1,12 +1,15 @@
-"""The machine: its accelerator, its name, its memory, and the precision in which it trains."""
+"""The machine: its accelerator, its name, its memory, the precision in which it trains, and models in evaluation on it."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
+from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 GIB = 2**30
@@ -21,6 +24,25 @@ def synchronize() -> None:
     """Waits for the accelerator, if there is one."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[torch.device]:
+    """Evaluation mode without gradients; gives the device of the model and puts every module back in the mode it was in."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield device_of(model)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer of the model."""
+    tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def keep_freed_memory() -> bool:

@@ -10,7 +10,7 @@ import torch
 from export_cases import tiny
 from host_cases import CASES, TIMM, TRANSFORMERS, images, make, open_gains, outputs
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
-from timm.utils import ModelEmaV3
+from timm.utils import AttentionExtract, ModelEmaV3
 from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
@@ -187,6 +187,38 @@ def test_a_symbolic_trace_of_timm_s_vit_computes_the_same():
     torch.testing.assert_close(graph(x), model(x))
 
 
+@pytest.mark.parametrize("encoding", ["ape+sape2", "sincos+cpe+rope", "none"])
+@pytest.mark.parametrize(
+    "options", [{"pool": "class", "num_registers": 2}, {"gradient_checkpointing": True, "layer_scale": 0.1}]
+)
+def test_a_feature_extractor_reads_our_own_vit(encoding, options):
+    model = create_model(
+        "vit_nano", encoding=encoding, image_size=(8, 12), patch_size=4, depth=2, dim=16, num_heads=2, **options
+    )
+    x, seen = torch.randn(2, 3, 8, 12), []
+    handle = model.eval().blocks[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    handle.remove()
+    assert torch.equal(create_feature_extractor(model, ["blocks.0"])(x)["blocks.0"], seen[0])
+    open_gains(attach(model, "rpe"))
+    assert torch.equal(create_feature_extractor(model, ["head"])(x)["head"], model(x))
+
+
+@pytest.mark.parametrize("case", ["timm.vit.class", "timm.eva.dinov3"])
+def test_attention_maps_of_timm_are_read_from_its_dropout(case):
+    """`fused_attn` is the host's own choice; where it is off, hooks on `attn_drop` see the weights."""
+    model, x = opened(case, "rpe"), images(case)
+    fused = model(x)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    maps = AttentionExtract(model, method="hook")(x)
+    assert [each.sum(-1).allclose(torch.ones((), dtype=each.dtype)) for each in maps.values()] == [True, True]
+    torch.testing.assert_close(model(x), fused)
+    weights = next(iter(maps.values()))
+    detach(model)
+    assert not torch.allclose(next(iter(AttentionExtract(model, method="hook")(x).values())), weights, atol=1e-4)
+
+
 class Leaves(torch.fx.Tracer):
     """Patches are made under checks of their size, which no symbolic trace passes."""
 
@@ -231,6 +263,12 @@ def test_a_script_is_refused_with_what_does_the_same(case):
         torch.jit.script(attach(make(case), "sape2"))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_script_of_our_own_vit_is_refused_so_too():
+    with pytest.raises(ValueError, match=r"torch\.jit\.trace or torch\.export"):
+        torch.jit.script(make("sape2.ape"))
+
+
 @pytest.mark.parametrize("case", HOSTS)
 @pytest.mark.usefixtures("as_users_call_it")
 def test_hosts_compile_with_and_without_gradients(case):
@@ -241,6 +279,59 @@ def test_hosts_compile_with_and_without_gradients(case):
         torch.testing.assert_close(outputs(compiled, x), outputs(model, x), rtol=1e-6, atol=1e-6)
     model.requires_grad_(False)
     torch.testing.assert_close(outputs(compiled, x), outputs(model, x), rtol=1e-6, atol=1e-6)
+
+
+# --- what would have no effect, or no values --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patch", ["accelerate", "by hand"])
+def test_a_forward_on_the_module_itself_is_told_since_it_hides_that_of_the_class(patch):
+    model = make("timm.vit.class")
+    attention = model.blocks[1].attn
+    if patch == "accelerate":
+        hooks = pytest.importorskip("accelerate.hooks")
+        hooks.add_hook_to_module(attention, hooks.ModelHook())
+    else:
+        attention.forward = attention.forward
+    before = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn has a forward of its own"):
+        attach(model, "sape2")
+    assert list(model.state_dict()) == before
+    del attention.forward
+    detach(attach(model, "sape2"))
+
+
+def test_an_encoding_is_not_put_where_it_would_have_no_values():
+    with torch.device("meta"):
+        model = timm.models.VisionTransformer(**TIMM)
+    with pytest.raises(ValueError, match=r"meta device.*after from_pretrained"):
+        attach(model, "sape2")
+    assert not hasattr(model, "sape2_attachment")
+
+
+def test_something_attached_to_a_part_or_around_it_is_told():
+    model = make("transformers.ViT.sdpa")
+    attach(model.vit, "rpe")
+    with pytest.raises(ValueError, match="to a part of this model"):
+        attach(model, "sape2")
+    detach(model.vit)
+    attach(model, "rpe")
+    with pytest.raises(ValueError, match="to one around it"):
+        attach(model.vit, "sape2")
+
+
+def test_a_replica_of_our_own_attention_joins_its_own_parts():
+    """As `nn.DataParallel` makes replicas: with what the module keeps, and other parts in the place of its own."""
+    model = opened("sape2.ape", "rpe")
+    model(images("sape2.ape"))
+    attention = model.blocks[0].attn
+    replica = attention._replicate_for_data_parallel()
+    for name in ("encoding", "sape2"):
+        replica._modules[name] = getattr(attention, name)._replicate_for_data_parallel()
+    both = replica.both()
+    assert both._is_replica
+    assert all(not any(part is own for own in attention.both().parts) for part in both.parts)
+    assert attention.both() is attention.both()
 
 
 # --- quantized hosts -------------------------------------------------------------------------------------------------

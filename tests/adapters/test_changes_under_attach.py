@@ -98,6 +98,16 @@ def test_checkpointing_in_a_thread_of_its_own_finds_the_grid_or_refuses():
         losses[0].backward()
 
 
+@pytest.mark.parametrize("train", [True, False])
+def test_what_is_remembered_for_checkpointing_does_not_grow_with_the_steps(train):
+    model = opened("timm.vit.dynamic").train()  # patches are dropped, so every call has a layout of its own
+    for _ in range(5):
+        loss = model(torch.randn(1, 3, *WIDE).double()).sum()
+        if train:
+            loss.backward()
+    assert sum(len(seen) for seen in model.sape2_attachment.tokens.seen.values()) <= 4
+
+
 def test_copies_made_within_a_call_start_afresh():
     model, wide, square = opened(), *(torch.randn(1, 3, *size).double() for size in (WIDE, SQUARE))
     with torch.no_grad():

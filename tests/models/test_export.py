@@ -140,6 +140,24 @@ def test_a_host_model_for_one_size_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_in_training_stays_in_training(tmp_path):
+    model = tiny("ape").train()
+    model.norm.eval()
+    modes = [part.training for part in model.modules()]
+    export_model(torch.compile(model, backend="eager"), tmp_path / "model.safetensors", "safetensors")
+    assert [part.training for part in model.modules()] == modes
+    assert load_exported(tmp_path / "model.safetensors", ViT).state_dict().keys() == model.state_dict().keys()
+
+
+@pytest.mark.slow
+def test_what_onnxruntime_cannot_run_is_refused_in_one_line(tmp_path):
+    pytest.importorskip("onnxscript")
+    with pytest.raises(ValueError, match="onnxruntime cannot run the graph") as caught:
+        export_model(tiny("ape").double(), tmp_path / "model.onnx", "onnx")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- safetensors -----------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,17 @@ def test_images_that_do_not_fit_are_named(images, message):
         small()(torch.randn(images))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ape+sape2", "rope+rpe"])
+def test_one_compiled_graph_is_for_images_of_all_sizes(encoding):
+    torch._dynamo.reset()
+    model, images = small(encoding=encoding).eval(), torch.randn(2, 3, 16, 24)
+    for side in (2, 3):
+        torch._dynamo.mark_dynamic(images, side)  # raises where a size is made a number
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(images), model(images))
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     torch.manual_seed(0)
     plain = small(encoding="ape+sape2")

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from sape2.adapters.layouts import Scattered, bias_on, rotate_on
 from sape2.adapters.start import Start, prepare
@@ -27,6 +27,7 @@ from sape2.encodings import TOKEN_ENCODINGS, create_encodings
 from sape2.encodings.base import AttentionEncoding, NoEncoding, names_without_decay
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
+from sape2.encodings.nodes import OneNode
 
 Trainable = Literal["all", "encoding"]
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,7 +43,7 @@ class Window(NamedTuple):
     visible: Bool[Tensor, "#batch #heads tokens tokens"] | None = None
 
 
-class Attached:
+class Attached(OneNode):
     """Mixed into the attention class of a host, which comes last, by a subclass that overrides `forward`."""
 
     host_class: ClassVar[type[nn.Module]]
@@ -50,16 +51,8 @@ class Attached:
     sape2_tokens: Tokens
 
     def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
         cls.host_class = cls.__bases__[-1]  # pyrefly: ignore
-        if "forward" in vars(cls):
-            cls.forward = _one_node(cls.forward)  # pyrefly: ignore
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """Where torch.jit.script begins, at every module of a model."""
-        raise ValueError(
-            "torch.jit.script compiles source, and that of an attached encoding is not in its language; "
-            "use torch.jit.trace or torch.export, or detach first"
-        )
 
     def attend(
         self,
@@ -142,20 +135,6 @@ def _replaced(strange: nn.Module) -> ValueError:
         "for modules_to_save and for whatever its targets match; leave sape2 out of them and attach after get_peft_model, "
         "which trains both"
     )
-
-
-def _one_node(forward: Callable) -> Callable:
-    """A symbolic trace (`torch.fx`, feature extractors) has the module as one node, as it has those of `torch.nn`."""
-
-    @functools.wraps(forward)
-    def called(self: Any, *args: Any, **keywords: Any) -> Any:
-        proxy = next((each for each in (*args, *keywords.values()) if isinstance(each, fx.Proxy)), None)
-        if proxy is None:
-            return forward(self, *args, **keywords)
-        tracer: Any = proxy.tracer
-        return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
-
-    return called
 
 
 def seen_by(mask: Shaped[Tensor, "*shape"] | None) -> Bool[Tensor, "#batch #heads #tokens #tokens"] | None:
@@ -261,6 +240,8 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
     }
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
+    changed = [*[module for module, *_ in used.values()], *([] if host.drops is None else [host.drops[0]])]
+    _check_changeable(model, changed)
     hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -270,6 +251,28 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     attentions = {index: module for index, (module, *_) in used.items()}
     model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
     model.no_weight_decay = functools.partial(no_weight_decay, model)  # pyrefly: ignore
+
+
+def _check_changeable(model: nn.Module, modules: list[nn.Module]) -> None:
+    """Raises ValueError if another class would be without effect, or an encoding without values."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in modules:
+        name = names[id(module)] or type(module).__name__
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name} has a forward of its own (of accelerate's device_map or offloading, or a patch), which hides that of "
+                "its class, so an encoding would never be called; attach before that, or take it off"
+            )
+        if _like(module, model).is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where an encoding would lose its values; attach when the weights are loaded, "
+                "so after from_pretrained and not within __init__"
+            )
+
+
+def _like(module: nn.Module, model: nn.Module) -> Tensor:
+    """A tensor of the module or, since a quantized one may hold no parameters at all, of the model."""
+    return next((tensor for part in (module, model) for tensor in (*part.parameters(), *part.buffers())), torch.empty(0))
 
 
 def _listen(model: nn.Module, source: nn.Module, tokens: Tokens) -> list[Any]:
@@ -310,11 +313,8 @@ def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: in
 def _swap(
     module: nn.Module, attached_class: type[Any], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
 ) -> Changed:
-    """On the device of the module, in float32 whatever the precision of the host, float64 apart: positions need it.
-
-    A quantized module may hold no parameters at all; then those of the model say the device.
-    """
-    like = next((tensor for part in (module, model) for tensor in (*part.parameters(), *part.buffers())), torch.empty(0))
+    """On the device of the module, in float32 whatever the precision of the host, float64 apart: positions need it."""
+    like = _like(module, model)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     module.sape2 = encoding.to(like.device, dtype).train(module.training)
     return Changed(module, attached_class, tokens)
@@ -331,10 +331,12 @@ def _look_whether_it_learns(model: nn.Module, inputs: Any) -> None:
 
 
 def check_free(model: nn.Module) -> None:
-    """Raises ValueError if something is attached already."""
+    """Raises ValueError if something is attached already, to the model or to one around it or within."""
     attachment = getattr(model, "sape2_attachment", None)
     if isinstance(attachment, Attachment):
         raise ValueError(f"the model has {attachment.encoding!r} attached already; detach it first")
+    if any(isinstance(part, Attached) for part in (model.modules() if isinstance(model, nn.Module) else ())):
+        raise ValueError("an encoding is attached already to a part of this model or to one around it; detach it there first")
 
 
 def detach(model: Model) -> Model:

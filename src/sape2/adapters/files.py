@@ -84,4 +84,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is damaged: it has no {missing[0]!r}")
     if config["format"] != FORMAT:
         raise ValueError(f"{path} has format {config['format']}; this version of sape2 reads format {FORMAT}")
+    grid = config["grid"]
+    if not _is_grid(grid) and not (isinstance(grid, list) and len(grid) == config["depth"] and all(map(_is_grid, grid))):
+        raise ValueError(
+            f"{path} is damaged: its grid must be (H, W), or one for each of the {config['depth']} layers; got {grid}"
+        )
     return config
+
+
+def _is_grid(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(side, int) for side in value)

@@ -19,11 +19,16 @@ class AttachedOwn(Attached, Attention):
     """`sape2.attention.Attention` with an encoding beside its own."""
 
     def both(self) -> Composite:
-        """Its own encoding and the attached one; made once, and kept where state_dict does not see it."""
-        kept = self.__dict__.get("sape2_both")
-        if kept is None:
-            kept = self.__dict__["sape2_both"] = (Composite([self.encoding, encoding_of(self)]),)
-        return kept[0]
+        """Its own encoding and the attached one; made once for these two, and kept where state_dict does not see it.
+
+        A replica of `nn.DataParallel` gets what its model has kept, and has parts of its own.
+        """
+        attached, kept = encoding_of(self), self.__dict__.get("sape2_both")
+        if kept is None or kept[0] is not self.encoding or kept[1] is not attached:
+            both: Any = Composite([self.encoding, attached])
+            both._is_replica = getattr(self, "_is_replica", False)
+            kept = self.__dict__["sape2_both"] = (self.encoding, attached, both)
+        return kept[2]
 
     def forward(self, x: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:
         q, k, v = self.project(x)

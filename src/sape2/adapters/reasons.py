@@ -20,6 +20,8 @@ BY_CLASS = {
     "FeatureHookNet": f'{INSIDE}model["body"]',
     "FeatureListNet": "features_only takes a model apart; make it with feature_cls='getter', attach to model.model",
     "FeatureDictNet": "features_only takes a model apart; make it with feature_cls='getter', attach to model.model",
+    "TimmWrapperPreTrainedModel": "it wraps a model of timm; attach to that, model.timm_model",
+    "TimmBackbone": "it wraps a model of timm, taken apart for features; make that with timm",
     "DiffAttention": DIFFERENCE,
     "DiffParallelScalingBlock": DIFFERENCE,
     "ParallelScalingBlock": "attention and MLP share one projection, so there is no attention module that could take a bias",

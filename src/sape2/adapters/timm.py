@@ -35,14 +35,38 @@ HOSTS = (
 )
 
 
-class AttachedAttention(Attached, Attention):
+class _Attached(Attached):
+    """Those of timm compute attention in one operation or, without `fused_attn`, in steps with a module that hooks read."""
+
+    def attend(
+        self: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        mask: Tensor | None = None,
+        rotated: tuple[Tensor, Tensor] | None = None,
+        tokens: Tensor | None = None,
+        window: Window | None = None,
+        **options: Any,
+    ) -> Tensor:
+        if self.fused_attn:
+            return super().attend(q, k, v, mask=mask, rotated=rotated, tokens=tokens, window=window, **options)
+        bias = self.bias_map(q, k, mask, tokens, window)
+        q, k = rotated or self.rotate(q, k, window)
+        logits = (q * self.scale) @ k.transpose(-2, -1)
+        weights = (logits if bias is None else logits + bias).softmax(-1)
+        return self.attn_drop(weights.to(v.dtype)) @ v
+
+
+class AttachedAttention(_Attached, Attention):
     """timm's `Attention` with an encoding."""
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return _forward_with(self, x, _mask(x, attn_mask, is_causal))
 
 
-class _AttachedRope(Attached):
+class _AttachedRope(_Attached):
     """Those of timm that may turn queries and keys themselves."""
 
     def forward(
@@ -62,7 +86,7 @@ class AttachedEvaAttention(_AttachedRope, EvaAttention):
     """timm's `EvaAttention` with an encoding."""
 
 
-class AttachedBeitAttention(Attached, beit.Attention):
+class AttachedBeitAttention(_Attached, beit.Attention):
     """The `Attention` of timm's BEiT with an encoding beside its own bias."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
@@ -70,14 +94,14 @@ class AttachedBeitAttention(Attached, beit.Attention):
         return _forward_with(self, x, own if shared_rel_pos_bias is None else shared_rel_pos_bias + (0 if own is None else own))
 
 
-class AttachedRelPosAttention(Attached, RelPosAttention):
+class AttachedRelPosAttention(_Attached, RelPosAttention):
     """timm's `RelPosAttention` with an encoding beside its own bias."""
 
     def forward(self: Any, x: Tensor, shared_rel_pos: Tensor | None = None) -> Tensor:
         return _forward_with(self, x, shared_rel_pos if self.rel_pos is None else self.rel_pos.get_bias())
 
 
-class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
+class AttachedSAMAttention(_Attached, vision_transformer_sam.Attention):
     """The `Attention` of timm's SAM with an encoding beside its own bias or rotation; x is a window or the whole grid."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -96,7 +120,7 @@ class AttachedSAMAttention(Attached, vision_transformer_sam.Attention):
         return _finish(self, tokens, output).unflatten(1, grid)
 
 
-class AttachedWindowAttention(Attached, swin_transformer.WindowAttention):
+class AttachedWindowAttention(_Attached, swin_transformer.WindowAttention):
     """The `WindowAttention` of timm's Swin with an encoding beside its own bias: each window is a grid."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -17,9 +17,10 @@ from sape2.encodings.base import AttentionEncoding, NoEncoding
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, num_prefix_tokens
+from sape2.encodings.nodes import OneNode
 
 
-class Attention(nn.Module):
+class Attention(OneNode, nn.Module):
     """softmax((q k^T) / sqrt(d) + bias) v with learned projections; parameter names as in timm."""
 
     def __init__(
@@ -53,6 +54,8 @@ class Attention(nn.Module):
 
     def project(self, x: Float[Tensor, "batch tokens dim"]) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v, each (B, h, T, d), unscaled."""
+        if x.dim() != 3 or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(f"attention takes tokens of shape (batch, tokens, {self.qkv.in_features}); got {tuple(x.shape)}")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return self.q_norm(q), self.k_norm(k), v
 

@@ -117,11 +117,11 @@ class ModelConfig:
 def check_image_size(image_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """The token grid of an image; raises ValueError unless both sides are positive multiples of the patch."""
     height, width = image_size
-    require(
-        height >= patch_size and width >= patch_size and height % patch_size == 0 and width % patch_size == 0,
-        f"an image of {height}x{width} pixels does not divide into patches of {patch_size}x{patch_size}; "
-        f"choose sides that are multiples of {patch_size}, or another patch_size",
-    )
+    if height < patch_size or width < patch_size or height % patch_size or width % patch_size:
+        raise ValueError(  # made here alone: torch.compile makes one graph for all sizes only while none is written out
+            f"an image of {height}x{width} pixels does not divide into patches of {patch_size}x{patch_size}; "
+            f"choose sides that are multiples of {patch_size}, or another patch_size"
+        )
     return height // patch_size, width // patch_size
 
 

@@ -112,6 +112,8 @@ class Part:
 
 def parse_encoding(name: str) -> list[Part]:
     """The parts of a name, in its order. Raises ValueError for unknown names and for contradictions."""
+    if not isinstance(name, str):
+        raise ValueError(f'an encoding is a text such as "sape2" or "ape+sape2"; got {name!r}')
     parts = [_parse_part(text.strip()) for text in name.split("+")]
     names = [part.name for part in parts]
     twice = sorted({part for part in names if names.count(part) > 1})

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content, Tokens, Vectors
 from sape2.encodings.grid import Axis, Grid, check_grid, num_prefix_tokens
+from sape2.encodings.nodes import OneNode
 from sape2.encodings.options import changed_options, make_options
 
 
@@ -45,7 +46,7 @@ class Facts:
     any_grid: bool = True
 
 
-class PositionEncoding(nn.Module):
+class PositionEncoding(OneNode, nn.Module):
     """What encodings of tokens and of attention have in common, made for the training `grid` with the options of their name.
 
     A class says its `name`, what it is (`summary`), where it comes from (`source`), and which settings of its options are

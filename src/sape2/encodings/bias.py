@@ -196,8 +196,10 @@ class Places(Term):
         logits.add_(torch.bmm(sides, self._hot().T.expand(len(logits), -1, -1), out=work))
 
     def accumulate(self, grad: Tensor, rows: slice, grads: Sequence[Tensor], work: Tensor) -> None:
-        sums = self._hot().T.expand(len(grad), -1, -1) @ grad.mT  # (C, H + W, m), in one pass over the map
-        for target, value in zip(grads, sums.mT.split([side.shape[-1] for side in self.tensors()], dim=-1), strict=True):
+        sums = self._hot().T.expand(len(grad), -1, -1) @ grad.transpose(-2, -1)  # (C, H + W, m), in one pass over the map
+        for target, value in zip(
+            grads, sums.transpose(-2, -1).split([side.shape[-1] for side in self.tensors()], dim=-1), strict=True
+        ):
             target[..., rows, :].add_(_by_image(value, target))
 
 

@@ -74,7 +74,7 @@ class Content:
         if self.visible is None or axis == "raster":
             return None if self.visible is None else Seen(self.visible, self.visible)
         anywhere = self.visible.unflatten(-1, self.grid).any(-2 if axis == "x" else -1)
-        return Seen(own_line(self.visible, self.grid, axis).flatten(-2).mT, anywhere)
+        return Seen(own_line(self.visible, self.grid, axis).flatten(-2).transpose(-2, -1), anywhere)
 
     def in_full_precision(self) -> Content:
         """With q and k in float32 or better."""

@@ -85,7 +85,7 @@ class CoPE(AttentionEncoding):
         grid, scores = content.grid, content.scores
         with no_autocast(content.q):
             q, k = full_precision(content.q), full_precision(content.k)
-            products = scores["raster"] if scores else self.head_dim**-0.5 * (q @ k.mT)
+            products = scores["raster"] if scores else self.head_dim**-0.5 * (q @ k.transpose(-2, -1))
             gates, seen = torch.sigmoid(products), content.visible
             gates = gates if seen is None else gates * seen
             length = num_tokens(grid) if seen is None else seen.sum(-1, keepdim=True)

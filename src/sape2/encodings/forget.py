@@ -73,7 +73,7 @@ def _running_sums(
     gates: Float[Tensor, "batch heads tokens"], content: Content, axis: Axis
 ) -> Float[Tensor, "batch heads tokens length"]:
     """For each patch the sums of the gates of its line up to every place, without those of patches that it does not see."""
-    lines, seen = to_lines(gates[..., None], content.grid, axis).mT, content.seen(axis)  # (.., lines, 1, S)
+    lines, seen = to_lines(gates[..., None], content.grid, axis).transpose(-2, -1), content.seen(axis)  # (.., lines, 1, S)
     lines = lines.cumsum(-1) if seen is None else lines
     each = from_lines(lines.expand(*lines.shape[:-2], lines.shape[-1], -1), axis)
     return each if seen is None else (each * seen.own).cumsum(-1)

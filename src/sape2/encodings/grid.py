@@ -10,6 +10,7 @@ axis "y" has W lines (columns) of H tokens, axis "raster" is one line of all N t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ Axis = Literal["x", "y", "raster"]
 
 def check_grid(grid: Grid) -> Grid:
     """The grid as a tuple of two positive ints (symbolic ones in a traced graph); raises ValueError for anything else."""
-    height_width = tuple(grid)
+    height_width = tuple(grid) if isinstance(grid, Iterable) else ()
     if len(height_width) != 2 or any(
         not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 1 for n in height_width
     ):
@@ -47,7 +48,7 @@ def num_tokens(grid: Grid) -> int:
 
 def num_prefix_tokens(total: int, grid: Grid) -> int:
     """P = T - N; raises ValueError if the sequence is shorter than the grid."""
-    if total < num_tokens(grid):
+    if total < num_tokens(check_grid(grid)):
         raise ValueError(f"grid {grid} has {num_tokens(grid)} tokens but the sequence has only {total}")
     return total - num_tokens(grid)
 

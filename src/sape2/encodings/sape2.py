@@ -37,10 +37,10 @@ def line_products(
 ) -> Float[Tensor, "*lead tokens length"]:
     """q_i^T k_j for every token i and every place j of its own line."""
     if axis == "raster":
-        return q @ k.mT
-    lines = to_lines(k, grid, axis) @ to_lines(q, grid, axis).mT  # (..., lines, S of j, S of i)
+        return q @ k.transpose(-2, -1)
+    lines = to_lines(k, grid, axis) @ to_lines(q, grid, axis).transpose(-2, -1)  # (..., lines, S of j, S of i)
     by_place = lines.transpose(-2, -3)
-    return (by_place if axis == "x" else by_place.mT).flatten(-2).mT
+    return (by_place if axis == "x" else by_place.transpose(-2, -1)).flatten(-2).transpose(-2, -1)
 
 
 def content_gates(
@@ -57,7 +57,9 @@ def table_products(
 
     Eq. 10, 11 and 14, counting and reading between integers, are in `encodings.counting`.
     """
-    return (table.expand(*vector.shape[:-2], -1, -1) @ vector.mT).mT  # one product for each head is faster than one of all
+    return (table.expand(*vector.shape[:-2], -1, -1) @ vector.transpose(-2, -1)).transpose(
+        -2, -1
+    )  # one product for each head is faster than one of all
 
 
 def distance_bias(vectors: dict[Axis, Tensor]) -> AttentionBias:

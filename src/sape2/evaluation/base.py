@@ -9,7 +9,6 @@ with a seed; the first ones would not do, because a set that is sorted by class 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import statistics
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from sape2.data.images import draw_by_class
 from sape2.encodings.grid import Grid
+from sape2.machine import evaluating
 from sape2.tables import Row
 
 
@@ -199,25 +199,6 @@ def image_size(data: LabelledImages) -> tuple[int, int]:
     """(height, width) of the images."""
     images, _ = next(data.batches(1))
     return images.shape[-2], images.shape[-1]
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; gives the device of the model and puts every module back in the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield device_of(model)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first parameter or buffer of the model."""
-    tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
-    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def chance_agreement(first: Int[Tensor, ...], second: Int[Tensor, ...]) -> float:

@@ -12,9 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid
-from sape2.evaluation.base import LabelledImages, Row, device_of, drawn, mean_row, patch_size
+from sape2.evaluation.base import LabelledImages, Row, drawn, mean_row, patch_size
 from sape2.evaluation.layers import layers_of, mapped
 from sape2.evaluation.translation import translate
+from sape2.machine import device_of
 
 Steps = tuple[int, int]  # (dy, dx) in patches
 FEATURES, BIAS = "feature_equivariance_error", "bias_equivariance_error"

@@ -29,6 +29,7 @@ from torch.export import ExportedProgram
 
 from sape2.config import ModelConfig, RunConfig
 from sape2.config.extras import from_extra
+from sape2.machine import evaluating
 from sape2.models.frozen import Size, example, freeze, patch_projection, trace
 from sape2.models.hub import (
     CARD,
@@ -100,7 +101,7 @@ def export_model(
     With `size`, (height, width), the graph is for that size alone (`freeze`); else for any size of whole patches: from one
     patch on in ONNX, from two along each side in a .pt2 file and for models of other libraries. The batch is open in both.
     `metadata` goes into the file, as JSON texts. `train_size` is where the check looks first, by default that of a ViT of
-    this package, and 8 x 8 patches for others.
+    this package, and 8 x 8 patches for others. The model is exported as in evaluation, and stays in the mode that it is in.
 
     Raises ValueError for what cannot be exported, ParityError if the file computes something else (it is then not left
     behind), ImportError that names the extra if a library is missing.
@@ -111,10 +112,23 @@ def export_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
-    model = model.eval()
-    if format == "safetensors":
-        _refuse_size(format, size)
-        return _write_safetensors(model, path, metadata)
+    compiled: Any = model
+    model = getattr(compiled, "_orig_mod", compiled)  # what torch.compile wraps
+    with evaluating(model):
+        if format == "safetensors":
+            _refuse_size(format, size)
+            return _write_safetensors(model, path, metadata)
+        return _write_graph(model, path, format, size, metadata, train_size)
+
+
+def _write_graph(
+    model: nn.Module,
+    path: Path,
+    format: Literal["onnx", "pt2"],
+    size: Size | None,
+    metadata: Description | None,
+    train_size: Size | None,
+) -> list[Row]:
     if metadata is None and isinstance(model_config := getattr(model, "config", None), ModelConfig):
         metadata = describe(model_config)
     start = size or train_size or _train_size(model)
@@ -301,7 +315,13 @@ def _write_onnx(program: ExportedProgram, file: Path, metadata: Description) -> 
 def _run_onnx(file: Path) -> Computed:
     onnxruntime = importlib.import_module("onnxruntime")
     importlib.import_module("onnx").checker.check_model(str(file))
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    except Exception as error:  # of classes that onnxruntime keeps to itself
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"onnxruntime cannot run the graph, so no file was written: {reason}. Weights in float32 it can"
+        ) from error
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.cpu().numpy()})[0])
 
 

@@ -25,13 +25,14 @@ from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
 from sape2.encodings.base import names_without_decay
 from sape2.encodings.grid import Grid, as_grid
 from sape2.encodings.names import name_once
+from sape2.encodings.nodes import OneNode
 from sape2.encodings.precision import full_precision
 from sape2.models import hub
 from sape2.runs.run import Run
 
 
-class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected to the width; also returns the token grid it made."""
+class PatchEmbed(OneNode, nn.Module):
+    """Non-overlapping patches, each projected to the width, in float32 or better; also returns the token grid it made."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -42,7 +43,8 @@ class PatchEmbed(nn.Module):
         if images.shape[1] != self.proj.in_channels:
             raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
         grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
-        return self.proj(images).flatten(2).transpose(1, 2), grid
+        # As in timm, autocast lowers the products, not the residual stream.
+        return full_precision(self.proj(images).flatten(2).transpose(1, 2)), grid
 
 
 class Block(nn.Module):
@@ -152,7 +154,6 @@ class ViT(nn.Module):
     def embed(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
         """The tokens that enter the first block, prefix tokens first, and their grid."""
         x, grid = self.patch_embed(images)
-        x = full_precision(x)  # as in timm, autocast lowers the products, not the residual stream
         x = self._encode_tokens(x, grid, after_block=None)
         prefix = [getattr(self, name).expand(x.shape[0], -1, -1) for name in ("cls_token", "reg_token") if hasattr(self, name)]
         return torch.cat([*(token.to(x.dtype) for token in prefix), x], dim=1), grid

@@ -21,17 +21,17 @@ def count_positions(
     gates: Float[Tensor, "*lead tokens length"], count: Count, place: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "*lead tokens places"]:
     """As `readable.count_positions`: p_i = M g_i, where M has a 1 for every gate that a place counts."""
-    gates, length = gates.mT, gates.shape[-1]
+    gates, length = gates.transpose(-2, -1), gates.shape[-1]
     upto = gates.new_ones(length, length).tril()
     if count in ("suffix", "prefix", "both"):
         parts = {"suffix": [upto.T], "prefix": [upto], "both": [upto.T, upto]}[count]
-        return (torch.cat(parts) @ gates).mT
+        return (torch.cat(parts) @ gates).transpose(-2, -1)
     after, before = (side.T for side in sides(length, place))  # (S, N)
     if count == "between":
-        return (upto @ (gates * after) + upto.T @ (gates * before)).mT
+        return (upto @ (gates * after) + upto.T @ (gates * before)).transpose(-2, -1)
     onwards = gates * ~before
     went_round = onwards.sum(-2, keepdim=True) + upto @ (gates * before)
-    return torch.where(before, went_round, upto @ onwards).mT
+    return torch.where(before, went_round, upto @ onwards).transpose(-2, -1)
 
 
 def interpolate(
@@ -46,7 +46,7 @@ class Interpolation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, products: Tensor, positions: Tensor) -> Tensor:
-        inputs, products, positions = (products, positions), products.mT, positions.mT
+        inputs, products, positions = (products, positions), products.transpose(-2, -1), positions.transpose(-2, -1)
         last = products.shape[-2] - 1
         clamped = positions.clamp(max=last)
         low = clamped.floor().clamp_(max=last - 1)
@@ -55,7 +55,7 @@ class Interpolation(torch.autograd.Function):
         values = products.gather(-2, index).addcmul_(fraction, slope)
         slope.mul_(positions <= last)
         ctx.save_for_backward(*inputs, index, fraction, slope)
-        return values.mT
+        return values.transpose(-2, -1)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
@@ -63,8 +63,8 @@ class Interpolation(torch.autograd.Function):
         with no_autocast(grad):
             if torch.is_grad_enabled():
                 return tuple(differentiable_gradients(readable.interpolate, inputs, ctx.needs_input_grad, grad))
-            grad = grad.mT
+            grad = grad.transpose(-2, -1)
             upper = grad * fraction
-            to_products = grad.new_zeros(inputs[0].mT.shape)
+            to_products = grad.new_zeros(inputs[0].transpose(-2, -1).shape)
             to_products.scatter_add_(-2, index, grad - upper).scatter_add_(-2, index + 1, upper)
-            return to_products.mT, (grad * slope).mT
+            return to_products.transpose(-2, -1), (grad * slope).transpose(-2, -1)
