@@ -10,13 +10,14 @@ from typing import Any
 def bars(*columns: Any, quiet: bool = False, transient: bool = False) -> Any:
     """A `rich.progress.Progress` on standard error, disabled if `quiet` or without a terminal.
 
-    Without `columns`: description, bar, per cent, time left and elapsed time.
+    Without `columns`: description (as it is: brackets in a path are no markup), bar, per cent, time left and elapsed time.
     """
     from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = columns or (*Progress.get_default_columns(), TimeElapsedColumn())
+    described = TextColumn("{task.description}", markup=False)
+    columns = columns or (described, *Progress.get_default_columns()[1:], TimeElapsedColumn())
     return Progress(*columns, console=console, transient=transient, disable=quiet or not console.is_terminal)
 
 

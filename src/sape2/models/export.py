@@ -35,6 +35,7 @@ from sape2.models.hub import (
     CONFIG,
     WEIGHTS,
     Description,
+    check_replaceable,
     describe,
     load_pretrained,
     model_of,
@@ -43,6 +44,7 @@ from sape2.models.hub import (
 )
 from sape2.models.trained import load_run_model
 from sape2.runs.files import write_atomic
+from sape2.runs.run import WEIGHTS as OF_A_RUN
 from sape2.runs.run import Run
 from sape2.tables import Row
 
@@ -149,7 +151,10 @@ def export_run(
         raise ValueError(f"normalisation goes into a graph, and {format} has none; its config says what to do with images")
     if format == "hub":
         _refuse_size(format, size)
+        check_replaceable(path)
         return path, _write_hub(model, path, run, weights, license)
+    if path.name in OF_A_RUN.values() and (path.parent / CONFIG).exists():
+        raise ValueError(f"{path} holds the weights of the run or model in that folder; choose another --out")
     described |= {"input": f"{described['normalization']['resize']}; {PIXELS if normalize else NORMALIZED}"}
     module = Normalized(model, config.data.mean, config.data.std).eval() if normalize else model
     return path, export_model(module, path, format, size=size, metadata=described, train_size=config.model.image_size)

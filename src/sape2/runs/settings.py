@@ -53,6 +53,12 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
         ) from error
 
 
+def check_no_run(folder: Path) -> None:
+    """Raises ValueError if the folder is that of a run or a model: other results would mix with what it holds."""
+    if (folder / NAME).exists():
+        raise ValueError(f"{folder} is the folder of a run or a model; choose another --out")
+
+
 def _no_run(folder: Path) -> OSError:
     """The error for a path that holds no run: what it is, and what may have been meant."""
     if not folder.exists():

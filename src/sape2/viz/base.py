@@ -50,8 +50,10 @@ def picture(draw: Callable[Given, Made]) -> Callable[Given, Made]:
         pyplot()
         import matplotlib as mpl
 
-        with mpl.rc_context(PLAIN_TEXT), warnings.catch_warnings():
+        with mpl.rc_context(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")
+            mpl.rcdefaults()
+            mpl.rcParams.update(PLAIN_TEXT)
             return draw(*given, **named)
 
     return drawn
