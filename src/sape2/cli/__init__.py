@@ -89,7 +89,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"sape2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.HELP)
+        subparser = commands.add_parser(name, help=command.HELP, allow_abbrev=False)  # compare --seed 3 is not --seeds 3
         command.add_options(subparser)
         subparser.set_defaults(run=command.run, parser=subparser)
     return parser
