@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,8 @@ class Record:
     def close(self) -> None:
         """Ends the file and the thread of the TensorBoard events."""
         if self.board is not None:
-            self.board.close()
+            with contextlib.suppress(OSError, ValueError):  # what ended the training is told, not what follows from it
+                self.board.close()
             self.board = None
 
     def say(self, text: str) -> None:
