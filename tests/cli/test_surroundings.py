@@ -17,7 +17,7 @@ from sape2.training.processes import launched
 
 
 def shell(script):
-    return subprocess.run(["bash", "-c", f"set -o pipefail; {script}", sys.executable], capture_output=True, text=True)  # noqa: S607
+    return subprocess.run(["bash", "-c", f"set -o pipefail; {script}", sys.executable], capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(

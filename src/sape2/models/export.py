@@ -315,7 +315,7 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: Description | Non
     text = json.dumps(metadata or describe(config))
     return write_checked(
         path,
-        lambda file: save_model(model, str(file), {"sape2": text}),
+        lambda file: save_model(model, str(file), {"format": "pt", "sape2": text}),
         lambda file: load_exported(file, type(model)).to(patch_projection(model).weight),
         model,
         _cases(model, config.image_size, None),

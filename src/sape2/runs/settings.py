@@ -28,6 +28,14 @@ def write_config(folder: Path, config: RunConfig | DetectionConfig) -> None:
     write_text(folder / NAME, json.dumps(values, indent=2) + "\n")
 
 
+def version_of(folder: Path) -> str | None:
+    """The version of sape2 that began the run in a folder; None if that is not known."""
+    try:
+        return json.loads((folder / NAME).read_text(encoding="utf-8")).get("sape2_version")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def read_config(folder: Path, kind: type[Config]) -> Config:
     """The settings of a run folder. Raises FileNotFoundError or ValueError if it holds no run of this kind."""
     path = folder / NAME
