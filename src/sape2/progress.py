@@ -1,10 +1,20 @@
-"""Progress bars on standard error, shown in a terminal only."""
+"""What a command says while it works, on standard error: lines, and progress bars in a terminal."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+
+def say(text: str) -> None:
+    """Prints a line on standard error. If its reader has gone (2>&1 | head), it is lost, and the work goes on."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def bars(*columns: Any, quiet: bool = False, transient: bool = False) -> Any:

@@ -10,7 +10,7 @@ import pytest
 
 from sape2.cli import at_home, build_parser, main
 from sape2.cli.options import say_once
-from sape2.progress import bars
+from sape2.progress import bars, say
 from sape2.tables import json_text, print_json
 from sape2.training.interruption import catch_signals
 from sape2.training.processes import launched
@@ -81,6 +81,17 @@ def test_a_signal_that_is_ignored_stays_so():
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def test_work_goes_on_when_nobody_reads_its_messages(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w", buffering=1, encoding="utf-8") as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        for line in ("epoch 1/2", "epoch 2/2"):
+            say(line)
+        stream.flush()
+        monkeypatch.undo()
 
 
 def test_a_path_in_brackets_is_no_markup_in_a_bar(monkeypatch, capfd):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sape2.config.extras import from_extra
+from sape2.progress import say
 from sape2.runs.checkpoint import Progress, save_checkpoint, save_weights
 from sape2.runs.rows import read_rows, write_rows
 from sape2.runs.run import Run
@@ -83,7 +83,7 @@ class Record:
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr)
+            say(text)
 
     def _forget_epochs_after(self, step: int) -> None:
         path = self.run.folder / "metrics.jsonl"
