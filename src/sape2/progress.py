@@ -1,22 +1,33 @@
-"""Progress bars on standard error, shown in a terminal only."""
+"""What a command says while it works, on standard error: lines, and progress bars in a terminal."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 
+def say(text: str) -> None:
+    """Prints a line on standard error. If its reader has gone (2>&1 | head), it is lost, and the work goes on."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+
+
 def bars(*columns: Any, quiet: bool = False, transient: bool = False) -> Any:
     """A `rich.progress.Progress` on standard error, disabled if `quiet` or without a terminal.
 
-    Without `columns`: description, bar, per cent, time left and elapsed time.
+    Without `columns`: description (as it is: brackets in a path are no markup), bar, per cent, time left and elapsed time.
     """
     from rich.console import Console
-    from rich.progress import Progress, TimeElapsedColumn
+    from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
     console = Console(stderr=True)
-    columns = columns or (*Progress.get_default_columns(), TimeElapsedColumn())
+    described = TextColumn("{task.description}", markup=False)
+    columns = columns or (described, *Progress.get_default_columns()[1:], TimeElapsedColumn())
     return Progress(*columns, console=console, transient=transient, disable=quiet or not console.is_terminal)
 
 

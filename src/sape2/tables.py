@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -54,13 +55,31 @@ def print_table(rows: Iterable[Row], columns: list[str], title: str, file: Any =
     console = Console(file=file, markup=False, emoji=False)  # names of files and classes are shown as they are
     if not console.is_terminal:
         console.width = max(console.width, 120)
-    console.print(table)
+    with console.capture() as text:  # rich would end the process when the reader of a pipe has gone
+        console.print(table)
+    print(text.get(), end="", file=file)
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON of a row or of rows. A number that is not finite, which JSON does not have, is null: not measured."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_json(rows: Iterable[Row]) -> None:
     """One object a line on standard output."""
     for row in rows:
-        print(json.dumps(row))
+        print(json_text(row))
 
 
 def markdown_table(rows: Iterable[Row], columns: list[str]) -> str:

@@ -338,6 +338,9 @@ def test_an_unknown_model_setting_lists_the_known_ones():
         ("image_size=16", "model", "image_size", (16, 16)),
         ("data.mean=[0,0.5,1]", "data", "mean", (0, 0.5, 1)),
         ("source=a=b", "data", "source", "a=b"),
+        ("label_column=1", "data", "label_column", "1"),
+        ("data.name=1e3", "data", "name", "1e3"),
+        ("image_column=true", "data", "image_column", "true"),
     ],
 )
 def test_an_override_changes_one_setting_and_no_other(assignment, section, key, value):

@@ -227,3 +227,17 @@ def test_the_same_folder_goes_on_with_a_run_and_a_changed_one_does_not(tmp_path)
         Study(config_of(folder), ("ape",), 1, tmp_path / "study").start()
     with pytest.raises(ValueError, match="number of its train images"):
         start("--set", f"data.mean={list(config.data.mean)}", "--set", f"data.std={list(config.data.std)}")
+
+
+def test_what_sape2_wrote_below_the_images_is_no_class(tmp_path, caplog):
+    data = fill(tmp_path / "data", {"cat": 12, "dog": 12})
+    words, model = ["train", "images", "--data", str(data)], ModelConfig(num_classes=2)
+    before = load_data(resolve(build_parser().parse_args(words)).data, model)
+    for name in ("runs/one", "runs/report", "cat/runs/two"):
+        fill(data / name, {"figures": 4})
+    for name in ("runs/one/metrics.jsonl", "runs/report/report.csv", "cat/runs/two/results.jsonl"):
+        (data / name).write_text("")
+    config = resolve(build_parser().parse_args(words))
+    assert config.model.num_classes == 2
+    assert load_data(config.data, model).train.fingerprint == before.train.fingerprint
+    assert "written by sape2: cat/runs/two, runs/one, runs/report" in caplog.text

@@ -18,6 +18,7 @@ from sape2.config.command import command
 from sape2.config.names import cell
 from sape2.config.recipes import get_recipe
 from sape2.data import open_sources
+from sape2.models.export import export_run
 from sape2.models.hub import PUBLISHED, find_folder
 from sape2.models.vit import ViT
 from sape2.runs.rows import read_rows, write_rows
@@ -221,3 +222,23 @@ def test_a_hub_that_does_not_answer_gives_one_line(monkeypatch):
 def test_a_model_with_something_attached_is_refused(tmp_path):
     with pytest.raises(ValueError, match="save_adapter"):
         sape2.attach(tiny("ape"), "sape2").save_pretrained(tmp_path)
+
+
+def test_a_model_takes_the_place_of_its_like_and_of_nothing_else(saved, tmp_path):
+    folder, model = saved
+    model.save_pretrained(folder)
+    run = Run.open(tmp_path / "run")
+    before = (run.folder / "config.json").read_bytes()
+    for attempt in (
+        lambda: model.save_pretrained(run.folder),
+        lambda: export_run(run, "hub", run.folder),
+        lambda: export_run(run, "safetensors", run.weights("best")),
+    ):
+        with pytest.raises(ValueError, match=r"holds (a run|the weights)"):
+            attempt()
+    assert (run.folder / "config.json").read_bytes() == before
+
+
+def test_a_revision_of_a_folder_is_refused(saved):
+    with pytest.raises(ValueError, match="no revisions"):
+        ViT.from_pretrained(saved[0], revision="v1")

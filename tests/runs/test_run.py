@@ -1,6 +1,8 @@
 """What a run says of itself: state, progress, the command that made it, and whose folder it is."""
 
+import json
 import shlex
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -9,10 +11,12 @@ from sape2.cli import build_parser
 from sape2.cli.options import resolve
 from sape2.config import override
 from sape2.config.command import command
-from sape2.config.recipes import RECIPES, get_recipe
+from sape2.config.recipes import RECIPES, get_detection_recipe, get_recipe
 from sape2.runs.images import other_images
 from sape2.runs.rows import write_rows
-from sape2.runs.run import Run
+from sape2.runs.run import Run, trained_in
+from sape2.runs.settings import check_no_run
+from sape2.training.record import Record, open_board
 
 
 @pytest.fixture
@@ -118,3 +122,56 @@ def test_the_command_gives_the_config_that_it_was_written_from(recipe, changes):
     words = shlex.split(command(config))
     assert words[:2] == ["sape2", "train"]
     assert resolve(parser.parse_args(words[1:])) == config
+
+
+def test_commands_that_measure_at_once_lose_no_row(tmp_path):
+    run = Run(tmp_path, get_recipe("digits"))
+    about = {"split": "test", "weights": "last", "name": "n", "value": 1.0}
+    with ThreadPoolExecutor(8) as several:
+        list(several.map(lambda number: run.add_results([about | {"measure": f"m{number}"}]), range(40)))
+    assert {row["measure"] for row in run.results()} == {f"m{number}" for number in range(40)}
+    assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_a_run_that_went_on_in_another_precision_says_both():
+    epochs = [{"precision": "bf16"}, {"precision": "bf16"}, {"precision": "fp32"}, {}]
+    assert trained_in(epochs) == "bf16, then fp32"
+    assert trained_in(epochs[:2]) == "bf16"
+    assert trained_in([{}]) is None
+
+
+def test_going_on_elsewhere_is_told(begun, capfd):
+    write_rows(begun.folder / "metrics.jsonl", [{"epoch": 1, "step": 5, "precision": "bf16", "device": "cuda"}])
+    record = Record(begun, is_main=True, quiet=False)
+    record.tell_change({"precision": "bf16", "device": "cuda"})
+    assert capfd.readouterr().err == ""
+    record.tell_change({"precision": "fp32", "device": "cuda"})
+    assert "precision bf16 so far, fp32 from here on" in capfd.readouterr().err
+
+
+def test_repeated_epochs_count_once_in_tensorboard(begun):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for done, value in ((0, 1.0), (1, 2.0)):  # interrupted in epoch 3, and begun again with epoch 2
+        board = open_board(begun.folder, done)
+        for epoch in range(done + 1, 4 if done else 3):
+            board.add_scalar("loss", value, epoch)
+        board.close()
+    events = accumulator.EventAccumulator(str(begun.folder / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"library_name": "sape2", "format": 1, "model": {}}, "exported model"),
+        ({"model_type": "vit"}, "another program"),
+        (get_detection_recipe("coco_digits").to_dict() | {"format": 1}, "sape2 detect"),
+    ],
+)
+def test_a_folder_of_another_kind_is_named_as_what_it_is(tmp_path, values, said):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=said):
+        Run.open(tmp_path)
+    with pytest.raises(ValueError, match="folder of a run or a model"):
+        check_no_run(tmp_path)

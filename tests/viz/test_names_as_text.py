@@ -73,3 +73,21 @@ def test_names_stand_in_figures_as_they_are(texts, tmp_path):
 
 def test_text_of_a_name_is_one_line_that_a_legend_shows():
     assert [as_text(name) for name in ("ape", "_x", "a\r\nb", "\udcff")] == ["ape", " _x", "a b", "\\udcff"]
+
+
+def test_a_picture_leaves_the_callers_matplotlib_alone_and_does_not_depend_on_it(tmp_path):
+    mine = plt.figure()
+    backend = mpl.get_backend()
+    viz.plot_curves({"ape": EPOCHS}, tmp_path / "plain.png")
+    with mpl.rc_context({"savefig.transparent": True, "axes.facecolor": "black", "font.size": 30}):
+        viz.plot_curves({"ape": EPOCHS}, tmp_path / "styled.png")
+        assert mpl.rcParams["font.size"] == 30
+    assert plt.get_fignums() == [mine.number]
+    assert mpl.get_backend() == backend
+    assert (tmp_path / "plain.png").read_bytes() == (tmp_path / "styled.png").read_bytes()
+    plt.close("all")
+
+
+def test_an_epoch_without_a_finite_loss_is_a_gap(tmp_path):
+    viz.plot_curves({"ape": [EPOCHS[0] | {"validation_loss": None}, EPOCHS[1]]}, tmp_path / "gap.png")
+    assert (tmp_path / "gap.png").exists()

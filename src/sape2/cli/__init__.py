@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from typing import Any, NoReturn
@@ -17,6 +18,10 @@ from sape2.cli.commands import COMMANDS
 from sape2.cli.text import print_anything
 from sape2.config.names import did_you_mean
 
+# Some containers set them: float32 is then multiplied with the digits of half types, on the GPU and (the last two) the CPU.
+LESS_THAN_FLOAT32 = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
+                     "DNNL_DEFAULT_FPMATH_MODE")  # fmt: skip
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
@@ -24,15 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files: what the variable held is not ours to stumble over
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of what Pillow warns, an image is refused by name, or nothing is lost
     parser = build_parser()
-    arguments, others = parser.parse_known_args(argv)
+    arguments, others = parser.parse_known_args(map(at_home, sys.argv[1:] if argv is None else argv))
     if arguments.command is None and not others:
         parser.print_help()
         return 0
     if others:
         getattr(arguments, "parser", parser).refuse(others)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a line about the profiler at every measurement of memory
-    for name in ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE"):
-        os.environ.pop(name, None)  # some containers set them: float32 with the digits of half types
+    for name in LESS_THAN_FLOAT32:
+        os.environ.pop(name, None)
     if not sys.stderr.isatty():  # the bars of libraries; ours look themselves
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
@@ -52,6 +57,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # --- grammar ---------------------------------------------------------------------------------------------------------
+
+
+def at_home(word: str) -> str:
+    """ "--out=~/runs" as the shell gives "--out ~/runs": it expands a ~ only where a word begins."""
+    option, equals, value = word.partition("=")
+    is_path = bool(equals) and option.startswith("--") and re.match(r"~[\w.-]*(/|$)", value) is not None
+    return f"{option}={os.path.expanduser(value)}" if is_path else word
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,7 +91,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"sape2 {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, command in COMMANDS.items():
-        subparser = commands.add_parser(name, help=command.HELP)
+        subparser = commands.add_parser(name, help=command.HELP, allow_abbrev=False)  # compare --seed 3 is not --seeds 3
         command.add_options(subparser)
         subparser.set_defaults(run=command.run, parser=subparser)
     return parser

@@ -57,8 +57,8 @@ def with_options(config: Any, arguments: argparse.Namespace, see: str = SEE) -> 
 
 
 def say_once(line: str) -> None:
-    """Prints a line from the first process only."""
-    if int(os.environ.get("RANK", "0")) == 0:  # set by torchrun
+    """Prints a line from the first of the processes that torchrun started; a RANK without others is no reason for silence."""
+    if os.environ.get("WORLD_SIZE", "") in ("", "1") or os.environ.get("RANK", "") in ("", "0"):
         say(line)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sape2.progress import say
 from sape2.tables import Row, print_json, print_table
 
 if TYPE_CHECKING:
@@ -21,10 +21,6 @@ CONDITIONS = {"measure", "name", "value", "unit", "n", "protocol", "ci_low", "ci
               "hardware"}  # fmt: skip
 MANY = 40  # rows of one measure that are not printed unless asked for
 COLUMNS = {"last": "last epoch", "best": "best on validation"}  # heading of a column of results
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def drawn(*draws: Callable[[], Path | Iterable[Path]]) -> list[Path]:

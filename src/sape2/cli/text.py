@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import os
 import sys
 
 NAME = "sape2_plain"
@@ -23,8 +24,14 @@ def plainly(error: UnicodeError) -> tuple[str, int]:
 
 
 def print_anything() -> None:
-    """Standard output and error of this process take any text from now on, in whatever encoding they have."""
+    """Standard output and error of this process take any text from now on, in whatever encoding they have.
+
+    A closed one (2>&-, a service without a console) takes it too and keeps nothing: `print` would give it to the other.
+    """
     codecs.register_error(NAME, plainly)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
     for stream in (sys.stdout, sys.stderr):
         if (reconfigure := getattr(stream, "reconfigure", None)) is not None:  # a notebook's stream has none, and takes all
             reconfigure(errors=NAME)

@@ -25,6 +25,8 @@ from sape2.config.checks import (
     SizeOr0,
     SplitSeed,
     check_types,
+    fits,
+    hints,
     make_config,
     require,
     shown,
@@ -358,7 +360,7 @@ def override(config: Any, assignments: list[str], see: str = SEE) -> Any:
         path, equals, text = assignment.partition("=")
         require(bool(equals), f"--set needs key=value; got {assignment!r}")
         section, key = _find_key(values, path, see)
-        value = _parse(text)
+        value = _parse(text, hints(type(getattr(config, section)))[key])
         square = (section, key) == ("model", "image_size") and isinstance(value, int)
         if (section, key) == ("model", "name") and value != config.model.name:
             raise ValueError("--set model.name would only rename the model; choose its size with --model")
@@ -383,8 +385,10 @@ def _either(names: list[str]) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, hint: Any) -> Any:
+    """JSON, or text where that is meant: a column named 1 is no number. In quotes it is text in any case."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return None if text == "None" else text
+    return text if not fits(value, hint) and fits(text, hint) else value

@@ -104,7 +104,7 @@ def check_types(config: Any) -> None:
     section = "" if of_sections else f"{type(config).__name__.removesuffix('Config').lower()}."
     for name, hint in hints(type(config), ranges=True).items():
         value, plain, where = getattr(config, name), hints(type(config))[name], f"{section}{name}"
-        if not _fits(value, plain):
+        if not fits(value, plain):
             raise ValueError(f"{where} must be {in_words(hint)}; got {shown(value)}")
         if float in (plain, *get_args(plain)):
             value = _as_float(value, where)
@@ -131,16 +131,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}…"
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def fits(value: Any, hint: Any) -> bool:
+    """True if a value is of the type that an annotation (without its range) says."""
     origin = get_origin(hint)
     if origin is Literal:
         return value in get_args(hint)
     if origin in (Union, types.UnionType):
-        return any(_fits(value, member) for member in get_args(hint))
+        return any(fits(value, member) for member in get_args(hint))
     if origin is tuple:
         members = get_args(hint)
         length_fits = members[-1] is Ellipsis or (isinstance(value, tuple) and len(value) == len(members))
-        return isinstance(value, tuple) and length_fits and all(_fits(item, members[0]) for item in value)
+        return isinstance(value, tuple) and length_fits and all(fits(item, members[0]) for item in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
     if hint is int:

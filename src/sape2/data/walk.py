@@ -16,6 +16,7 @@ from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, plain_name, tell
 from sape2.data.labels import first_of
 
 LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders that hold copies or nothing
+WRITTEN = ({"metrics.jsonl"}, {"results.jsonl"}, {"config.json", "data.json"}, {"study.json"}, {"sweep.json"}, {"report.csv"})
 NOTES = (".md", ".rst", ".pdf", ".html", "thumbs.db", "desktop.ini")  # ends of names
 NOTES += tuple(name + ending for name in ("license", "licence", "readme", "notes") for ending in ("", ".txt"))
 NAMED = 3  # files that a line names; of more, the number
@@ -37,15 +38,19 @@ class Files:
 def walk(root: Path) -> Files:
     """Raises OSError for a folder that cannot be listed. Tells of links that lead back, and of what is no ordinary file.
 
+    Folders below the root that sape2 wrote (runs, reports) are left out, and told: their figures are no images of a class.
     A folder that links lead to several times is entered once below each DIR/A/B, so that circles of links end.
     """
-    real, folders, odd = {}, [], []
+    real, folders, odd, ours = {}, [], [], []
     waiting, entered = [("", os.path.realpath(root))], set()
     numbered: dict[tuple[int, int], str] = {}  # by device and number of the file
     while waiting:
         inside, here = waiting.pop()
-        below, device = [], os.stat(here).st_dev
-        for entry in _entries(here):
+        below, device, entries = [], os.stat(here).st_dev, _entries(here)
+        if inside and any(found <= {entry.name for entry in entries} for found in WRITTEN):
+            ours.append(inside.removesuffix("/"))
+            continue
+        for entry in entries:
             name, link = inside + entry.name, entry.is_symlink()
             lies = os.path.realpath(entry.path) if link else entry.path
             if not (os.path.isdir(lies) if link else entry.is_dir()):
@@ -66,6 +71,10 @@ def walk(root: Path) -> Files:
     if odd:
         reason = "links that lead back, or to a folder that is taken already, or no ordinary files"
         tell(f"{plain_name(root)}: left out, {reason}: {listed(odd)}")
+    if ours:
+        tell(f"{plain_name(root)}: left out, written by sape2: {listed(ours)}")
+        around = {name[:end] for name in ours for end, letter in enumerate(f"{name}/") if letter == "/"}
+        folders = [name for name in folders if name not in around or any(file.startswith(f"{name}/") for file in real)]
     return Files(root, real, folders)
 
 

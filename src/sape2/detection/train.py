@@ -8,7 +8,6 @@ metrics.jsonl (a line per epoch), results.jsonl. Nothing is selected on the test
 
 from __future__ import annotations
 
-import sys
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from sape2.detection.pyramid import strides
 from sape2.detection.splits import check_sizes, fingerprint, open_images, read_all, same_content
 from sape2.machine import find_device, hardware, precision_of
 from sape2.progress import progress_bar
+from sape2.progress import say as tell
 from sape2.runs.files import sweep
 from sape2.runs.run import Run
 from sape2.training.accelerator import make_accelerator
@@ -194,4 +194,4 @@ def _of_training(target: dict[str, Any], device: torch.device) -> dict[str, torc
 
 def say(text: str, quiet: bool) -> None:
     if not quiet:
-        print(text, file=sys.stderr)
+        tell(text)

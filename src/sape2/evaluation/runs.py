@@ -16,7 +16,7 @@ from sape2.evaluation.base import images_taken
 from sape2.evaluation.measures import MEASURES
 from sape2.machine import hardware
 from sape2.models.trained import Load, load_run_model
-from sape2.runs.run import Run
+from sape2.runs.run import Run, trained_in
 from sape2.tables import Row
 from sape2.training.memory_errors import ON_CPU, memory_message, told_in_one_line
 
@@ -90,7 +90,7 @@ def _same_file(run: Run[RunConfig], *weights: str) -> bool:
 
 def describe(run: Run[RunConfig]) -> Row:
     """The description of a run that every result row carries; precision is that of the training."""
-    config, epochs = run.config, run.epochs()
+    config = run.config
     return {
         "encoding": config.model.encoding,
         "model": config.model.label,
@@ -99,7 +99,7 @@ def describe(run: Run[RunConfig]) -> Row:
         "epochs": config.train.epochs,
         "seed": config.seed,
         "changed": changed_in_words(config),
-        "precision": epochs[-1].get("precision") if epochs else None,
+        "precision": trained_in(run.epochs()),
         "torch": torch.__version__,
         "hardware": hardware(),
     }

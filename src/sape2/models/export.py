@@ -36,6 +36,7 @@ from sape2.models.hub import (
     CONFIG,
     WEIGHTS,
     Description,
+    check_replaceable,
     describe,
     load_pretrained,
     model_of,
@@ -44,6 +45,7 @@ from sape2.models.hub import (
 )
 from sape2.models.trained import load_run_model
 from sape2.runs.files import write_atomic
+from sape2.runs.run import WEIGHTS as OF_A_RUN
 from sape2.runs.run import Run
 from sape2.tables import Row
 
@@ -163,7 +165,10 @@ def export_run(
         raise ValueError(f"normalisation goes into a graph, and {format} has none; its config says what to do with images")
     if format == "hub":
         _refuse_size(format, size)
+        check_replaceable(path)
         return path, _write_hub(model, path, run, weights, license)
+    if path.name in OF_A_RUN.values() and (path.parent / CONFIG).exists():
+        raise ValueError(f"{path} holds the weights of the run or model in that folder; choose another --out")
     described |= {"input": f"{described['normalization']['resize']}; {PIXELS if normalize else NORMALIZED}"}
     module = Normalized(model, config.data.mean, config.data.std).eval() if normalize else model
     return path, export_model(module, path, format, size=size, metadata=described, train_size=config.model.image_size)
@@ -330,7 +335,7 @@ def _write_safetensors(model: nn.Module, path: Path, metadata: Description | Non
     text = json.dumps(metadata or describe(config))
     return write_checked(
         path,
-        lambda file: save_model(model, str(file), {"sape2": text}),
+        lambda file: save_model(model, str(file), {"format": "pt", "sape2": text}),
         lambda file: load_exported(file, type(model)).to(patch_projection(model).weight),
         model,
         _cases(model, config.image_size, None),

@@ -98,15 +98,30 @@ def save_pretrained(
     `weights` says which of the run the model has, "last" or "best"; the card shows what was measured with these. `license`
     is the model's, by its identifier (None: the card names none).
 
-    Raises ValueError for a model with an encoding attached.
+    Raises ValueError for a model with an encoding attached, and for a folder with the config.json of something else.
     """
     folder, config = Path(folder), model_of(model)
-    if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is a file; give a folder")
+    check_replaceable(folder)
     description = describe(config, run, weights, license)
     save_weights(folder / WEIGHTS, model)
     write_text(folder / CARD, model_card(description, run))
     write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises OSError or ValueError unless a model can be written there without taking the place of a run or another model."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{folder} is a file; give a folder")
+    if not (folder / CONFIG).exists():
+        return
+    try:
+        there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict) or there.get("library_name") != "sape2":
+        raise ValueError(
+            f"{folder} holds a run or a model of another program, and its {CONFIG} would be lost; choose another folder"
+        )
 
 
 def model_of(model: nn.Module) -> ModelConfig:
@@ -143,9 +158,11 @@ def load_pretrained(model_class: type[Model], source: str | Path, revision: str 
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; the files of a hub repository downloaded."""
+    """A local folder as it is; the files of a hub repository downloaded. Raises OSError, or ValueError for an idle revision."""
     folder = at_home(str(source))
     if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{source} is a folder here, which has no revisions; leave out revision={revision!r}")
         return folder
     if folder.exists():
         raise NotADirectoryError(f"{source} is a file; give the folder that holds it")

@@ -24,7 +24,8 @@ from sape2.runs.files import write_atomic, write_text
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
-    write_atomic(path, lambda temporary: save_model(model, str(temporary)))
+    about = {"format": "pt"}  # which other loaders of safetensors ask for
+    write_atomic(path, lambda temporary: save_model(model, str(temporary), about))
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

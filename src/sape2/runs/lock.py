@@ -12,6 +12,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,6 +92,25 @@ def hold(folder: Path, note: str = "") -> Lock:
         lock.release()
         raise
     return lock
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process or thread is in such a block with this folder; for what is read, changed and written.
+
+    It locks the folder itself and leaves no file. Where there is no such lock, the block is entered without one.
+    """
+    place = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        place = os.open(folder, os.O_RDONLY)
+        fcntl.flock(place, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if place is not None:
+            os.close(place)
 
 
 def _acquire(folder: Path) -> FileLock:

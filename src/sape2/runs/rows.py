@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sape2.runs.files import read_text, write_text
-from sape2.tables import Row
+from sape2.tables import Row, json_text
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -32,7 +32,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json_text(row) + "\n" for row in rows))
 
 
 def with_new(before: list[Row], new: list[Row]) -> list[Row]:

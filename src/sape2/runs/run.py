@@ -19,7 +19,7 @@ from sape2.data.pixels import RULE
 from sape2.runs.checkpoint import keep_only, last_checkpoint, load_weights
 from sape2.runs.files import holds_files, read_text, write_text
 from sape2.runs.images import other_images, other_rule
-from sape2.runs.lock import Lock, hold
+from sape2.runs.lock import Lock, hold, one_at_a_time
 from sape2.runs.rows import read_rows, shown, with_new, write_rows
 from sape2.runs.settings import Config, canonical, check_same, read_config, write_config
 from sape2.tables import Row
@@ -220,7 +220,8 @@ class Run(Generic[Config]):
         if not self.folder.is_dir():
             raise FileNotFoundError(f"{self.folder} was removed while it was being measured; nothing is written there")
         path = self.folder / "results.jsonl"
-        write_rows(path, with_new(read_rows(path), rows))
+        with one_at_a_time(self.folder):  # several commands may measure a run at once
+            write_rows(path, with_new(read_rows(path), rows))
 
     @property
     def is_measured(self) -> bool:
@@ -229,6 +230,11 @@ class Run(Generic[Config]):
             return False
         rows = (row for row in self.results() if (row.get("measure"), row.get("name")) == ("accuracy", "accuracy"))
         return set(WEIGHTS) <= {r.get("weights") for r in rows if r.get("split") == "test" and r.get("limit") is None}
+
+
+def trained_in(epochs: list[Row]) -> str | None:
+    """The precision of these epochs; "bf16, then fp32" of a run that went on where `auto` is another; None if not known."""
+    return ", then ".join(dict.fromkeys(row["precision"] for row in epochs if row.get("precision"))) or None
 
 
 def _is_size(value: object) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +28,14 @@ def write_config(folder: Path, config: RunConfig | DetectionConfig) -> None:
     write_text(folder / NAME, json.dumps(values, indent=2) + "\n")
 
 
+def version_of(folder: Path) -> str | None:
+    """The version of sape2 that began the run in a folder; None if that is not known."""
+    try:
+        return json.loads((folder / NAME).read_text(encoding="utf-8")).get("sape2_version")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
 def read_config(folder: Path, kind: type[Config]) -> Config:
     """The settings of a run folder. Raises FileNotFoundError or ValueError if it holds no run of this kind."""
     path = folder / NAME
@@ -41,16 +49,42 @@ def read_config(folder: Path, kind: type[Config]) -> Config:
     writer = ""
     try:
         if isinstance(values, dict):
+            if other := _other_kind(values, kind):
+                raise OtherKind(f"{folder} holds {other}")
             found, wrote = values.pop("format", None), values.pop("sape2_version", None)
             writer = f", but was written by {wrote}" if wrote else ""
             if found != FORMAT:
                 raise ValueError(f"it has format {found!r}; format {FORMAT} is read here")
         return kind.from_dict(values)
+    except OtherKind:
+        raise
     except ValueError as error:
         raise ValueError(
             f"{path} does not fit this version of sape2, {__version__}{writer}: {error}. "
             "Use the version that wrote it, or choose another --out"
         ) from error
+
+
+class OtherKind(ValueError):
+    """The folder holds something else than the run that was asked for."""
+
+
+def _other_kind(values: dict[str, Any], kind: type[Config]) -> str | None:
+    """What the config.json of another kind of folder belongs to, in words; None if it may be that of a run of this kind."""
+    if values.get("library_name") == "sape2":
+        return "an exported model, not a run; ViT.from_pretrained of sape2.models.vit loads it"
+    if "detector" in values and kind is RunConfig:
+        return "a run of sape2 detect, which measures it itself; this takes a run of sape2 train"
+    if "augment" in values and kind is DetectionConfig:
+        return "a run of sape2 train, not one of sape2 detect; choose another --out"
+    known = {each.name for each in fields(kind)}
+    return None if known & values.keys() else "the config.json of another program, and no run"
+
+
+def check_no_run(folder: Path) -> None:
+    """Raises ValueError if the folder is that of a run or a model: other results would mix with what it holds."""
+    if (folder / NAME).exists():
+        raise ValueError(f"{folder} is the folder of a run or a model; choose another --out")
 
 
 def _no_run(folder: Path) -> OSError:

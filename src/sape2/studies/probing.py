@@ -27,6 +27,7 @@ from sape2.evaluation.cost.measure import count_parameters
 from sape2.evaluation.views import describe_rule
 from sape2.machine import autocast, find_device, hardware, precision_of
 from sape2.models.vit import ViT
+from sape2.runs.lock import one_at_a_time
 from sape2.runs.rows import read_rows, write_rows
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.studies.probes import NOT_ASKED, TRAIN, Scenes, Task, find_task
@@ -194,7 +195,9 @@ def run_cells(cells: list[Cell], folder: Path, on_step: Callable[[], None] = lam
         rows = finished(read_rows(path), cell)
         if not rows:
             rows = run_cell(cell, on_step)
-            write_rows(path, [*read_rows(path), *rows])
+            folder.mkdir(parents=True, exist_ok=True)
+            with one_at_a_time(folder):  # several commands may share it
+                write_rows(path, [*read_rows(path), *rows])
         yield cell, rows
 
 

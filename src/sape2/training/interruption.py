@@ -23,7 +23,8 @@ class Stopped(Exception):
 def catch_signals(patient: bool = False) -> Iterator[list[int]]:
     """A list that receives the first SIGINT or SIGTERM, which then does not end the process in the middle of a step.
 
-    A second one ends it, unless it is `patient`.
+    A second one ends it, unless it is `patient`. A signal that is ignored stays so: a script's shell gives SIGINT to its
+    jobs in the background, too, and asks them to ignore it.
     """
     caught: list[int] = []
     previous = {}
@@ -34,6 +35,8 @@ def catch_signals(patient: bool = False) -> Iterator[list[int]]:
         caught.append(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            continue
         try:
             previous[number] = signal.signal(number, remember)
         except ValueError:  # not the main thread

@@ -59,7 +59,9 @@ def train(
         run.check_images(images.fingerprint)
     steps = ImageSteps(model, images, config, run.checkpoint, processes)
     record, progress = Record(run, processes.is_main, quiet), steps.progress
+    where = {"precision": precision_of(config.train.precision), "device": steps.accelerator.device.type}
     record.begin(progress, images.fingerprint)
+    record.tell_change(where)
 
     def end_epoch(epoch: int, sums: dict[str, float], known: dict[str, Any]) -> None:
         """Measures the validation set with the average, if there is one, in the precision of the training."""
@@ -82,16 +84,18 @@ def train(
             "images_per_s": sums["images"] / sums["seconds"],
             "wait_fraction": min(1.0, waited / sums["seconds"]),
             "seconds": sums["seconds"],
-            "precision": precision_of(config.train.precision),
-            "device": steps.accelerator.device.type,
             "processes": processes.size,
-        } | known
+        }
+        row |= where | known
         told = f"epoch {epoch}/{config.train.epochs}  "
         told += f"loss {row['loss']:.4f}  accuracy {row['accuracy']:.4f}  validation {accuracy:.4f}  "
         told += f"{row['images_per_s']:.0f} images/s"
         record.epoch(row, told, weights if best else None)
 
-    run_steps(steps, record, end_epoch, watch)
+    try:
+        run_steps(steps, record, end_epoch, watch)
+    finally:
+        record.close()
 
 
 def run_steps(

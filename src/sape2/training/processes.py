@@ -140,8 +140,11 @@ def is_lost(error: RuntimeError) -> bool:
 
 
 def launched() -> int:
-    """The number of processes that a launcher says it started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """The number of processes that a launcher says it started. Raises ValueError for what is no number of processes."""
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ValueError(f"WORLD_SIZE must be the number of processes that a launcher started; got {text!r}; unset it")
+    return int(text)
 
 
 def refuse_launcher(command: str) -> None:

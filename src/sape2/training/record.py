@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import sys
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from sape2.config.extras import from_extra
+from sape2.progress import say
 from sape2.runs.checkpoint import Progress, save_checkpoint, save_weights
 from sape2.runs.rows import read_rows, write_rows
 from sape2.runs.run import Run
@@ -35,10 +36,18 @@ class Record:
         """Creates the folder, or prepares it to resume at a step: lines of epochs that will be repeated are removed."""
         if self.is_main:
             self.run.start(fingerprint)
-            if self.curves:
-                self.board = open_board(self.run.folder)
             self._forget_epochs_after(progress.step)
+            if self.curves:
+                self.board = open_board(self.run.folder, len(self.run.epochs()))
         self.say(f"{self.run.folder}: {f'going on from step {progress.step}' if progress.step else 'starting'}")
+
+    def tell_change(self, where: Row) -> None:
+        """Says in what the epochs so far were trained, if it is not `where` the next ones are: precision and device."""
+        last = (self.run.epochs() if self.is_main else [])[-1:]
+        changed = [f"{key} {row[key]} so far, {now} from here on" for row in last for key, now in where.items()
+                   if row.get(key) not in (None, now)]  # fmt: skip
+        if changed:
+            self.say(f"the result will not be that of a run in one place: {'; '.join(changed)}")
 
     def epoch(self, row: Row, told: str, best: nn.Module | None = None) -> None:
         """The row of an epoch, `told` in a line; `best` are its weights if none were better on the validation set before."""
@@ -65,9 +74,16 @@ class Record:
         if self.is_main:
             save_weights(self.run.weights("last"), weights)
 
+    def close(self) -> None:
+        """Ends the file and the thread of the TensorBoard events."""
+        if self.board is not None:
+            with contextlib.suppress(OSError, ValueError):  # what ended the training is told, not what follows from it
+                self.board.close()
+            self.board = None
+
     def say(self, text: str) -> None:
         if not self.quiet:
-            print(text, file=sys.stderr)
+            say(text)
 
     def _forget_epochs_after(self, step: int) -> None:
         path = self.run.folder / "metrics.jsonl"
@@ -79,7 +95,7 @@ class Record:
             write_rows(path, kept)
 
 
-def open_board(folder: Path) -> Any:
-    """TensorBoard events in folder/tensorboard."""
+def open_board(folder: Path, epochs: int = 0) -> Any:
+    """TensorBoard events in folder/tensorboard, after so many epochs: those of later ones, which are repeated, do not count."""
     tensorboard = from_extra("train", "torch.utils.tensorboard", "training writes TensorBoard events")
-    return tensorboard.SummaryWriter(str(folder / "tensorboard"))
+    return tensorboard.SummaryWriter(str(folder / "tensorboard"), purge_step=epochs + 1 if epochs else None)

@@ -6,6 +6,7 @@ Maps are in cividis, lines in the colours of Okabe and Ito; beyond eight lines t
 from __future__ import annotations
 
 import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -30,8 +31,17 @@ def import_optional(name: str) -> Any:
     return from_extra("viz", name, f"pictures need {name.replace('_', '-')}")
 
 
+def subplots(rows: int = 1, columns: int = 1, *, figsize: tuple[float, float], **grid: Any) -> tuple[Any, Any]:
+    """A figure and its panels, as of `pyplot.subplots`. pyplot is not used: the caller's backend and open figures stay."""
+    import_optional("matplotlib")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=figsize, layout="constrained")
+    return figure, figure.subplots(rows, columns, **grid)
+
+
 def pyplot() -> Any:
-    """Imports matplotlib with a backend that opens no window."""
+    """Imports matplotlib with a backend that opens no window, for scripts that draw with pyplot."""
     import_optional("matplotlib").use("Agg")
     import matplotlib.pyplot as plt
 
@@ -47,11 +57,12 @@ def picture(draw: Callable[Given, Made]) -> Callable[Given, Made]:
 
     @wraps(draw)
     def drawn(*given: Given.args, **named: Given.kwargs) -> Made:
-        pyplot()
-        import matplotlib as mpl
+        mpl = import_optional("matplotlib")
 
-        with mpl.rc_context(PLAIN_TEXT), warnings.catch_warnings():
+        with mpl.rc_context(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing from")
+            mpl.rcdefaults()
+            mpl.rcParams.update(PLAIN_TEXT)
             return draw(*given, **named)
 
     return drawn
@@ -144,4 +155,5 @@ def save(figure: Any, path: Path) -> None:
     try:
         write_atomic(path, lambda temporary: figure.savefig(temporary, **about))
     finally:
-        pyplot().close(figure)
+        if (plt := sys.modules.get("matplotlib.pyplot")) is not None:  # which may have made it
+            plt.close(figure)

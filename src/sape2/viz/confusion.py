@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from sape2.viz.base import MAP_COLOURS, as_text, picture, put_title, pyplot, save, shortened
+from sape2.viz.base import MAP_COLOURS, as_text, picture, put_title, save, shortened, subplots
 
 NAMED = 20  # classes whose names and numbers of images have room in the matrix
 LISTED = 15  # pairs
@@ -21,11 +21,10 @@ def plot_confusion(counts: Tensor, classes: tuple[str, ...], path: Path, about: 
 
     Fits a screen whatever the number of classes. `about` is the title: model, images and weights.
     """
-    plt = pyplot()
     classes = tuple(map(as_text, classes))
     images = counts.double().numpy()
     share = images / images.sum(1, keepdims=True).clip(min=1)
-    figure, (panel, beside) = plt.subplots(1, 2, figsize=(9.2, 5.6), width_ratios=[1.75, 1], layout="constrained")
+    figure, (panel, beside) = subplots(1, 2, figsize=(9.2, 5.6), width_ratios=[1.75, 1])
     from matplotlib.colors import PowerNorm
 
     shown = panel.imshow(share, cmap=MAP_COLOURS, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sape2.viz.base import LINES, MARKERS, as_text, legend_below, line_style, picture, put_title, pyplot, save, whole_ticks
+from sape2.viz.base import LINES, MARKERS, as_text, legend_below, line_style, picture, put_title, save, subplots, whole_ticks
 
 Runs = Mapping[str, Sequence[dict[str, Any]]]  # name of a run -> its rows
 
@@ -27,7 +27,7 @@ PLAIN = Notes()
 def plot_curves(runs: Runs, path: Path, about: str = "") -> None:
     """Loss and accuracy against the epoch, for the metrics.jsonl rows of each named run; `about` is the title."""
     runs = {as_text(name): rows for name, rows in runs.items()}
-    figure, axes = pyplot().subplots(1, 2, figsize=(11, 3.6), layout="constrained")
+    figure, axes = subplots(1, 2, figsize=(11, 3.6))
     from matplotlib.lines import Line2D
 
     panels = (("loss", "validation_loss", "cross-entropy (nats)"), ("accuracy", "validation_accuracy", "accuracy (fraction)"))
@@ -88,7 +88,7 @@ def plot_rows(runs: Runs, panels: Sequence[Panel], path: Path, notes: Notes = PL
     height = -(-len(found) // width)
     alike = len({panel.value for panel, _ in found}) == 1
     size = (1.6 + 4.0 * width, 0.4 + 3.1 * height)
-    figure, axes = pyplot().subplots(height, width, figsize=size, sharey=alike, squeeze=False, layout="constrained")
+    figure, axes = subplots(height, width, figsize=size, sharey=alike, squeeze=False)
     for axis in axes.flat[len(found) :]:
         axis.set_axis_off()
     first: dict[str, Any] = {}  # label of the y axis -> its first panel, whose scale the others share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sape2.viz.base import LETTER, legend_names, line_style, picture, pyplot, save
+from sape2.viz.base import LETTER, legend_names, line_style, picture, save, subplots
 
 Points = list[tuple[int | float, int | float]]
 
@@ -13,11 +13,10 @@ Points = list[tuple[int | float, int | float]]
 @picture
 def plot_growth(panels: dict[str, dict[str, Points]], path: Path, label: str) -> None:
     """Points (tokens, value) of every named line, one panel a title, both axes logarithmic; grey: growth with N and N^2."""
-    plt = pyplot()
     number = max(1, len(panels))
     names = legend_names(list(dict.fromkeys(name for lines in panels.values() for name in lines)))
     width = 4.6 * number + 1.5 + LETTER * max(map(len, names.values()), default=0)
-    figure, grid = plt.subplots(1, number, figsize=(width, 4.2), squeeze=False, layout="constrained")
+    figure, grid = subplots(1, number, figsize=(width, 4.2), squeeze=False)
     for panel, (title, lines) in zip(grid[0], panels.items(), strict=False):
         for index, (name, points) in enumerate(lines.items()):
             panel.plot(*zip(*sorted(points), strict=True), label=names[name], **line_style(index))

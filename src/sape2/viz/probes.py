@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sape2.viz.base import LETTER, LINES, legend_names, line_style, picture, put_title, pyplot, save
+from sape2.viz.base import LETTER, LINES, legend_names, line_style, picture, put_title, save, subplots
 
 Example = tuple[Tensor, dict[tuple[int, int], str], str]  # colours (H, W), texts in cells, caption
 BACKGROUND = "#EEEEEE"
@@ -17,11 +17,10 @@ DARK = ("#0072B2", "#009E73", "#000000", "#D55E00")  # which take white text
 @picture
 def plot_examples(panels: dict[str, list[Example]], path: Path, title: str) -> None:
     """A row of scenes for every split. Colours carry their number as text, so that none has to be told by hue alone."""
-    plt = pyplot()
     columns = max(len(examples) for examples in panels.values())
     heights = [max(12, *(len(colours) for colours, _, _ in examples)) / 12 for examples in panels.values()]
     size = (3.3 * columns + 0.5, sum(0.7 + 2.6 * height for height in heights))
-    figure, axes = plt.subplots(len(panels), columns, figsize=size, height_ratios=heights, squeeze=False, layout="constrained")
+    figure, axes = subplots(len(panels), columns, figsize=size, height_ratios=heights, squeeze=False)
     figure.suptitle(title, fontsize=10)
     for row, (split, examples) in zip(axes, panels.items(), strict=True):
         row[0].set_ylabel(split, fontsize=10)
@@ -50,11 +49,10 @@ def _draw_example(axis: Any, colours: Tensor, texts: dict[tuple[int, int], str],
 @picture
 def plot_probe(points: dict[str, dict[str, list[float]]], chance: dict[str, float], path: Path, about: str = "") -> None:
     """Accuracy by split: one point for each seed, a column of points for each encoding; dashed: chance."""
-    plt = pyplot()
     splits = list(chance)
     names = legend_names(list(points))
     width = 1.5 * len(splits) + 2 + LETTER * max(map(len, names.values()), default=0)
-    figure, axis = plt.subplots(figsize=(width, 4.2), layout="constrained")
+    figure, axis = subplots(figsize=(width, 4.2))
     for index, (name, found) in enumerate(points.items()):
         offset = 0.8 * ((index + 0.5) / len(points) - 0.5)
         xs = [splits.index(split) + offset for split, values in found.items() for _ in values]

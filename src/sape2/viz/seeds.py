@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sape2.viz.base import LINES, MARKERS, legend_names, picture, put_title, pyplot, save
+from sape2.viz.base import LINES, MARKERS, legend_names, picture, put_title, save, subplots
 
 BySeed = Mapping[str, Mapping[int, float]]  # encoding -> seed -> value
 
@@ -22,7 +22,7 @@ def plot_seeds(last: BySeed, best: BySeed, paired: Mapping[str, Interval], basel
     and 95 % intervals on the right.
     """
     height = 1.6 + 0.42 * len(last)
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, height), sharey=True, layout="constrained")
+    figure, (left, right) = subplots(1, 2, figsize=(11, height), sharey=True)
     seeds = sorted({seed for values in last.values() for seed in values})
     markers = {seed: MARKERS[index % len(MARKERS)] for index, seed in enumerate(seeds)}
     for place, (encoding, values) in enumerate(last.items()):

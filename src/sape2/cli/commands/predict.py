@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from sape2.cli.options import add_json, whole_number
 from sape2.cli.output import MANY, Row, say
 from sape2.progress import progress_bar
 from sape2.runs.files import check_writable, write_text
-from sape2.tables import csv_table, print_json, print_table
+from sape2.tables import csv_table, json_text, print_json, print_table
 
 HELP = "classify images with a finished run"
 NAMED = 10  # files that could not be read; of more, the number
@@ -62,7 +61,7 @@ def _checked(out: Path) -> Path:
 
 def _show(rows: list[Row], out: Path | None, as_json: bool) -> None:
     if out is not None:
-        text = csv_table(rows) if out.suffix.lower() == ".csv" else json.dumps(rows, indent=1) + "\n"
+        text = csv_table(rows) if out.suffix.lower() == ".csv" else json_text(rows, indent=1) + "\n"
         write_text(out, text)
     if as_json:
         print_json(rows)

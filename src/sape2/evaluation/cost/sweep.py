@@ -24,6 +24,7 @@ from sape2.evaluation.cost.rows import LEVELS, PHASES, Row, counted_rows, growth
 from sape2.evaluation.cost.subjects import DTYPES, NONE, PLAIN, Point, Subject, attention_subject, model_subject
 from sape2.evaluation.cost.timing import alternate
 from sape2.runs.files import write_text
+from sape2.tables import json_text
 from sape2.training.memory_errors import is_out_of_memory
 
 WARMUP = 2
@@ -106,7 +107,7 @@ def run_sweep(
     for point in (*sweep.points(), None):
         rows = growth_rows(everything) if point is None else measure(point, sweep, conditions, on_round)
         everything += rows
-        write_text(path, "".join(json.dumps(row) + "\n" for row in everything))
+        write_text(path, "".join(json_text(row) + "\n" for row in everything))
         yield point, rows
 
 

@@ -175,4 +175,10 @@ def mean_rows(runs: list[list[Row]]) -> Iterator[Row]:
 def mean_epochs(runs: list[list[Row]]) -> list[Row]:
     """Mean losses and accuracies of every epoch that all runs have."""
     names = ("epoch", "loss", "accuracy", "validation_loss", "validation_accuracy")
-    return [{name: statistics.mean(row[name] for row in rows) for name in names} for rows in zip(*runs, strict=False)]
+    return [{name: _mean([row[name] for row in rows]) for name in names} for rows in zip(*runs, strict=False)]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """None if one of them was not finite."""
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if len(known) == len(values) else None

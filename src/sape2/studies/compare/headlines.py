@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sape2.config import RunConfig
-from sape2.runs.run import Run
+from sape2.runs.run import Run, trained_in
 from sape2.tables import Row
 
 
@@ -37,7 +37,7 @@ class MeasuredRun:
     @property
     def precision(self) -> str | None:
         """Precision of the training, as chosen on its machine; None if unknown."""
-        return self.epochs[-1].get("precision") if self.epochs else None
+        return trained_in(self.epochs)
 
     def images(self, measure: str) -> int:
         """Number of images of a measure: the n of its first number; 0 if it was not measured."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from sape2 import viz
 from sape2.runs.files import write_text
 from sape2.runs.images import how_images_differ
+from sape2.runs.settings import version_of
 from sape2.studies.compare.groups import Group, group_runs, mean_epochs, mean_rows, shared_in_words
 from sape2.studies.compare.headlines import COUNTS, HEADLINES, Headline, MeasuredRun
 from sape2.studies.compare.summary import PAIRED, Summary, difference, numbers, summarize
@@ -132,6 +133,9 @@ class Comparison:
             lacking = [group.label for group in self.groups if any(measure not in run.measures() for run in group.runs)]
             if lacking:
                 notes.append(f"{measure} is not measured for every run of: {'; '.join(lacking)}.")
+        versions = sorted({version for run in self._runs() if (version := version_of(run.folder))})
+        if len(versions) > 1:
+            notes.append(f"Runs were begun by different versions of sape2: {', '.join(versions)}.")
         last = [row for run in self._runs() for row in run.epochs[-1:]]
         if len({(row.get("device"), row.get("precision"), row.get("processes", 1)) for row in last}) > 1:
             notes.append(
