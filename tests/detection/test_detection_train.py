@@ -256,5 +256,5 @@ def test_a_folder_of_something_else_is_refused(tmp_path, tiny):
     with pytest.raises(FileNotFoundError, match=r"is not a run folder: it has no config\.json"):
         Run(tmp_path, tiny()).check_settings()
     Run(tmp_path, get_recipe("digits")).start()
-    with pytest.raises(ValueError, match="does not fit this version of sape2"):
+    with pytest.raises(ValueError, match="holds a run of sape2 train, not one of sape2 detect"):
         Run(tmp_path, tiny()).check_settings()
