@@ -184,6 +184,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "headline": lambda rows: tuned(rows, HEADLINE),
     "headline_quarter": lambda rows: tuned(rows, HEADLINE, epochs=QUARTER),
     "headline_cifar100": lambda rows: tuned(rows, HEADLINE, recipe="cifar100_sprint", epochs=QUARTER),
+    "whole_cifar100": lambda rows: tuned(rows, HEADLINE, recipe="cifar100_sprint"),
     "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
@@ -373,6 +374,7 @@ SCOPES = {  # column -> stages
     "three passes, one pair of rates": QUARTERS,
     "twelve passes, rates of their own": ("headline",),
     "CIFAR-100, three passes": ("headline_cifar100",),
+    "CIFAR-100, twelve passes": ("whole_cifar100",),
 }
 
 
@@ -414,6 +416,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "headline": lambda rows: accuracy_table(rows, "headline"),
     "headline_quarter": lambda rows: accuracy_table(rows, "headline_quarter"),
     "headline_cifar100": lambda rows: accuracy_table(rows, "headline_cifar100"),
+    "whole_cifar100": lambda rows: accuracy_table(rows, "whole_cifar100"),
     "quarter": lambda rows: accuracy_table(rows, "quarter"),
     "cifar10": lambda rows: accuracy_table(rows, "cifar10", "more_seeds"),
     "controls": lambda rows: accuracy_table(rows, "cifar10", "controls"),
