@@ -120,7 +120,7 @@ def check_replaceable(folder: Path) -> None:
         there = None
     if not isinstance(there, dict) or there.get("library_name") != "sape2":
         raise ValueError(
-            f"{folder} holds a run or a model of another program, and its {CONFIG} would be lost; choose another folder"
+            f"{folder} holds a run, or a model of another program, and its {CONFIG} would be lost; choose another folder"
         )
 
 
