@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches for a network
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -8,6 +9,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels of Triton run on the C
 import jaxtyping
 import pytest
 import torch
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a job in the background, whose training would ignore it too
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
