@@ -406,7 +406,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "search": search_table,
     "one_rate": lambda rows: accuracy_table(rows, "one_rate"),
     "one_rate, against constant gates": lambda rows: accuracy_table(rows, "one_rate", baseline=f"rope+{DIRECT},gates=constant"),
-    "one_rate_table": lambda rows: accuracy_table(rows, "one_rate", "one_rate_table"),
+    "one_rate_table": lambda rows: table_of_added(rows, "one_rate_table"),
     "one_rate_rivals": lambda rows: table_of_added(rows, "one_rate_rivals"),
     "joins": lambda rows: table_of_added(rows, "joins", "joins_of_biases"),
     "one_rate_controls": lambda rows: table_of_added(rows, "one_rate_controls"),
