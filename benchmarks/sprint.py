@@ -344,17 +344,23 @@ def accuracy_table(rows: list[Row], *stages: str, baseline: str = BASELINE) -> s
     return markdown_table(*paired_table(rows_of(rows, *stages), canonical_name(baseline), level=LEVEL))
 
 
-# With one pair of rates.
-QUARTERS = (
-    *(f"one_rate{added}" for added in ("", "_table", "_rivals", "_controls")),
-    *("other_sizes", "joins", "joins_of_biases", "winner"),
+QUARTERS = (  # with one pair of rates
+    "one_rate",
+    "one_rate_table",
+    "one_rate_rivals",
+    "one_rate_controls",
+    "other_sizes",
+    "joins",
+    "joins_of_biases",
+    "winner",
 )
 
 
 def table_of_added(rows: list[Row], *stages: str) -> str:
     """The same for stages that were added to `one_rate` and have no baseline of their own."""
     base = [row for row in rows_of(rows, "one_rate", "one_rate_table") if row["encoding"] == BASELINE]
-    return markdown_table(*paired_table([*base, *rows_of(rows, *stages)], BASELINE, level=LEVEL))
+    added = [row for row in rows_of(rows, *stages) if row["encoding"] != BASELINE]
+    return markdown_table(*paired_table([*base, *added], BASELINE, level=LEVEL))
 
 
 WINNER = JOINS_OF_BIASES[-1]

@@ -65,6 +65,13 @@ def test_a_page_shows_its_marked_tables_as_they_would_be_made_again(page):
     assert tables.written(PAGES[page]) == PAGES[page]
 
 
+@pytest.mark.parametrize("page", [name for name, text in PAGES.items() if kept.MARKED.search(text)])
+def test_between_marks_stands_a_table_and_not_the_reason_why_there_is_none(page):
+    parts = PAGES[page].split("<!-- table: ")[1:]
+    assert parts
+    assert [part.splitlines()[0] for part in parts if "\n| " not in part.split("<!-- end -->")[0]] == []
+
+
 def test_a_marked_table_is_made_from_the_rows_and_all_else_is_left():
     page = "before\n<!-- table: sprint, one_rate -->\nold\n<!-- end -->\nafter\n"
     made = tables.written(page)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sape2.cli import at_home, build_parser, main
+from sape2.cli import build_parser, main, with_home
 from sape2.cli.options import say_once
 from sape2.progress import bars, say
 from sape2.tables import json_text, print_json
@@ -35,9 +35,9 @@ def test_rows_stay_apart_from_messages_where_there_is_no_standard_error():
 
 def test_a_home_is_expanded_behind_an_equals_sign_too(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert at_home("--out=~/runs") == "--out=/home/me/runs"
+    assert with_home("--out=~/runs") == "--out=/home/me/runs"
     for word in ("--out=runs~/x", "~/runs", "--set=data.name=~/x", "--out=~not a user"):
-        assert at_home(word) == word
+        assert with_home(word) == word
 
 
 @pytest.mark.parametrize("text", ["two", "0", "-1", "1.5"])

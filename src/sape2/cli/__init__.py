@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files: what the variable held is not ours to stumble over
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of what Pillow warns, an image is refused by name, or nothing is lost
     parser = build_parser()
-    arguments, others = parser.parse_known_args(map(at_home, sys.argv[1:] if argv is None else argv))
+    arguments, others = parser.parse_known_args(map(with_home, sys.argv[1:] if argv is None else argv))
     if arguments.command is None and not others:
         parser.print_help()
         return 0
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 # --- grammar ---------------------------------------------------------------------------------------------------------
 
 
-def at_home(word: str) -> str:
+def with_home(word: str) -> str:
     """ "--out=~/runs" as the shell gives "--out ~/runs": it expands a ~ only where a word begins."""
     option, equals, value = word.partition("=")
     is_path = bool(equals) and option.startswith("--") and re.match(r"~[\w.-]*(/|$)", value) is not None
