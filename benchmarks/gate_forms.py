@@ -1,6 +1,7 @@
 """The forms of the first search of docs/decisions/0012-gates.md, each against its own control without content.
 
 Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data DIR --out DIR     trains these forms
+          ... --patch 2                                        on a grid of 16x16 instead of 8x8
           python benchmarks/gate_forms.py                                                          prints the table
 
 Names are encodings of the package, and the three of this file, `counted`, `opened` and `faded`. Every run is three epochs of
@@ -11,7 +12,8 @@ benchmarks/results/gate_forms.jsonl. The forms are no part of the package: none 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +40,7 @@ from sape2.studies.compare.summary import difference, grouped
 from sape2.tables import markdown_table
 
 ROWS = RESULTS / "gate_forms.jsonl"
+PATCH = 4  # pixels a side, of the recipe
 TEMPERATURE = 100.0  # of the frequencies, as in rope
 CONTROLS = {  # form -> what is left of it without content
     "counted": "rope",
@@ -150,17 +153,32 @@ class Faded(Forget):
 FORMS = {"counted": Counted, "opened": Opened, "faded": Faded}
 
 
+def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH) -> Iterator[sprint.Trial]:
+    """The runs of `sprint.one_rate`, with patches of this many pixels a side."""
+    settings = () if patch == PATCH else (f"model.patch_size={patch}",)
+    return (replace(trial, settings=(*trial.settings, *settings)) for trial in sprint.one_rate(names, seeds))
+
+
 def table(rows: list[Row]) -> str:
     """Each form and its control: validation accuracy that chose it (seed 1), test accuracy in pairs of a seed."""
     kept = rows + sprint.rows_of(read_rows(sprint.ROWS), *sprint.QUARTERS)
-    tested, chosen = grouped(kept, final_accuracy), grouped(kept, final_validation_accuracy)
     lines = []
-    for form, control in CONTROLS.items():
-        if pair := paired_difference(tested.get(form, {}), tested.get(control, {})):
-            choice = {"seed 1, validation": f"{chosen[form][1]:.4f}", "control's": f"{chosen[control][1]:.4f}"}
-            tried = {"n": pair.n, "form minus control, test": difference(pair)}
-            lines.append({"form": f"`{form}`", "control": f"`{control}`"} | choice | tried)
-    return markdown_table(lines, ["form", "control", "seed 1, validation", "control's", "n", "form minus control, test"])
+    for patch in sorted({_patch(row) for row in kept}, reverse=True):
+        same = [row for row in kept if _patch(row) == patch]
+        tested, chosen = grouped(same, final_accuracy), grouped(same, final_validation_accuracy)
+        for form, control in CONTROLS.items():
+            if pair := paired_difference(tested.get(form, {}), tested.get(control, {})):
+                line = {"form": f"`{form}`", "control": f"`{control}`", "patch": str(patch), "n": pair.n}
+                line |= {"seed 1, validation": f"{chosen[form][1]:.4f}", "control's": f"{chosen[control][1]:.4f}"}
+                lines.append(line | {DIFFERENCE: difference(pair)})
+    return markdown_table(lines, ["form", "control", "patch", "seed 1, validation", "control's", "n", DIFFERENCE])
+
+
+DIFFERENCE = "form minus control, test"
+
+
+def _patch(row: Row) -> int:
+    return row["settings"]["model"]["patch_size"]
 
 
 def main() -> None:
@@ -168,6 +186,7 @@ def main() -> None:
     parser.add_argument("command", nargs="?", choices=["run", "table"], default="table")
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1])
+    parser.add_argument("--patch", type=int, default=PATCH, help="pixels a side of a patch")
     parser.add_argument("--data", type=Path, help="folder that holds cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs") / "gate_forms")
     given = parser.parse_args()
@@ -178,7 +197,7 @@ def main() -> None:
         parser.error("run needs --data DIR and names of forms")
     ATTENTION_ENCODINGS.update(FORMS)
     torch.set_num_threads(1)
-    for trial in sprint.one_rate(given.names, given.seeds):
+    for trial in trials(given.names, given.seeds, given.patch):
         sprint.train(trial, "gate_forms", given.data, given.out, ROWS)
 
 

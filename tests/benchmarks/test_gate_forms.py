@@ -1,5 +1,7 @@
 """The forms of the search start as what they say they start as, and read content once their weights are not 0."""
 
+from dataclasses import replace
+
 import gate_forms
 import pytest
 import torch
@@ -46,12 +48,23 @@ def test_open_gates_count_columns_and_rows(qk):
     torch.testing.assert_close(form.bias(*qk, GRID).dense(), plain.bias(*qk, GRID).dense())
 
 
-def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed(monkeypatch):
-    def row(encoding, seed, test):
+def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid(monkeypatch):
+    def row(encoding, seed, test, patch=4):
         rows = [{"name": "accuracy", "weights": "last", "value": test}]
-        return {"encoding": encoding, "seed": seed, "rows": rows, "curve": {"validation_accuracy": [0.5, test]}}
+        settings = {"model": {"patch_size": patch}}
+        return {"encoding": encoding, "seed": seed, "settings": settings, "rows": rows} | {
+            "curve": {"validation_accuracy": [0.5, test]}
+        }
 
     monkeypatch.setattr(gate_forms, "read_rows", lambda path: [])
     rows = [row("counted", 1, 0.7), row("counted", 2, 0.8), row("rope", 1, 0.6), row("rope", 3, 0.1)]
-    (line,) = gate_forms.table(rows).splitlines()[2:]
-    assert [cell.strip() for cell in line.split("|")[3:7]] == ["0.7000", "0.6000", "1", "+0.1000"]
+    rows += [row("counted", 1, 0.3, patch=2), row("rope", 1, 0.4, patch=2), row("rope", 2, 0.9, patch=2)]
+    lines = [[cell.strip() for cell in line.split("|")[3:8]] for line in gate_forms.table(rows).splitlines()[2:]]
+    assert lines == [["4", "0.7000", "0.6000", "1", "+0.1000"], ["2", "0.3000", "0.4000", "1", "-0.1000"]]
+
+
+def test_a_finer_grid_changes_the_patch_and_nothing_else():
+    (plain,), (fine,) = gate_forms.trials(["rope"], [1]), gate_forms.trials(["rope"], [1], patch=2)
+    assert plain.digest == next(gate_forms.sprint.one_rate(["rope"], [1])).digest != fine.digest
+    assert fine.config.model == replace(plain.config.model, patch_size=2)
+    assert fine.config.train == plain.config.train
