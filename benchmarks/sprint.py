@@ -43,6 +43,7 @@ from sape2.viz.base import legend_below, line_style, pyplot, save
 
 if TYPE_CHECKING:
     from sape2.data import Splits
+    from sape2.runs.lock import Lock
 
 ROWS = RESULTS / "sprint.jsonl"
 BASELINE = "ape"
@@ -235,17 +236,22 @@ def run(given: argparse.Namespace) -> None:
 
 def train(trial: Trial, stage: str, data: Path | None, out: Path, rows: Path = ROWS) -> None:
     """Does nothing if the run is kept, or if another process has it. Without `data` the recipe's own images are used."""
-    from sape2.runs.lock import Held
-
     if trial.digest in {row["digest"] for row in read_rows(rows)}:
         return
     run = run_of(trial, data, out / trial.digest)
+    if lock := hold_if_free(run):
+        with lock:
+            keep(trained(trial, run) | {"stage": stage}, rows)
+
+
+def hold_if_free(run: Run[RunConfig]) -> Lock | None:
+    """The lock of its folder, or None if another process has it."""
+    from sape2.runs.lock import Held
+
     try:
-        lock = run.hold()
+        return run.hold()
     except Held:
-        return
-    with lock:
-        keep(trained(trial, run) | {"stage": stage}, rows)
+        return None
 
 
 def run_of(trial: Trial, data: Path | None, folder: Path) -> Run[RunConfig]:

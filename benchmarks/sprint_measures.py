@@ -1,9 +1,11 @@
 """Shift, grouping and health of the models of the sprint, and their accuracy at half to four times the training size.
 
-Command:  python benchmarks/sprint_measures.py STAGE [STAGE ...] --data DIR --out DIR [--only sizes]   measures the runs of
-          these stages whose folders are in DIR (as `benchmarks/sprint.py run` left them) and that are not measured yet; rows
-          go to benchmarks/results/sprint_measures.jsonl as they come;
-          python benchmarks/sprint_measures.py                                                         prints the tables.
+Command:  python benchmarks/sprint_measures.py STAGE [STAGE ...] --data DIR --out DIR [--only sizes] [--train] [--seeds N ...]
+          python benchmarks/sprint_measures.py          prints the tables
+
+The first measures the runs of these stages whose folders are in DIR (as `benchmarks/sprint.py run` left them) and that are
+not measured yet. With --train it first trains those that have no folder, also those whose rows are kept: the weights are
+not. Rows go to benchmarks/results/sprint_measures.jsonl as they come. Several processes may share one --out.
 
 Images are resized for another size, and the patch stays, so the grid changes: 4x4 to 32x32 patches. Each encoding keeps its
 own rule for places beyond its tables. What has a value for each layer is its mean over the layers.
@@ -19,7 +21,7 @@ from pathlib import Path
 from glance_measures import COLUMNS, Columns, means_of_columns, seed_tables
 from kept import six_digits
 from sprint import ROWS as RUNS
-from sprint import STAGES, Trial, keep, run_of, splits_of
+from sprint import STAGES, Trial, hold_if_free, keep, run_of, splits_of, train, trained
 from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig
@@ -54,12 +56,34 @@ def by_measures(run: Run[RunConfig]) -> Iterator[Row]:
 PARTS: dict[str, Callable[[Run[RunConfig]], Iterator[Row]]] = {"sizes": at_other_sizes, "measures": by_measures}
 
 
-def left(stages: list[str], part: str, out: Path) -> Iterator[Trial]:
-    """The kept runs of these stages that have a folder, and no rows of this part."""
-    runs, done = read_rows(RUNS), {row["digest"] for row in read_rows(ROWS) if row["part"] == part}
-    kept = {row["digest"] for row in runs} - done
+def trials_of(stages: list[str], seeds: list[int]) -> Iterator[tuple[str, Trial]]:
+    """The runs of these stages, each with its stage; of all seeds if none is given."""
+    runs = read_rows(RUNS)
     for stage in stages:
-        yield from (trial for trial in STAGES[stage](runs) if trial.digest in kept and (out / trial.digest).is_dir())
+        yield from ((stage, trial) for trial in STAGES[stage](runs) if not seeds or trial.seed in seeds)
+
+
+def train_again(stage: str, trial: Trial, data: Path | None, out: Path) -> None:
+    """Trains a run to its end in its folder, also if its row is kept; does nothing if another process has it."""
+    train(trial, stage, data, out)
+    run = run_of(trial, data, out / trial.digest)
+    if run.state != "finished" and (lock := hold_if_free(run)):
+        with lock:
+            trained(trial, run)
+
+
+def measure_trial(trial: Trial, part: str, data: Path | None, out: Path) -> None:
+    """Does nothing without a finished run, nor if the part is kept, or another process has the run."""
+    run = run_of(trial, data, out / trial.digest)
+    if run.state == "finished" and (lock := hold_if_free(run)):
+        with lock:
+            rows = [] if is_kept(trial, part) else list(measured(trial, part, data, out))
+            for row in rows:
+                keep(row, ROWS)
+
+
+def is_kept(trial: Trial, part: str) -> bool:
+    return any(row["digest"] == trial.digest and row["part"] == part for row in read_rows(ROWS))
 
 
 def measured(trial: Trial, part: str, data: Path | None, out: Path) -> Iterator[Row]:
@@ -89,14 +113,17 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder that holds cifar10 and cifar100")
     parser.add_argument("--out", type=Path, default=Path("runs") / "sprint")
     parser.add_argument("--only", choices=list(PARTS))
+    parser.add_argument("--train", action="store_true", help="also those that have no folder")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
     given = parser.parse_args()
     unknown = [stage for stage in given.stages if stage not in STAGES]
     if unknown or (given.stages and not given.data):
         parser.error(f"measuring needs --data DIR and stages out of {', '.join(STAGES)}; got {', '.join(given.stages)}")
     for part in [given.only] if given.only else list(PARTS):
-        for trial in left(given.stages, part, given.out):
-            for row in list(measured(trial, part, given.data, given.out)):
-                keep(row, ROWS)
+        for stage, trial in trials_of(given.stages, given.seeds):
+            if given.train and not is_kept(trial, part):
+                train_again(stage, trial, given.data, given.out)
+            measure_trial(trial, part, given.data, given.out)
     if not given.stages:
         print(tables(read_rows(ROWS)))
 
