@@ -144,6 +144,13 @@ def one_rate(encodings: Iterable[str], seeds: Iterable[int] = SEEDS) -> Iterator
         yield from (_with_rates(name, RATES[0], seed) for name in names)
 
 
+def whole_table() -> Iterator[Trial]:
+    """What the paper's table has besides, at the whole length with the rates that were found for `ape` and `ape+sape2`."""
+    return (
+        Trial("cifar10_sprint", name, 0, settings=_settings(RATES[3])) for name in ("none", "sape2", "ape+rope", "ape+cope")
+    )
+
+
 def _settings(rates: tuple[float, float]) -> tuple[str, ...]:
     return (f"train.muon_lr={rates[0]}", f"train.encoding_lr={rates[1]}")
 
@@ -186,6 +193,7 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "headline_quarter": lambda rows: tuned(rows, HEADLINE, epochs=QUARTER),
     "headline_cifar100": lambda rows: tuned(rows, HEADLINE, recipe="cifar100_sprint", epochs=QUARTER),
     "whole_cifar100": lambda rows: tuned(rows, HEADLINE, recipe="cifar100_sprint"),
+    "whole_table": lambda rows: whole_table(),
     "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
@@ -419,6 +427,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "one_rate": lambda rows: accuracy_table(rows, "one_rate"),
     "one_rate, against constant gates": lambda rows: accuracy_table(rows, "one_rate", baseline=f"rope+{DIRECT},gates=constant"),
     "one_rate_table": lambda rows: table_of_added(rows, "one_rate_table"),
+    "whole_table": lambda rows: whole_table(),
     "one_rate_rivals": lambda rows: table_of_added(rows, "one_rate_rivals"),
     "joins": lambda rows: table_of_added(rows, "joins", "joins_of_biases"),
     "one_rate_controls": lambda rows: table_of_added(rows, "one_rate_controls"),

@@ -1,6 +1,7 @@
 """Shift, grouping and health of the models of the sprint, and their accuracy at half to four times the training size.
 
-Command:  python benchmarks/sprint_measures.py STAGE [STAGE ...] --data DIR --out DIR [--only sizes] [--train] [--seeds N ...]
+Command:  python benchmarks/sprint_measures.py STAGE [STAGE ...] --data DIR --out DIR [--only sizes] [--train]
+                 [--seeds N ...] [--encodings NAME ...]
           python benchmarks/sprint_measures.py          prints the tables
 
 The first measures the runs of these stages whose folders are in DIR (as `benchmarks/sprint.py run` left them) and that are
@@ -25,6 +26,7 @@ from sprint import STAGES, Trial, hold_if_free, keep, run_of, splits_of, train, 
 from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig
+from sape2.encodings import canonical_name
 from sape2.evaluation.base import drawn
 from sape2.evaluation.resolution import predict_view
 from sape2.evaluation.runs import measure
@@ -56,11 +58,13 @@ def by_measures(run: Run[RunConfig]) -> Iterator[Row]:
 PARTS: dict[str, Callable[[Run[RunConfig]], Iterator[Row]]] = {"sizes": at_other_sizes, "measures": by_measures}
 
 
-def trials_of(stages: list[str], seeds: list[int]) -> Iterator[tuple[str, Trial]]:
-    """The runs of these stages, each with its stage; of all seeds if none is given."""
+def trials_of(stages: list[str], seeds: list[int], encodings: list[str]) -> Iterator[tuple[str, Trial]]:
+    """The runs of these stages, each with its stage; of all seeds or encodings if none is given."""
     runs = read_rows(RUNS)
     for stage in stages:
-        yield from ((stage, trial) for trial in STAGES[stage](runs) if not seeds or trial.seed in seeds)
+        for trial in STAGES[stage](runs):
+            if (not seeds or trial.seed in seeds) and (not encodings or trial.config.model.encoding in encodings):
+                yield stage, trial
 
 
 def train_again(stage: str, trial: Trial, data: Path | None, out: Path) -> None:
@@ -115,12 +119,13 @@ def main() -> None:
     parser.add_argument("--only", choices=list(PARTS))
     parser.add_argument("--train", action="store_true", help="also those that have no folder")
     parser.add_argument("--seeds", nargs="+", type=int, default=[], help="only these")
+    parser.add_argument("--encodings", nargs="+", default=[], metavar="NAME", help="only these")
     given = parser.parse_args()
     unknown = [stage for stage in given.stages if stage not in STAGES]
     if unknown or (given.stages and not given.data):
         parser.error(f"measuring needs --data DIR and stages out of {', '.join(STAGES)}; got {', '.join(given.stages)}")
     for part in [given.only] if given.only else list(PARTS):
-        for stage, trial in trials_of(given.stages, given.seeds):
+        for stage, trial in trials_of(given.stages, given.seeds, [canonical_name(name) for name in given.encodings]):
             if given.train and not is_kept(trial, part):
                 train_again(stage, trial, given.data, given.out)
             measure_trial(trial, part, given.data, given.out)
