@@ -370,9 +370,9 @@ QUARTERS = (  # with one pair of rates
 )
 
 
-def table_of_added(rows: list[Row], *stages: str) -> str:
-    """The same for stages that were added to `one_rate` and have no baseline of their own."""
-    base = [row for row in rows_of(rows, "one_rate", "one_rate_table") if row["encoding"] == BASELINE]
+def table_of_added(rows: list[Row], *stages: str, to: tuple[str, ...] = ("one_rate", "one_rate_table")) -> str:
+    """The same for stages that were added `to` others, whose baseline they share."""
+    base = [row for row in rows_of(rows, *to) if row["encoding"] == BASELINE]
     added = [row for row in rows_of(rows, *stages) if row["encoding"] != BASELINE]
     return markdown_table(*paired_table([*base, *added], BASELINE, level=LEVEL))
 
@@ -427,7 +427,6 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "one_rate": lambda rows: accuracy_table(rows, "one_rate"),
     "one_rate, against constant gates": lambda rows: accuracy_table(rows, "one_rate", baseline=f"rope+{DIRECT},gates=constant"),
     "one_rate_table": lambda rows: table_of_added(rows, "one_rate_table"),
-    "whole_table": lambda rows: whole_table(),
     "one_rate_rivals": lambda rows: table_of_added(rows, "one_rate_rivals"),
     "joins": lambda rows: table_of_added(rows, "joins", "joins_of_biases"),
     "one_rate_controls": lambda rows: table_of_added(rows, "one_rate_controls"),
@@ -435,6 +434,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "contrasts": contrast_table,
     "tuning": tuning_table,
     "headline": lambda rows: accuracy_table(rows, "headline"),
+    "whole_table": lambda rows: table_of_added(rows, "whole_table", to=("headline",)),
     "headline_quarter": lambda rows: accuracy_table(rows, "headline_quarter"),
     "headline_cifar100": lambda rows: accuracy_table(rows, "headline_cifar100"),
     "whole_cifar100": lambda rows: accuracy_table(rows, "whole_cifar100"),
