@@ -52,6 +52,8 @@ CONTROLS = {  # form -> what is left of it without content
     "rope+sape2:count=between,readout=direct": "rope+sape2:count=between,gates=none,readout=direct",
     "forget": "faded",
     "forget:start=2.0": "faded:start=2.0",
+    "forget:start=0.0": "faded:start=0.0",
+    "forget:start=2.0+rope": "faded:start=2.0+rope",
 }
 
 
