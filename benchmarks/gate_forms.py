@@ -51,9 +51,9 @@ CONTROLS = {  # form -> what is left of it without content
     "rope+sape2:readout=direct": "rope+sape2:gates=constant,readout=direct",
     "rope+sape2:count=between,readout=direct": "rope+sape2:count=between,gates=none,readout=direct",
     "forget": "faded",
-    "forget:start=2.0": "faded:start=2.0",
-    "forget:start=0.0": "faded:start=0.0",
-    "forget:start=2.0+rope": "faded:start=2.0+rope",
+    "forget:start=2": "faded:start=2",
+    "forget:start=0": "faded:start=0",
+    "forget:start=2+rope": "faded:start=2+rope",
 }
 
 

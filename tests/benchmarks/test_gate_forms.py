@@ -6,7 +6,7 @@ import gate_forms
 import pytest
 import torch
 
-from sape2.encodings import create_encoding
+from sape2.encodings import ATTENTION_ENCODINGS, canonical_name, create_encoding
 
 HEADS, WIDTH, GRID = 2, 8, (3, 5)
 
@@ -68,3 +68,10 @@ def test_a_finer_grid_changes_the_patch_and_nothing_else():
     assert plain.digest == next(gate_forms.sprint.one_rate(["rope"], [1])).digest != fine.digest
     assert fine.config.model == replace(plain.config.model, patch_size=2)
     assert fine.config.train == plain.config.train
+
+
+@pytest.mark.parametrize("name", [name for pair in gate_forms.CONTROLS.items() for name in pair])
+def test_forms_and_controls_are_named_as_their_rows_name_them(name, monkeypatch):
+    for form in gate_forms.FORMS.items():
+        monkeypatch.setitem(ATTENTION_ENCODINGS, *form)
+    assert canonical_name(name) == name
