@@ -163,7 +163,7 @@ def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH) -> It
 
 def table(rows: list[Row]) -> str:
     """Each form and its control: validation accuracy that chose it (seed 1), test accuracy in pairs of a seed."""
-    kept = rows + sprint.rows_of(read_rows(sprint.ROWS), *sprint.QUARTERS)
+    kept = {row["digest"]: row for row in [*sprint.rows_of(read_rows(sprint.ROWS), *sprint.QUARTERS), *rows]}.values()
     lines = []
     for patch in sorted({_patch(row) for row in kept}, reverse=True):
         same = [row for row in kept if _patch(row) == patch]

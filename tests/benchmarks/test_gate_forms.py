@@ -52,7 +52,8 @@ def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid
     def row(encoding, seed, test, patch=4):
         rows = [{"name": "accuracy", "weights": "last", "value": test}]
         settings = {"model": {"patch_size": patch}}
-        return {"encoding": encoding, "seed": seed, "settings": settings, "rows": rows} | {
+        digest = f"{encoding} {seed} {patch}"
+        return {"digest": digest, "encoding": encoding, "seed": seed, "settings": settings, "rows": rows} | {
             "curve": {"validation_accuracy": [0.5, test]}
         }
 
