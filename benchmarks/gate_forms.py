@@ -4,8 +4,8 @@ Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data
           ... --patch 2                                        on a grid of 16x16 instead of 8x8
           python benchmarks/gate_forms.py                                                          prints the table
 
-Names are encodings of the package, and the three of this file, `counted`, `opened` and `faded`. Every run is three epochs of
-`cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
+Names are encodings of the package, and the four of this file: `counted`, `opened`, `faded`, `decayed`. Every run is
+three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
 benchmarks/results/gate_forms.jsonl. The forms are no part of the package: none has shown that its gates help.
 """
 
@@ -26,9 +26,20 @@ from torch import Tensor, nn
 
 from sape2.encodings import ATTENTION_ENCODINGS
 from sape2.encodings.base import AttentionEncoding
+from sape2.encodings.bias import PLACE_AXES, AttentionBias, Places
 from sape2.encodings.content import Content, Vectors
+from sape2.encodings.counting import form_for
 from sape2.encodings.forget import Forget
-from sape2.encodings.grid import Axis, Grid, coordinates, from_lines, line_length, num_prefix_tokens, to_lines
+from sape2.encodings.grid import (
+    Axis,
+    Grid,
+    coordinates,
+    from_lines,
+    line_coordinate,
+    line_length,
+    num_prefix_tokens,
+    to_lines,
+)
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.rotary import turn
 from sape2.encodings.sape2 import SaPE2, content_gates, line_products
@@ -54,6 +65,7 @@ CONTROLS = {  # form -> what is left of it without content
     "forget:start=2": "faded:start=2",
     "forget:start=0": "faded:start=0",
     "forget:start=2+rope": "faded:start=2+rope",
+    "decayed": "decayed:const=1",
 }
 
 
@@ -152,7 +164,53 @@ class Faded(Forget):
         self.register_buffer("weight", weight, persistent=False)
 
 
-FORMS = {"counted": Counted, "opened": Opened, "faded": Faded}
+@dataclass(frozen=True)
+class DecayedOptions:
+    """`slope`: the first decay of a step through an open gate; `const`: gates sigmoid(c)."""
+
+    slope: float = 0.25
+    const: int = 0
+
+
+class Decayed(AttentionEncoding):
+    """SaPE2's gates without its table: b_in = -r (p^x_in + p^y_in), p the count between i and n of sigmoid(s q_i.k_j + c).
+
+    The rate r > 0 of each head and axis is learned by its logarithm, the scale s of each head and axis from 1/sqrt(d), the
+    offset c from 0. So a step costs `slope` / 2 at the start, with and without content.
+    """
+
+    name = "decayed"
+    Options = DecayedOptions
+    summary = "decay by counts of content"
+    source = "a form of the search, not of the package"
+
+    def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
+        super().__init__(num_heads, head_dim, grid, **options)
+        self.log_rate = nn.Parameter(torch.full((2, num_heads, 1, 1), self.options.slope).log())
+        self.offset = nn.Parameter(torch.zeros(2, num_heads, 1, 1))
+        if not self.options.const:
+            self.scale = nn.Parameter(torch.full((2, num_heads, 1, 1), head_dim**-0.5))
+
+    def make_bias(self, content: Content) -> AttentionBias:
+        with no_autocast(content.q):
+            full = content.in_full_precision()
+            rates = full_precision(self.log_rate).exp()
+            return AttentionBias(
+                Places(*(-rates[number] * self._counts(full, axis, number) for number, axis in enumerate(PLACE_AXES))),
+                dtype=content.q.dtype,
+            )
+
+    def _counts(self, content: Content, axis: Axis, number: int) -> Float[Tensor, "batch heads tokens length"]:
+        place, offset = line_coordinate(content.grid, axis, content.q.device), full_precision(self.offset)[number]
+        if self.options.const:
+            gates = torch.sigmoid(offset).expand(*content.q.shape[:3], line_length(content.grid, axis))
+        else:
+            products = full_precision(self.scale)[number] * line_products(content.q, content.k, content.grid, axis)
+            gates = content_gates(products + offset, 1.0)
+        return form_for(content.q, content.k, offset).count_positions(gates, "between", place)
+
+
+FORMS = {"counted": Counted, "opened": Opened, "faded": Faded, "decayed": Decayed}
 
 
 def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH) -> Iterator[sprint.Trial]:

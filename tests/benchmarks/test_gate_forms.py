@@ -48,6 +48,16 @@ def test_open_gates_count_columns_and_rows(qk):
     torch.testing.assert_close(form.bias(*qk, GRID).dense(), plain.bias(*qk, GRID).dense())
 
 
+@pytest.mark.parametrize("const", [0, 1])
+def test_decay_is_minus_the_rate_times_the_gates_on_the_way(const):
+    form, (q, k) = gate_forms.Decayed(HEADS, WIDTH, GRID, const=const).double(), torch.randn(2, 1, HEADS, 15, WIDTH).double()
+    bias = form.bias(q, k, GRID).dense()
+    gate = 0.5 if const else torch.sigmoid(q @ k.transpose(-2, -1) * WIDTH**-0.5)[0, 1, 6]  # of the patch in row 1, column 1
+    by_column = gate * torch.ones(15) if const else gate
+    assert bias[0, 1, 6, 8].item() == pytest.approx(-0.25 * (by_column[7] + by_column[8]).item())
+    assert bias[0, 1, 6, 0].item() == pytest.approx(-0.25 * (by_column[5] + by_column[1]).item())
+
+
 def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid(monkeypatch):
     def row(encoding, seed, test, patch=4):
         rows = [{"name": "accuracy", "weights": "last", "value": test}]
