@@ -27,6 +27,7 @@ from sape2.config.checks import (
     Size,
     SizeOr0,
     SplitSeed,
+    by_name,
     check_types,
     fits,
     hints,
@@ -376,7 +377,7 @@ def override(config: Any, assignments: list[str], see: str = SEE) -> Any:
 
 
 def _find_key(values: dict[str, Any], path: str, see: str) -> tuple[str, str]:
-    known = [f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys]
+    known = list(by_name(values))
     matches = [name for name in known if path in (name, name.split(".")[1])]
     if len(matches) == 1:
         section, key = matches[0].split(".")

@@ -89,6 +89,12 @@ class Sections:
         return make_config(cls, values, "")
 
 
+def by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of sections by their names in full: {"model.depth": 1}."""
+    sections = {name: section for name, section in values.items() if isinstance(section, dict)}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+
+
 def _key(name: Any) -> str:
     return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else shown(name)
 

@@ -23,7 +23,7 @@ from sape2.data.base import at_home
 from sape2.data.decoding import in_words
 from sape2.encodings import canonical_name
 from sape2.runs.checkpoint import load_weights, save_weights
-from sape2.runs.files import write_text
+from sape2.runs.files import read_text, write_text
 from sape2.runs.run import Run
 from sape2.runs.settings import difference
 
@@ -131,7 +131,7 @@ def check_replaceable(folder: Path) -> None:
     if not (folder / CONFIG).exists():
         return
     try:
-        there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        there = json.loads(read_text(folder / CONFIG))
     except (ValueError, RecursionError):
         there = None
     if not isinstance(there, dict) or there.get("library_name") != "sape2":
@@ -163,11 +163,8 @@ def load_pretrained(model_class: type[Model], source: str | Path, revision: str 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{source} holds no model: there is no {name}")
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
-    model = unfilled(model_class, read_description(text, str(folder / CONFIG))["model"])
+    description = read_description(read_text(folder / CONFIG), str(folder / CONFIG))
+    model = unfilled(model_class, description["model"])
     load_weights(folder / WEIGHTS, model)
     return model.eval()
 
