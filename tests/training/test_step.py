@@ -129,7 +129,7 @@ def test_a_compiler_that_is_not_there_is_told_in_one_line(monkeypatch):
     compiling = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model, **_: compiling(model, backend=broken))
     training = steps_of("train.compile=true")
-    with pytest.raises(ValueError, match="compile=true does not work.*No working C.. compiler found; leave it out"):
+    with pytest.raises(ValueError, match=r"compile=true does not work.*No working C.. compiler found; leave it out"):
         training.take(training.stream[0])
 
 
