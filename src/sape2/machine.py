@@ -7,6 +7,7 @@ import ctypes
 import os
 import platform
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,12 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside one that `torch.compile` has wrapped, whose weights have other names; any other as it is."""
+    compiled: Any = model
+    return getattr(compiled, "_orig_mod", model)
 
 
 def device_of(model: nn.Module) -> torch.device:

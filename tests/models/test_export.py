@@ -149,6 +149,17 @@ def test_a_model_in_training_stays_in_training(tmp_path):
     assert load_exported(tmp_path / "model.safetensors", ViT).state_dict().keys() == model.state_dict().keys()
 
 
+def test_a_region_of_autocast_does_not_reach_into_an_export(tmp_path):
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = export_model(tiny("ape"), tmp_path / "model.pt2", "pt2")
+    assert all(row["agrees"] for row in rows)
+
+
+def test_a_model_in_a_half_type_is_written_too(tmp_path):
+    rows = export_model(tiny("rope").bfloat16(), tmp_path / "model.safetensors", "safetensors")
+    assert all(row["agrees"] for row in rows)
+
+
 @pytest.mark.slow
 def test_what_onnxruntime_cannot_run_is_refused_in_one_line(tmp_path):
     pytest.importorskip("onnxscript")

@@ -3,6 +3,7 @@
 import copy
 
 import jaxtyping
+import numpy as np
 import pytest
 import timm
 import torch
@@ -72,6 +73,11 @@ def test_a_copy_of_a_frozen_model_is_one(frozen):
     copied = copy.deepcopy(frozen[1]).eval()
     assert torch.allclose(copied(images), frozen[1](images), atol=1e-5)
     assert not any(parameter.requires_grad for parameter in copied.parameters())
+
+
+@pytest.mark.parametrize("size", [np.int64(8), [8, np.int64(8)]], ids=str)
+def test_a_size_may_be_of_numpy_or_a_list(size):
+    assert sape2.freeze(tiny("ape"), size).size == (8, 8)
 
 
 def test_a_size_that_is_not_made_of_patches_is_refused():

@@ -18,8 +18,10 @@ from sape2.config.command import command
 from sape2.config.names import cell
 from sape2.config.recipes import get_recipe
 from sape2.data import open_sources
+from sape2.models import hub
 from sape2.models.export import export_run
 from sape2.models.hub import PUBLISHED, find_folder
+from sape2.models.trained import load_run_model
 from sape2.models.vit import ViT
 from sape2.runs.rows import read_rows, write_rows
 from sape2.runs.run import Run
@@ -222,6 +224,31 @@ def test_a_hub_that_does_not_answer_gives_one_line(monkeypatch):
 def test_a_model_with_something_attached_is_refused(tmp_path):
     with pytest.raises(ValueError, match="save_adapter"):
         sape2.attach(tiny("ape"), "sape2").save_pretrained(tmp_path)
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    model = tiny("ape")
+    hub.save_pretrained(torch.compile(model, backend="eager"), tmp_path)
+    assert_same_weights(ViT.from_pretrained(tmp_path), model)
+
+
+def test_loading_draws_from_no_generator(saved):
+    before = torch.get_rng_state()
+    ViT.from_pretrained(saved[0])
+    load_run_model(Run.open(saved[0].parent / "run"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "weights", "said"),
+    [({}, "bset", "last or best; got 'bset'"), ({"depth": 2}, "last", r"model.depth \(1 there, 2 here\)"),
+     ({"encoding": "rope"}, "last", "model.encoding")],
+)  # fmt: skip
+def test_a_card_is_not_filled_from_what_the_model_is_not(saved, tmp_path, changes, weights, said):
+    config = replace(saved[1].config, **changes)
+    with pytest.raises(ValueError, match=said):
+        ViT(config).save_pretrained(tmp_path / "other", tmp_path / "run", weights)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_model_takes_the_place_of_its_like_and_of_nothing_else(saved, tmp_path):

@@ -1,5 +1,9 @@
 """The vision transformer: timm's weights and function, any size, one block for every encoding."""
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 import timm
 import torch
@@ -66,6 +70,39 @@ def test_weights_of_timm_for_another_grid_are_refused_with_the_numbers():
     original = timm.models.VisionTransformer(img_size=24, patch_size=4, num_classes=5, embed_dim=24, depth=2, num_heads=3)
     with pytest.raises(ValueError, match=r"pos_embed .*37.* 4x4"):
         small(encoding="ape").load_state_dict(original.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("encoding", ["ape+cpe", "rope+sape2", "log_cpb", "forget"])
+def test_a_model_computes_in_the_type_of_its_weights(encoding, dtype):
+    """As models of timm do, whatever the precision inside an encoding. A half type rounds logits of about 1 to 1e-2."""
+    model, images = small(encoding=encoding).eval(), torch.rand(2, 3, 16, 24)
+    expected = model(images)
+    logits = model.to(dtype)(images.to(dtype))
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("patch", "channels", "grid"), [(4, 3, (7, 1)), (2, 1, (30, 1)), (16, 4, (3, 5)), (4, 3, (1, 7))], ids=str
+)
+def test_patches_are_right_in_bfloat16_in_every_shape(patch, channels, grid):
+    """What oneDNN on AMX is not; other CPUs pass without what is tested here."""
+    images = torch.rand(2, channels, grid[0] * patch, grid[1] * patch)
+    embed = small(patch_size=patch, image_size=2 * patch, in_channels=channels).patch_embed
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens, _ = embed(images)
+    torch.testing.assert_close(tokens, embed(images)[0], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "numbers", [{"num_classes": np.int64(5)}, {"image_size": np.int64(16)}, {"image_size": (np.int32(16), 16)},
+                {"drop_path": np.float32(0.25)}], ids=str
+)  # fmt: skip
+def test_numbers_of_numpy_are_numbers(numbers):
+    plain = {name: 0.25 if name == "drop_path" else SMALL[name] for name in numbers}
+    config, expected = small(**numbers).config, small(**plain).config
+    assert json.dumps(dataclasses.asdict(config)) == json.dumps(dataclasses.asdict(expected))
 
 
 @pytest.mark.parametrize(

@@ -57,3 +57,9 @@ def test_a_run_is_measured_when_all_its_test_images_are(run, rows, measured):
     assert not run.is_measured
     run.weights("last").touch()
     assert run.is_measured == measured
+
+
+def test_what_an_editor_adds_to_a_file_of_rows_is_no_damage(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\n\n')
+    assert read_rows(path) == [{"a": 1}, {"a": 2}]

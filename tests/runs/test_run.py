@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sape2.cli import build_parser
 from sape2.cli.options import resolve
 from sape2.config import override
 from sape2.config.command import command
 from sape2.config.recipes import RECIPES, get_detection_recipe, get_recipe
+from sape2.runs.checkpoint import Progress, last_checkpoint, load_checkpoint, save_checkpoint
 from sape2.runs.images import other_images
 from sape2.runs.rows import write_rows
 from sape2.runs.run import Run, trained_in
@@ -175,3 +177,14 @@ def test_a_folder_of_another_kind_is_named_as_what_it_is(tmp_path, values, said)
         Run.open(tmp_path)
     with pytest.raises(ValueError, match="folder of a run or a model"):
         check_no_run(tmp_path)
+
+
+@pytest.mark.parametrize("written", ['{"step": 2}', '{"step": "1"}', '{"step": 1, "sums": null}'])
+def test_progress_of_another_step_is_damage(tmp_path, written):
+    model = torch.nn.Linear(1, 1)
+    save_checkpoint(tmp_path, Progress(1), model, None, {"optimizer": {}})
+    checkpoint = last_checkpoint(tmp_path)
+    assert load_checkpoint(checkpoint, model, None)[0] == Progress(1)
+    (checkpoint / "progress.json").write_text(written)
+    with pytest.raises(ValueError, match=r"step-00000001 is damaged.*remove it to start again"):
+        load_checkpoint(checkpoint, model, None)

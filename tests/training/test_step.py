@@ -122,6 +122,17 @@ def test_a_run_may_go_on_compiled():
     assert tiny("train.compile=true").identity() == tiny().identity()
 
 
+def test_a_compiler_that_is_not_there_is_told_in_one_line(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("No working C++ compiler found\nin the path")
+
+    compiling = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compiling(model, backend=broken))
+    training = steps_of("train.compile=true")
+    with pytest.raises(ValueError, match=r"compile=true does not work.*No working C.. compiler found; leave it out"):
+        training.take(training.stream[0])
+
+
 def test_a_model_is_compiled_for_its_one_shape_and_keeps_its_draws(monkeypatch):
     given = {}
     monkeypatch.setattr(torch, "compile", lambda model, **options: given.update(options) or model)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, Literal
 
 from sape2.config.checks import (
@@ -24,6 +27,7 @@ from sape2.config.checks import (
     Size,
     SizeOr0,
     SplitSeed,
+    by_name,
     check_types,
     fits,
     hints,
@@ -83,6 +87,10 @@ class ModelConfig:
         )
         check_image_size(self.image_size, self.patch_size)
         require(
+            int(self.dim * self.mlp_ratio) >= 1,
+            f"the MLPs would have no channels: int(dim * mlp_ratio) is 0; got dim={self.dim}, mlp_ratio={self.mlp_ratio}",
+        )
+        require(
             self.least_macs <= MOST_MACS,
             f"one image in this model takes at least {self.least_macs:.0e} multiply-accumulates ({self.depth} layers of width "
             f"{self.dim} for {self.grid[0]}x{self.grid[1]} patches and {self.num_registers} registers), too many to train; "
@@ -136,7 +144,7 @@ def sizes_of(name: str) -> dict[str, Any]:
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
-    if isinstance(overrides.get("image_size"), int):
+    if isinstance(overrides.get("image_size"), Integral):
         overrides["image_size"] = (overrides["image_size"],) * 2
     return make_config(ModelConfig, {"name": name} | sizes_of(name) | overrides, "model.")
 
@@ -369,7 +377,7 @@ def override(config: Any, assignments: list[str], see: str = SEE) -> Any:
 
 
 def _find_key(values: dict[str, Any], path: str, see: str) -> tuple[str, str]:
-    known = [f"{section}.{key}" for section, keys in values.items() if isinstance(keys, dict) for key in keys]
+    known = list(by_name(values))
     matches = [name for name in known if path in (name, name.split(".")[1])]
     if len(matches) == 1:
         section, key = matches[0].split(".")
@@ -386,9 +394,9 @@ def _either(names: list[str]) -> str:
 
 
 def _parse(text: str, hint: Any) -> Any:
-    """JSON, or text where that is meant: a column named 1 is no number. In quotes it is text in any case."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None if text == "None" else text
+    """JSON or Python, or text where that is meant: a column named 1 is no number. In quotes it is text in any case."""
+    value: Any = text
+    for read in (ast.literal_eval, json.loads):  # true and null are JSON alone; True, None, .5 and (1, 2) Python alone
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):
+            value = read(text)
     return text if not fits(value, hint) and fits(text, hint) else value

@@ -8,6 +8,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from numbers import Number as AnyNumber
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from sape2.config.names import did_you_mean
@@ -88,6 +89,12 @@ class Sections:
         return make_config(cls, values, "")
 
 
+def by_name(values: dict[str, Any]) -> dict[str, Any]:
+    """The settings of sections by their names in full: {"model.depth": 1}."""
+    sections = {name: section for name, section in values.items() if isinstance(section, dict)}
+    return {f"{name}.{key}": value for name, section in sections.items() for key, value in section.items()}
+
+
 def _key(name: Any) -> str:
     return name if isinstance(name, str) and name.isidentifier() and len(name) <= 100 else shown(name)
 
@@ -103,15 +110,23 @@ def check_types(config: Any) -> None:
     of_sections = any(map(dataclasses.is_dataclass, hints(type(config)).values()))
     section = "" if of_sections else f"{type(config).__name__.removesuffix('Config').lower()}."
     for name, hint in hints(type(config), ranges=True).items():
-        value, plain, where = getattr(config, name), hints(type(config))[name], f"{section}{name}"
+        value, plain, where = _of_python(getattr(config, name)), hints(type(config))[name], f"{section}{name}"
         if not fits(value, plain):
             raise ValueError(f"{where} must be {in_words(hint)}; got {shown(value)}")
         if float in (plain, *get_args(plain)):
             value = _as_float(value, where)
-            object.__setattr__(config, name, value)
+        object.__setattr__(config, name, value)
         range_ = _range_of(hint)
         if range_ is not None and value is not None and not range_.holds(value):
             raise ValueError(f"{where} must be {range_.words}; got {shown(value)}")
+
+
+def _of_python(value: Any) -> Any:
+    """A number of NumPy, alone or in a tuple, as one of Python; everything else unchanged."""
+    if isinstance(value, tuple):
+        return tuple(map(_of_python, value))
+    as_python: Any = getattr(value, "item", None) if isinstance(value, AnyNumber) else None
+    return as_python() if as_python else value
 
 
 def _as_float(value: Any, where: str) -> Any:

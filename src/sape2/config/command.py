@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from sape2.config import MODELS, RunConfig, resized, with_epochs
+from sape2.config.checks import by_name
 from sape2.config.recipes import RECIPES
 
 
@@ -39,5 +40,4 @@ def command(config: RunConfig, out: Path | None = None, data: str | None = None)
 
 
 def _settings(config: RunConfig) -> set[str]:
-    sections = {name: values for name, values in config.to_dict().items() if isinstance(values, dict)}
-    return {f"{name}.{key}={json.dumps(value)}" for name, values in sections.items() for key, value in values.items()}
+    return {f"{name}={json.dumps(value)}" for name, value in by_name(config.to_dict()).items()}

@@ -29,8 +29,8 @@ from torch.export import ExportedProgram
 
 from sape2.config import ModelConfig, RunConfig
 from sape2.config.extras import from_extra
-from sape2.machine import evaluating
-from sape2.models.frozen import Size, example, freeze, patch_projection, trace
+from sape2.machine import evaluating, uncompiled
+from sape2.models.frozen import Size, as_size, example, freeze, patch_projection, trace
 from sape2.models.hub import (
     CARD,
     CONFIG,
@@ -42,6 +42,7 @@ from sape2.models.hub import (
     model_of,
     read_description,
     save_pretrained,
+    unfilled,
 )
 from sape2.models.trained import load_run_model
 from sape2.runs.files import write_atomic
@@ -114,9 +115,9 @@ def export_model(
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
-    compiled: Any = model
-    model = getattr(compiled, "_orig_mod", compiled)  # what torch.compile wraps
-    with evaluating(model):
+    model = uncompiled(model)
+    size = None if size is None else as_size(size)
+    with evaluating(model) as device, torch.autocast(device.type, enabled=False):
         if format == "safetensors":
             _refuse_size(format, size)
             return _write_safetensors(model, path, metadata)
@@ -231,8 +232,7 @@ def load_exported(path: str | Path, model_class: type[Model]) -> Model:
             text = (file.metadata() or {}).get("sape2")
         if text is None:
             raise ValueError(f"{path} does not say which model it holds; it was not written by sape2 export")
-        make: Any = model_class
-        model = make(read_description(text, str(path))["model"])
+        model = unfilled(model_class, read_description(text, str(path))["model"])
         load_model(model, path)
     except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[-1].strip()}") from error

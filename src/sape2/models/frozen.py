@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -50,7 +50,7 @@ def freeze(model: nn.Module, size: int | Size) -> Frozen:
     is faster, since the copy computes attention by plain products. Raises ValueError for a size that the model does not
     take, and for a model that `torch.export` cannot trace, with the reason.
     """
-    size = (size, size) if isinstance(size, int) else (size[0], size[1])
+    size = as_size(size)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     program = trace(model, example(model, size))
     if any(_writes(node) for node in program.graph.nodes):
@@ -58,6 +58,12 @@ def freeze(model: nn.Module, size: int | Size) -> Frozen:
     graph = program.module(check_guards=False)
     fold_constants(graph)
     return Frozen(fx.GraphModule(graph, graph.graph), size).eval()
+
+
+def as_size(size: int | Size) -> Size:
+    """(height, width) as numbers of Python; one number is a square."""
+    height, width = size if isinstance(size, Sequence) else (size, size)
+    return operator.index(height), operator.index(width)
 
 
 # --- tracing ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from sape2._version import __version__
@@ -20,9 +21,11 @@ from sape2.config.names import cell
 from sape2.config.recipes.changed import changed_in_words
 from sape2.data.base import at_home
 from sape2.data.decoding import in_words
+from sape2.encodings import canonical_name
 from sape2.runs.checkpoint import load_weights, save_weights
-from sape2.runs.files import write_text
+from sape2.runs.files import read_text, write_text
 from sape2.runs.run import Run
+from sape2.runs.settings import difference
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 PAPER = "arXiv:2505.09466"
@@ -98,14 +101,27 @@ def save_pretrained(
     `weights` says which of the run the model has, "last" or "best"; the card shows what was measured with these. `license`
     is the model's, by its identifier (None: the card names none).
 
-    Raises ValueError for a model with an encoding attached, and for a folder with the config.json of something else.
+    Raises ValueError for a model with an encoding attached or of another kind than that of the run, and for a folder with the
+    config.json of something else.
     """
     folder, config = Path(folder), model_of(model)
     check_replaceable(folder)
+    if run is not None:
+        _check_from(run, config, weights)
     description = describe(config, run, weights, license)
     save_weights(folder / WEIGHTS, model)
     write_text(folder / CARD, model_card(description, run))
     write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
+
+
+def _check_from(run: Run[RunConfig], config: ModelConfig, weights: str) -> None:
+    """Raises ValueError if a model of this config cannot be that of the run, whose numbers the card would show."""
+    run.weights(weights)
+    ours, theirs = asdict(config), asdict(run.config.model)
+    ours["encoding"] = canonical_name(config.encoding)
+    if ours != theirs:
+        what = difference(theirs, ours, "model.")
+        raise ValueError(f"the model is not that of the run in {run.folder}: {what}; give its own run, or none")
 
 
 def check_replaceable(folder: Path) -> None:
@@ -115,7 +131,7 @@ def check_replaceable(folder: Path) -> None:
     if not (folder / CONFIG).exists():
         return
     try:
-        there = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        there = json.loads(read_text(folder / CONFIG))
     except (ValueError, RecursionError):
         there = None
     if not isinstance(there, dict) or there.get("library_name") != "sape2":
@@ -147,14 +163,17 @@ def load_pretrained(model_class: type[Model], source: str | Path, revision: str 
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{source} holds no model: there is no {name}")
-    try:
-        text = (folder / CONFIG).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
-    model: Any = model_class
-    model = model(read_description(text, str(folder / CONFIG))["model"])
+    description = read_description(read_text(folder / CONFIG), str(folder / CONFIG))
+    model = unfilled(model_class, description["model"])
     load_weights(folder / WEIGHTS, model)
     return model.eval()
+
+
+def unfilled(model_class: type[Model], config: ModelConfig) -> Model:
+    """A new model for weights from a file; the generator of the caller is left as it was."""
+    make: Any = model_class
+    with torch.random.fork_rng(devices=[]):
+        return make(config)
 
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:

@@ -10,6 +10,7 @@ import torch
 from sape2.config import RunConfig
 from sape2.data.augment import derive_seed
 from sape2.machine import find_device
+from sape2.models.hub import unfilled
 from sape2.models.vit import ViT
 from sape2.runs.run import Run
 from sape2.training.memory_errors import OutOfMemory, available_bytes, memory_message, told_in_one_line
@@ -30,6 +31,6 @@ def build_model(config: RunConfig) -> ViT:
 
 def load_run_model(run: Run[RunConfig], weights: str = "last") -> ViT:
     """The trained model of a finished run, ready to be measured, on the accelerator if there is one."""
-    model = ViT(run.config.model)
+    model = unfilled(ViT, run.config.model)
     run.load(model, weights)
     return model.to(find_device()).eval()

@@ -26,25 +26,40 @@ from sape2.encodings.base import names_without_decay
 from sape2.encodings.grid import Grid, as_grid
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
-from sape2.encodings.precision import full_precision
+from sape2.encodings.precision import full_precision, no_autocast
 from sape2.models import hub
 from sape2.runs.run import Run
 
 
+class PatchProjection(nn.Conv2d):
+    """A convolution that computes in float32 or better on a CPU.
+
+    oneDNN's bfloat16 convolutions on AMX give other numbers, or none: for one column of five patches or more, and for
+    patches of 16x16 in 4 channels (torch 2.14; of the kind of pytorch/pytorch#163347 and #169688).
+    """
+
+    def forward(self, input: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch dim rows columns"]:
+        if input.device.type != "cpu":
+            return super().forward(input)
+        bias = None if self.bias is None else full_precision(self.bias)
+        with no_autocast(input):
+            return self._conv_forward(full_precision(input), full_precision(self.weight), bias)
+
+
 class PatchEmbed(OneNode, nn.Module):
-    """Non-overlapping patches, each projected to the width, in float32 or better; also returns the token grid it made."""
+    """Non-overlapping patches, each projected to the width, in the type of the weights; also returns the token grid it made."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.proj = PatchProjection(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
         if images.shape[1] != self.proj.in_channels:
             raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
         grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
         # As in timm, autocast lowers the products, not the residual stream.
-        return full_precision(self.proj(images).flatten(2).transpose(1, 2)), grid
+        return self.proj(images).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
 
 
 class Block(nn.Module):

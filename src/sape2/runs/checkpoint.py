@@ -20,10 +20,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
 
+from sape2.machine import uncompiled
 from sape2.runs.files import write_atomic, write_text
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
+    model = uncompiled(model)
     about = {"format": "pt"}  # which other loaders of safetensors ask for
     write_atomic(path, lambda temporary: save_model(model, str(temporary), about))
 
@@ -101,6 +103,8 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tupl
     try:
         progress = Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
         state = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+        if f"step-{progress.step:08d}" != path.name or not isinstance(progress.sums, dict):
+            raise ValueError("progress.json is not of this step")
         if not isinstance(state, dict) or "optimizer" not in state:
             raise ValueError("optimizer.pt has no optimizer in it")
         return progress, state

@@ -100,9 +100,9 @@ def _sync(path: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of ours. Raises ValueError that names it if it is no text."""
+    """The text of a file of ours, to which an editor may have added a byte order mark. Raises ValueError if it is no text."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
 

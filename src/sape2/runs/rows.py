@@ -16,11 +16,13 @@ from sape2.tables import Row, json_text
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The objects of a .jsonl file; [] if there is none. Raises ValueError for a line that is not one."""
+    """The objects of a .jsonl file; [] if there is none. Raises ValueError for a line that is neither one nor empty."""
     if not path.exists():
         return []
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:

@@ -197,7 +197,9 @@ class Run(Generic[Config]):
     # --- weights and rows ------------------------------------------------------------------------------------------------
 
     def weights(self, which: str) -> Path:
-        """The file of the "last" or the "best" weights."""
+        """The file of the "last" or the "best" weights. Raises ValueError for any other word."""
+        if which not in WEIGHTS:
+            raise ValueError(f"weights are {' or '.join(WEIGHTS)}; got {which!r}")
         return self.folder / WEIGHTS[which]
 
     def load(self, model: nn.Module, which: str = "last") -> None:

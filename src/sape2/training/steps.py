@@ -157,7 +157,21 @@ class ImageSteps(Steps):
 
     def _losses(self, part: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         images, targets = part
-        logits = self.called(images).float()
+        logits = self._logits(images).float()
         loss = F.cross_entropy(logits, targets) / self.config.accumulation
         correct = (logits.detach().argmax(1) == targets.argmax(1)).sum()
         return {"loss": loss, "correct": correct, "images": loss.new_full((), len(images))}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Raises ValueError if the model cannot be compiled, for example without a compiler for C++."""
+        if not self.config.compile:
+            return self.called(images)
+        from torch._dynamo.exc import BackendCompilerFailed
+
+        try:
+            return self.called(images)
+        except BackendCompilerFailed as error:
+            reason = str(error.inner_exception).partition("\n")[0] or type(error.inner_exception).__name__
+            raise ValueError(
+                f"train.compile=true does not work on this machine: {reason}; leave it out, which changes nothing but rounding"
+            ) from error

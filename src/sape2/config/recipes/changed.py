@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from sape2.config import MODELS, RunConfig, resized, with_epochs
+from sape2.config.checks import by_name
 from sape2.config.detection import DetectionConfig
 from sape2.config.recipes import RECIPES
 from sape2.config.recipes.coco import DETECTION_RECIPES
 
-TOLD_ANYWAY = ("seed", "model.encoding", "train.epochs", "training.epochs", "detector.masks")
+TOLD_ANYWAY = ("model.encoding", "train.epochs", "training.epochs", "detector.masks")
 OF_THE_FOLDER = (  # what the recipe `images` takes from the images, and tells by `data.own.fit`
     "data.name", "data.mean", "data.std", "data.test_fraction", "model.in_channels", "model.num_classes",
     "augment.crop_padding", "train.batch_size", "model.image_size", "model.patch_size",
@@ -35,17 +35,9 @@ def changed_settings(config: RunConfig | DetectionConfig) -> dict[str, Any]:
     if isinstance(config, RunConfig):
         usual = with_epochs(usual, config.train.epochs)
     without = TOLD_ANYWAY + (OF_THE_FOLDER if config.recipe == "images" else ())
-    before, now = dict(_flat(usual.identity())), dict(_flat(config.identity()))
+    before, now = by_name(usual.identity()), by_name(config.identity())
     found = {key: value for key, value in now.items() if key not in without and before.get(key) != value}
     return found | ({key: now[key] for key in FITTED} if config.recipe == "images" else {})
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
 
 
 def changed_in_words(config: RunConfig | DetectionConfig) -> str:
