@@ -136,9 +136,17 @@ def sizes_of(name: str) -> dict[str, Any]:
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
+    overrides = {key: _of_python(value) for key, value in overrides.items()}
     if isinstance(overrides.get("image_size"), int):
         overrides["image_size"] = (overrides["image_size"],) * 2
     return make_config(ModelConfig, {"name": name} | sizes_of(name) | overrides, "model.")
+
+
+def _of_python(value: Any) -> Any:
+    """Numbers of NumPy and of tensors as those of Python, also those in a tuple."""
+    if isinstance(value, (tuple, list)):
+        return tuple(map(_of_python, value))
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def resized(model: ModelConfig, name: str) -> ModelConfig:

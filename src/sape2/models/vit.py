@@ -26,13 +26,12 @@ from sape2.encodings.base import names_without_decay
 from sape2.encodings.grid import Grid, as_grid
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
-from sape2.encodings.precision import full_precision
 from sape2.models import hub
 from sape2.runs.run import Run
 
 
 class PatchEmbed(OneNode, nn.Module):
-    """Non-overlapping patches, each projected to the width, in float32 or better; also returns the token grid it made."""
+    """Non-overlapping patches, each projected to the width, in the precision of the weights; also returns their grid."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -43,8 +42,8 @@ class PatchEmbed(OneNode, nn.Module):
         if images.shape[1] != self.proj.in_channels:
             raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
         grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
-        # As in timm, autocast lowers the products, not the residual stream.
-        return full_precision(self.proj(images).flatten(2).transpose(1, 2)), grid
+        # As in timm, autocast lowers the products, not the residual stream, which has the precision of the weights.
+        return self.proj(images).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
 
 
 class Block(nn.Module):
