@@ -12,7 +12,7 @@ from host_cases import CASES, TIMM, TRANSFORMERS, images, make, open_gains, outp
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import AttentionExtract, ModelEmaV3
 from torch import nn
-from torch.func import functional_call, grad, vmap
+from torch.func import vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
@@ -339,20 +339,13 @@ def test_a_class_that_another_tool_changed_is_told_before_anything_is_detached()
 
 
 @pytest.mark.parametrize("case", HOSTS)
-def test_gradients_of_each_image_by_torch_func_are_those_of_images_alone(case):
-    model, x = opened(case, "sape2+rpe"), images(case)
-    parameters = dict(model.named_parameters())
-
-    def loss(parameters, image):
-        found = functional_call(model, parameters, (image[None],))
-        return getattr(found, "logits", found).square().sum()
-
-    of_each = vmap(grad(loss), in_dims=(None, 0))(parameters, x)
-    for index, image in enumerate(x):
-        alone = torch.autograd.grad(outputs(model, image[None]).square().sum(), parameters.values(), allow_unused=True)
-        for found, expected in zip(of_each.values(), alone, strict=True):
-            expected = torch.zeros_like(found[index]) if expected is None else expected
-            torch.testing.assert_close(found[index], expected, rtol=1e-4, atol=1e-5)  # the host's softmax is in float32
+def test_a_model_mapped_over_images_by_torch_func_gives_what_they_get_together(case):
+    model, x = opened(case, "sape2+rpe").float(), images(case).float()  # in float64 no fused kernel is taken
+    learned = list(encoding_parameters(model))
+    mapped, together = vmap(lambda image: outputs(model, image[None])[0])(x), outputs(model, x)
+    torch.testing.assert_close(mapped, together, rtol=1e-3, atol=1e-3)
+    for found, expected in zip(*(torch.autograd.grad(y.square().sum(), learned) for y in (mapped, together)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_something_attached_to_a_part_or_around_it_is_told():
