@@ -505,6 +505,12 @@ def features_only(name):
         (lambda: make("timm.vit.avg"), {"start": "zero"}, "start must be one of no_effect, as_is; got 'zero'"),
         (lambda: make("timm.vit.avg"), {"encoding": None}, 'an encoding is a text such as "sape2"'),
         (lambda: make("timm.vit.avg"), {"grid": 4}, "grid needs two positive integers"),
+        (lambda: make("timm.vit.avg"), {"grid": ()}, "grid needs two positive integers"),
+        (
+            lambda: make("timm.vit.avg"),
+            {"encoding": "rope", "start": "as_is", "trainable": "encoding"},
+            "'rope' has no parameters here, .* nothing that learns",
+        ),
         (lambda: attach(make("timm.vit.avg"), "rpe"), {}, "has 'rpe' attached already; detach it first"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value))[:30],

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sape2 import attach_attention, detach, set_grid
+from sape2 import SaPEAttention, attach_attention, detach, set_grid
 from sape2.adapters.attached import attached_encodings
 
 GRID, PREFIX, TOKENS = (2, 3), 1, 7
@@ -133,6 +133,8 @@ def test_dropout_acts_in_training_only():
         (lambda: attention()(torch.zeros(1, 7, 8), torch.zeros(1, 7, 8), torch.zeros(1, 7, 8)), "for self-attention"),
         (lambda: attention()(*[torch.zeros(1, 7, 8)] * 3, is_causal=True), "is_causal=True"),
         (lambda: set_grid(nn.MultiheadAttention(8, 2), GRID), "nothing is attached"),
+        (lambda: SaPEAttention(8, 0, grid=GRID), "divisible by the number of heads; got dim=8, num_heads=0"),
+        (lambda: SaPEAttention(8, "2", grid=GRID), "got dim=8, num_heads='2'"),
     ],
 )
 @pytest.mark.usefixtures("as_users_call_it")

@@ -12,6 +12,7 @@ from host_cases import CASES, TIMM, TRANSFORMERS, images, make, open_gains, outp
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import AttentionExtract, ModelEmaV3
 from torch import nn
+from torch.func import vmap
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
@@ -301,12 +302,50 @@ def test_a_forward_on_the_module_itself_is_told_since_it_hides_that_of_the_class
     detach(attach(model, "sape2"))
 
 
+@pytest.mark.parametrize("case", HOSTS)
+@pytest.mark.parametrize("place", ["cpu", "disk"])
+def test_weights_that_accelerate_keeps_elsewhere_are_there_when_an_encoding_needs_them(case, place, tmp_path):
+    accelerate = pytest.importorskip("accelerate")
+    model, x = opened(case, "sape2+log_cpb"), images(case)
+    with torch.no_grad():
+        expected = outputs(model, x)
+        if place == "cpu":
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        else:
+            accelerate.disk_offload(model, tmp_path, execution_device=torch.device("cpu"))
+        assert all(parameter.is_meta for parameter in encoding_parameters(model))
+        torch.testing.assert_close(outputs(model, x), expected)
+    assert all(parameter.is_meta for parameter in encoding_parameters(model))
+
+
 def test_an_encoding_is_not_put_where_it_would_have_no_values():
     with torch.device("meta"):
         model = timm.models.VisionTransformer(**TIMM)
     with pytest.raises(ValueError, match=r"meta device.*after from_pretrained"):
         attach(model, "sape2")
     assert not hasattr(model, "sape2_attachment")
+
+
+def test_a_class_that_another_tool_changed_is_told_before_anything_is_detached():
+    model, x = opened("torchvision"), images("torchvision")
+    attention = model.encoder.layers[1].self_attention
+    nn.utils.parametrize.register_parametrization(attention, "in_proj_weight", nn.Identity())
+    expected = outputs(model, x)
+    with pytest.raises(ValueError, match=r"MultiheadAttention was changed again, to Parametrized.*take that off before detach"):
+        detach(model)
+    assert torch.equal(outputs(model, x), expected)
+    nn.utils.parametrize.remove_parametrizations(attention, "in_proj_weight")
+    assert type(detach(model).encoder.layers[1].self_attention) is nn.MultiheadAttention
+
+
+@pytest.mark.parametrize("case", HOSTS)
+def test_a_model_mapped_over_images_by_torch_func_gives_what_they_get_together(case):
+    model, x = opened(case, "sape2+rpe").float(), images(case).float()  # in float64 no fused kernel is taken
+    learned = list(encoding_parameters(model))
+    mapped, together = vmap(lambda image: outputs(model, image[None])[0])(x), outputs(model, x)
+    torch.testing.assert_close(mapped, together, rtol=1e-3, atol=1e-3)
+    for found, expected in zip(*(torch.autograd.grad(y.square().sum(), learned) for y in (mapped, together)), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
 def test_something_attached_to_a_part_or_around_it_is_told():
@@ -458,6 +497,18 @@ def test_an_encoding_that_lora_froze_is_told_once_in_training_and_when_saved(tmp
         outputs(both.train(), x)
     with pytest.warns(UserWarning, match="attached 'sape2'"):
         save_adapter(host, tmp_path)
+
+
+@pytest.mark.parametrize(("encoding", "start"), [("none", "no_effect"), ("alibi", "as_is"), ("rope", "as_is")])
+def test_an_encoding_without_parameters_is_not_taken_for_a_frozen_one(encoding, start, tmp_path):
+    model, x = attach(make("timm.vit.avg"), encoding, start=start), images("timm")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        outputs(model.train(), x).sum().backward()
+        save_adapter(model, tmp_path)
+    again = load_adapter(make("timm.vit.avg"), tmp_path)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(outputs(again.eval(), x), outputs(model.eval(), x))
 
 
 @pytest.mark.parametrize(

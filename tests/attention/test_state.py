@@ -64,6 +64,19 @@ def test_second_derivatives_are_right(name):
     assert torch.autograd.gradgradcheck(call, tensors, fast_mode=True)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_many_gradients_at_once_are_those_of_one_after_another(name):
+    """`is_grads_batched`, which `torch.autograd.functional.jacobian(vectorize=True)` uses."""
+    encoding, qkv = made(name)
+    output, inputs = attend(*qkv, GRID, encoding), [*qkv, *encoding.parameters()]
+    directions = torch.randn(3, *output.shape, dtype=output.dtype)
+    at_once = torch.autograd.grad(output, inputs, directions, is_grads_batched=True, retain_graph=True)
+    for index, direction in enumerate(directions):
+        alone = torch.autograd.grad(output, inputs, direction, retain_graph=True)
+        for gradients, expected in zip(at_once, alone, strict=True):
+            torch.testing.assert_close(gradients[index], expected, rtol=1e-8, atol=1e-10)
+
+
 def test_a_gradient_with_a_graph_equals_one_without_also_where_inputs_hang_together():
     """q is made of the table, as it is in every layer but the first where layers share a table."""
     encoding, (q, k, v) = made()

@@ -1,9 +1,11 @@
 """Names: joined, with options, with a schedule over layers, and everything that contradicts itself."""
 
+import numpy as np
 import pytest
 import torch
 
 from sape2 import create_encoding, create_model, list_encodings
+from sape2.attention import attend
 from sape2.encodings import NoEncoding, SaPE2, create_encodings, find_encoding
 from sape2.encodings.base import Composite
 from sape2.encodings.options import describe_options
@@ -143,6 +145,24 @@ def test_options_are_described_with_the_default_first():
 def test_contradictions_and_mistakes_are_named(name, message):
     with pytest.raises(ValueError, match=message):
         create_encodings(name, 2, 8, (3, 4), depth=2)
+
+
+@pytest.mark.parametrize(("num_heads", "head_dim"), [(0, 8), (-1, 8), ("2", 8), (2, 8.0), (2, 0)], ids=str)
+@pytest.mark.parametrize("name", ["none", "sape2", "ape"])
+def test_heads_are_positive_whole_numbers(name, num_heads, head_dim):
+    with pytest.raises(ValueError, match="num_heads and head_dim must be positive integers; got"):
+        create_encoding(name, num_heads, head_dim, (3, 4))
+
+
+@pytest.mark.parametrize(
+    "grid", [np.array([3, 4]), (np.int64(3), np.int32(4)), torch.tensor([3, 4])], ids=["array", "numbers", "tensor"]
+)
+def test_numbers_of_other_libraries_are_numbers(grid):
+    encoding = create_encoding("sape2", np.int64(2), np.int64(8), grid)
+    assert (encoding.num_heads, encoding.head_dim, encoding.grid) == (2, 8, (3, 4))
+    assert all(type(number) is int for number in (encoding.num_heads, encoding.head_dim, *encoding.grid))
+    q = torch.randn(1, 2, 12, 8)
+    assert torch.equal(attend(q, q, q, grid, encoding), attend(q, q, q, (3, 4), encoding))
 
 
 def test_one_layer_has_no_schedule_and_no_tokens():

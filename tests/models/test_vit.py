@@ -135,6 +135,24 @@ def test_with_a_class_token_the_bias_of_the_last_layer_reaches_nothing():
     assert not last.any()
 
 
+@pytest.mark.parametrize("encoding", ["ape+sape2", "cpe+rope"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_weights_of_another_precision_compute_in_it(dtype, encoding):
+    model, images = small(encoding=encoding).eval(), torch.randn(2, 3, 16, 16)
+    expected = model(images)
+    logits = model.to(dtype)(images.to(dtype))
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), expected, rtol=0, atol=0.02)
+    logits.sum().backward()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.to(torch.float32).embed(images)[0].dtype == torch.float32  # autocast leaves the residual stream alone
+
+
+@pytest.mark.parametrize("size", [np.int64(16), np.array([16, 16]), torch.tensor([16, 16])], ids=["number", "array", "tensor"])
+def test_numbers_of_other_libraries_are_numbers(size):
+    assert small(image_size=size, num_classes=np.int64(5)).config == small().config
+
+
 @pytest.mark.parametrize(("images", "message"), [((1, 3, 16, 18), "16x18"), ((1, 1, 16, 16), "3 channels")])
 def test_images_that_do_not_fit_are_named(images, message):
     with pytest.raises(ValueError, match=message):

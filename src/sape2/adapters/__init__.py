@@ -46,11 +46,11 @@ def attach(
     check_free(model)
     host = find_host(model)
     own = list(dict.fromkeys(size.grid for size in host.sizes))
-    if grid and len(own) > 1:
+    if grid is not None and len(own) > 1:
         raise ValueError(
             f"the layers of this model attend over several grids, {own}, and its tables are for these; leave out grid"
         )
-    put_in(model, host, encoding, trainable, start, [grid or size.grid for size in host.sizes])
+    put_in(model, host, encoding, trainable, start, [size.grid if grid is None else grid for size in host.sizes])
     return model
 
 

@@ -25,6 +25,7 @@ from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import TOKEN_ENCODINGS, create_encodings
 from sape2.encodings.base import AttentionEncoding, NoEncoding, names_without_decay
+from sape2.encodings.derivatives import is_transformed
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
@@ -73,6 +74,8 @@ class Attached(OneNode):
                 return attend(q, k, v, layout, encoding_of(self), dropout, tokens=tokens)
         bias = self.bias_map(q, k, mask, tokens, window)
         q, k = rotated or self.rotate(q, k, window)
+        if is_transformed(q):  # in torch.func the fused kernel refuses a mask with a gradient
+            return F.dropout(softmax_weights(q, k, bias).to(v.dtype), dropout) @ v
         mask = None if bias is None else bias.to(v.dtype)
         return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
 
@@ -137,6 +140,11 @@ def _replaced(strange: nn.Module) -> ValueError:
     )
 
 
+def softmax_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "batch heads tokens tokens"]:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    return (scores if bias is None else scores + bias).softmax(-1)
+
+
 def seen_by(mask: Shaped[Tensor, "*shape"] | None) -> Bool[Tensor, "#batch #heads #tokens #tokens"] | None:
     """Which pairs a mask of four axes or fewer keeps; of floats those above -65504, which hide in half precision as in any."""
     if mask is None:
@@ -188,9 +196,17 @@ class Changed:
     """A module whose class is changed to one that shares `sape2_tokens`, until `remove`, as a hook has it."""
 
     def __init__(self, module: nn.Module, attached_class: type[nn.Module], tokens: Tokens) -> None:
-        self.module, self.host_class = module, type(module)
+        self.module, self.host_class, self.attached_class = module, type(module), attached_class
         module.sape2_tokens = tokens  # pyrefly: ignore
         module.__class__ = attached_class  # pyrefly: ignore
+
+    def check(self) -> None:
+        """Raises ValueError if another tool has changed the class again."""
+        if type(self.module) is not self.attached_class:
+            raise ValueError(
+                f"the class of an attached {self.host_class.__name__} was changed again, to {type(self.module).__name__}, as "
+                "torch.nn.utils.parametrize and fully_shard do; take that off before detach"
+            )
 
     def remove(self) -> None:
         self.module.__class__ = self.host_class  # pyrefly: ignore
@@ -212,7 +228,8 @@ class Attachment:
     told: bool = False  # that nothing of the encoding learns
 
     def tell_if_frozen(self) -> None:
-        if not any(p.requires_grad for module in self.attentions.values() for p in module.sape2.parameters()):  # pyrefly: ignore
+        parameters = [p for module in self.attentions.values() for p in module.sape2.parameters()]  # pyrefly: ignore
+        if parameters and not any(p.requires_grad for p in parameters):
             self.told = True
             warnings.warn(
                 f"nothing of the attached {self.encoding!r} learns: all its parameters are frozen, as peft's get_peft_model "
@@ -231,10 +248,14 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     """Gives the attention modules of `host` their encodings, for a grid each. Changes nothing if it raises."""
     if trainable not in get_args(Trainable):
         raise ValueError(f"trainable must be one of {', '.join(get_args(Trainable))}; got {trainable!r}")
-    if None in grids:
+    if any(grid is None for grid in grids):
         raise ValueError("the model does not say for which image size it was made; give grid=(H, W), the patches of one")
-    sizes = [size._replace(grid=check_grid(grid)) for size, grid in zip(host.sizes, grids, strict=True) if grid]
+    sizes = [size._replace(grid=check_grid(grid)) for size, grid in zip(host.sizes, grids, strict=True)]
     layers = _create(host, encoding, start, sizes)
+    if trainable == "encoding" and not any(True for layer in layers for _ in layer.parameters()):
+        raise ValueError(
+            f'{encoding!r} has no parameters here, so trainable="encoding" would leave nothing that learns; leave it out'
+        )
     tokens = host.tokens
     used = {
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
@@ -342,6 +363,9 @@ def check_free(model: nn.Module) -> None:
 def detach(model: Model) -> Model:
     """Takes the encoding out: the classes, parameter names and trainable parameters are those before `attach`."""
     attachment = attachment_of(model)
+    for hook in attachment.hooks:
+        if isinstance(hook, Changed):
+            hook.check()
     for module in attachment.attentions.values():
         del module.sape2
         vars(module).pop("sape2_both", None)

@@ -10,12 +10,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, Trainable, as_additive, attachment_of, check_free, put_in
+from sape2.adapters.attached import (
+    Attached,
+    Host,
+    Size,
+    Trainable,
+    as_additive,
+    attachment_of,
+    check_free,
+    put_in,
+    softmax_weights,
+)
 from sape2.adapters.start import Start
 from sape2.adapters.tokens import Tokens
 from sape2.attention import Attention
 from sape2.encodings import TokenEncoding, create_encoding
-from sape2.encodings.grid import Grid, check_grid
+from sape2.encodings.grid import Grid, check_grid, width_of_heads
 
 
 class SaPEAttention(Attention):
@@ -28,9 +38,7 @@ class SaPEAttention(Attention):
     """
 
     def __init__(self, dim: int, num_heads: int, encoding: str = "sape2", *, grid: Grid, **options: Any) -> None:
-        if dim % num_heads:
-            raise ValueError(f"the width must be divisible by the number of heads; got dim={dim}, num_heads={num_heads}")
-        module = create_encoding(encoding, num_heads=num_heads, head_dim=dim // num_heads, grid=grid)
+        module = create_encoding(encoding, num_heads, width_of_heads(dim, num_heads), grid)
         if isinstance(module, TokenEncoding):
             raise ValueError(f"{encoding} acts on the tokens, not in attention; add it to them before the first block")
         super().__init__(dim, num_heads, module, **options)
@@ -68,7 +76,7 @@ class AttachedMultihead(Attached, nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         weights = None
         if need_weights:
-            weights = self._weights(q, k, mask, x)
+            weights = softmax_weights(*self.rotate(q, k), self.bias_map(q, k, mask, x))
             output = F.dropout(weights, dropout) @ v
             weights = weights.mean(1) if average_attn_weights else weights
             weights = weights if batched else weights[0]
@@ -78,12 +86,6 @@ class AttachedMultihead(Attached, nn.MultiheadAttention):
         if not batched:
             return output[0], weights
         return output if self.batch_first else output.transpose(0, 1), weights
-
-    def _weights(self, q: Tensor, k: Tensor, mask: Tensor | None, tokens: Tensor) -> Tensor:
-        bias = self.bias_map(q, k, mask, tokens)
-        q, k = self.rotate(q, k)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return (scores if bias is None else scores + bias).softmax(-1)
 
 
 def _check_call(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -131,8 +133,8 @@ def attach_attention(
     `grid` sizes the tables and is that of every call until `set_grid` says otherwise. Raises ValueError for what cannot be.
     """
     check_free(attention)
-    attention = check_multihead(attention)
-    tokens = Tokens(num_prefix_tokens, given=check_grid(grid))
+    attention, grid = check_multihead(attention), check_grid(grid)
+    tokens = Tokens(num_prefix_tokens, given=grid)
     sizes = [Size(attention.num_heads, attention.head_dim, grid)]
     host = Host("nn.MultiheadAttention", [(attention, AttachedMultihead)], None, tokens, sizes)
     put_in(attention, host, encoding, trainable, start, [grid])

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, Window, shifted
+from sape2.adapters.attached import Attached, Host, Size, Window, shifted, softmax_weights
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import known_reason, reason
 from sape2.adapters.tokens import Tokens, grid_of_output
@@ -54,9 +54,7 @@ class _Attached(Attached):
             return super().attend(q, k, v, mask=mask, rotated=rotated, tokens=tokens, window=window, **options)
         bias = self.bias_map(q, k, mask, tokens, window)
         q, k = rotated or self.rotate(q, k, window)
-        logits = (q * self.scale) @ k.transpose(-2, -1)
-        weights = (logits if bias is None else logits + bias).softmax(-1)
-        return self.attn_drop(weights.to(v.dtype)) @ v
+        return self.attn_drop(softmax_weights(q, k, bias).to(v.dtype)) @ v
 
 
 class AttachedAttention(_Attached, Attention):

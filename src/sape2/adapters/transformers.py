@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, Window, shifted
+from sape2.adapters.attached import Attached, Host, Size, Window, shifted, softmax_weights
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens, grid_of_output
+from sape2.encodings.derivatives import is_transformed
 from sape2.encodings.grid import Grid, as_grid
 
 
@@ -103,7 +104,9 @@ class _Attached(Attached):
             q, k = self.rotate(q, k, window)
         else:
             q, k = self.library.apply_rotary_pos_emb(q, k, *position_embeddings)
-        attention = self.functions.get_interface(self.config._attn_implementation, self.library.eager_attention_forward)
+        # In torch.func the fused kernel refuses a mask with a gradient.
+        back_end = "eager" if is_transformed(q) else self.config._attn_implementation
+        attention = self.functions.get_interface(back_end, self.library.eager_attention_forward)
         dropout = getattr(self, self.family.dropout) if self.training else 0.0
         bias = None if bias is None else bias.to(q.dtype)
         scale = getattr(self, self.family.scale)
@@ -140,8 +143,9 @@ class _AttachedSam(Attached):
         bias = self.bias_map(q, k, bias, x, Window(grid))
         q, k = self.rotate(q, k, Window(grid))
         if self.host_class is self.library.SamVisionSdpaAttention:  # which drops nothing out, also in training
-            mask = None if bias is None else bias.to(q.dtype)
-            output, weights = F.scaled_dot_product_attention(q, k, v, attn_mask=mask), None
+            mask, weights = None if bias is None else bias.to(q.dtype), None
+            in_steps = is_transformed(q)
+            output = softmax_weights(q, k, mask) @ v if in_steps else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)
             weights = F.softmax(logits if bias is None else logits + bias, dtype=torch.float32, dim=-1).to(q.dtype)

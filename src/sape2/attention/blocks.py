@@ -21,7 +21,7 @@ from sape2.attention.products import for_keys, scores_with
 from sape2.encodings.base import AttentionEncoding
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
-from sape2.encodings.derivatives import differentiable_gradients
+from sape2.encodings.derivatives import differentiable_gradients, in_operations_backward
 from sape2.encodings.grid import Grid, num_prefix_tokens
 from sape2.encodings.precision import full_precision, no_autocast
 
@@ -100,7 +100,7 @@ class BlockAttention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         output, kept, *inputs = ctx.saved_tensors
         with no_autocast(grad):
-            if torch.is_grad_enabled():
+            if in_operations_backward(grad):
                 return None, None, *differentiable_gradients(_plainly(ctx), inputs, ctx.needs_input_grad[2:], grad)
             return None, None, *blocks.backward(ctx.spec, inputs[: ctx.num_tensors], grad, output, kept, ctx.biases)
 

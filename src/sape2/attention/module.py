@@ -16,7 +16,7 @@ from sape2.attention.products import attend_fused, encode, for_keys, logits, sco
 from sape2.encodings.base import AttentionEncoding, NoEncoding
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content
-from sape2.encodings.grid import Grid, num_prefix_tokens
+from sape2.encodings.grid import Grid, check_grid, num_prefix_tokens, width_of_heads
 from sape2.encodings.nodes import OneNode
 
 
@@ -35,13 +35,12 @@ class Attention(OneNode, nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"the width must be divisible by the number of heads; got dim={dim}, num_heads={num_heads}")
+        head_dim = width_of_heads(dim, num_heads)
         self.num_heads = num_heads
         self.encoding = encoding or NoEncoding()
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(dim // num_heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(head_dim, eps=1e-6) if qk_norm else nn.Identity()
         self.proj = nn.Linear(dim, dim)
         self.attention_dropout = attention_dropout
         self.dropout = nn.Dropout(dropout)
@@ -80,6 +79,7 @@ def attend(
 
     `tokens`, what q, k and v were projected from, for encodings that read them.
     """
+    grid = check_grid(grid)
     num_prefix = num_prefix_tokens(q.shape[-2], grid)
     if encoding.gives_key_vectors:
         vectors = encoding.key_vectors(q[:, :, num_prefix:], grid)

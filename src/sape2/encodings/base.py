@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sape2.encodings.bias import AttentionBias
 from sape2.encodings.content import Content, Tokens, Vectors
-from sape2.encodings.grid import Axis, Grid, check_grid, num_prefix_tokens
+from sape2.encodings.grid import Axis, Grid, check_grid, check_heads, num_prefix_tokens
 from sape2.encodings.nodes import OneNode
 from sape2.encodings.options import changed_options, make_options
 
@@ -63,7 +63,8 @@ class PositionEncoding(OneNode, nn.Module):
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__()
-        self.num_heads, self.head_dim, self.dim = num_heads, head_dim, num_heads * head_dim
+        self.num_heads, self.head_dim = check_heads(num_heads, head_dim)
+        self.dim = self.num_heads * self.head_dim
         self.grid = check_grid(grid)
         self.options = self.read_options(options)
 

@@ -73,7 +73,7 @@ class CoPE(AttentionEncoding):
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
-        self.num_positions = self.options.num_positions or num_tokens(grid) + 1
+        self.num_positions = self.options.num_positions or num_tokens(self.grid) + 1
         self.table = nn.Parameter(torch.zeros(self.num_positions, head_dim))
 
     def make_bias(self, content: Content) -> AttentionBias:

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from sape2.encodings.bias import Term
-from sape2.encodings.derivatives import by_hand, differentiable_gradients
+from sape2.encodings.derivatives import by_hand, differentiable_gradients, in_operations_backward
 
 BLOCK_ELEMENTS = 2**21  # of a map that is worked on at a time: 8 MB of float32, so that it stays in the cache
 
@@ -139,7 +139,7 @@ class SumOfDistances(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         saved = ctx.saved_tensors  # once: a checkpoint around the call allows no second look
-        if torch.is_grad_enabled():
+        if in_operations_backward(grad):
             return tuple(differentiable_gradients(_sum_in_operations, saved, ctx.needs_input_grad, grad))
         grads = [torch.zeros_like(v, memory_format=torch.contiguous_format) for v in saved]
         grad = grad.flatten(0, -3)

@@ -10,8 +10,9 @@ axis "y" has W lines (columns) of H tokens, axis "raster" is one line of all N t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int, Shaped
@@ -21,14 +22,38 @@ Grid = tuple[int, int]
 Axis = Literal["x", "y", "raster"]
 
 
-def check_grid(grid: Grid) -> Grid:
+def check_grid(grid: Any) -> Grid:
     """The grid as a tuple of two positive ints (symbolic ones in a traced graph); raises ValueError for anything else."""
-    height_width = tuple(grid) if isinstance(grid, Iterable) else ()
-    if len(height_width) != 2 or any(
-        not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 1 for n in height_width
-    ):
+    sides = tuple(map(as_whole, grid)) if isinstance(grid, Iterable) else ()
+    if len(sides) != 2 or any(n is None or n < 1 for n in sides):
         raise ValueError(f"grid needs two positive integers (H, W); got {grid!r}")
-    return height_width
+    return sides
+
+
+def as_whole(number: Any) -> Any:
+    """A whole number of any library as an int, a symbolic one as it is; None for anything else."""
+    if isinstance(number, (int, torch.SymInt)):
+        return None if isinstance(number, bool) else number
+    try:
+        return operator.index(number)
+    except TypeError:
+        return None
+
+
+def check_heads(num_heads: int, head_dim: int) -> tuple[int, int]:
+    """Both as ints; raises ValueError unless they are positive whole numbers."""
+    heads, width = as_whole(num_heads), as_whole(head_dim)
+    if heads is None or width is None or min(heads, width) < 1:
+        raise ValueError(f"num_heads and head_dim must be positive integers; got {num_heads!r} and {head_dim!r}")
+    return heads, width
+
+
+def width_of_heads(dim: int, num_heads: int) -> int:
+    """d = D / h; raises ValueError unless the heads divide the width."""
+    width, heads = as_whole(dim), as_whole(num_heads)
+    if width is None or heads is None or min(width, heads) < 1 or width % heads:
+        raise ValueError(f"the width must be divisible by the number of heads; got dim={dim!r}, num_heads={num_heads!r}")
+    return width // heads
 
 
 def as_grid(height: int, width: int) -> Grid:

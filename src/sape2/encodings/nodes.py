@@ -32,8 +32,24 @@ def _one_node(forward: Callable) -> Callable:
     def called(self: Any, *args: Any, **keywords: Any) -> Any:
         proxy = next((each for each in (*args, *keywords.values()) if isinstance(each, fx.Proxy)), None)
         if proxy is None:
-            return forward(self, *args, **keywords)
+            return _loaded(self, functools.partial(forward, self, *args, **keywords))
         tracer: Any = proxy.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
 
     return called
+
+
+def _loaded(module: Any, call: Callable[[], Any]) -> Any:
+    """A call with the weights of encodings at hand where accelerate keeps them elsewhere (`cpu_offload`, `dispatch_model`).
+
+    It brings those of a module for the call of its `forward`, and attention asks its encoding in other ways.
+    """
+    encodings: list[Any] = [part for part in module.children() if isinstance(part, OneNode)]
+    parts = [part for encoding in encodings for part in encoding.modules() if hasattr(part, "_hf_hook")]
+    try:
+        for part in parts:
+            part._hf_hook.pre_forward(part)
+        return call()
+    finally:
+        for part in parts:
+            part._hf_hook.post_forward(part, None)

@@ -121,7 +121,7 @@ class SaPE2(AttentionEncoding):
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
         self.axes: tuple[Axis, ...] = ("x", "y") if self.options.axes == "xy" else (self.options.axes,)
-        longest = num_tokens(grid) if self.options.axes == "raster" else max(grid)
+        longest = num_tokens(self.grid) if self.options.axes == "raster" else max(self.grid)
         self.num_positions = self.options.num_positions or longest + 1
         self.score_axes = self.axes if self.options.gates == "content" else ()
         self.gives_key_vectors = self._counts_alike and self.options.readout == "direct" and self.options.dot == "query"

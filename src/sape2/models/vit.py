@@ -47,7 +47,7 @@ class PatchProjection(nn.Conv2d):
 
 
 class PatchEmbed(OneNode, nn.Module):
-    """Non-overlapping patches, each projected to the width, in the type of the weights; also returns the token grid it made."""
+    """Non-overlapping patches, each projected to the width, in the precision of the weights; also returns their grid."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class PatchEmbed(OneNode, nn.Module):
         if images.shape[1] != self.proj.in_channels:
             raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
         grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
-        # As in timm, autocast lowers the products, not the residual stream.
+        # As in timm, autocast lowers the products, not the residual stream, which has the precision of the weights.
         return self.proj(images).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sape2.encodings.counting import readable
 from sape2.encodings.counting.readable import Count, sides
-from sape2.encodings.derivatives import differentiable_gradients
+from sape2.encodings.derivatives import differentiable_gradients, in_operations_backward
 from sape2.encodings.precision import no_autocast
 
 
@@ -61,7 +61,7 @@ class Interpolation(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         *inputs, index, fraction, slope = ctx.saved_tensors
         with no_autocast(grad):
-            if torch.is_grad_enabled():
+            if in_operations_backward(grad):
                 return tuple(differentiable_gradients(readable.interpolate, inputs, ctx.needs_input_grad, grad))
             grad = grad.transpose(-2, -1)
             upper = grad * fraction
