@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any, Literal
 
 from sape2.config.checks import (
@@ -32,6 +31,7 @@ from sape2.config.checks import (
     fits,
     hints,
     make_config,
+    of_python,
     require,
     shown,
 )
@@ -144,7 +144,8 @@ def sizes_of(name: str) -> dict[str, Any]:
 
 def model_config(name: str, **overrides: Any) -> ModelConfig:
     """The named size with changes; `image_size` may be one int for a square. Raises ValueError for unknown names."""
-    if isinstance(overrides.get("image_size"), Integral):
+    overrides = {key: of_python(value) for key, value in overrides.items()}
+    if isinstance(overrides.get("image_size"), int):
         overrides["image_size"] = (overrides["image_size"],) * 2
     return make_config(ModelConfig, {"name": name} | sizes_of(name) | overrides, "model.")
 

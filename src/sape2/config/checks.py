@@ -8,7 +8,6 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from numbers import Number as AnyNumber
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from sape2.config.names import did_you_mean
@@ -110,7 +109,7 @@ def check_types(config: Any) -> None:
     of_sections = any(map(dataclasses.is_dataclass, hints(type(config)).values()))
     section = "" if of_sections else f"{type(config).__name__.removesuffix('Config').lower()}."
     for name, hint in hints(type(config), ranges=True).items():
-        value, plain, where = _of_python(getattr(config, name)), hints(type(config))[name], f"{section}{name}"
+        value, plain, where = of_python(getattr(config, name)), hints(type(config))[name], f"{section}{name}"
         if not fits(value, plain):
             raise ValueError(f"{where} must be {in_words(hint)}; got {shown(value)}")
         if float in (plain, *get_args(plain)):
@@ -121,12 +120,11 @@ def check_types(config: Any) -> None:
             raise ValueError(f"{where} must be {range_.words}; got {shown(value)}")
 
 
-def _of_python(value: Any) -> Any:
-    """A number of NumPy, alone or in a tuple, as one of Python; everything else unchanged."""
-    if isinstance(value, tuple):
-        return tuple(map(_of_python, value))
-    as_python: Any = getattr(value, "item", None) if isinstance(value, AnyNumber) else None
-    return as_python() if as_python else value
+def of_python(value: Any) -> Any:
+    """Numbers of NumPy and of tensors, alone, in a tuple or in an array, as those of Python; everything else unchanged."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    is_several = isinstance(plain, tuple) or (plain is not value and isinstance(plain, list))
+    return tuple(map(of_python, plain)) if is_several else plain
 
 
 def _as_float(value: Any, where: str) -> Any:
