@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 GIB = 2**30
@@ -50,6 +50,12 @@ def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer of the model."""
     tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
     return torch.device("cpu") if tensor is None else tensor.device
+
+
+def placed(images: Tensor, model: nn.Module) -> Tensor:
+    """The images on the device of a model and in the precision of its first weights."""
+    like = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors if t.is_floating_point()), None)
+    return images if like is None else images.to(like)
 
 
 def keep_freed_memory() -> bool:

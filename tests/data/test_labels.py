@@ -4,6 +4,7 @@ import io
 import os
 from dataclasses import replace
 from decimal import Decimal
+from types import SimpleNamespace
 
 import datasets
 import pyarrow
@@ -16,7 +17,7 @@ from PIL import Image
 from sape2.config import DataConfig, model_config
 from sape2.config.recipes import get_recipe
 from sape2.data import folder, load_data, open_sources
-from sape2.data.labels import check_names, renumber
+from sape2.data.labels import as_numbers, check_names, renumber
 from sape2.data.own import fit
 from sape2.data.walk import walk
 
@@ -247,3 +248,30 @@ def test_a_test_class_of_which_there_is_nothing_to_train_on_is_told(hub, caplog)
     hub(train=(names, [0] * 8), test=(names, [0, 1]))
     load("owner/name")
     assert "owner/name test has images of classes of which none is there to train on: dog" in caplog.text
+
+
+def test_a_test_set_without_a_column_of_labels_gives_way_to_the_validation_set(tmp_path, monkeypatch, caplog):
+    splits = {}
+    for split, count in {"train": 12, "validation": 4, "test": 2}.items():
+        labels = {} if split == "test" else {"label": [0, 1] * (count // 2)}
+        columns = {"image": [{"bytes": png(100 * len(splits) + n), "path": None} for n in range(count)]} | labels
+        pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / f"{split}.parquet")
+        splits[split] = datasets.Dataset.from_dict(columns)
+    monkeypatch.setattr(datasets, "load_dataset", lambda _: splits)
+    for source in (tmp_path, "owner/unlabelled"):
+        assert len(load(source).test) == 4
+        assert f"{source}: the split test has no labels" in caplog.text
+
+
+def test_a_hub_id_leaves_the_logging_and_bars_of_datasets_as_they_were(hub):
+    before = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    hub(train=(["cat", "dog"], [0, 1] * 4), test=(["cat", "dog"], [0, 1]))
+    load("owner/name")
+    assert (datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()) == before
+
+
+@pytest.mark.parametrize("label", [2**63, 2**31, -(2**70), 1e30])
+def test_a_number_too_large_for_a_class_is_refused_with_its_row(label):
+    source = SimpleNamespace(labels=[0, label], classes=(), name=lambda row: f"row {row}")
+    with pytest.raises(ValueError, match=r"row 1: label .* is far too large"):
+        as_numbers(source)

@@ -10,13 +10,14 @@ import torch
 import write_layouts
 from image_cases import GREYS, chunk, colours, deep, grey_tiff, png_of_16_bits, png_of_few_bits, saved, see_through, turned
 from layout_cases import CLASSES, load, write_parquet
-from PIL import Image, ImageOps
+from PIL import Image, ImageFile, ImageOps
 
 from sape2.config import ModelConfig
 from sape2.config.recipes import get_recipe
-from sape2.data import decode
+from sape2.data import decode, normalize
+from sape2.data.decoding import random_box
 from sape2.data.picture import read_picture, take_picture
-from sape2.data.pixels import RULE, is_grey, named, opened, read_image, to_8_bits, upright_size
+from sape2.data.pixels import READING_WHOLE, RULE, is_grey, named, opened, read_image, to_8_bits, upright_size
 from sape2.runs.run import Run
 
 MODEL = ModelConfig(image_size=(16, 16), patch_size=4, num_classes=3)
@@ -405,3 +406,33 @@ def test_a_finished_run_of_another_rule_gets_a_note_and_is_measured(seen):
     run.weights("last").touch()
     run.check_images(now)
     assert f"by rule {RULE + 1}; here images are read by rule {RULE}" in str(run.note_of_rule)
+
+
+# --- what other programs set -----------------------------------------------------------------------------------------
+
+
+def test_half_a_file_is_refused_whatever_another_program_told_pillow(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = saved(Image.effect_noise((64, 64), 50), "JPEG")
+    assert "truncated" in refused(whole[: len(whole) // 2])
+    with READING_WHOLE, READING_WHOLE:
+        assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_no_program_is_run_to_draw_an_image():
+    assert "it is EPS" in refused(saved(Image.new("RGB", (8, 8)), "EPS"))
+
+
+def test_pixels_and_boxes_are_the_same_under_another_default_of_torch():
+    images = torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4)
+    values = ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))  # of no other test, whose tensors would be kept
+    boxes = [random_box(20, 30, 0.3, seed) for seed in range(20)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        found, again = normalize(images, *values), [random_box(20, 30, 0.3, seed) for seed in range(20)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, normalize(images, *values))
+    assert again == boxes

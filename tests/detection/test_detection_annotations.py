@@ -185,7 +185,7 @@ TOLD = {
     "no area": (without("area"), "without area.*: 1, .*annotation 3", 4),
     "area null": (item(area=None), "without area.*: 1, .*annotation 3", 4),
     "area of another box": (item(area=4096), "areas that do not fit.*: 1, .*area 4096, annotation 3", 4),
-    "area 0": (item(area=0), "areas that do not fit.*: 1, .*area 0, annotation 3", 4),
+    "area 0": (item(area=0), "without area, or of area 0.*: 1, .*annotation 3", 4),
     "area of half a box without outline": (both(item(area=100), without("segmentation")), "areas that do not fit", 4),
     "the same object twice": (
         lambda values: values["annotations"].append(values["annotations"][2] | {"id": 99}),
@@ -355,3 +355,12 @@ def test_images_that_the_annotations_do_not_list_are_told(tmp_path):
 def test_the_size_of_run_lengths_may_be_written_with_a_point():
     wanted = encode_segmentation({"size": [4, 3], "counts": [2, 5, 5]}, (4, 3))
     assert encode_segmentation({"size": [4.0, 3.0], "counts": [2, 5, 5]}, (4, 3)) == wanted
+
+
+def test_a_split_is_opened_by_a_path_of_either_kind_and_another_word_is_refused(tmp_path):
+    write_coco(tmp_path)
+    assert len(open_split(str(tmp_path), "train")) == len(open_split(tmp_path, "train")) == 8
+    with pytest.raises(ValueError, match="unknown split 'val'; known splits: train, test"):
+        open_split(tmp_path, "val")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        open_split(tmp_path / "train" / "annotations.json", "train")

@@ -105,6 +105,17 @@ def test_a_composed_folder_is_taken_up_and_another_refused(folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=f"^{tmp_path} "):
         compose(tmp_path, 1, 1)
+    (tmp_path / "composed.json").write_text("{")
+    with pytest.raises(ValueError, match=r"composed\.json is damaged"):
+        compose(tmp_path, 1, 1)
+
+
+def test_a_set_is_composed_where_a_link_leads(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert compose(str(tmp_path / "link"), 1, 1) == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in (tmp_path / "disk").iterdir()} == {"train", "test", "composed.json"}
 
 
 def test_nothing_is_left_of_a_composition_that_fails(tmp_path, monkeypatch):

@@ -108,8 +108,10 @@ def test_predictions_of_every_image_in_batches_of_one_size(tiny):
     config = tiny("score_threshold=0.0", "masks=true", "batch_size=2")
     images, _ = open_images(config)
     assert len(set(images.sizes)) > 1
-    seen = []
-    for batch, predictions, targets in predict(new_detector(config), images, config):
+    seen, model = [], new_detector(config).train()
+    model.roi_heads.eval()
+    for batch, predictions, targets in predict(model, images, config):
+        assert torch.is_grad_enabled()
         assert len({images.sizes[index] for index in batch}) == 1
         assert [target["image_id"] for target in targets] == [images.images[index]["id"] for index in batch]
         for row in predictions:
@@ -117,6 +119,7 @@ def test_predictions_of_every_image_in_batches_of_one_size(tiny):
             assert row["masks"].dtype == torch.bool
         seen += batch
     assert sorted(seen) == list(range(len(images)))
+    assert (model.training, model.backbone.training, model.roi_heads.training) == (True, True, False)
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -238,6 +241,7 @@ def test_the_command_trains_measures_and_prints_rows(tmp_path, capfd, data):
         (["imagenet"], ["sape2 train imagenet"]),
         (["coco"], ["coco needs --data"]),
         (["coco", "--data", "nowhere"], ["no folder nowhere"]),
+        (["coco", "--data", ""], ["--data is empty"]),
         (["coco_digits", "--set", "windw=3"], ["'windw'", "detector.window"]),
         (["coco_digits", "--set", "pool=class"], ["no prefix tokens"]),
         (["coco_digits", "--encoding", "sape3"], ["unknown encoding"]),

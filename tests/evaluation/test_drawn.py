@@ -1,5 +1,6 @@
 """Which images a limit leaves, and intervals: by class whatever the order of the set, Wilson's for shares, none of no width."""
 
+import numpy as np
 import pytest
 import torch
 from evaluation_cases import Images, random_vit
@@ -70,6 +71,24 @@ def test_accuracy_over_a_few_images_is_that_of_all_classes():
 def test_how_many_images_a_measure_takes(name, limit, there, taken):
     assert images_taken(name, limit, there) == taken
     assert LIMITS.keys() == MEASURES.keys() - {"accuracy"}
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_no_images_and_no_number_of_them_are_refused(name):
+    model, none = random_vit("ape", torch.float32), sorted_images(each=0)
+    with pytest.raises(ValueError, match="there are no images to measure on"):
+        list(MEASURES[name](model, none))
+    with pytest.raises(ValueError, match="must be at least 1; got -2"):
+        list(MEASURES[name](model, sorted_images(), limit=-2))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_model_of_another_precision_a_numpy_number_and_inference_mode_are_taken(name):
+    model = random_vit("ape+sape2", torch.float64, depth=1).requires_grad_()
+    with torch.inference_mode():
+        rows = list(MEASURES[name](model, sorted_images(), limit=np.int64(4)))
+    assert {"cost": "parameters", "accuracy": "accuracy"}.get(name, rows[0]["name"]) == rows[0]["name"]
+    assert next(model.parameters()).dtype == torch.float64
 
 
 # --- intervals -------------------------------------------------------------------------------------------------------

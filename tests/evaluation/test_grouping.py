@@ -364,3 +364,10 @@ def test_the_class_token_changes_no_number():
 def test_a_model_that_cannot_be_looked_into_is_refused():
     with pytest.raises(ValueError, match=r"grouping .*Linear"):
         mapped(torch.nn.Linear(2, 2), "grouping")
+
+
+def test_a_grid_of_one_patch_has_no_pairs_to_correlate():
+    model = create_model("vit_nano", encoding="sape2", image_size=4, patch_size=4, num_classes=5, depth=1)
+    rows = {row["name"]: row for row in grouping(model, labelled_images(3, size=4)) if "head" not in row}
+    assert rows["bias_feature_correlation"]["value"] is None
+    assert rows["attention_distance"]["value"] == 0

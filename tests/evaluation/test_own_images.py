@@ -2,7 +2,7 @@
 
 import datasets
 import pytest
-from layout_cases import hub_splits
+from layout_cases import hub_splits, write_layouts_of
 from own_cases import fill, finished_run
 
 from sape2 import evaluation
@@ -153,3 +153,16 @@ def test_a_run_notices_that_its_classes_have_other_names(tmp_path, mine, evaluat
     known = {"layout": "a", "classes": ["cat", "dog"], "train": {}, "test": {}}
     assert other_images(known, known | {"layout": "b", "classes": ["dog", "cat"]}) == "the names of its classes, or their order"
     assert other_images(known, known | {"layout": "b", "classes": []}) is None
+
+
+def test_the_same_images_in_another_layout_are_the_runs_own(tmp_path, monkeypatch, capfd):
+    layouts = write_layouts_of(tmp_path / "layouts")
+    finished_run(tmp_path / "run", layouts["folder"])
+    capfd.readouterr()
+    for layout in layouts.values():
+        assert main(["evaluate", str(tmp_path / "run"), "--data", str(layout), "--limit", "3"]) == 0, capfd.readouterr().err
+
+
+def test_a_measure_that_is_named_twice_is_measured_once(evaluate, capfd):
+    assert evaluate("--measures", "first,first", "--json") == 0
+    assert len(capfd.readouterr().out.splitlines()) == 1

@@ -86,7 +86,7 @@ def test_a_folder_gets_the_answers_that_evaluate_counts(run, mine):
 def test_files_are_tried_whatever_their_ending_and_each_once(run, mine, predicted, tmp_path):
     odd = tmp_path / "photo.dat"
     shutil.copy(mine / "test" / "cat" / "0.png", odd)
-    files = [mine / "test" / "cat" / "0.png", odd, mine / "test" / "cat"]
+    files = [mine / "test" / "cat" / "0.png", odd, mine / "test" / "cat", mine / "test" / "dog" / ".." / "cat"]
     status, rows, err = predicted(*files)
     assert status == 0
     assert [row["file"] for row in rows] == [

@@ -119,4 +119,4 @@ def chosen_measures(text: str) -> list[str]:
     for name in names:
         if name not in MEASURES:
             raise unknown("measure", name, MEASURES)
-    return names
+    return list(dict.fromkeys(names))

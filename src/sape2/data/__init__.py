@@ -9,6 +9,7 @@ name in `DataConfig.layout`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,18 @@ def _matched(sources: dict[str, Source]) -> dict[str, Source]:
         as_numbers(source)
     match_classes(sources["train"], sources["test"])
     return sources
+
+
+def moved(config: DataConfig, source: str) -> DataConfig:
+    """The settings for the same images in another place, where they may lie in another layout."""
+    path = data_folder(source)
+    config = replace(config, source=source)
+    if config.layout is None or path is None:
+        return config
+    files, (holds, _) = walk(path), LAYOUTS[config.layout]
+    if holds(files) or (config.layout == "folder" and folder.find_classes(files)):
+        return config
+    return replace(config, layout=find_layout(files, config))
 
 
 def find_layout(files: Files, config: DataConfig) -> Any:

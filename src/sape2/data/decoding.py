@@ -48,10 +48,11 @@ def random_box(height: int, width: int, area: float, seed: int) -> tuple[int, in
     torchvision draws from the global generator, which threads that decode at the same time would share.
     """
     generator = torch.Generator().manual_seed(seed)
-    low, high = torch.log(torch.tensor(SIDES)).tolist()
+    low, high = torch.log(torch.tensor(SIDES, dtype=torch.float32)).tolist()
+    draws = (area, 1.0), (low, high)
     for _ in range(10):
-        target = height * width * torch.empty(1).uniform_(area, 1.0, generator=generator).item()
-        ratio = torch.exp(torch.empty(1).uniform_(low, high, generator=generator)).item()
+        share, side = (torch.empty(1, dtype=torch.float32).uniform_(*ends, generator=generator) for ends in draws)
+        target, ratio = height * width * share.item(), torch.exp(side).item()
         w, h = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
         if 0 < w <= width and 0 < h <= height:
             top = int(torch.randint(height - h + 1, (1,), generator=generator))

@@ -65,13 +65,13 @@ def normalize(
 ) -> Float[Tensor, "batch channels height width"]:
     """(x / 255 - mean) / std per channel, in float32."""
     mean_, std_ = (_of_channels(tuple(values), images.device) for values in (mean, std))
-    return (images / 255 - mean_) / std_
+    return (images.float() / 255 - mean_) / std_
 
 
 @cache
 def _of_channels(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "channels 1 1"]:
     """Kept, since a device is waited for when it is sent something."""
-    return torch.tensor(values, device=device)[:, None, None]
+    return torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 from sape2.data.base import Source, tell
 
+LARGEST = 2**31 - 1  # number of a class
 NO_WIDTH = {0x34F, 0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0, *range(0xFE00, 0xFE10)}  # beside Unicode's category Cf
 # Cyrillic and Greek letters that have the shape of Latin ones.
 ALIKE = str.maketrans("АВЕЗІЈКМНОРЅТХаеіјорсухѕԁΑΒΕΖΗΙΚΜΝΟΡΤΥΧοѴѵ", "ABE3IJKMHOPSTXaeijopcyxsdABEZHIKMNOPTYXoVv")  # noqa: RUF001
@@ -88,14 +89,15 @@ def match_model(sources: Iterable[Any], classes: Sequence[str]) -> None:
 def as_numbers(source: Any) -> None:
     """Makes the labels of a source whole numbers, whatever type its file keeps them in. Raises ValueError naming the row."""
     for row, label in enumerate(source.labels):
-        if type(label) is int:
-            continue
         if label is None:
             raise ValueError(f"{source.name(row)} has no label")
-        if not isinstance(label, (bool, float, Decimal)) or label != label or label % 1:
+        if not isinstance(label, (int, float, Decimal)) or label != label or label % 1:
             hint = _way_out(label, source.classes)
             raise ValueError(f"{source.name(row)}: label {repr(label)[:80]} is no whole number{hint}")
-        source.labels[row] = int(label)
+        if not -LARGEST <= label <= LARGEST:
+            raise ValueError(f"{source.name(row)}: label {repr(label)[:80]} is far too large for the number of a class")
+        if type(label) is not int:
+            source.labels[row] = int(label)
 
 
 def _way_out(label: Any, classes: Sequence[str]) -> str:

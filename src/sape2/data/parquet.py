@@ -38,7 +38,7 @@ class ParquetImages:
 
     layout = "parquet"
 
-    def __init__(self, where: str, root: Path, files: list[Path], config: DataConfig) -> None:
+    def __init__(self, where: str, root: Path, files: list[Path], config: DataConfig, may_lack_labels: bool = False) -> None:
         self.where, self.root, self.files = where, root, files
         tell_missing(where, files)
         self.labels: list[Any] = []
@@ -51,15 +51,14 @@ class ParquetImages:
             here = f"{where} {plain_name(file.name)}"
             try:
                 with waiting_for(plain_name(file), lambda file=file: file.open("rb")) as stream, opened(stream) as found:
-                    columns = _columns(found.schema_arrow, where, config)
+                    columns = _columns(found.schema_arrow, where, config, may_lack_labels)
                     if number and columns != (self._image, self._label):
-                        raise ValueError(f"{here} has other columns, {' and '.join(columns)}")
+                        raise ValueError(f"{here} has other columns, {' and '.join(filter(None, columns))}")
                     self._image, self._label = columns
                     for group in range(found.num_row_groups):
                         metadata = found.metadata.row_group(group)
                         groups.append((number, group, metadata.num_rows, metadata.total_byte_size))
-                    labels = found.read(columns=[self._label]).column(self._label).to_pylist()
-                    names = _class_names(found.schema_arrow, self._label)
+                    labels, names = _labels_in(found, self._label)
                     paths += paths_in(found, self._image)
                 if not labels:
                     tell(f"{here} holds no rows")
@@ -176,10 +175,17 @@ def _lacks_bytes(group: Any, column: str) -> bool:
     return bool(missing) or chunk.total_uncompressed_size < FEWEST_BYTES * group.num_rows
 
 
-def _columns(schema: Any, where: str, config: DataConfig) -> tuple[str, str]:
+def _labels_in(found: Any, column: str | None) -> tuple[list[Any], tuple[str, ...]]:
+    """The labels of a parquet file and the names of their classes; None for every row where it has no such column."""
+    if column is None:
+        return [None] * found.metadata.num_rows, ()
+    return found.read(columns=[column]).column(column).to_pylist(), _class_names(found.schema_arrow, column)
+
+
+def _columns(schema: Any, where: str, config: DataConfig, may_lack_labels: bool = False) -> tuple[str, str | None]:
     """(image column, label column); raises ValueError if one is missing or holds something else."""
     image = _column(schema.names, config.image_column, IMAGE_COLUMNS, where, "image")
-    label = _column(schema.names, config.label_column, LABEL_COLUMNS, where, "label")
+    label = _label_column(schema.names, where, config, may_lack_labels)
     kind = schema.field(image).type
     if not (_holds(kind, "binary", "string") or _is_image(kind)):
         raise ValueError(f"{where} column {image!r} holds {kind}, not images; use --set data.image_column=NAME")
@@ -201,6 +207,14 @@ def _is_image(kind: Any) -> bool:
     fields = {each.name: each.type for each in kind} if pyarrow.types.is_struct(kind) else {}
     wanted = {"bytes": "binary", "path": "string"}
     return bool(wanted.keys() & fields) and all(_holds(fields[name], wanted[name], "null") for name in wanted.keys() & fields)
+
+
+def _label_column(known: Iterable[str], where: str, config: DataConfig, may_lack: bool) -> str | None:
+    """None for a test set whose labels are kept back by leaving the column out."""
+    names = list(known)
+    if may_lack and not {config.label_column, *LABEL_COLUMNS} & {*names}:
+        return None
+    return _column(names, config.label_column, LABEL_COLUMNS, where, "label")
 
 
 def _column(known: Iterable[str], wanted: str | None, usual: Iterable[str], where: str, what: str) -> str:
@@ -231,14 +245,14 @@ class HubImages:
 
     layout = "hub"
 
-    def __init__(self, where: str, rows: Any, config: DataConfig) -> None:
+    def __init__(self, where: str, rows: Any, config: DataConfig, may_lack_labels: bool = False) -> None:
         import datasets
 
         self._image = _column(rows.features, config.image_column, IMAGE_COLUMNS, where, "image")
-        label = _column(rows.features, config.label_column, LABEL_COLUMNS, where, "label")
+        label = _label_column(rows.features, where, config, may_lack_labels)
         self.where = where
-        self.classes = tuple(getattr(rows.features[label], "names", None) or ())
-        self.labels = rows.with_format(None)[label][:]
+        self.classes = tuple(getattr(rows.features.get(label), "names", None) or ())
+        self.labels = [None] * len(rows) if label is None else rows.with_format(None)[label][:]
         try:
             self._rows = rows.select_columns([self._image]).cast_column(self._image, datasets.Image(decode=False))
         except Exception as error:  # datasets and pyarrow raise many kinds for what holds no images
@@ -269,7 +283,7 @@ def holds_paths(files: Files, config: DataConfig) -> bool:
     first = next(iter(files.ending(".parquet")), None)
     try:
         with (files.root / str(first)).open("rb") as stream, opened(stream) as found:
-            return bool(paths_in(found, _columns(found.schema_arrow, "", config)[0]))
+            return bool(paths_in(found, _columns(found.schema_arrow, "", config, may_lack_labels=True)[0]))
     except (OSError, RuntimeError, TypeError, ValueError, KeyError):
         return False
 
@@ -282,7 +296,7 @@ def read(files: Files, config: DataConfig) -> dict[str, Source]:
 
     def open_split(split: str) -> tuple[ParquetImages, dict[str, str]]:
         paths = [files.root / name for name in groups[split]]
-        source = ParquetImages(f"{where} {split}", files.root, paths, config)
+        source = ParquetImages(f"{where} {split}", files.root, paths, config, may_lack_labels=split != "train")
         by_path = lying(files, source.paths)
         lies = {files.real[name]: name for name in groups[split]} | by_path
         seen.update(by_path)
@@ -308,13 +322,14 @@ def read_hub(source: str, config: DataConfig) -> dict[str, Source]:
 
     def open_split(split: str) -> tuple[HubImages, dict[str, str]]:
         [name] = groups[split]
-        return HubImages(f"{source} {name}", found[name], config), {}
+        return HubImages(f"{source} {name}", found[name], config, may_lack_labels=split != "train"), {}
 
     return open_labelled(groups, source, open_split, config.test_fraction, config.split_seed)
 
 
 def _load_quietly(source: str) -> Any:
     datasets = from_extra("train", "datasets", "reading hub data sets needs datasets")
+    bars, level = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # it logs every error that it also raises
     try:
@@ -323,3 +338,7 @@ def _load_quietly(source: str) -> Any:
         raise ValueError(
             f"--data {source}: no such folder here, and the hub data set cannot be read: {_first_line(error)}"
         ) from error
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()

@@ -6,13 +6,14 @@ Training, evaluation, explain, explore and detection all come through `read_imag
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 # Its version, kept in data.json. Under 2, the transparent colour of PNG with 2, 4 or 3x16 bits was not found; under 1, also, 16
 # bits were cut off at 255, orientation and transparency ignored.
@@ -30,6 +31,28 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }  # EXIF orientation -> what makes the image upright
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
+
+
+class _ReadingWhole:
+    """While it is entered, by however many threads, Pillow refuses files that end too early, whatever another program set."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                ImageFile.LOAD_TRUNCATED_IMAGES = self._before
+
+
+READING_WHOLE = _ReadingWhole()
 
 
 @contextmanager
@@ -58,7 +81,7 @@ def read_image(file: Path | bytes, channels: int, annotated: tuple[int, int] | N
 @contextmanager
 def opened(file: Path | bytes) -> Iterator[Image.Image]:
     """The image with its header read, to be `named`."""
-    with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
+    with READING_WHOLE, io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
         size = stream.seek(0, io.SEEK_END)
         if size > MAX_BYTES:
             raise ValueError(f"{size} bytes are more than {MAX_BYTES}")
@@ -78,6 +101,8 @@ def _header(stream: IO[bytes]) -> Image.Image:
         raise ValueError(_what_it_is(stream.read(4096))) from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"{image.width}x{image.height} are too many pixels to be read safely; make it smaller first")
+    if image.format == "EPS":
+        raise ValueError("it is EPS, a program that draws; save it as PNG first")  # Pillow would have Ghostscript run it
     _keep_clear_colour(image, stream)
     return image
 

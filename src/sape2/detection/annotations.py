@@ -148,8 +148,8 @@ class Annotations:
             self._note("boxes (x, y, width, height) that are not those of their segmentation, taken as they are", told)
         if min(box[2] - box[0], box[3] - box[1]) < 1:
             self._note("boxes less than one pixel wide or high, measured but not trained on", told)
-        if area is None:
-            self._note("objects without area, which get that of their box", name)
+        if not area:  # torchmetrics takes 0 for missing
+            self._note("objects without area, or of area 0, which get that of their box", name)
             area = (box[2] - box[0]) * (box[3] - box[1])
         elif not _is_area_of(area, width, height, exact=not outline):
             self._note("areas that do not fit their box, taken as they are", f"area {area:g}, {told}")

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from sape2.config.names import unknown
 from sape2.data.fingerprint import digest
 from sape2.data.labels import near_name
 from sape2.data.pixels import named, read_image
@@ -26,13 +27,19 @@ from sape2.detection.masks import decode_run_lengths
 from sape2.encodings.grid import Grid
 
 Target = dict[str, Any]
-PUBLISHED = {"train": "train2017", "test": "val2017"}
+Split = Literal["train", "test"]
+PUBLISHED: dict[str, str] = {"train": "train2017", "test": "val2017"}
 
 
-def open_split(folder: Path, split: str, masks: bool = False, limit: int | None = None) -> CocoImages:
+def open_split(folder: Path | str, split: Split, masks: bool = False, limit: int | None = None) -> CocoImages:
     """The first `limit` (None: all) images of "train" or "test". Raises FileNotFoundError saying what was looked for."""
+    if split not in PUBLISHED:
+        raise unknown("split", split, PUBLISHED)
+    folder = Path(folder)
     own = (folder / split / "annotations.json", folder / split / "images")
     published = (folder / "annotations" / f"instances_{PUBLISHED[split]}.json", folder / PUBLISHED[split])
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; --data takes a folder in COCO format")
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; --data takes one in COCO format")
     there = [layout for layout in (own, published) if layout[0].is_file()]

@@ -44,21 +44,23 @@ class _Item:
     mask: np.ndarray
 
 
-def compose(folder: Path, train_images: int, test_images: int, seed: int = 0) -> Path:
+def compose(folder: Path | str, train_images: int, test_images: int, seed: int = 0) -> Path:
     """Writes the set, whole or not at all; a folder that holds the same set is left as it is.
 
     Raises ValueError if the folder holds anything else, ImportError without scikit-learn.
     """
     settings = {"train_images": train_images, "test_images": test_images, "seed": seed, "version": VERSION}
+    folder = Path(folder)
     if _is_composed(folder, settings):
         return folder
-    temporary = beside(folder)
+    whole = folder.resolve()  # a link to an empty folder stays one
+    temporary = beside(whole)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         for split, count in zip(SPLITS, (train_images, test_images), strict=True):
             _write_split(temporary / split, split, count, seed)
         write_text(temporary / "composed.json", json.dumps(settings) + "\n")
-        os.replace(temporary, folder)
+        os.replace(temporary, whole)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -68,7 +70,10 @@ def _is_composed(folder: Path, settings: dict[str, int]) -> bool:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     path = folder / "composed.json"
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; remove the folder, or choose another one") from error
     if found == settings:
         return True
     held = "is no composed set" if found is None else f"holds another composed set, {found}"

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sape2.config.detection import DetectionConfig
 from sape2.config.extras import from_extra
 from sape2.detection.batches import one_size_batches, padded_size, to_unit
 from sape2.detection.coco import CocoImages
+from sape2.machine import evaluating
 from sape2.tables import Row
 
 AVERAGE = "mean over classes and IoU 0.50:0.05:0.95"
@@ -78,13 +78,11 @@ def predict(model: Any, images: CocoImages, config: DetectionConfig) -> Iterator
 
     A batch holds images of one size, so that nothing depends on which images share it.
     """
-    model.eval()
-    device = next(model.parameters()).device
     divisor = model.transform.size_divisible
     sizes = [padded_size(size, config.model.image_size, divisor) for size in images.sizes]
     for batch in one_size_batches(sizes, config.training.batch_size):
         samples = [images[index] for index in batch]
-        with torch.no_grad():
+        with evaluating(model) as device:
             found = model([to_unit(image).to(device) for image, _ in samples])
         rows = [{key: (value[:, 0] > 0.5 if key == "masks" else value).cpu() for key, value in row.items()} for row in found]
         yield batch, rows, [target for _, target in samples]

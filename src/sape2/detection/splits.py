@@ -30,10 +30,12 @@ def open_images(config: DetectionConfig) -> tuple[CocoImages, CocoImages]:
         source = compose(Path(images.source or COMPOSED), images.train_images or 0, images.test_images or 0)
     elif images.source is None:
         raise ValueError("coco needs --data: a folder in COCO format, with annotations/, train2017/ and val2017/")
+    elif not images.source.strip():
+        raise ValueError("--data is empty; give a folder in COCO format")
     else:
         source = at_home(images.source)
-    limits = {"train": images.train_images, "test": images.test_images}
-    train, test = (open_split(source, split, config.detector.masks, limit) for split, limit in limits.items())
+    masks = config.detector.masks
+    train, test = open_split(source, "train", masks, images.train_images), open_split(source, "test", masks, images.test_images)
     test.match_classes(train)
     for split in (train, test):
         if len(split.classes) != config.model.num_classes:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, count_images, drawn, evaluating, mean_row, row
+from sape2.evaluation.base import LabelledImages, count_images, drawn, evaluating, mean_row, placed, row
 from sape2.training.memory_errors import is_out_of_memory
 
 
@@ -64,8 +64,8 @@ def predict(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> Fl
     Of no images they are (0, 0). Where batches of this size do not fit into memory, they are halved until they do.
     """
     try:
-        with evaluating(model) as device:
-            logits = [model(images.to(device)).float().cpu() for images, _ in data.batches(batch_size)]
+        with evaluating(model):
+            logits = [model(placed(images, model)).float().cpu() for images, _ in data.batches(batch_size)]
     except (RuntimeError, MemoryError) as error:
         if batch_size == 1 or not is_out_of_memory(error):
             raise

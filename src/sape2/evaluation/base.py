@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sape2.data.images import draw_by_class
 from sape2.encodings.grid import Grid
-from sape2.machine import evaluating
+from sape2.machine import evaluating, placed
 from sape2.tables import Row
 
 
@@ -185,11 +185,13 @@ def images_taken(measure: str, limit: int | None, there: int) -> int:
     wanted = LIMITS.get(measure, there) if limit is None else limit
     if measure == "cost":
         wanted = min(wanted, LIMITS["cost"])
-    return min(wanted, there)
+    return int(min(wanted, there))
 
 
 def count_images(data: LabelledImages, limit: int | None, measure: str = "") -> int:
-    """Number of images to measure on, all of them if it is no named measure; raises ValueError for a limit below 1."""
+    """Number of images to measure on, all of them if it is no named measure; raises ValueError for none, or a limit below 1."""
+    if not len(data.labels):
+        raise ValueError("there are no images to measure on")
     if limit is not None and limit < 1:
         raise ValueError(f"the number of images to measure on must be at least 1; got {limit}")
     return images_taken(measure, limit, len(data.labels))
@@ -216,8 +218,8 @@ def patch_size(model: nn.Module, data: LabelledImages) -> tuple[int, int]:
     mapped = as_mapped(model)
     if mapped is not None:
         images, _ = next(data.batches(1))
-        with evaluating(model) as device:
-            _, grid = mapped.embed(images.to(device))
+        with evaluating(model):
+            _, grid = mapped.embed(placed(images, model))
         return images.shape[-2] // grid[0], images.shape[-1] // grid[1]
     for owner in (model, getattr(model, "patch_embed", None), getattr(model, "config", None)):
         found = getattr(owner, "patch_size", None)

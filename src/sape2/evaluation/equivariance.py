@@ -15,7 +15,7 @@ from sape2.encodings.grid import Grid
 from sape2.evaluation.base import LabelledImages, Row, drawn, mean_row, patch_size
 from sape2.evaluation.layers import layers_of, mapped
 from sape2.evaluation.translation import translate
-from sape2.machine import device_of
+from sape2.machine import placed
 
 Steps = tuple[int, int]  # (dy, dx) in patches
 FEATURES, BIAS = "feature_equivariance_error", "bias_equivariance_error"
@@ -69,12 +69,12 @@ def equivariance(model: nn.Module, data: LabelledImages, limit: int | None = Non
     patch = patch_size(model, data)
     errors: dict[tuple[str, str, int, int], list[Tensor]] = {}  # (name, axis, shift_px, layer)
     for images, _ in drawn(data, limit).batches(batch_size):
-        images = images.to(device_of(model))
+        images = placed(images, model)
         still = states(model, images)
         grid = (images.shape[-2] // patch[0], images.shape[-1] // patch[1])
         for axis, steps in grid_steps(grid):
             shift = (steps[0] * patch[0], steps[1] * patch[1])
-            shifts = images.new_tensor([shift]).expand(len(images), 2)
+            shifts = images.new_tensor([shift], dtype=torch.float32).expand(len(images), 2)
             for (name, layer), state in states(model, translate(images, shifts, "circular")).items():
                 order = token_order(grid, steps, state.device)
                 expected = still[name, layer][..., order, :]

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, evaluating, mean_row, row
+from sape2.evaluation.base import LabelledImages, Row, count_images, drawn, evaluating, mean_row, placed, row
 from sape2.evaluation.equivariance import centred
 from sape2.evaluation.findings import findings
 from sape2.evaluation.layers import Layer, layers_of, mapped
@@ -242,9 +242,10 @@ def _gradients(model: nn.Module, data: LabelledImages, limit: int) -> dict[int, 
     if not parameters:
         return {}
     number = min(limit, GRADIENT_IMAGES)
-    images, labels = next(drawn(data, number).batches(number))
-    with evaluating(model) as device, torch.enable_grad():
-        loss = F.cross_entropy(model(images.to(device)), labels.to(device))
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        images, labels = next(drawn(data, number).batches(number))
+        logits = model(placed(images, model)).float()
+        loss = F.cross_entropy(logits, labels.clone().to(logits.device))
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     return {
         key: (0.0 if gradient is None else gradient.double().square().mean().sqrt().item(), len(images))

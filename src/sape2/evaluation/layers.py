@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.encodings.grid import Grid, num_prefix_tokens
-from sape2.evaluation.base import MappedModel, as_mapped, evaluating
+from sape2.evaluation.base import MappedModel, as_mapped, evaluating, placed
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,14 +66,14 @@ def mapped(model: nn.Module, measure: str = "this measurement") -> MappedModel:
 
 def grid_of(model: nn.Module, images: Tensor) -> Grid:
     """The grid of tokens that the model makes of these images."""
-    with evaluating(model) as device:
-        return mapped(model).embed(images.to(device))[1]
+    with evaluating(model):
+        return mapped(model).embed(placed(images, model))[1]
 
 
 def layers_of(model: nn.Module, images: Tensor) -> Iterator[Layer]:
     """The layers one after the other; only one at a time is held in float64."""
-    with evaluating(model) as device:
-        images = images.to(device)
+    with evaluating(model):
+        images = placed(images, model)
         tokens, grid = mapped(model).embed(images)
         maps = mapped(model).maps(images)
     return as_layers(tokens, grid, maps)

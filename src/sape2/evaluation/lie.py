@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sape2.evaluation.base import LabelledImages, Row, drawn, evaluating, mean_row
+from sape2.evaluation.base import LabelledImages, Row, drawn, evaluating, mean_row, placed
 from sape2.evaluation.translation import Border, ShiftAxis, shift_derivative
 from sape2.training.memory_errors import is_out_of_memory
 
@@ -42,10 +42,10 @@ def lie_derivative_error(
     lie_derivative_magnitude, the mean over images and classes of |L f| (what the paper's code writes down).
     Raises ValueError for a model with an operation that has no forward-mode derivative.
     """
-    with evaluating(model) as device:
+    with evaluating(model):
         try:
             batches = [
-                lie_derivative(model, images.to(device), axis, border).float().cpu()
+                lie_derivative(model, placed(images, model), axis, border).float().cpu()
                 for images, _ in drawn(data, limit).batches(batch_size)
             ]
         except RuntimeError as error:

@@ -146,6 +146,8 @@ def _mean(values: PairMap, mask: PairMask) -> Float[Tensor, "batch heads 1"]:
 
 def _standardised(values: Tensor) -> Tensor:
     """Mean 0 and variance 1 along the last axis; NaN where all are the same but for rounding."""
+    if not values.shape[-1]:  # a grid of one patch has no pairs
+        return values
     centred = values - values.mean(-1, keepdim=True)
     spread = centred.square().mean(-1, keepdim=True).sqrt()
     flat = spread <= 1e-12 * values.abs().amax(-1, keepdim=True)

@@ -51,7 +51,10 @@ def find_images(paths: Iterable[str | Path]) -> list[Path]:
         raise ValueError(
             f"there is no image in {', '.join(map(plain_name, named))}; a file of another ending can be named itself"
         )
-    return list(dict.fromkeys(found))
+    once: dict[Path, Path] = {}
+    for path in found:  # however it is spelled
+        once.setdefault(path.parent.resolve() / path.name, path)
+    return list(once.values())
 
 
 def predict_files(

@@ -26,6 +26,7 @@ from sape2.evaluation.base import (
     image_size,
     mean_row,
     patch_size,
+    placed,
     resampled_means,
     row,
 )
@@ -44,7 +45,8 @@ def resolution(model: nn.Module, data: LabelledImages, limit: int | None = None,
     `limit` images (None: 200). Measured under every rule that the encodings know for grids beyond the training grid, the
     model's own first. Raises ValueError for a model that does not tell its patch, or does not run at its own size.
     """
-    size, patch, images = image_size(data), patch_size(model, data), count_images(data, limit, "resolution")
+    images = count_images(data, limit, "resolution")
+    size, patch = image_size(data), patch_size(model, data)
     labels, refused = drawn(data, images).labels.cpu(), dict[View, str]()
     built: Curve | None = None
     for rule, variant in rules(model).items():
@@ -73,11 +75,11 @@ def predict_view(
 ) -> Int[Tensor, " images"]:
     """The predicted class of `limit` images (`drawn`) under a view; larger images go through the model in smaller batches."""
     classes = []
-    with evaluating(model) as device:
+    with evaluating(model):
         for images, _ in drawn(data, limit).batches(batch_size):
             share = images[0, 0].numel() / math.prod(view.size)
             parts = images.split(max(1, int(batch_size * min(1.0, share))))
-            classes += [model(view(part.to(device))).argmax(-1).cpu() for part in parts]
+            classes += [model(view(placed(part, model))).argmax(-1).cpu() for part in parts]
     return torch.cat(classes)
 
 
@@ -86,8 +88,8 @@ def answer_alike(first: nn.Module, second: nn.Module, data: LabelledImages, view
     shown = view(next(data.batches(images))[0])
     logits = []
     for model in (first, second):
-        with evaluating(model) as device:
-            logits.append(model(shown.to(device)))
+        with evaluating(model):
+            logits.append(model(placed(shown, model)))
     return torch.equal(*logits)
 
 
@@ -218,9 +220,9 @@ def bias_size(
     patch, rows = patch_size(model, data), []
     for view in shown:
         biases: dict[int, list[Tensor]] = {}
-        with evaluating(model) as device:
+        with evaluating(model):
             for images, _ in drawn(data, limit).batches(batch_size):
-                for layer, maps in enumerate(mapped.maps(view(images.to(device))), start=1):
+                for layer, maps in enumerate(mapped.maps(view(placed(images, model))), start=1):
                     if "bias" in maps:
                         biases.setdefault(layer, []).append(_spread_and_mean(maps["bias"]).cpu())
         about = f"mean over heads and images; {view}; {describe_rule(model)}"

@@ -24,6 +24,7 @@ from sape2.evaluation.base import (
     image_size,
     mean_row,
     patch_size,
+    placed,
 )
 from sape2.evaluation.equivariance import equivariance
 from sape2.evaluation.lie import lie_derivative_error
@@ -40,8 +41,8 @@ def shift(model: nn.Module, data: LabelledImages, limit: int | None = None, batc
     `limit` images (None: 1,000) for the consistency; the other metrics take the share of them in `SHARES`, at least 20.
     Features and biases are measured on a `MappedModel` only. Raises ValueError for a model that does not tell its patch.
     """
-    size, patch = image_size(data), patch_size(model, data)
     whole = count_images(data, limit, "shift")
+    size, patch = image_size(data), patch_size(model, data)
     images = {name: max(round(share * whole), min(whole, 20)) for name, share in SHARES.items()}
     for shifts in consistency_ranges(size, patch):
         yield from consistency(model, data, shifts, images["consistency"], batch_size)
@@ -70,9 +71,10 @@ def read_moved(
 ) -> Tensor:
     """`read` of the logits of as many images (`drawn`) under every draw of shifts, put together along its last dimension."""
     results, start = [], 0
-    with evaluating(model) as device:
+    with evaluating(model):
         for images, _ in drawn(data, shifts.shape[1]).batches(batch_size):
-            images, part = images.to(device), shifts[:, start : start + len(images)].to(device)
+            images = placed(images, model)
+            part = shifts[:, start : start + len(images)].to(images.device)
             logits = torch.stack([model(translate(images, draw, border)) for draw in part])
             results.append(read(logits.float().cpu()))
             start += len(images)

@@ -44,12 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
     measures = chosen_measures(arguments.measures)
     limit = None if arguments.limit is None else whole_number("--limit", arguments.limit)
     check_writable(run.folder, "rows go into its results.jsonl; measure a copy of the folder")
-    if arguments.data is not None:
-        config = replace(config, data=replace(config.data, source=arguments.data))
     other: str | None = arguments.other_data
+    from sape2.data import load_data, moved
+
     if other is not None:
         config = _for_others(config, arguments.data, other)
-    from sape2.data import load_data
+    elif arguments.data is not None:
+        config = replace(config, data=moved(config.data, arguments.data))
     from sape2.evaluation.runs import measure, notes_of_others
     from sape2.inspect.pictures import draw_measures, pictures
     from sape2.models.trained import load_run_model

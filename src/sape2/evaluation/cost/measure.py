@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LIMITS, LabelledImages, Row, drawn, evaluating, row
+from sape2.evaluation.base import LIMITS, LabelledImages, Row, count_images, drawn, evaluating, placed, row
 from sape2.evaluation.cost.memory import peak_bytes
 from sape2.evaluation.cost.operations import count_model_macs
 from sape2.evaluation.cost.timing import alternate, spread
@@ -23,10 +23,10 @@ def cost(model: nn.Module, data: LabelledImages, limit: int | None = None) -> li
 
     Speed and memory are those of one batch in eval mode, 64 images or `limit`; the speed is the median of seven passes.
     """
-    images, _ = next(drawn(data, limit or LIMITS["cost"]).batches(LIMITS["cost"]))
+    images, _ = next(drawn(data, count_images(data, limit, "cost")).batches(LIMITS["cost"]))
     macs = count_model_macs(model, images.shape[1], (images.shape[2], images.shape[3]))
     with evaluating(model) as device:
-        images = images.to(device)
+        images = placed(images, model)
         seconds = alternate({"inference": lambda: model(images)}, repeats=7)["inference"]
         peak = peak_bytes(lambda: model(images), device) if device.type in ("cpu", "cuda") else None
     low, high = spread([len(images) / s for s in seconds])

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from sape2.machine import placed
+
 
 def count_macs(run: Callable[[], object]) -> int:
     """Multiply-accumulates in the matrix products and convolutions of `run`, which works on tensors of the device "meta"."""
@@ -24,7 +26,7 @@ def count_macs(run: Callable[[], object]) -> int:
 def count_model_macs(model: nn.Module, channels: int, image_size: tuple[int, int]) -> int:
     """Those of one image's forward pass, attention included."""
     shadow = on_meta(model)
-    return count_macs(lambda: shadow(torch.empty(1, channels, *image_size, device="meta")))
+    return count_macs(lambda: shadow(placed(torch.empty(1, channels, *image_size, device="meta"), shadow)))
 
 
 def on_meta(module: nn.Module) -> nn.Module:

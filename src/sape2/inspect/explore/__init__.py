@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from sape2.config import RunConfig
-from sape2.data import load_data
+from sape2.data import load_data, moved
 from sape2.inspect.explore.examples import examples
 from sape2.inspect.explore.microscope import Microscope, Subject
 from sape2.inspect.explore.page import import_gradio, serve
@@ -52,7 +52,7 @@ def open_microscope(
         other = replace(other, name=f"{other.name} (2)")
     if shipped and data is None:
         return Microscope(subject, *examples(run), against=other)
-    config = subject.config.data if data is None else replace(subject.config.data, source=data)
+    config = subject.config.data if data is None else moved(subject.config.data, data)
     images = load_data(config, subject.config.model).test
     for known in filter(None, (None if shipped else run, against)):
         known.check_images(images.fingerprint, "take a run of these images")
