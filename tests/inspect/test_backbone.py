@@ -235,7 +235,10 @@ def test_no_file_of_weights_runs_code(tmp_path, weights):
     ("argv", "message"),
     [
         (["no_such_model"], "is no run folder, no folder of transformers, no model of timm"),
-        (["no.such.module:make"], "there is no function 'make' in a module 'no.such.module'"),
+        (["no.such.module:make"], "ModuleNotFoundError: No module named 'no'"),
+        (["builtins:no_such"], "AttributeError: module 'builtins' has no attribute 'no_such'"),
+        (["builtins:len"], "TypeError: len() takes exactly one argument (0 given)"),
+        (["builtins:__name__"], "TypeError: 'str' object is not callable"),
         (["builtins:dict"], "builtins:dict must return a torch.nn.Module; got dict"),
         (["resnet18"], "no list of blocks with attention"),
         (["test_vit", "--weights", "nowhere.safetensors"], "there is no file nowhere.safetensors"),
@@ -264,7 +267,7 @@ def test_the_command_writes_rows_and_figures_of_a_function_of_ones_own(tmp_path,
     (tmp_path / "mine.py").write_text(
         "from host_cases import make\n\ndef small():\n    return make('timm.vit.class').float()\n"
     )
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where modules are found, as by `python -m`
     folder = tmp_path / "photos" / "deeper"
     folder.mkdir(parents=True)
     for at in range(5):

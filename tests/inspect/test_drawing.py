@@ -247,6 +247,14 @@ def test_every_figure_of_an_image_can_be_made(tmp_path, channels, depth):
             assert Image.open(tmp_path / f"{name}.png").size[0] > 300
 
 
+def test_a_long_heading_stands_in_several_lines_and_is_whole():
+    heading = "a" * 200 + ".png: dog, 70.1%"
+    whole = as_one(heading, "about", [Drawing(300, 10, [])], [Drawing(300, 10, [])])
+    lines = texts(whole)[:-1]
+    assert "".join("".join(lines).split()) == "".join(heading.split())
+    assert max(map(len, lines)) * 10 < whole.width
+
+
 def test_without_the_library_of_pixels_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "resvg_py", None)
     with pytest.raises(ImportError, match=r"resvg-py.*sape2\[viz\]"):

@@ -106,6 +106,15 @@ def test_the_page_is_one_file_that_needs_nothing_else(run, photo, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix == ".html"] == ["page.html"]
 
 
+@pytest.mark.parametrize("name", ["n" * 240, "名" * 80])
+def test_an_image_of_a_long_name_gets_a_page(run, photo, name, capfd):
+    image = photo.rename(photo.with_name(f"{name}.png"))
+    assert status_of("explain", run, image) == 0
+    written = Path(capfd.readouterr().out.splitlines()[-1].removeprefix("written: "))
+    assert written.name.startswith(f"explain-{name[:20]}")
+    assert f"<title>{name}.png</title>" in written.read_text()
+
+
 def test_the_checker_sees_what_a_page_would_fetch():
     assert outside("<html><img src='https://a.org/b.png'><script>x</script></html>") == [
         "https://a.org/b.png",

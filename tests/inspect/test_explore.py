@@ -1,7 +1,9 @@
 """The microscope: its numbers are those of `maps`, every state is checked, uploads and files are what they say."""
 
+import itertools
 import json
 import re
+import socket
 import struct
 import time
 import zlib
@@ -354,6 +356,17 @@ def test_without_a_run_photographs_and_drawings_are_looked_at_under_their_names(
     assert scope.samples.images.flatten(1).float().std(1).min() > 10  # none is empty
 
 
+def test_images_of_other_classes_are_not_told_by_the_names_of_theirs(tmp_path):
+    """Ten classes of any kind were shown with the shipped model, whose first class is airplane."""
+    for split, name in itertools.product(("train", "test"), [f"kind {at}" for at in range(10)]):
+        (tmp_path / split / name).mkdir(parents=True)
+        for at in range(2):
+            colour = (len(split), int(name[-1]), at)
+            Image.new("RGB", (32, 32), colour).save(tmp_path / split / name / f"{at}.png")
+    with pytest.raises(ValueError, match=r"the classes airplane, .*; kind 0, \.\.\. of .* are others"):
+        open_microscope(data=str(tmp_path))
+
+
 def test_the_package_takes_the_shipped_files_along():
     import tomllib
 
@@ -390,6 +403,22 @@ def test_without_gradio_the_extra_is_named(monkeypatch, capfd):
     monkeypatch.setitem(__import__("sys").modules, "gradio", None)
     assert main(["explore"]) == 2
     assert "sape2 explore needs gradio: pip install 'sape2[explore]'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "told"), [("", "--host needs an address"), ("no.such.host.invalid", "cannot listen on")])
+def test_an_address_that_is_none_is_told_at_once(host, told, monkeypatch):
+    """An empty one, of a variable that is not set, opened the page to all machines; an unknown one was tried on 100 ports."""
+    tried, create = [], socket.create_server
+    monkeypatch.setattr(socket, "create_server", lambda *given, **named: tried.append(given) or create(*given, **named))
+    with pytest.raises(ValueError, match=told):
+        open_socket(host, None)
+    assert len(tried) == bool(host)
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_address_of_ipv6_is_listened_on():
+    with open_socket("::1", None) as listening:
+        assert listening.getsockname()[0] == "::1"
 
 
 def test_a_port_that_is_taken_is_told_and_the_next_one_found():

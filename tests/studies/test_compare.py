@@ -255,7 +255,10 @@ def test_killed_workers_and_two_at_once_give_the_rows_of_one(tmp_path, start_com
         (["compare", "cifar10_budget", "--encodings", "ape", "--seeds", "2", "--data", "nowhere"], "nowhere"),
         (["compare", "digits", "--encodings", "ape,rope", "--seeds", "1", "--set", "dim=18"], "rope"),
         (["report", "nowhere.jsonl"], "there is no nowhere.jsonl"),
+        (["compare", "digits", "--encodings", "ape", "--set", "model.encoding=none"], "--set cannot choose the encoding"),
         (["report", "a.jsonl", "run"], "not both"),
+        (["report", "a.jsonl", "--split", "test"], "--split is for run folders"),
+        (["report", "a.jsonl", "--measures", "shift"], "--measures is for run folders"),
     ],
 )
 def test_a_mistake_is_told_in_one_line_and_nothing_is_written(tmp_path, monkeypatch, capfd, argv, named):
@@ -268,6 +271,22 @@ def test_a_mistake_is_told_in_one_line_and_nothing_is_written(tmp_path, monkeypa
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert named in err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["report", "probe", "inspect"])
+def test_results_of_another_command_are_not_replaced(raw, tmp_path, capfd, command):
+    """Rows of `sape2 probe` are hours of training; `sape2 report` wrote over them."""
+    write_rows(tmp_path / "rows.jsonl", raw)
+    argv = {
+        "report": ["report", str(tmp_path / "rows.jsonl")],
+        "probe": ["probe", "count", "--seeds", "1", "--steps", "1"],
+        "inspect": ["inspect", "test_vit"],
+    }[command]
+    others = {"name": "accuracy", "value": 0.5, "measure": "accuracy"}
+    write_rows(tmp_path / "out" / "results.jsonl", [others])
+    assert main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert "holds the results of another command; choose another --out" in capfd.readouterr().err
+    assert read_rows(tmp_path / "out" / "results.jsonl") == [others]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -367,6 +386,12 @@ def test_any_raw_rows_can_be_compared_in_pairs_with_a_verdict(raw, tmp_path):
     }
     with pytest.raises(ValueError, match="no run of the baseline 'cpe'; there are runs of: ape, sape2, none, rope"):
         paired_table(raw, "cpe")
+
+
+def test_failed_runs_have_no_place_in_pairs_and_the_baseline_may_be_written_in_any_order(raw):
+    head = {key: raw[0][key] for key in ("encoding", "digest", "settings")}
+    failed = head | {"seed": 9, "failed": "the loss is nan"}
+    assert paired_table([*raw, failed], "sape2:sign=plus") == paired_table(raw, "sape2")
 
 
 @pytest.mark.parametrize(

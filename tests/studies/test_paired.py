@@ -51,10 +51,30 @@ def test_equal_differences_give_no_interval_and_no_p(step):
     assert (found.ci_low, found.ci_high, found.p) == (None, None, None)
 
 
+@pytest.mark.parametrize("right", [(500, 20000, 31000), (25001, 33333, 48000)])
+def test_one_image_more_of_fifty_thousand_under_every_seed_is_an_equal_difference(right):
+    """The rounding of an accuracy is then larger than 1e-12 of the difference; it gave p = 3e-24."""
+    found = paired_difference(*({seed: (n + more) / 50_000 for seed, n in enumerate(right)} for more in (1, 0)))
+    assert (found.ci_low, found.ci_high, found.p) == (None, None, None)
+    assert found.difference == pytest.approx(2e-5)
+
+
+@pytest.mark.parametrize("missing", [math.nan, math.inf, None])
+def test_what_is_not_finite_is_not_measured(missing):
+    assert paired_difference({0: missing, 1: 0.75}, {0: 0.5, 1: 0.5}) == Paired(1, 0.25)
+    found = summarize({"ape": {0: 0.5, 1: 0.5}, "rope": {0: missing, 1: 0.75}, "none": {0: missing}}, "ape")
+    assert {name: (summary.mean, summary.n) for name, summary in found.items()} == {"ape": (0.5, 2), "rope": (0.75, 1)}
+
+
+def test_pairs_may_be_named_by_anything():
+    assert paired_difference({None: 2, "a": 4}, {"a": 1, None: 1}) == paired_difference({0: 2, 1: 4}, {0: 1, 1: 1})
+
+
 def test_holm_by_hand():
     """0.005 x 4, 0.01 x 3, 0.03 x 2, then 0.04 x 1 raised to the one before."""
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.9, None, 0.6]) == [1.0, None, 1.0]
+    assert holm([0.01, math.nan, 0.02, 0.001]) == pytest.approx([0.02, None, 0.02, 0.003])
     assert holm([]) == []
 
 

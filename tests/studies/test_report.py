@@ -164,6 +164,11 @@ def test_folders_are_compared_in_pairs_with_a_baseline(make, tmp_path, capfd):
     assert float(lines[1]["accuracy ci_high"]) == pytest.approx(0.15 + 0.05 * 12.7062, abs=1e-5)
 
 
+def test_the_baseline_may_be_written_in_any_order(make):
+    runs, _ = read_runs([make("a", rows=results(0.5)), make("b", "ape+sape2", rows=results(0.7))])
+    assert compare(runs, None, baseline="sape2+ape").baseline == "ape+sape2"
+
+
 def test_lines_are_named_by_what_differs(make):
     runs, _ = read_runs(
         [
@@ -253,7 +258,7 @@ def test_an_unfinished_run_is_left_out_and_told(make, tmp_path, capfd):
         (["a"], ["--measures", "speed"], "unknown measure 'speed'; known measures: accuracy, shift"),
         (["a"], ["--measures", "shift"], "no run has results of shift on the test set with weights last"),
         (["a"], ["--baseline", "rope"], "the baseline must be one line of the table; 'rope' is 0 of: ape"),
-        (["a"], ["--weights", "best"], "with weights best; sape2 evaluate measures them"),
+        (["a"], ["--weights", "best"], "of accuracy, shift, resolution, grouping, health on the test set with weights best;"),
     ],
 )
 def test_mistakes_are_told_in_one_line(make, tmp_path, capfd, runs, options, named):

@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,15 +144,27 @@ def _own(name: str, weights: str | None, size: tuple[int, int] | None) -> Backbo
     if weights is not None:
         raise ValueError("--weights FILE is for a timm model; a function of your own loads its own")
     try:
-        make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{name!r}: there is no function {function!r} in a module {module!r} that can be imported") from error
-    model = make()
+        model = _imported(module, function)()
+    except Exception as error:  # of code that is not ours
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ValueError(
+            f"{name!r} makes no model: {reason}. It must be a function without arguments in a module that can be imported, "
+            "from here too; SAPE2_DEBUG=1 shows where it failed"
+        ) from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{name} must return a torch.nn.Module; got {type(model).__name__}")
     told: Any = getattr(model, "pretrained_cfg", None) or {}
     mean, std = (tuple(told.get(key, STANDARD)) for key in ("mean", "std"))
     return _watched(name, model, size, mean, std, type(model).__name__)
+
+
+def _imported(module: str, name: str) -> Any:
+    """What a module holds by this name. Modules of the present folder are found, too, as by `python -m`."""
+    sys.path.append(os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    finally:
+        sys.path.pop()
 
 
 def _watched(

@@ -6,6 +6,7 @@ other address. Its panels are those of `sape2 explore`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +32,12 @@ from sape2.inspect.look import LayerLook, of_head
 from sape2.inspect.panels import Over
 from sape2.inspect.templates import template
 from sape2.models.trained import load_run_model
-from sape2.runs.files import write_text
+from sape2.runs.files import digest_of, write_text
 from sape2.runs.run import Run
 from sape2.tables import format_value
 from sape2.viz.base import plain
+
+MOST = 200  # bytes; with what stands around it, while it is written too
 
 
 def explain(
@@ -45,7 +48,7 @@ def explain(
     Raises ValueError or OSError, before anything is written, for an image or a choice that cannot be.
     """
     config = run.config
-    out = out or run.folder / "figures" / f"explain-{image_path.stem}.html"
+    out = out or run.folder / "figures" / f"explain-{_short(image_path.stem)}.html"
     if out.suffix.lower() not in (".html", ".png"):
         raise ValueError(f"--out must end in .html or .png; got {out}")
     choice = choice or Choice()
@@ -60,6 +63,11 @@ def explain(
         write_text(out, page(found))
     about = {"image": str(image_path), "encoding": config.model.encoding, "model": config.model.label, "weights": weights}
     return out, [row | about for row in found.all_rows()]
+
+
+def _short(stem: str) -> str:
+    """The name of an image as part of a file name, which file systems keep to 255 bytes."""
+    return stem if len(os.fsencode(stem)) <= MOST else f"{stem[: MOST // 4]}-{digest_of({'image': stem})}"
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------

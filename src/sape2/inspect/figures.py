@@ -120,8 +120,8 @@ def as_one(title: str, about: str, first: Sequence[Drawing], drawings: Sequence[
     """One drawing for a file: a heading, the first drawings in a row, and below them the others in even rows of at most six."""
     columns = even_columns(len(drawings), 6)
     top, below = flow(first, 1e9), flow(drawings, columns * (max(d.width for d in drawings) + 16))
-    width = max(top.width, below.width)
-    head = [written([title], width, 18, True), written(wrapped(about, int(width / 7)), width, 12)]
+    width = max(top.width, below.width, 300.0)  # room for the words
+    head = [written(wrapped(title, int(width / 12)), width, 18, True), written(wrapped(about, int(width / 7)), width, 12)]
     return framed(stack([*head, top, below], 16, title))
 
 

@@ -21,7 +21,7 @@ def read_rows(path: Path) -> list[Row]:
         return []
     rows = []
     for number, line in enumerate(read_text(path).splitlines(), start=1):
-        if not line.strip():
+        if not line.strip():  # an editor ends a file so, or `cat` where it joins several
             continue
         try:
             row = json.loads(line)

@@ -12,6 +12,7 @@ from sape2.config import RunConfig
 from sape2.config.detection import DetectionConfig
 from sape2.encodings import canonical_name
 from sape2.runs.files import read_text, write_text
+from sape2.runs.rows import read_rows
 
 NAME = "config.json"
 FORMAT = 1  # of a run folder
@@ -85,6 +86,17 @@ def check_no_run(folder: Path) -> None:
     """Raises ValueError if the folder is that of a run or a model: other results would mix with what it holds."""
     if (folder / NAME).exists():
         raise ValueError(f"{folder} is the folder of a run or a model; choose another --out")
+
+
+def check_own_results(folder: Path, *keys: str) -> None:
+    """Raises ValueError if the folder is that of a run or a model, or if its results.jsonl is of another command.
+
+    Its own rows have one of `keys`; others would be mixed with them, or replaced by them.
+    """
+    check_no_run(folder)
+    path = folder / "results.jsonl"
+    if any(row.keys().isdisjoint(keys) for row in read_rows(path)):
+        raise ValueError(f"{path} holds the results of another command; choose another --out")
 
 
 def _no_run(folder: Path) -> OSError:

@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 compare")
+    if any(setting.partition("=")[0].strip() == "model.encoding" for setting in arguments.set):
+        raise ValueError("--set cannot choose the encoding of sape2 compare: every run has one of the --encodings")
     config = resolve(arguments)
     if config.train.parallel == "fsdp":
         raise ValueError(

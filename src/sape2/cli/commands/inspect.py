@@ -36,11 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     limit = whole_number("--limit", arguments.limit)
     from sape2.inspect.backbone import open_backbone
     from sape2.inspect.positions import attention_figure, draw_layers, inspected, note_of_few, read_images, table
-    from sape2.runs.settings import check_no_run
+    from sape2.runs.settings import check_own_results
 
     backbone = open_backbone(arguments.model, arguments.weights, size)
     folder = Path(arguments.out or f"runs/inspect-{safe_name(backbone.name)}")
-    check_no_run(folder)
+    check_own_results(folder, "layer")
     check_writable(folder)
     source = arguments.data or "digits"
     data, unreadable = read_images(backbone, None if arguments.data is None else Path(arguments.data), limit)

@@ -36,11 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
     task = find_task(arguments.task)
     if arguments.examples is not None:
         return _draw_examples(arguments.task, Path(arguments.examples))
-    from sape2.runs.settings import check_no_run
+    from sape2.runs.settings import check_own_results
     from sape2.studies.probing import draw_results, table
 
     cells, folder = _probe_cells(arguments), Path(arguments.out or Path("runs") / f"probe-{arguments.task}")
-    check_no_run(folder)
+    check_own_results(folder, "task")
     check_writable(folder)
     rows = _run_probes(cells, folder)
     figures = drawn(lambda: draw_results(rows, task, folder / "figures" / "probe.png"))

@@ -54,6 +54,11 @@ def open_microscope(
         return Microscope(subject, *examples(run), against=other)
     config = subject.config.data if data is None else moved(subject.config.data, data)
     images = load_data(config, subject.config.model).test
+    if shipped and list(images.classes) != list(run.classes):  # else its answers would be told by other names
+        raise ValueError(
+            f"the shipped model tells the classes {', '.join(run.classes)}; {images.classes[0]}, ... of {data} are others. "
+            "Train a run on them, and give it"
+        )
     for known in filter(None, (None if shipped else run, against)):
         known.check_images(images.fingerprint, "take a run of these images")
     return Microscope(subject, images, against=other)

@@ -6,6 +6,7 @@ state is in the address; the files of a view are links with the same state. No d
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from sape2.inspect.templates import template
 
 LARGEST_UPLOAD = "64mb"
 USUAL_PORTS = range(7860, 7960)
+TAKEN = (errno.EADDRINUSE, errno.EACCES)
 HELP = (
     "Click a patch to make it the query patch i; Shift and click for a second patch n. Arrow keys move i, with Shift n; Escape "
     "removes n. Drag the image to shift it, with Alt by whole patches."
@@ -228,12 +230,16 @@ def _beside(microscope: Microscope) -> list[tuple[str, str]]:
 
 def open_socket(host: str, port: int | None) -> socket.socket:
     """Listening on the port, or on the first free one of the usual ones; raises ValueError if it is taken."""
-    reason = ""
+    if not host:  # to a socket that is every address, and the page would be open to other machines
+        raise ValueError("--host needs an address: 127.0.0.1 for this machine alone, 0.0.0.0 for all")
+    reason, family = "", socket.AF_INET6 if ":" in host else socket.AF_INET
     for candidate in USUAL_PORTS if port is None else [port]:
         try:
-            return socket.create_server((host, candidate))
+            return socket.create_server((host, candidate), family=family)
         except (OSError, OverflowError) as error:
             reason = str(error)
+            if getattr(error, "errno", None) not in TAKEN:  # an address that is not here, on any port
+                break
     wanted = f"{USUAL_PORTS[0]} to {USUAL_PORTS[-1]}" if port is None else str(port)
     raise ValueError(f"cannot listen on {host}, port {wanted} ({reason}); choose another --port or --host")
 

@@ -191,7 +191,8 @@ def to_drawing(view: View) -> Drawing:
     """The whole view as one picture."""
     width = 700.0 if len(view.columns) == 1 else 340.0
     total = 700.0
-    parts: list[Drawing] = [written([f"{view.columns[0].name}; {view.columns[0].encoding}; {view.notes}"], total, 14, True)]
+    title = f"{view.columns[0].name}; {view.columns[0].encoding}; {view.notes}"
+    parts: list[Drawing] = [written(wrapped(title, 75), total, 14, True)]
     for section in sections(view):
         parts.append(written([section.title], total, 14, True))
         parts.append(written(wrapped(section.words, 108), total, 11.5))

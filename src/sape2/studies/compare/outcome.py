@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sape2 import viz
+from sape2.encodings import canonical_name
 from sape2.evaluation.runs import in_words
 from sape2.runs.files import write_text
 from sape2.runs.rows import write_rows
@@ -146,15 +147,15 @@ def outcome(rows: list[Row], baseline: str | None = None) -> Outcome:
     check_one_study(rows)
     finished, failed = ([row for row in rows if ("failed" in row) == wanted] for wanted in (False, True))
     known = list(dict.fromkeys(row["encoding"] for row in rows))
-    if baseline is not None:
-        _check_baseline(baseline, known)
-    baseline = baseline or next(iter(known), "")
+    baseline = next(iter(known), "") if baseline is None else _known_baseline(baseline, known)
     return Outcome(sorted(finished, key=lambda row: row["seed"]), failed, baseline)
 
 
-def _check_baseline(baseline: str, known: Iterable[str]) -> None:
-    if baseline not in known:
+def _known_baseline(baseline: str, known: Iterable[str]) -> str:
+    """The name that the rows have of this encoding, however it is written."""
+    if (name := canonical_name(baseline)) not in known:
         raise ValueError(f"there is no run of the baseline {baseline!r}; there are runs of: {', '.join(known) or 'nothing'}")
+    return name
 
 
 # --- tables ----------------------------------------------------------------------------------------------------------
@@ -170,11 +171,11 @@ def paired_table(
     """Accuracy of any raw rows in pairs of a seed, with a verdict (`Summary.verdict`), for `markdown_table(*...)`.
 
     The rows may differ in any setting, such as rates chosen for each encoding: that they are a fair comparison is up to
-    the caller. `value` says what of a row is compared. Raises ValueError for two rows of one encoding and seed, and for a
-    baseline that no row is of.
+    the caller. `value` says what of a row is compared; failed runs have no value. Raises ValueError for two rows of one
+    encoding and seed, and for a baseline that no row is of.
     """
-    values = grouped(rows, value)
-    _check_baseline(baseline, values)
+    values = grouped((row for row in rows if "failed" not in row), value)
+    baseline = _known_baseline(baseline, values)
     found = summarize(values, baseline)
     lines, columns = comparison_table(found, baseline)
     return [line | {"verdict": found[line["encoding"]].verdict(level)} for line in lines], [*columns, "verdict"]

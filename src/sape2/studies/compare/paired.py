@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 CONFIDENCE = 0.95
 
@@ -29,21 +30,28 @@ class Paired:
     p: float | None = None
 
 
-def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]) -> Paired | None:
-    """`values` minus `baseline`, by seed; None if no seed is in both.
+def measured(values: Mapping[Any, float | None]) -> dict[Any, float]:
+    """The values that are numbers: what is None, NaN or infinite was not measured."""
+    return {seed: float(value) for seed, value in values.items() if value is not None and math.isfinite(value)}
+
+
+def paired_difference(values: Mapping[Any, float | None], baseline: Mapping[Any, float | None]) -> Paired | None:
+    """`values` minus `baseline`, by seed; None if no seed is in both. What is not finite counts as not there.
 
     With d the differences, m their mean, s their standard deviation: m ± t(0.975, n - 1) s/√n, and the two-sided p of
     m √n/s under Student's t with n - 1 degrees of freedom.
     """
-    differences = [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
+    values, baseline = measured(values), measured(baseline)
+    both = [(value, baseline[seed]) for seed, value in values.items() if seed in baseline]
+    differences = [value - base for value, base in both]
     if not differences:
         return None
     n, mean = len(differences), statistics.mean(differences)
     if n == 1:
         return Paired(n, mean)
     std = statistics.stdev(differences)
-    if std <= 1e-12 * max(map(abs, differences)):  # rounding of equal differences
-        return Paired(n, mean, std)
+    if std <= 1e-12 * max(abs(number) for pair in both for number in pair):
+        return Paired(n, mean, std)  # equal differences: each is rounded by as much as its two values are
     from scipy.special import stdtr, stdtrit  # a second of import; scipy.stats takes two
 
     error = std / math.sqrt(n)
@@ -52,11 +60,13 @@ def paired_difference(values: Mapping[int, float], baseline: Mapping[int, float]
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p: the k-th smallest of m times m - k + 1, made non-decreasing, at most 1. None stays and counts not.
+    """Holm's adjusted p: the k-th smallest of m times m - k + 1, made non-decreasing, at most 1.
+
+    None and NaN give None, and do not count.
 
     An encoding whose adjusted p is below α differs from the baseline with a chance of at most α that any such claim is wrong.
     """
-    order = sorted((p, index) for index, p in enumerate(p_values) if p is not None)
+    order = sorted((p, index) for index, p in measured(dict(enumerate(p_values))).items())
     adjusted: list[float | None] = [None] * len(p_values)
     highest = 0.0
     for rank, (p, index) in enumerate(order):

@@ -5,11 +5,13 @@ A cell is empty if its number was not measured.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from sape2 import viz
+from sape2.encodings import canonical_name
 from sape2.runs.files import write_text
 from sape2.runs.images import how_images_differ
 from sape2.runs.settings import version_of
@@ -184,9 +186,9 @@ def compare(
     """
     if not runs:
         raise ValueError("none of these runs is finished; give their sape2 train commands again to go on")
-    known = [column.measure for column in HEADLINES if column.measure is not None]
+    known = list(dict.fromkeys(column.measure for column in HEADLINES if column.measure is not None))
     there = {measure for run in runs for measure in run.measures()}
-    wanted = [measure for measure in dict.fromkeys(known) if measure in (there if measures is None else measures)]
+    wanted = [measure for measure in known if measure in (there if measures is None else measures)]
     if not there & set(wanted):
         asked = ", ".join(measures or known)
         raise ValueError(
@@ -197,8 +199,11 @@ def compare(
 
 
 def _named(groups: list[Group], baseline: str) -> str:
-    """The label of the only group of this label or encoding."""
-    found = [group.label for group in groups if baseline in (group.label, group.runs[0].config.model.encoding)]
+    """The label of the only group of this label or encoding, however that is written."""
+    names = {baseline}
+    with contextlib.suppress(ValueError):  # a label with more than an encoding in it
+        names.add(canonical_name(baseline))
+    found = [group.label for group in groups if names & {group.label, group.runs[0].config.model.encoding}]
     if len(found) != 1:
         known = "; ".join(group.label for group in groups)
         raise ValueError(f"the baseline must be one line of the table; {baseline!r} is {len(found)} of: {known}")

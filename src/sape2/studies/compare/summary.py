@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from sape2.studies.compare.paired import Paired, holm, paired_difference
+from sape2.studies.compare.paired import Paired, holm, measured, paired_difference
 from sape2.tables import Row, format_spread
 
 ALPHA = 0.05
@@ -45,9 +45,12 @@ class Summary:
         return "level" if near else "unresolved"
 
 
-def summarize(values: Mapping[Group, Mapping[Any, float]], baseline: Group | None = None) -> dict[Group, Summary]:
-    """A summary of each group that has values, {seed: value}; p is adjusted over the groups that are compared."""
-    some = {group: found for group, found in values.items() if found}
+def summarize(values: Mapping[Group, Mapping[Any, float | None]], baseline: Group | None = None) -> dict[Group, Summary]:
+    """A summary of each group that has values, {seed: value}; p is adjusted over the groups that are compared.
+
+    What is not finite counts as not measured.
+    """
+    some = {group: numbers for group, found in values.items() if (numbers := measured(found))}
     base = some.get(baseline, {}) if baseline is not None else {}
     pairs = {group: paired_difference(found, base) for group, found in some.items() if group != baseline}
     adjusted = dict(zip(pairs, holm([pair.p if pair else None for pair in pairs.values()]), strict=True))
