@@ -34,11 +34,6 @@ def test_the_fullest_is_what_the_run_shows_whatever_came_last(run, first):
     assert values(read_rows(run.folder / "results.jsonl")) == [0.8]
 
 
-def test_lines_without_anything_are_no_rows(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"a": 1}\r\n\n{"a": 2}\n\n')
-    assert read_rows(tmp_path / "rows.jsonl") == [{"a": 1}, {"a": 2}]
-
-
 def test_of_two_partial_ones_the_larger_is_shown(run):
     for row in (MORE, FEW):
         run.add_results([of(row)])
