@@ -53,20 +53,18 @@ from sape2.tables import markdown_table
 ROWS = RESULTS / "gate_forms.jsonl"
 PATCH = 4  # pixels a side, of the recipe
 TEMPERATURE = 100.0  # of the frequencies, as in rope
-CONTROLS = {  # form -> what is left of it without content
-    "counted": "rope",
-    "counted:mode=shift": "rope",
-    "counted:mode=wide": "rope",
-    "opened+rope": "opened:const=1+rope",
-    "opened:own=8+rope": "opened:const=1+rope",
-    "rope+sape2:readout=direct": "rope+sape2:gates=constant,readout=direct",
-    "rope+sape2:count=between,readout=direct": "rope+sape2:count=between,gates=none,readout=direct",
-    "forget": "faded",
-    "forget:start=2": "faded:start=2",
-    "forget:start=0": "faded:start=0",
-    "forget:start=2+rope": "faded:start=2+rope",
-    "decayed": "decayed:const=1",
-}
+CONTROLS = (  # form, and what is left of it without content
+    ("counted", "rope"),
+    ("counted:mode=shift", "rope"),
+    ("counted:mode=wide", "rope"),
+    ("opened+rope", "opened:const=1+rope"),
+    ("opened:own=8+rope", "opened:const=1+rope"),
+    ("rope+sape2:readout=direct", "rope+sape2:gates=constant,readout=direct"),
+    ("rope+sape2:count=between,readout=direct", "rope+sape2:count=between,gates=none,readout=direct"),
+    ("decayed", "decayed:const=1"),
+    *((f"forget{start}", f"faded{start}") for start in ("", ":start=2", ":start=0")),
+    *(("forget:start=2", f"faded:start={start}") for start in (0, -1)),  # controls that start more closed
+)
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ def table(rows: list[Row]) -> str:
     for patch in sorted({_patch(row) for row in kept}, reverse=True):
         same = [row for row in kept if _patch(row) == patch]
         tested, chosen = grouped(same, final_accuracy), grouped(same, final_validation_accuracy)
-        for form, control in CONTROLS.items():
+        for form, control in CONTROLS:
             if pair := paired_difference(tested.get(form, {}), tested.get(control, {})):
                 line = {"form": f"`{form}`", "control": f"`{control}`", "patch": str(patch), "n": pair.n}
                 line |= {"seed 1, validation": f"{chosen[form][1]:.4f}", "control's": f"{chosen[control][1]:.4f}"}

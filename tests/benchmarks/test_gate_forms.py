@@ -81,7 +81,7 @@ def test_a_finer_grid_changes_the_patch_and_nothing_else():
     assert fine.config.train == plain.config.train
 
 
-@pytest.mark.parametrize("name", [name for pair in gate_forms.CONTROLS.items() for name in pair])
+@pytest.mark.parametrize("name", dict.fromkeys(name for pair in gate_forms.CONTROLS for name in pair))
 def test_forms_and_controls_are_named_as_their_rows_name_them(name, monkeypatch):
     for form in gate_forms.FORMS.items():
         monkeypatch.setitem(ATTENTION_ENCODINGS, *form)
