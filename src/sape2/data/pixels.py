@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -37,7 +37,8 @@ class _ReadingWhole:
     """While it is entered, by however many threads, Pillow refuses files that end too early, whatever another program set."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, False
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: Any = False
 
     def __enter__(self) -> None:
         with self._lock:
