@@ -26,8 +26,7 @@ from sape2.detection.models import build_detector
 from sape2.detection.pyramid import strides
 from sape2.detection.splits import check_sizes, fingerprint, open_images, read_all, same_content
 from sape2.machine import find_device, hardware, precision_of
-from sape2.progress import progress_bar
-from sape2.progress import say as tell
+from sape2.progress import progress_bar, say
 from sape2.runs.files import sweep
 from sape2.runs.run import Run
 from sape2.training.accelerator import make_accelerator
@@ -74,14 +73,14 @@ def check_images(config: DetectionConfig, train: CocoImages, test: CocoImages, q
     low = min(config.images.scale_jitter, default=None)
     check_sizes(train, config.model.image_size, stride, low)
     check_sizes(test, config.model.image_size, stride)
-    for note in (*train.notes, *test.notes):
-        say(note, quiet)
+    for note in (*train.notes, *test.notes) if not quiet else ():
+        say(note)
     digests = []
     for images in (train, test):
         with progress_bar(f"reading the images of {images.where}", len(images), quiet) as show:
             digests.append(read_all(images, show))
-    for note in same_content(train, digests[0], test, digests[1]):
-        say(note, quiet)
+    for note in same_content(train, digests[0], test, digests[1]) if not quiet else ():
+        say(note)
 
 
 def measure(run: Run[DetectionConfig], images: CocoImages, quiet: bool) -> list[Row]:
@@ -190,8 +189,3 @@ def _of_training(target: dict[str, Any], device: torch.device) -> dict[str, torc
     """The parts of a target that a loss needs."""
     names = [name for name in ("boxes", "labels", "masks") if name in target]
     return {name: target[name].as_subclass(torch.Tensor).to(device) for name in names}
-
-
-def say(text: str, quiet: bool) -> None:
-    if not quiet:
-        tell(text)
