@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -355,9 +356,17 @@ def test_a_step_leaves_no_memory_behind(subject, dtype):
     assert all(parameter.grad is None for parameter in made.module.parameters())
 
 
-def test_on_a_cpu_an_allocation_beyond_what_is_available_fails_and_is_a_note(monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 30 * MEGA)
-    sweep = small_sweep(encodings=("none",), grids=((40, 40),), levels=("attention",), repeats=1)
+def test_on_a_cpu_an_allocation_beyond_what_is_available_fails_and_is_a_note():
+    """In a process of its own: what this one has freed and kept needs no allocation."""
+    process = multiprocessing.get_context("spawn").Process(target=_measure_within_30_mega)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _measure_within_30_mega():
+    memory.available_bytes = lambda: 30 * MEGA
+    sweep = small_sweep(model="vit_nano", encodings=("none",), grids=((40, 40),), levels=("attention",), repeats=1)
     rows = measure(sweep.points()[0], sweep, CONDITIONS)
     plain = [row for row in rows if row["encoding"] == "plain" and row["name"].startswith("forward")]
     assert {row["value"] for row in plain} == {None}
