@@ -256,6 +256,7 @@ def test_killed_workers_and_two_at_once_give_the_rows_of_one(tmp_path, start_com
         (["compare", "digits", "--encodings", "ape,rope", "--seeds", "1", "--set", "dim=18"], "rope"),
         (["report", "nowhere.jsonl"], "there is no nowhere.jsonl"),
         (["compare", "digits", "--encodings", "ape", "--set", "model.encoding=none"], "--set cannot choose the encoding"),
+        (["compare", "digits", "--encodings", "ape", "--set", "encoding=none"], "--set cannot choose the encoding"),
         (["report", "a.jsonl", "run"], "not both"),
         (["report", "a.jsonl", "--split", "test"], "--split is for run folders"),
         (["report", "a.jsonl", "--measures", "shift"], "--measures is for run folders"),

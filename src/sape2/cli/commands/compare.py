@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 compare")
-    if any(setting.partition("=")[0].strip() == "model.encoding" for setting in arguments.set):
+    if any(setting.partition("=")[0].strip() in ("model.encoding", "encoding") for setting in arguments.set):
         raise ValueError("--set cannot choose the encoding of sape2 compare: every run has one of the --encodings")
     config = resolve(arguments)
     if config.train.parallel == "fsdp":
