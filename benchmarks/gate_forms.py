@@ -6,7 +6,7 @@ Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data
 
 Names are encodings of the package, and the four of this file: `counted`, `opened`, `faded`, `decayed`. Every run is
 three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
-benchmarks/results/gate_forms.jsonl. The forms are no part of the package: none has shown that its gates help.
+benchmarks/results/gate_forms.jsonl. Those four are no part of the package: none of them has shown that its gates help.
 """
 
 from __future__ import annotations
