@@ -18,7 +18,7 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -233,12 +233,17 @@ def run(given: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(given.threads)
-    encodings = [canonical_name(name) for name in given.encodings]
-    for stage in given.stages:
+    for stage, trial in wanted(given.stages, given.seeds, given.encodings):
+        train(trial, stage, given.data, given.out)
+
+
+def wanted(stages: Iterable[str], seeds: Sequence[int], encodings: Sequence[str]) -> Iterator[tuple[str, Trial]]:
+    """The runs of these stages, each with its stage; of all seeds or encodings if none is given."""
+    names = [canonical_name(name) for name in encodings]
+    for stage in stages:
         for trial in STAGES[stage](read_rows(ROWS)):
-            wanted = not encodings or canonical_name(trial.encoding) in encodings
-            if wanted and (not given.seeds or trial.seed in given.seeds):
-                train(trial, stage, given.data, given.out)
+            if (not seeds or trial.seed in seeds) and (not names or canonical_name(trial.encoding) in names):
+                yield stage, trial
 
 
 def train(trial: Trial, stage: str, data: Path | None, out: Path, rows: Path = ROWS) -> None:

@@ -21,12 +21,10 @@ from pathlib import Path
 
 from glance_measures import COLUMNS, Columns, means_of_columns, seed_tables
 from kept import six_digits
-from sprint import ROWS as RUNS
-from sprint import STAGES, Trial, hold_if_free, keep, run_of, splits_of, train, trained
+from sprint import STAGES, Trial, hold_if_free, keep, run_of, splits_of, train, trained, wanted
 from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig
-from sape2.encodings import canonical_name
 from sape2.evaluation.base import drawn
 from sape2.evaluation.resolution import predict_view
 from sape2.evaluation.runs import measure
@@ -56,15 +54,6 @@ def by_measures(run: Run[RunConfig]) -> Iterator[Row]:
 
 
 PARTS: dict[str, Callable[[Run[RunConfig]], Iterator[Row]]] = {"sizes": at_other_sizes, "measures": by_measures}
-
-
-def trials_of(stages: list[str], seeds: list[int], encodings: list[str]) -> Iterator[tuple[str, Trial]]:
-    """The runs of these stages, each with its stage; of all seeds or encodings if none is given."""
-    runs = read_rows(RUNS)
-    for stage in stages:
-        for trial in STAGES[stage](runs):
-            if (not seeds or trial.seed in seeds) and (not encodings or trial.config.model.encoding in encodings):
-                yield stage, trial
 
 
 def train_again(stage: str, trial: Trial, data: Path | None, out: Path) -> None:
@@ -125,7 +114,7 @@ def main() -> None:
     if unknown or (given.stages and not given.data):
         parser.error(f"measuring needs --data DIR and stages out of {', '.join(STAGES)}; got {', '.join(given.stages)}")
     for part in [given.only] if given.only else list(PARTS):
-        for stage, trial in trials_of(given.stages, given.seeds, [canonical_name(name) for name in given.encodings]):
+        for stage, trial in wanted(given.stages, given.seeds, given.encodings):
             if given.train and not is_kept(trial, part):
                 train_again(stage, trial, given.data, given.out)
             measure_trial(trial, part, given.data, given.out)

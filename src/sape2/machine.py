@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import platform
 from collections.abc import Iterator
@@ -48,14 +49,18 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer of the model."""
-    tensor = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors), None)
+    tensor = next(_tensors(model), None)
     return torch.device("cpu") if tensor is None else tensor.device
 
 
 def placed(images: Tensor, model: nn.Module) -> Tensor:
     """The images on the device of a model and in the precision of its first weights."""
-    like = next((t for tensors in (model.parameters(), model.buffers()) for t in tensors if t.is_floating_point()), None)
+    like = next((t for t in _tensors(model) if t.is_floating_point()), None)
     return images if like is None else images.to(like)
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return itertools.chain(model.parameters(), model.buffers())
 
 
 def keep_freed_memory() -> bool:
