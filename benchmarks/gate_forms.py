@@ -4,9 +4,9 @@ Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data
           ... --patch 2                                        on a grid of 16x16 instead of 8x8
           python benchmarks/gate_forms.py                                                          prints the table
 
-Names are encodings of the package, and the four of this file: `counted`, `opened`, `faded`, `decayed`. Every run is
-three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
-benchmarks/results/gate_forms.jsonl. Those four are no part of the package: none of them has shown that its gates help.
+Names are encodings of the package, and the five of this file: `counted`, `opened`, `faded`, `parted`, `decayed`. Every run
+is three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
+benchmarks/results/gate_forms.jsonl. Those five are no part of the package: none is better than what the package has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from sape2.encodings.base import AttentionEncoding
 from sape2.encodings.bias import PLACE_AXES, AttentionBias, Places
 from sape2.encodings.content import Content, Vectors
 from sape2.encodings.counting import form_for
-from sape2.encodings.forget import Forget
+from sape2.encodings.counting.readable import sides
+from sape2.encodings.forget import Forget, forgotten
 from sape2.encodings.grid import (
     Axis,
     Grid,
@@ -64,6 +65,7 @@ CONTROLS = (  # form, and what is left of it without content
     ("decayed", "decayed:const=1"),
     *((f"forget{start}", f"faded{start}") for start in ("", ":start=2", ":start=0")),
     *(("forget:start=2", f"faded:start={start}") for start in (0, -1)),  # controls that start more closed
+    *((f"parted{part}", "faded:start=0") for part in ("", ":start=2", ":reads=end", ":reads=end,start=2")),
 )
 
 
@@ -163,6 +165,47 @@ class Faded(Forget):
 
 
 @dataclass(frozen=True)
+class PartedOptions:
+    """`reads`: the gates that read tokens. way: those strictly between two patches; end: the last one, of i or of n."""
+
+    start: float = 0.0
+    reads: Literal["way", "end"] = "way"
+
+
+class Parted(Forget):
+    """`forget` in two parts: on the way and at its end. The gates of one part read the tokens, the others are sigmoid(c)."""
+
+    name = "parted"
+    Options = PartedOptions
+
+    def make_bias(self, content: Content) -> AttentionBias:
+        if any(content.seen(axis) is not None for axis in PLACE_AXES):
+            raise ValueError("parted is for images whose patches all see each other")
+        tokens = content.read_tokens("parted", self.dim)
+        with no_autocast(content.q):
+            offset = full_precision(self.offset)[:, :, None, :, None]
+            read = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight)) + offset
+            read, plain = F.logsigmoid(read), F.logsigmoid(offset).expand_as(read)
+            on_way, at_end = (read, plain) if self.options.reads == "way" else (plain, read)
+            change = at_end - on_way
+            places = (
+                forgotten(*on_way[number], content, axis) + last_gates(*change[number], content, axis)
+                for number, axis in enumerate(PLACE_AXES)
+            )
+            return AttentionBias(Places(*places), dtype=content.q.dtype)
+
+
+def last_gates(
+    backwards: Float[Tensor, "batch heads tokens"], onwards: Float[Tensor, "batch heads tokens"], content: Content, axis: Axis
+) -> Float[Tensor, "batch heads tokens length"]:
+    """The last gate between a patch and every place m of its line: backwards the patch's own, onwards that of m."""
+    length = line_length(content.grid, axis)
+    after, before = sides(length, line_coordinate(content.grid, axis, onwards.device))
+    lines = to_lines(onwards[..., None], content.grid, axis).transpose(-2, -1)  # (..., lines, 1, S)
+    return backwards[..., None] * before + from_lines(lines.expand(*lines.shape[:-2], length, -1), axis) * after
+
+
+@dataclass(frozen=True)
 class DecayedOptions:
     """`slope`: the first decay of a step through an open gate; `const`: gates sigmoid(c)."""
 
@@ -208,7 +251,7 @@ class Decayed(AttentionEncoding):
         return form_for(content.q, content.k, offset).count_positions(gates, "between", place)
 
 
-FORMS = {"counted": Counted, "opened": Opened, "faded": Faded, "decayed": Decayed}
+FORMS = {"counted": Counted, "opened": Opened, "faded": Faded, "parted": Parted, "decayed": Decayed}
 
 
 def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH) -> Iterator[sprint.Trial]:

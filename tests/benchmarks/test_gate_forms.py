@@ -58,6 +58,28 @@ def test_decay_is_minus_the_rate_times_the_gates_on_the_way(const):
     assert bias[0, 1, 6, 0].item() == pytest.approx(-0.25 * (by_column[5] + by_column[1]).item())
 
 
+def test_forget_is_parted_into_the_way_and_its_end(qk):
+    """Both parts that read, less one that reads nothing, are `forget`; between neighbours there is no way, only an end."""
+    tokens = torch.randn(2, 15, HEADS * WIDTH, dtype=torch.float64)
+    whole = create_encoding("forget:start=1", HEADS, WIDTH, GRID).double()
+    faded = gate_forms.Faded(HEADS, WIDTH, GRID, start=1.0).double()
+
+    def bias(encoding):
+        return encoding.bias(*qk, GRID, tokens=tokens).dense()
+
+    def part(reads):
+        form = gate_forms.Parted(HEADS, WIDTH, GRID, start=1.0, reads=reads).double()
+        form.load_state_dict(whole.state_dict())
+        return bias(form) - bias(faded)
+
+    way, end = part("way"), part("end")
+    torch.testing.assert_close(way + end, bias(whole) - bias(faded))
+    assert way[..., 6, [1, 5, 7, 11]].abs().max() < 1e-12 < way[..., 6, 8].abs().min()
+    weights = whole.weight[1, 1] @ tokens[..., 8, :, None] + 1  # of columns, onwards: (2, 2, 1)
+    expected = torch.nn.functional.logsigmoid(weights) - torch.nn.functional.logsigmoid(torch.ones(()))
+    torch.testing.assert_close(end[..., 6, 8], expected[..., 0].to(end))
+
+
 def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid(monkeypatch):
     def row(encoding, seed, test, patch=4):
         rows = [{"name": "accuracy", "weights": "last", "value": test}]

@@ -54,11 +54,11 @@ class Forget(AttentionEncoding):
             gates = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight))
             gates = F.logsigmoid(gates + full_precision(self.offset)[:, :, None, :, None])
             pairs = zip(gates, PLACE_AXES, strict=True)
-            by_row, by_column = (_forgotten(pair[0], pair[1], content, axis) for pair, axis in pairs)
+            by_row, by_column = (forgotten(pair[0], pair[1], content, axis) for pair, axis in pairs)
             return AttentionBias(Places(by_row, by_column), dtype=q.dtype)
 
 
-def _forgotten(
+def forgotten(
     backwards: Float[Tensor, "batch heads tokens"], onwards: Float[Tensor, "batch heads tokens"], content: Content, axis: Axis
 ) -> Float[Tensor, "batch heads tokens length"]:
     """The sum of the gates between a patch and every place m of its line: those after m up to it, or those after it up to m."""
