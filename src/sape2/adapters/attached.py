@@ -73,11 +73,7 @@ class Attached(OneNode):
             if not isinstance(layout, Scattered):
                 return attend(q, k, v, layout, encoding_of(self), dropout, tokens=tokens)
         bias = self.bias_map(q, k, mask, tokens, window)
-        q, k = rotated or self.rotate(q, k, window)
-        if is_transformed(q):  # in torch.func the fused kernel refuses a mask with a gradient
-            return F.dropout(softmax_weights(q, k, bias).to(v.dtype), dropout) @ v
-        mask = None if bias is None else bias.to(v.dtype)
-        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
+        return attend_with(*(rotated or self.rotate(q, k, window)), v, bias, dropout)
 
     def bias_map(
         self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, window: Window | None = None
@@ -138,6 +134,16 @@ def _replaced(strange: nn.Module) -> ValueError:
         "for modules_to_save and for whatever its targets match; leave sape2 out of them and attach after get_peft_model, "
         "which trains both"
     )
+
+
+def attend_with(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float = 0.0
+) -> Float[Tensor, "batch heads tokens head_dim"]:
+    """Attention with a map as bias; in steps in torch.func, where the fused kernel refuses a mask with a gradient."""
+    if not is_transformed(q):
+        mask = None if bias is None else bias.to(v.dtype)
+        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
+    return F.dropout(softmax_weights(q, k, bias).to(v.dtype), dropout) @ v
 
 
 def softmax_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "batch heads tokens tokens"]:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, Window, shifted, softmax_weights
+from sape2.adapters.attached import Attached, Host, Size, Window, attend_with, shifted
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens, grid_of_output
@@ -143,9 +143,7 @@ class _AttachedSam(Attached):
         bias = self.bias_map(q, k, bias, x, Window(grid))
         q, k = self.rotate(q, k, Window(grid))
         if self.host_class is self.library.SamVisionSdpaAttention:  # which drops nothing out, also in training
-            mask, weights = None if bias is None else bias.to(q.dtype), None
-            in_steps = is_transformed(q)
-            output = softmax_weights(q, k, mask) @ v if in_steps else F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            output, weights = attend_with(q, k, v, bias), None
         else:
             logits = (q * self.scale) @ k.transpose(-2, -1)
             weights = F.softmax(logits if bias is None else logits + bias, dtype=torch.float32, dim=-1).to(q.dtype)
