@@ -144,12 +144,6 @@ def one_rate(encodings: Iterable[str], seeds: Iterable[int] = SEEDS) -> Iterator
         yield from (_with_rates(name, RATES[0], seed) for name in names)
 
 
-def borrowed_rates() -> Iterator[Trial]:
-    """The whole length with the rates that were found for what an encoding contains: `ape+sape2`, or `cpe+log_cpb`."""
-    rates = {"none": RATES[3], "sape2": RATES[3], "ape+rope": RATES[3], "ape+cope": RATES[3], JOINS_OF_BIASES[-1]: RATES[2]}
-    return (Trial("cifar10_sprint", name, 0, settings=_settings(pair)) for name, pair in rates.items())
-
-
 def _settings(rates: tuple[float, float]) -> tuple[str, ...]:
     return (f"train.muon_lr={rates[0]}", f"train.encoding_lr={rates[1]}")
 
@@ -192,7 +186,6 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "headline_quarter": lambda rows: tuned(rows, HEADLINE, epochs=QUARTER),
     "headline_cifar100": lambda rows: tuned(rows, HEADLINE, recipe="cifar100_sprint", epochs=QUARTER),
     "whole_cifar100": lambda rows: tuned(rows, HEADLINE, recipe="cifar100_sprint"),
-    "borrowed_rates": lambda rows: borrowed_rates(),
     "one_rate_rivals": lambda rows: one_rate(RIVALS, (1, 2)),
     "joins": lambda rows: one_rate(JOINS, (1,)),
     "joins_of_biases": lambda rows: one_rate(JOINS_OF_BIASES, (1,)),
