@@ -431,7 +431,6 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "contrasts": contrast_table,
     "tuning": tuning_table,
     "headline": lambda rows: accuracy_table(rows, "headline"),
-    "borrowed_rates": lambda rows: table_of_added(rows, "borrowed_rates", to=("headline",)),
     "headline_quarter": lambda rows: accuracy_table(rows, "headline_quarter"),
     "headline_cifar100": lambda rows: accuracy_table(rows, "headline_cifar100"),
     "whole_cifar100": lambda rows: accuracy_table(rows, "whole_cifar100"),
