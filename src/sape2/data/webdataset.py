@@ -200,14 +200,15 @@ def _only(key: str, found: list[tuple[str, int, int]]) -> tuple[str, int, int]:
 
 
 def _check_kind(samples: Iterable[Sample]) -> None:
-    """Raises ValueError where one sample has KEY.png and another KEY.depth.png alone: its own image may be lost."""
+    """Raises ValueError where one sample has KEY.png and another of its folder KEY.depth.png alone: its own may be lost."""
     names = (_only(each.key, each.images)[0] for each in samples if each.images)
-    first: dict[str, str] = {}
+    first: dict[str, tuple[str, str]] = {}  # of each folder
     for name in names:
-        first.setdefault(_key(name)[1].rpartition(".")[0], name)
-    if len(first) > 1:
-        one, two = sorted(first.values(), key=len)[:2]
-        raise ValueError(f"{two} and {one} are the images of two samples; name all alike, or put back the one that is lost")
+        kind = _key(name)[1].rpartition(".")[0]
+        known, other = first.setdefault(posixpath.dirname(posixpath.normpath(name)), (kind, name))
+        if kind != known:
+            one, two = sorted((name, other), key=len)
+            raise ValueError(f"{two} and {one} are the images of two samples; name all alike, or put back the one that is lost")
 
 
 def _agreed(key: str, found: list[tuple[str, Any]]) -> Any:
