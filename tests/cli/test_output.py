@@ -115,6 +115,9 @@ def test_a_folder_that_takes_no_file_is_found_before_the_work(tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError, match="is a file"):
         check_writable(tmp_path / "file" / "run")
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(NotADirectoryError, match=r"link is a link that leads nowhere; .* --out"):
+        check_writable(tmp_path / "link")
     monkeypatch.setattr(Path, "touch", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(OSError, match=r"Permission denied.* --out"):
         check_writable(tmp_path / "run")

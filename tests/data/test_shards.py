@@ -123,6 +123,22 @@ def test_two_images_of_one_key_are_refused_with_both_names(tmp_path, names):
     assert f"two images, {names[0]} and {names[1]}" in refusal(shard)
 
 
+@pytest.mark.parametrize("other", ["png", "rgb.png"])
+def test_another_kind_of_image_does_not_stand_for_a_lost_one(tmp_path, other):
+    files = [(f"{key}.{ending}", png(1)) for key in "abc" for ending in (other, "depth.png")]
+    files = [file for file in files if file[0] not in (f"b.{other}", "a.depth.png", "c.depth.png")]
+    shard = write_shard(tmp_path / "train.tar", [*files, *((f"{key}.cls", b"1") for key in "abc")])
+    assert f"b.depth.png and a.{other} are the images of two samples" in refusal(shard)
+
+
+def test_numbers_before_the_names_of_other_places_are_told(tmp_path, caplog):
+    (tmp_path / "classes.txt").write_text("1 cat\n0 dog\n3d\n")
+    for split in ("train", "test"):
+        write_shard(tmp_path / f"{split}.tar", SAMPLES)
+    webdataset.read(walk(tmp_path))
+    assert "the name '1 cat' in place 0, from 0; a label 1 in shards is a place" in caplog.text
+
+
 def test_names_in_shards_are_numbered_by_classes_txt(tmp_path):
     (tmp_path / "classes.txt").write_text("cat\ndog \n\n")
     for split in ("train", "test"):
@@ -210,6 +226,7 @@ def test_labels_that_agree_are_one(tmp_path, files, label):
         ([("a.json", b'{"label": 0}'), ("a.cls", b"1")], "two labels, 0 in a.json and 1 in a.cls"),
         ([("a.json", b'{"label": "cat"}'), ("a.cls", b"1")], "two labels, 0 in a.json and 1 in a.cls"),
         ([("a.json", b'{"label": 0, "label": 1}')], "two labels, 0 in a.json and 1 in a.json"),
+        ([("a.json", b'{"label": 0.0}'), ("a.cls", b"1")], "two labels, 0.0 in a.json and 1 in a.cls"),
         ([("a.cls", b"Labrador"), ("a.json", b'{"label": "Boxer"}')], "two labels, 'Labrador' in a.cls and 'Boxer' in a.json"),
         ([("b.cls", b"0")], "sample b .*b.cls"),
         ([("b.heic", b""), ("b.cls", b"0")], "sample b .*b.cls"),

@@ -1,6 +1,7 @@
 """Which file belongs to which split, in every layout: each file in one, what is neither taken nor told is refused."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -364,6 +365,18 @@ def test_the_same_pixels_in_two_splits_are_told(tmp_path, layout, caplog):
     load_data(DataConfig("tiny", str(tmp_path), validation_fraction=0.5), MODEL)
     assert ["test: 1 of 3 images have the pixels of an image" in line for line in caplog.messages] == [True]
     assert ("test/0/3.png is " if layout == "folder" else "test row 2 is ") in caplog.text
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_one_image_in_two_classes_is_told(tmp_path, in_memory, caplog):
+    for split, rows in {"train": range(6), "test": range(6, 9)}.items():
+        for row in rows:
+            path = tmp_path / split / "abc"[row % 3] / f"{row}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(file_of(picture(row, (8, 8))))
+    (tmp_path / "train" / "c" / "5.png").write_bytes((tmp_path / "train" / "a" / "0.png").read_bytes())
+    load_data(DataConfig("tiny", str(tmp_path), validation_fraction=0.5, in_memory=in_memory), MODEL)
+    assert re.search(r"1 images have the (pixels|bytes) of an image of another class: .*\d\.png \([ac]\) is ", caplog.text)
 
 
 def test_a_class_with_one_image_is_named(tmp_path):

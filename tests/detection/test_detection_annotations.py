@@ -100,6 +100,7 @@ REFUSED = {
     "file_name with a NUL": (image(file_name="2.png\0"), "image 3 has a file_name that is no path"),
     "file_name half a character": (image(file_name="\ud800.png"), "image 3 has a file_name that is no path"),
     "file_name too long": (image(file_name="a" * 300 + ".png"), "image 3 (is missing|has a file_name)"),
+    "file_name of other capitals": (image(file_name="2.PNG"), r"no file .*2\.PNG; it has '2\.png': write both alike"),
     "file_name outside": (image(file_name="../../secret.png"), "image 3 lies outside"),
     "file_name absolute": (image(file_name="/etc/hostname"), "image 3 lies outside"),
     "file_name with backslashes": (image(file_name="images\\2.png"), "image 3 is missing.*/"),
@@ -167,6 +168,15 @@ def test_a_file_of_something_else_is_refused(tmp_path, text):
     write_coco(tmp_path)
     (tmp_path / "train" / "annotations.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=r"annotations\.json is (damaged|not in COCO format)"):
+        open_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("key", ["annotations", "bbox"])
+def test_what_a_file_has_twice_is_refused(tmp_path, key):
+    write_coco(tmp_path)
+    path = tmp_path / "train" / "annotations.json"
+    path.write_text(path.read_text().replace(f'"{key}": [', f'"{key}": [], "{key}": [', 1))
+    with pytest.raises(ValueError, match=rf"annotations\.json is damaged: an object has '{key}' twice"):
         open_split(tmp_path, "train")
 
 

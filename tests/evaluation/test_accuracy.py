@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from evaluation_cases import CircularConvolution, labelled_images
 
+from sape2.evaluation import MEASURES
 from sape2.evaluation.accuracy import calibration_error
 
 
@@ -55,3 +57,13 @@ def test_every_edge_of_a_bin_is_treated_as_by_torchmetrics():
 
 def test_what_is_not_a_number_stays_visible():
     assert calibration_error(torch.full((2, 3), float("nan")), torch.tensor([0, 1])).isnan()
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "shift", "resolution"])
+def test_an_image_without_a_number_has_no_class(measure):
+    model = CircularConvolution()
+    model.patch_size = 4
+    with torch.no_grad():
+        model.head.weight[3] = float("nan")
+    with pytest.raises(ValueError, match=r"NaN for \d+ of \d+ images, which then have no class"):
+        list(MEASURES[measure](model, labelled_images(6)))

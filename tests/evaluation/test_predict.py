@@ -213,6 +213,8 @@ def test_of_many_files_that_cannot_be_read_ten_are_named(predicted, mine, tmp_pa
         (["bad.png"], "bad.png"),
         (["good.png", "--out", "rows.txt"], "rows.txt"),
         (["good.png", "--out", "folder.csv"], "folder.csv"),
+        (["good.png", "--out", "{run}/config.json"], "config.json belongs to the run"),
+        (["good.csv", "--out", "good.csv"], "good.csv is read by this command"),
         (["good.png", "--top", "0"], "--top"),
     ],
 )
@@ -221,8 +223,9 @@ def test_a_mistake_is_told_in_one_line(run, tmp_path, monkeypatch, capfd, words,
     for name in ("empty", "folder.csv"):
         (tmp_path / name).mkdir()
     (tmp_path / "bad.png").write_bytes(b"")
-    Image.fromarray(colours()).save(tmp_path / "good.png")
-    assert main(["predict", str(run), *words]) == 2
+    for name in ("good.png", "good.csv"):
+        Image.fromarray(colours()).save(tmp_path / name, "PNG")
+    assert main(["predict", str(run), *(word.format(run=run) for word in words)]) == 2
     out, err = capfd.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert message in err

@@ -440,6 +440,13 @@ def test_a_choice_that_cannot_be_is_told_in_one_line(mistake, run, photo, argv, 
     assert message in mistake(run, photo, *argv)
 
 
+def test_the_image_is_not_written_over(mistake, run, photo, tmp_path):
+    (tmp_path / "photo.png").write_bytes(photo.read_bytes())
+    (tmp_path / "link.png").symlink_to("photo.png")
+    for out in ("photo.png", "link.png"):
+        assert f"{out} is read by this command" in mistake(run, tmp_path / "photo.png", "--out", tmp_path / out)
+
+
 def test_files_that_are_no_images_are_told_in_one_line(mistake, run, photo, tmp_path):
     (tmp_path / "notes.png").write_text("not an image")
     (tmp_path / "half.png").write_bytes(photo.read_bytes()[:200])

@@ -34,6 +34,11 @@ def test_the_fullest_is_what_the_run_shows_whatever_came_last(run, first):
     assert values(read_rows(run.folder / "results.jsonl")) == [0.8]
 
 
+def test_what_is_not_finite_is_read_as_not_measured(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"value": NaN, "std": -Infinity, "n": 3}\n')
+    assert read_rows(tmp_path / "rows.jsonl") == [{"value": None, "std": None, "n": 3}]
+
+
 def test_of_two_partial_ones_the_larger_is_shown(run):
     for row in (MORE, FEW):
         run.add_results([of(row)])

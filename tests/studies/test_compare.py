@@ -402,6 +402,8 @@ def test_failed_runs_have_no_place_in_pairs_and_the_baseline_may_be_written_in_a
         (lambda row: row | {"encoding": "none"}, "line 1 was changed"),
         (lambda row: row | {"settings": row["settings"] | {"seed": 9}}, "line 1 was changed"),
         (lambda row: {"encoding": "ape"}, "line 1 is not a raw row"),
+        (lambda row: row | {"rows": "0.9"}, "line 1 is not a raw row"),
+        (lambda row: row | {"rows": [row["rows"][0] | {"value": "0.9"}]}, "line 1 is not a raw row"),
         (lambda row: row | {"settings": {"recipe": "x"}}, "does not fit this version"),
     ],
 )
@@ -409,6 +411,11 @@ def test_a_changed_line_is_named(raw, tmp_path, change, message):
     write_rows(tmp_path / "rows.jsonl", [change(raw[0])])
     with pytest.raises(ValueError, match=message):
         read_raw(tmp_path / "rows.jsonl")
+
+
+def test_costs_that_an_older_row_has_not_are_not_measured(raw):
+    older = [{key: value for key, value in row.items() if key != "parameters"} for row in raw]
+    assert all(row["mean"] is None for row in outcome(older, "ape").rows() if row["name"] == "parameters")
 
 
 def test_a_baseline_without_runs_is_refused(raw):

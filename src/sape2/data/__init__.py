@@ -74,13 +74,17 @@ def load_data(config: DataConfig, model: ModelConfig, classes: Sequence[str] = (
     def name(split: str, place: int) -> str:
         return splits[split].name(place)
 
+    def class_of(split: str, place: int) -> str:
+        return splits[split].classes[int(splits[split].labels[place])]
+
     if not keep_in_memory(number, config, model):
         if number <= COMPARED:
             files = {split: images.encoded() for split, images in splits.items() if isinstance(images, ImageFiles)}
-            tell_twins("bytes", files, name)
+            tell_twins("bytes", files, name, class_of)
         return Splits(**splits)
     decoded = {split: images.decoded() if isinstance(images, ImageFiles) else images for split, images in splits.items()}
-    tell_twins("pixels", {split: (image.tobytes() for image in data.images.numpy()) for split, data in decoded.items()}, name)
+    pixels = {split: (image.tobytes() for image in data.images.numpy()) for split, data in decoded.items()}
+    tell_twins("pixels", pixels, name, class_of)
     return Splits(**decoded)
 
 

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from sape2.data.base import digest, log
+from sape2.data.base import digest, log, one_line
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,20 @@ def _of_channels(values: tuple[float, ...], device: torch.device) -> Float[Tenso
 # --- splits ----------------------------------------------------------------------------------------------------------
 
 
-def tell_twins(what: str, splits: Mapping[str, Iterable[bytes]], name: Callable[[str, int], str]) -> None:
-    """Warns where a later split has images with the pixels, or bytes, of an earlier one, as the test set of what is trained on.
+def tell_twins(
+    what: str,
+    splits: Mapping[str, Iterable[bytes]],
+    name: Callable[[str, int], str],
+    class_of: Callable[[str, int], str],
+) -> None:
+    """Warns where a later split has images with the pixels, or bytes, of an earlier one, as the test set of what is trained on,
+    and where one image is in two classes.
 
     Images of no bytes, which cannot be read, are like no other.
     """
     known: dict[str, tuple[str, int]] = {}
+    seen: dict[str, tuple[str, int]] = {}
+    unlike: list[tuple[tuple[str, int], tuple[str, int]]] = []
     for split, images in splits.items():
         digests = [digest(data) if data else "" for data in images]
         own = {key: (split, place) for place, key in enumerate(digests) if key}
@@ -92,6 +100,11 @@ def tell_twins(what: str, splits: Mapping[str, Iterable[bytes]], name: Callable[
             count = f"{len(both)} of {len(digests)} images"
             log.warning("%s: %s have the %s of an image that is trained or validated on: %s", split, count, what, first)
         known = own | known
+        pairs = [(seen.setdefault(key, (split, place)), (split, place)) for place, key in enumerate(digests) if key]
+        unlike += [(one, two) for one, two in pairs if one != two and class_of(*one) != class_of(*two)]
+    if unlike:
+        both = " is ".join(f"{name(*each)} ({class_of(*each)})" for each in unlike[0][::-1])
+        log.warning("%d images have the %s of an image of another class: %s", len(unlike), what, one_line(both))
 
 
 def draw_by_class(labels: Tensor, size: int, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ import os
 import posixpath
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -117,6 +117,7 @@ def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Pl
         raise ValueError(f"the shard {plain_name(path)} cannot be read{last}: {error}; fetch it again, or remove it") from error
     try:
         found = [_place(each.key, each) for each in samples.values() if each.images or each.labels or each.links]
+        _check_kind(samples.values())
     except ValueError as error:
         raise ValueError(plain_name(f"{path}: {error}")) from error
     others = [name for each in samples.values() if not (each.images or each.labels or each.links) for name in each.others]
@@ -185,22 +186,34 @@ def _place(key: str, sample: Sample) -> Place:
         raise ValueError(
             f"sample {key} has no label: a key ends at the first dot, so {sample.dotted[0]} is not its .cls or .json"
         )
-    return key, *_only(key, sample.images), _agreed(key, sample.labels)
+    return key, *_only(key, sample.images)[1:], _agreed(key, sample.labels)
 
 
-def _only(key: str, found: list[tuple[str, int, int]]) -> tuple[int, int]:
-    """The place of the one image of a sample: KEY.png, whatever KEY.depth.png lies beside it."""
+def _only(key: str, found: list[tuple[str, int, int]]) -> tuple[str, int, int]:
+    """The one image of a sample: KEY.png, whatever KEY.depth.png lies beside it."""
     plain = [image for image in found if "." not in _key(image[0])[1]] or found
     if len(plain) > 1:
         raise ValueError(
             f"sample {key} has two images, {plain[0][0]} and {plain[1][0]}; a key ends at the first dot and has one image"
         )
-    return plain[0][1:]
+    return plain[0]
+
+
+def _check_kind(samples: Iterable[Sample]) -> None:
+    """Raises ValueError where one sample has KEY.png and another of its folder KEY.depth.png alone: its own may be lost."""
+    names = (_only(each.key, each.images)[0] for each in samples if each.images)
+    first: dict[str, tuple[str, str]] = {}  # of each folder
+    for name in names:
+        kind = _key(name)[1].rpartition(".")[0]
+        known, other = first.setdefault(posixpath.dirname(posixpath.normpath(name)), (kind, name))
+        if kind != known:
+            one, two = sorted((name, other), key=len)
+            raise ValueError(f"{two} and {one} are the images of two samples; name all alike, or put back the one that is lost")
 
 
 def _agreed(key: str, found: list[tuple[str, Any]]) -> Any:
     """The one label, however often it is there; a number goes before words that are no class."""
-    counted = [label for label in found if isinstance(label[1], int)] or found
+    counted = [label for label in found if isinstance(label[1], (int, float))] or found
     other = next((label for label in counted[1:] if label[1] != counted[0][1]), None)
     if other is not None:
         (first, one), (second, two) = counted[0], other
@@ -261,8 +274,9 @@ def _class_names(files: Files) -> tuple[str, ...]:
 
 
 def _tell_places(where: str, classes: tuple[str, ...]) -> None:
-    """Warns where a label could be the name of one class and the number of another; it is taken as a number."""
-    other = [name for number, name in enumerate(classes) if name.isdecimal() and number != int(name) < len(classes)]
+    """Warns where a name is, or begins with, the number of another class ("2 owl"); such a label is taken as a number."""
+    numbered = [(place, name, re.match(r"\d{1,9}\b", name)) for place, name in enumerate(classes)]
+    other = [(place, name, found[0]) for place, name, found in numbered if found and place != int(found[0]) < len(classes)]
     if other:
-        name, number = other[0], classes.index(other[0])
-        tell(f"{where}: classes.txt has the name {name!r} in place {number}, from 0; a label {name} in shards is a place")
+        place, name, number = other[0]
+        tell(f"{where}: classes.txt has the name {name!r} in place {place}, from 0; a label {number} in shards is a place")

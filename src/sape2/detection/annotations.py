@@ -260,10 +260,19 @@ def _called(entry: Entry) -> str:
     return str(name)[:80]
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> Entry:
+    """An object as a dict. Raises ValueError for a key that is there twice, of which json takes the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"an object has {_short(twice)} twice; put together what belongs together")
+    return found
+
+
 def read_json(path: Path) -> Entry:
     """The three lists that every file in COCO format has; what else it holds is not read."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     for key in LISTS:

@@ -148,8 +148,8 @@ class CocoImages(Dataset):
         if not file.is_relative_to(folder):
             raise ValueError(f"{what} lies outside of {self.folder}: {name!r}")
         if not is_file:
-            slashes = "; write / in place of \\" if "\\" in name else ""
-            raise FileNotFoundError(f"{what} is missing: there is no file {self.folder / name}{slashes}")
+            hint = "; write / in place of \\" if "\\" in name else near_name(name, [*walk(self.folder).real])
+            raise FileNotFoundError(f"{what} is missing: there is no file {self.folder / name}{hint}")
         return file
 
     def _decode(self, index: int) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from sape2.evaluation.base import LabelledImages, count_images, drawn, evaluating, mean_row, placed, row
+from sape2.evaluation.base import LabelledImages, answered, count_images, drawn, evaluating, mean_row, placed, row
 from sape2.training.memory_errors import is_out_of_memory
 
 
@@ -61,7 +61,8 @@ def quick_accuracy(model: nn.Module, data: LabelledImages) -> tuple[float, float
 def predict(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> Float[Tensor, "images classes"]:
     """Logits in float32 on the CPU; the model is left in the mode it was in.
 
-    Of no images they are (0, 0). Where batches of this size do not fit into memory, they are halved until they do.
+    Of no images they are (0, 0). Where batches of this size do not fit into memory, they are halved until they do. Raises
+    ValueError for NaN.
     """
     try:
         with evaluating(model):
@@ -72,7 +73,7 @@ def predict(model: nn.Module, data: LabelledImages, batch_size: int = 500) -> Fl
         logits = None
     if logits is None:
         return predict(model, data, batch_size // 2)
-    return torch.cat(logits) if logits else torch.empty(0, 0)
+    return answered(torch.cat(logits)) if logits else torch.empty(0, 0)
 
 
 def confusion(logits: Float[Tensor, "images classes"], labels: Int[Tensor, " images"]) -> Int[Tensor, "classes classes"]:

@@ -197,6 +197,17 @@ def count_images(data: LabelledImages, limit: int | None, measure: str = "") -> 
     return images_taken(measure, limit, len(data.labels))
 
 
+def answered(logits: Float[Tensor, "*images classes"]) -> Float[Tensor, "*images classes"]:
+    """The same logits. Raises ValueError if any is NaN: such an image has no class, and argmax would name one."""
+    lost = logits.isnan().any(-1)
+    if lost.any():
+        raise ValueError(
+            f"the model gives NaN for {int(lost.sum())} of {lost.numel()} images, which then have no class; its weights are "
+            "damaged, or its numbers overflow (in half precision, try float32)"
+        )
+    return logits
+
+
 def image_size(data: LabelledImages) -> tuple[int, int]:
     """(height, width) of the images."""
     images, _ = next(data.batches(1))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from sape2.evaluation.base import (
     LabelledImages,
     Row,
+    answered,
     as_mapped,
     chance_agreement,
     count_images,
@@ -79,7 +80,7 @@ def predict_view(
         for images, _ in drawn(data, limit).batches(batch_size):
             share = images[0, 0].numel() / math.prod(view.size)
             parts = images.split(max(1, int(batch_size * min(1.0, share))))
-            classes += [model(view(placed(part, model))).argmax(-1).cpu() for part in parts]
+            classes += [answered(model(view(placed(part, model)))).argmax(-1).cpu() for part in parts]
     return torch.cat(classes)
 
 

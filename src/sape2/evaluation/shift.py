@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sape2.evaluation.base import (
     LabelledImages,
     Row,
+    answered,
     as_mapped,
     chance_agreement,
     count_images,
@@ -76,7 +77,7 @@ def read_moved(
             images = placed(images, model)
             part = shifts[:, start : start + len(images)].to(images.device)
             logits = torch.stack([model(translate(images, draw, border)) for draw in part])
-            results.append(read(logits.float().cpu()))
+            results.append(read(answered(logits.float().cpu())))
             start += len(images)
     return torch.cat(results, dim=-1)
 

@@ -34,6 +34,7 @@ from sape2.inspect.templates import template
 from sape2.models.trained import load_run_model
 from sape2.runs.files import digest_of, write_text
 from sape2.runs.run import Run
+from sape2.runs.settings import check_output
 from sape2.tables import format_value
 from sape2.viz.base import plain
 
@@ -51,6 +52,7 @@ def explain(
     out = out or run.folder / "figures" / f"explain-{_short(image_path.stem)}.html"
     if out.suffix.lower() not in (".html", ".png"):
         raise ValueError(f"--out must end in .html or .png; got {out}")
+    check_output(out, image_path)
     choice = choice or Choice()
     choice.check(config.model)
     picture = read_picture(image_path, config.model, evaluation_crop(config.data))

@@ -14,7 +14,7 @@ from sape2.encodings.cope import CoPE
 from sape2.encodings.grid import Grid
 from sape2.encodings.precision import full_precision
 from sape2.encodings.sape2 import SaPE2, table_products
-from sape2.evaluation.base import evaluating
+from sape2.evaluation.base import answered, evaluating
 from sape2.evaluation.layers import Layer, as_layers
 from sape2.models.vit import Block, ViT
 
@@ -77,7 +77,7 @@ def look(model: ViT, images: Float[Tensor, "1 channels height width"], pixels: U
         maps = model.maps_from(tokens, grid)
         logits = model.head(model.pool(model.norm(maps[-1]["tokens"])))
         layers = [_look(*both) for both in zip(model.layers(), as_layers(tokens, grid, maps), strict=True)]
-    return Look(pixels, grid, logits[0].cpu().double().softmax(-1), layers)
+    return Look(pixels, grid, answered(logits)[0].cpu().double().softmax(-1), layers)
 
 
 def _look(block: Block, layer: Layer) -> LayerLook:

@@ -46,8 +46,8 @@ from sape2.models.hub import (
 )
 from sape2.models.trained import load_run_model
 from sape2.runs.files import write_atomic
-from sape2.runs.run import WEIGHTS as OF_A_RUN
 from sape2.runs.run import Run
+from sape2.runs.settings import check_output
 from sape2.tables import Row
 
 Format = Literal["onnx", "pt2", "safetensors", "hub"]
@@ -168,8 +168,7 @@ def export_run(
         _refuse_size(format, size)
         check_replaceable(path)
         return path, _write_hub(model, path, run, weights, license)
-    if path.name in OF_A_RUN.values() and (path.parent / CONFIG).exists():
-        raise ValueError(f"{path} holds the weights of the run or model in that folder; choose another --out")
+    check_output(path)
     described |= {"input": f"{described['normalization']['resize']}; {PIXELS if normalize else NORMALIZED}"}
     module = Normalized(model, config.data.mean, config.data.std).eval() if normalize else model
     return path, export_model(module, path, format, size=size, metadata=described, train_size=config.model.image_size)

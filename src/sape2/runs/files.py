@@ -74,9 +74,10 @@ def check_writable(folder: Path, way_out: str = "choose another --out") -> None:
 
     It creates and removes a file, because write access also depends on how a disk is mounted.
     """
-    there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
+    there = next((path for path in (folder, *folder.absolute().parents) if os.path.lexists(path)), folder)
     if not there.is_dir():
-        raise NotADirectoryError(f"{there} is a file, not a folder; {way_out}")
+        what = "a file, not a folder" if there.exists() else "a link that leads nowhere"
+        raise NotADirectoryError(f"{there} is {what}; {way_out}")
     probe = beside(there / "sape2")
     try:
         probe.touch(exist_ok=False)

@@ -24,7 +24,7 @@ def read_rows(path: Path) -> list[Row]:
         if not line.strip():  # an editor ends a file so, or `cat` where it joins several
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda name: None)  # NaN and Infinity are not measured, as in `json_text`
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):

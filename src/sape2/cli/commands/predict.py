@@ -30,11 +30,13 @@ def run(arguments: argparse.Namespace) -> int:
     out = None if arguments.out is None else _checked(Path(arguments.out))
     from sape2.evaluation.predictions import find_images, predict_files
     from sape2.runs.run import Run
+    from sape2.runs.settings import check_output
 
     run = Run.open_finished(arguments.folder)
-    if out is not None:
-        check_writable(out.parent)
     files = find_images(arguments.paths)
+    if out is not None:
+        check_output(out, *files)
+        check_writable(out.parent)
     if run.note_of_rule:
         say(run.note_of_rule)
     with progress_bar("images", len(files)) as watch:

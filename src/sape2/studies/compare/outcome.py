@@ -82,7 +82,7 @@ class Outcome:
 
     def costs(self, name: str) -> dict[str, Summary]:
         """encoding -> one of `COSTS`."""
-        return summarize(grouped(self.finished, lambda row: row[name]))
+        return summarize(grouped(self.finished, lambda row: row.get(name)))
 
     def _compared(self, name: str, weights: str) -> Iterator[Row]:
         unit = next(row["unit"] for run in self.finished for row in run["rows"] if row["name"] == name)

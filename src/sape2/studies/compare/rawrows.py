@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from sape2.config import ModelConfig, RunConfig
@@ -115,7 +116,7 @@ def read_raw(path: Path) -> list[Row]:
 
 def _checked(row: Row, where: str) -> Row:
     """The row, with the settings that an older version did not know of at their defaults, its encoding under its one name."""
-    if not {"encoding", "seed", "digest", "settings"} <= row.keys() or not ("failed" in row or {"rows", "curve"} <= row.keys()):
+    if not {"encoding", "seed", "digest", "settings"} <= row.keys() or not ("failed" in row or _has_results(row)):
         raise ValueError(f"{where} is not a raw row of sape2 compare")
     try:
         head = _read_head(json.dumps(row["settings"], sort_keys=True))
@@ -125,6 +126,17 @@ def _checked(row: Row, where: str) -> Row:
     if (row["encoding"], row["seed"], row["digest"]) != told:
         raise ValueError(f"{where} was changed: its encoding, seed and digest are not those of its settings")
     return row | head
+
+
+def _has_results(row: Row) -> bool:
+    """Whether it has numbers of the test set and a curve, in the form of `raw_row`."""
+    tested = row.get("rows")
+    return isinstance(row.get("curve"), dict) and isinstance(tested, list) and all(map(_is_result, tested))
+
+
+def _is_result(row: Any) -> bool:
+    keys = {"name", "value", "unit", "weights"}
+    return isinstance(row, dict) and keys <= row.keys() and isinstance(row["value"], (int, float, NoneType))
 
 
 @cache
