@@ -119,6 +119,18 @@ def test_columns_of_other_names_can_be_named(tmp_path):
     assert len(splits.test) == 6
 
 
+def test_of_two_columns_that_would_do_the_taken_one_is_told(tmp_path, caplog):
+    folder = write_folder(tmp_path)
+    for path in folder.rglob("*.parquet"):
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.append_column("labels", table["label"]), path)
+    load_data(config_of(folder), MODEL)
+    assert "train has several label columns, label, labels; label is taken, or --set data.label_column=NAME" in caplog.text
+    caplog.clear()
+    load_data(config_of(folder, label_column="labels"), MODEL)
+    assert "several" not in caplog.text
+
+
 def test_labels_without_names_are_named_by_number(tmp_path):
     folder = write_folder(tmp_path, label_type=datasets.Value("int64"))
     assert load_data(config_of(folder), MODEL).test.classes == ("0", "1", "2")

@@ -219,7 +219,10 @@ def _label_column(known: Iterable[str], where: str, config: DataConfig, may_lack
 
 def _column(known: Iterable[str], wanted: str | None, usual: Iterable[str], where: str, what: str) -> str:
     known = list(known)
-    name = wanted or next((candidate for candidate in usual if candidate in known), None)
+    there = [candidate for candidate in usual if candidate in known]
+    name = wanted or next(iter(there), None)
+    if wanted is None and len(there) > 1:
+        tell(f"{where} has several {what} columns, {listed(there)}; {name} is taken, or --set data.{what}_column=NAME")
     if name is None or name not in known:
         asked = f"no column {wanted!r}" if wanted else f"no {what} column ({' or '.join(usual)})"
         raise ValueError(f"{where} has {asked}; its columns: {', '.join(known)}. Use --set data.{what}_column=NAME")
