@@ -23,7 +23,7 @@ from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
 from sape2.encodings.base import names_without_decay
-from sape2.encodings.grid import Grid, as_grid
+from sape2.encodings.grid import Grid, as_grid, of_one_size
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
 from sape2.encodings.precision import full_precision, no_autocast
@@ -59,7 +59,7 @@ class PatchEmbed(OneNode, nn.Module):
             raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
         grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
         # As in timm, autocast lowers the products, not the residual stream, which has the precision of the weights.
-        return self.proj(images).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
+        return self.proj(of_one_size(images)).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
 
 
 class Block(nn.Module):
