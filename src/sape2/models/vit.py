@@ -27,6 +27,7 @@ from sape2.encodings.grid import Grid, as_grid, of_one_size
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
 from sape2.encodings.precision import full_precision, no_autocast
+from sape2.machine import uncompiled
 from sape2.models import hub
 from sape2.runs.run import Run
 
@@ -181,7 +182,8 @@ class ViT(nn.Module):
         return x
 
     def layers(self) -> Iterator[Block]:
-        return (block for block in self.blocks if isinstance(block, Block))
+        """The blocks, those inside where each is compiled alone."""
+        return (block for block in map(uncompiled, self.blocks) if isinstance(block, Block))
 
     def pool(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         pooled = x[:, 0] if self.config.pool == "class" else x[:, self.num_prefix_tokens :].mean(1)
