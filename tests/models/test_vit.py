@@ -208,6 +208,20 @@ def test_tables_tokens_norms_and_biases_do_not_decay():
     assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"} <= decaying
 
 
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_timm_s_factory_gives_each_layer_its_rate_and_decays_no_token(wrap):
+    model = small(encoding="ape+cpe+sape2:share=true", num_registers=1, depth=3)
+    options = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.5}
+    groups = timm.optim.create_optimizer_v2(wrap(model), **options).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert all(found[name] == (0.5**4, 0) for name in ("cls_token", "reg_token", "token_encodings.1.conv.weight"))
+    assert [found[f"blocks.{i}.mlp.fc1.weight"] for i in range(3)] == [(0.5**3, 0.05), (0.5**2, 0.05), (0.5, 0.05)]
+    assert found["blocks.0.attn.encoding.table_x"] == (0.5**3, 0)
+    assert found["norm.weight"] == (0.5, 0)
+    assert found["head.weight"] == (1, 0.05)
+
+
 def test_maps_give_every_layer_what_its_encoding_saw():
     model = small(encoding="ape+sape2:every=2").eval()
     images = torch.randn(2, 3, 8, 12)

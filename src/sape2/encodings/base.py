@@ -171,10 +171,9 @@ def encoding_names(model: nn.Module) -> set[str]:
     }
 
 
-def names_without_decay(model: nn.Module) -> set[str]:
+def without_decay(names: set[str]) -> set[str]:
     """These names, and as patterns of timm, `*.NAME`, for a model that `torch.compile` or peft gives longer names."""
-    names = encoding_names(model)
-    return names | {f"*.{name}" for name in names}
+    return names | {f"*.{name}" for name in names if not name.startswith("*.")}
 
 
 class NoEncoding(AttentionEncoding):

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
-from sape2.encodings.base import names_without_decay
+from sape2.encodings.base import encoding_names, without_decay
 from sape2.encodings.grid import Grid, as_grid, of_one_size
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
@@ -151,7 +151,13 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of what must not decay besides norms and biases: tokens and everything of an encoding."""
-        return {"cls_token", "reg_token", *names_without_decay(self)}
+        return without_decay({"cls_token", "reg_token", *encoding_names(self)})
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which names belong to which layer, as timm asks for it to give layers rates of their own (`layer_decay`)."""
+        first = r"(?:.*\.)?(?:cls_token|reg_token|patch_embed|token_encodings)\b"
+        with_the_last = (99999,)  # as timm has it
+        return {"stem": first, "blocks": [(r"(?:.*\.)?blocks\.(\d+)\.", None), (r"(?:.*\.)?norm\.", with_the_last)]}
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         return self.head(self.pool(self.features(images)))
