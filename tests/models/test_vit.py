@@ -187,6 +187,24 @@ def test_models_of_one_seed_differ_in_their_encoding_only():
     assert not torch.equal(small(encoding="none").state_dict()["head.weight"], states[0]["head.weight"])
 
 
+@pytest.mark.parametrize("start", ["learned", "on the meta device"])
+@pytest.mark.parametrize("encoding", ["ape+cpe+sape2:share=true", "rope_mixed+log_cpb"])
+def test_what_resets_all_modules_leaves_nothing_learned_and_nothing_undrawn(encoding, start):
+    """As trainings from the start, FSDP and `_init_weights` of transformers do it."""
+    with torch.device("cpu" if start == "learned" else "meta"):
+        model = create_model("vit_nano", encoding=encoding, **SMALL | {"image_size": (8, 12)}).to_empty(device="cpu")
+    new = create_model("vit_nano", encoding=encoding, **SMALL | {"image_size": (8, 12)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e6)
+    for module in reversed(list(model.modules())):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    sizes = {name: parameter.abs().max() for name, parameter in new.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.abs().max() <= 5 * sizes[name] + 0.1, name
+
+
 def test_layer_scale_drop_path_and_the_rest_do_not_depend_on_the_encoding():
     def skeleton(encoding):
         model = small(encoding=encoding, layer_scale=1e-4, drop_path=0.2)

@@ -127,13 +127,13 @@ class ViT(nn.Module):
     def num_prefix_tokens(self) -> int:
         return (self.config.pool == "class") + self.config.num_registers
 
-    def reset_parameters(self, seed: int) -> None:
+    def reset_parameters(self, seed: int | None = None) -> None:
         """Truncated normal of std 0.02 for linear weights, 0 for their biases, PyTorch's own form for the patches.
 
-        Draws from `seed` alone, so that models of one seed differ in their encodings and in nothing else; the
-        encodings drew their own parameters when they were made.
+        Draws from `seed` alone, so that models of one seed differ in their encodings and in nothing else; None: a new one.
+        Encodings and norms have a `reset_parameters` of their own; when a model is made, they have drawn already.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
         encodings = [m for m in self.modules() if isinstance(m, (TokenEncoding, AttentionEncoding))]
         theirs = {id(part) for encoding in encodings for part in encoding.modules()}
         for module in self.modules():
