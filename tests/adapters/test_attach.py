@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from sape2 import attach, create_model, detach, encoding_parameters
 from sape2.adapters.attached import Attached, attached_encodings
 from sape2.adapters.start import Gained
+from sape2.encodings import AttentionEncoding
 from sape2.encodings.content import Content
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -428,6 +429,17 @@ def test_a_bias_that_hides_patches_enters_only_as_it_is():
         attach(model, "rpe+lookhere")
     assert torch.equal(outputs(model, x), expected)
     assert not torch.allclose(outputs(attach(model, "lookhere", start="as_is"), x), expected, atol=1e-3)
+
+
+def test_a_reset_closes_the_gains_again():
+    model, x = make("timm.vit.class"), images("timm.vit.class")
+    before = model(x)
+    attach(model, "sape2+rpe:share=true")
+    open_gains(model)
+    for module in model.modules():
+        if isinstance(module, AttentionEncoding):
+            module.reset_parameters()
+    torch.testing.assert_close(model(x), before)
 
 
 def test_joined_encodings_get_a_gain_each_and_schedules_hold():

@@ -238,6 +238,18 @@ def test_a_jit_trace_computes_the_same_on_other_images(case):
         torch.testing.assert_close(traced(other), model(other), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("case", ["timm.vit.dynamic", "timm.eva.dinov3", "transformers.Dinov2.sdpa", "sape2.rope"])
+@pytest.mark.parametrize("size", [(8, 96), (32, 24), (16, 16)])
+@pytest.mark.filterwarnings("ignore")
+def test_a_jit_trace_refuses_images_of_another_size(case, size):
+    """It has the grid as numbers, and positions of one grid on another would be wrong without a word."""
+    model, x = opened(case), images(case)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, x, check_trace=False, strict=False)
+        with pytest.raises(RuntimeError, match="sum exactly"):
+            traced(torch.randn(*x.shape[:2], *size, dtype=x.dtype))
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if case.startswith("transformers")])
 @pytest.mark.usefixtures("as_users_call_it")
 def test_attached_models_of_transformers_export(case):

@@ -208,6 +208,7 @@ def test_json_without_a_needed_key_is_refused_by_name(key):
         ("train", "lr", float("nan")),
         ("train", "lr", float("inf")),
         ("train", "lr", 10**400),
+        ("train", "weight_decay", 1e300),
         ("train", "lr", "fast"),
         ("train", "label_smoothing", 1.0),
         ("train", "clip_grad", 0.0),

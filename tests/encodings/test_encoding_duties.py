@@ -181,3 +181,13 @@ def test_a_dot_product_needs_no_map_and_its_factors_equal_it(name: str) -> None:
     assert bias.unfactored() is None
     query_side, key_side = bias.factored()
     torch.testing.assert_close(query_side @ key_side.transpose(-1, -2), bias.dense(), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_reset_draws_the_values_of_a_new_one(name):
+    torch.manual_seed(0)
+    new = create_encoding(name, HEADS, HEAD_DIM, (3, 4))
+    encoding = make(name, (3, 4)).float()
+    torch.manual_seed(0)
+    encoding.reset_parameters()
+    assert all(map(torch.equal, encoding.state_dict().values(), new.state_dict().values()))

@@ -46,6 +46,12 @@ def test_logits_are_those_of_the_original_for_any_number_of_images(frozen):
         assert largest(fixed(images) - model(images)) < 1e-4
 
 
+def test_a_compiled_model_freezes():
+    model, images = tiny("ape"), torch.randn(1, 3, 12, 16)
+    fixed = sape2.freeze(torch.compile(model, backend="eager"), (12, 16))
+    torch.testing.assert_close(fixed(images), model(images))
+
+
 def test_nothing_that_depends_on_the_grid_alone_is_computed(frozen):
     assert GRID_ARITHMETIC & set(operations(frozen[1])) == set()
     assert {"gather", "sigmoid"} <= set(operations(frozen[1]))  # positions that depend on the content

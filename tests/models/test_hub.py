@@ -1,5 +1,6 @@
 """A model as a folder: saved, loaded, described, and one clear line for a damaged one."""
 
+import copy
 import json
 import re
 import shlex
@@ -8,6 +9,7 @@ from dataclasses import replace
 import huggingface_hub
 import pytest
 import torch
+import torch.nn.utils.prune
 from export_cases import assert_same_weights, finished_run, tiny
 
 import sape2
@@ -226,10 +228,34 @@ def test_a_model_with_something_attached_is_refused(tmp_path):
         sape2.attach(tiny("ape"), "sape2").save_pretrained(tmp_path)
 
 
-def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+@pytest.mark.parametrize("in_blocks", [False, True])
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path, in_blocks):
     model = tiny("ape")
-    hub.save_pretrained(torch.compile(model, backend="eager"), tmp_path)
+    compiled = copy.deepcopy(model) if in_blocks else torch.compile(model, backend="eager")
+    if in_blocks:
+        compiled.blocks = torch.nn.ModuleList(torch.compile(block, backend="eager") for block in compiled.blocks)
+    hub.save_pretrained(compiled, tmp_path)
     assert_same_weights(ViT.from_pretrained(tmp_path), model)
+    assert len(compiled.maps(torch.zeros(1, 3, 12, 16))) == model.config.depth
+
+
+def prune(model):
+    torch.nn.utils.prune.l1_unstructured(model.head, "weight", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda model: setattr(model, "head", torch.nn.Linear(model.config.dim, 7)), "out_features=7.*out_features=5"),
+     (lambda model: setattr(model, "blocks", model.blocks[:0]), "blocks.0 is nothing"),
+     (lambda model: setattr(model.blocks[0].mlp, "act", torch.nn.ReLU()), "blocks.0.mlp.act is ReLU"),
+     (lambda model: setattr(model.blocks[0].norm1, "eps", 1e-5), "eps=1e-05"), (prune, "weight_orig")],
+)  # fmt: skip
+def test_a_part_that_the_config_does_not_say_is_told_before_anything_is_written(tmp_path, change, said):
+    model = tiny("ape")
+    change(model)
+    with pytest.raises(ValueError, match=said):
+        model.save_pretrained(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_loading_draws_from_no_generator(saved):

@@ -187,6 +187,24 @@ def test_models_of_one_seed_differ_in_their_encoding_only():
     assert not torch.equal(small(encoding="none").state_dict()["head.weight"], states[0]["head.weight"])
 
 
+@pytest.mark.parametrize("start", ["learned", "on the meta device"])
+@pytest.mark.parametrize("encoding", ["ape+cpe+sape2:share=true", "rope_mixed+log_cpb"])
+def test_what_resets_all_modules_leaves_nothing_learned_and_nothing_undrawn(encoding, start):
+    """As trainings from the start, FSDP and `_init_weights` of transformers do it."""
+    with torch.device("cpu" if start == "learned" else "meta"):
+        model = create_model("vit_nano", encoding=encoding, **SMALL | {"image_size": (8, 12)}).to_empty(device="cpu")
+    new = create_model("vit_nano", encoding=encoding, **SMALL | {"image_size": (8, 12)})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e6)
+    for module in reversed(list(model.modules())):
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    sizes = {name: parameter.abs().max() for name, parameter in new.named_parameters()}
+    for name, parameter in model.named_parameters():
+        assert parameter.abs().max() <= 5 * sizes[name] + 0.1, name
+
+
 def test_layer_scale_drop_path_and_the_rest_do_not_depend_on_the_encoding():
     def skeleton(encoding):
         model = small(encoding=encoding, layer_scale=1e-4, drop_path=0.2)
@@ -206,6 +224,20 @@ def test_tables_tokens_norms_and_biases_do_not_decay():
     assert {"token_encodings.0.table", "cls_token", "reg_token", "norm.weight", "head.bias"} & decaying == set()
     assert not any("encoding" in name for name in decaying)
     assert {"head.weight", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"} <= decaying
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_timm_s_factory_gives_each_layer_its_rate_and_decays_no_token(wrap):
+    model = small(encoding="ape+cpe+sape2:share=true", num_registers=1, depth=3)
+    options = {"opt": "adamw", "lr": 1e-3, "weight_decay": 0.05, "layer_decay": 0.5}
+    groups = timm.optim.create_optimizer_v2(wrap(model), **options).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert all(found[name] == (0.5**4, 0) for name in ("cls_token", "reg_token", "token_encodings.1.conv.weight"))
+    assert [found[f"blocks.{i}.mlp.fc1.weight"] for i in range(3)] == [(0.5**3, 0.05), (0.5**2, 0.05), (0.5, 0.05)]
+    assert found["blocks.0.attn.encoding.table_x"] == (0.5**3, 0)
+    assert found["norm.weight"] == (0.5, 0)
+    assert found["head.weight"] == (1, 0.05)
 
 
 def test_maps_give_every_layer_what_its_encoding_saw():

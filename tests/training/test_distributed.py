@@ -253,6 +253,15 @@ def test_processes_that_do_not_come_together_are_told_in_one_line(monkeypatch):
     assert "unset WORLD_SIZE" in str(told.value)
 
 
+@pytest.mark.parametrize(("name", "value"), [("RANK", None), ("RANK", "first"), ("MASTER_ADDR", None), ("MASTER_PORT", "none")])
+def test_a_world_size_without_the_rest_of_a_launcher_is_told_with_what_to_do(monkeypatch, name, value):
+    for known, usual in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(known, usual)
+    monkeypatch.delenv(name) if value is None else monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=f"2 processes were started, but: .*{value or name}.* unset WORLD_SIZE"), joined():
+        pass
+
+
 def test_a_process_that_waits_for_others_says_so(monkeypatch, capfd):
     waiting = threading.Event()
 

@@ -24,7 +24,7 @@ from sape2.adapters.start import Start, prepare
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import TOKEN_ENCODINGS, create_encodings
-from sape2.encodings.base import AttentionEncoding, NoEncoding, names_without_decay
+from sape2.encodings.base import AttentionEncoding, NoEncoding, encoding_names, without_decay
 from sape2.encodings.derivatives import is_transformed
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
@@ -247,7 +247,7 @@ class Attachment:
 def no_weight_decay(model: nn.Module) -> set[str]:
     """Names of what must not decay: those of the host and everything of the encoding; what timm's optimisers ask for."""
     own: Any = getattr(type(model), "no_weight_decay", None)
-    return names_without_decay(model) | (set(own(model)) if own else set())
+    return without_decay(encoding_names(model) | (set(own(model)) if own else set()))
 
 
 def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grids: list[Grid | None]) -> None:

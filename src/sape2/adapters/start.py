@@ -32,6 +32,10 @@ class Gained(AttentionEncoding):
         self.gives_key_vectors = inner.gives_key_vectors
         self.gain = nn.Parameter(torch.zeros(num_heads))
 
+    def reset_parameters(self) -> None:
+        self.inner.reset_parameters()
+        nn.init.zeros_(self.gain)
+
     def check_trainable(self) -> None:
         self.inner.check_trainable()
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sape2.adapters.layouts import Layout, Scattered, whole
-from sape2.encodings.grid import Grid, as_grid, num_tokens
+from sape2.encodings.grid import Grid, as_grid, num_tokens, of_one_size
 
 
 class _Place:
@@ -97,8 +97,9 @@ class Tokens:
         """So that a projection put in the place of the one with the hook cannot leave an old grid."""
         self._set(None)
 
-    def __call__(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, inputs: Any, keywords: dict[str, Any], output: Any) -> Any:
         self._see(self.read(module, inputs, keywords, output))
+        return of_one_size(output) if self.read is grid_of_output else output
 
     def keep(self, indices: Tensor) -> None:
         """Patches of which `indices`, (B, K), stay, in this order."""

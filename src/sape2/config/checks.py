@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, g
 from sape2.config.names import did_you_mean
 
 LARGEST = 2**24  # of a size of a model: more is a slip of the hand
+LARGEST_REAL = 1e18  # the product of two is still a number in float32, in which an optimiser computes
 DEEPEST = 1000  # layers, as many as the deepest transformers have; to make each takes its time
 
 
@@ -130,8 +131,8 @@ def of_python(value: Any) -> Any:
 def _as_float(value: Any, where: str) -> Any:
     """A number as float; other values, such as None or a tuple of numbers, unchanged."""
     for number in value if isinstance(value, tuple) else (value,):
-        small = not isinstance(number, int) or number.bit_length() < 1024
-        require(small, f"{where} is larger than any float; got {shown(number)}")
+        small = not isinstance(number, (int, float)) or abs(number) <= LARGEST_REAL
+        require(small, f"{where} must be at most {LARGEST_REAL:.0e}; got {shown(number)}")
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 

@@ -79,6 +79,13 @@ class PositionEncoding(OneNode, nn.Module):
         own = {name: value for name, value in given.items() if name != "preset"}
         return make_options(cls.Options, cls.name, cls.presets[preset] | own, "preset")
 
+    def reset_parameters(self) -> None:
+        """Draws all values again, in place, as modules of torch do: to train anew, or after a start on the meta device."""
+        options = {name: value for name, value in dataclasses.asdict(self.options).items() if value is not None}
+        with torch.device("cpu"):
+            fresh = type(self)(self.num_heads, self.head_dim, self.grid, **options)
+        self.load_state_dict(fresh.state_dict())
+
     def extra_repr(self) -> str:
         changed = changed_options(getattr(self, "options", self.Options()), self.Options())
         return ", ".join(f"{name}={value}" for name, value in changed.items())
@@ -171,10 +178,9 @@ def encoding_names(model: nn.Module) -> set[str]:
     }
 
 
-def names_without_decay(model: nn.Module) -> set[str]:
+def without_decay(names: set[str]) -> set[str]:
     """These names, and as patterns of timm, `*.NAME`, for a model that `torch.compile` or peft gives longer names."""
-    names = encoding_names(model)
-    return names | {f"*.{name}" for name in names}
+    return names | {f"*.{name}" for name in names if not name.startswith("*.")}
 
 
 class NoEncoding(AttentionEncoding):
@@ -204,6 +210,10 @@ class Composite(AttentionEncoding):
         given = [part.gives_key_vectors for part in parts if part.makes_bias]
         self.gives_key_vectors = bool(given) and all(given)
         self.gives_some_key_vectors = any(given) and not self.rotates and not self.score_axes
+
+    def reset_parameters(self) -> None:
+        for part in self.parts:
+            part.reset_parameters()
 
     @property
     def makes_bias(self) -> bool:

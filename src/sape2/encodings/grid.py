@@ -61,6 +61,14 @@ def as_grid(height: int, width: int) -> Grid:
     return (int(height), int(width)) if torch.jit.is_tracing() else (height, width)
 
 
+def of_one_size(maps: Shaped[Tensor, "*lead height width"]) -> Shaped[Tensor, "*lead height width"]:
+    """The same maps; in `torch.jit.trace`, which has their sides as numbers, by a step that refuses all others."""
+    if not torch.jit.is_tracing():
+        return maps
+    height, width = as_grid(maps.shape[-2], maps.shape[-1])
+    return maps.split([height], dim=-2)[0].split([width], dim=-1)[0]
+
+
 def is_symbolic(grid: Grid) -> bool:
     """True while a graph for any size is traced; no branch may then depend on the size of the grid."""
     return any(isinstance(n, torch.SymInt) for n in grid)

@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 
+from sape2.machine import uncompiled
+
 Size = tuple[int, int]
 
 
@@ -51,7 +53,7 @@ def freeze(model: nn.Module, size: int | Size) -> Frozen:
     take, and for a model that `torch.export` cannot trace, with the reason.
     """
     size = as_size(size)
-    model = copy.deepcopy(model).eval().requires_grad_(False)
+    model = copy.deepcopy(uncompiled(model)).eval().requires_grad_(False)
     program = trace(model, example(model, size))
     if any(_writes(node) for node in program.graph.nodes):
         program = program.run_decompositions({})  # the same operations without writing in place

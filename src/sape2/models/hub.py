@@ -22,6 +22,7 @@ from sape2.config.recipes.changed import changed_in_words
 from sape2.data.base import at_home
 from sape2.data.decoding import in_words
 from sape2.encodings import canonical_name
+from sape2.machine import uncompiled
 from sape2.runs.checkpoint import load_weights, save_weights
 from sape2.runs.files import read_text, write_text
 from sape2.runs.run import Run
@@ -151,7 +152,31 @@ def model_of(model: nn.Module) -> ModelConfig:
             f"the model has an encoding attached, {attachment.encoding!r}, which its config does not say; write that by "
             "save_adapter, detach it, and save the model then"
         )
+    _check_parts(uncompiled(model), config)
     return config
+
+
+def _check_parts(model: nn.Module, config: ModelConfig) -> None:
+    """Raises ValueError if a part is not what the config makes, so that its weights would fit no model, or another one."""
+    with torch.device("meta"):
+        wanted = _parts(unfilled(type(model), config))
+    there = _parts(model)
+    for name in [*there, *wanted]:
+        here, made = (parts.get(name, "nothing") for parts in (there, wanted))
+        if here != made:
+            raise ValueError(
+                f"{name or 'the model'} is {here}, and by the config, which is all that a loader reads, {made}; make the model "
+                "with that setting (create_model) and give it the weights, or write model.state_dict() with torch.save"
+            )
+
+
+def _parts(model: nn.Module) -> dict[str, str]:
+    """What each part of a model says of itself, and the shapes of its tensors; of a compiled part the one inside."""
+    said = {}
+    for name, part in model.named_modules():
+        shapes = [f" {key} {'x'.join(map(str, tensor.shape))}" for key, tensor in part.named_parameters(recurse=False)]
+        said[name.replace("._orig_mod", "")] = f"{type(part).__name__}({part.extra_repr()}){','.join(shapes)}"
+    return said
 
 
 def load_pretrained(model_class: type[Model], source: str | Path, revision: str | None = None) -> Model:

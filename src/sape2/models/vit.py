@@ -22,11 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from sape2.attention import Attention
 from sape2.config import ModelConfig, check_image_size, model_config
 from sape2.encodings import AttentionEncoding, TokenEncoding, create_encodings
-from sape2.encodings.base import names_without_decay
-from sape2.encodings.grid import Grid, as_grid
+from sape2.encodings.base import encoding_names, without_decay
+from sape2.encodings.grid import Grid, as_grid, of_one_size
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
 from sape2.encodings.precision import full_precision, no_autocast
+from sape2.machine import uncompiled
 from sape2.models import hub
 from sape2.runs.run import Run
 
@@ -59,7 +60,7 @@ class PatchEmbed(OneNode, nn.Module):
             raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
         grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
         # As in timm, autocast lowers the products, not the residual stream, which has the precision of the weights.
-        return self.proj(images).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
+        return self.proj(of_one_size(images)).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
 
 
 class Block(nn.Module):
@@ -126,13 +127,13 @@ class ViT(nn.Module):
     def num_prefix_tokens(self) -> int:
         return (self.config.pool == "class") + self.config.num_registers
 
-    def reset_parameters(self, seed: int) -> None:
+    def reset_parameters(self, seed: int | None = None) -> None:
         """Truncated normal of std 0.02 for linear weights, 0 for their biases, PyTorch's own form for the patches.
 
-        Draws from `seed` alone, so that models of one seed differ in their encodings and in nothing else; the
-        encodings drew their own parameters when they were made.
+        Draws from `seed` alone, so that models of one seed differ in their encodings and in nothing else; None: a new one.
+        Encodings and norms have a `reset_parameters` of their own; when a model is made, they have drawn already.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
         encodings = [m for m in self.modules() if isinstance(m, (TokenEncoding, AttentionEncoding))]
         theirs = {id(part) for encoding in encodings for part in encoding.modules()}
         for module in self.modules():
@@ -150,7 +151,13 @@ class ViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of what must not decay besides norms and biases: tokens and everything of an encoding."""
-        return {"cls_token", "reg_token", *names_without_decay(self)}
+        return without_decay({"cls_token", "reg_token", *encoding_names(self)})
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which names belong to which layer, as timm asks for it to give layers rates of their own (`layer_decay`)."""
+        first = r"(?:.*\.)?(?:cls_token|reg_token|patch_embed|token_encodings)\b"
+        with_the_last = (99999,)  # as timm has it
+        return {"stem": first, "blocks": [(r"(?:.*\.)?blocks\.(\d+)\.", None), (r"(?:.*\.)?norm\.", with_the_last)]}
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         return self.head(self.pool(self.features(images)))
@@ -181,7 +188,8 @@ class ViT(nn.Module):
         return x
 
     def layers(self) -> Iterator[Block]:
-        return (block for block in self.blocks if isinstance(block, Block))
+        """The blocks, those inside where each is compiled alone."""
+        return (block for block in map(uncompiled, self.blocks) if isinstance(block, Block))
 
     def pool(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch dim"]:
         pooled = x[:, 0] if self.config.pool == "class" else x[:, self.num_prefix_tokens :].mean(1)

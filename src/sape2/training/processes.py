@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 from sape2.machine import find_device
 
-ALONE_OR_LONGER = "To train in one process, unset WORLD_SIZE; to wait longer, set SAPE2_JOIN_SECONDS"
+IN_ONE = "To train in one process, unset WORLD_SIZE"
+ALONE_OR_LONGER = f"{IN_ONE}; to wait longer, set SAPE2_JOIN_SECONDS"
 TOLD_AFTER_S = 5.0  # that the others have not come yet
 HEARD_WITHIN_S = 10.0  # how long a process that failed waits for the others to come and hear why
 WORKING, LEAVING, FAILED = 0, 1, 2
@@ -151,8 +152,8 @@ def refuse_launcher(command: str) -> None:
     """Raises ValueError if a launcher started several processes; `command` runs in one."""
     if launched() > 1:
         raise ValueError(
-            f"{command} runs in one process, but WORLD_SIZE says that {launched()} were started; start it without torchrun "
-            "(of several processes only `sape2 train` makes use)"
+            f"{command} runs in one process, but WORLD_SIZE says that {launched()} were started; start it without torchrun, "
+            "or unset WORLD_SIZE (of several processes only `sape2 train` makes use)"
         )
 
 
@@ -179,7 +180,8 @@ def connect() -> Processes:
     """Connects the processes: gloo for CPUs, and the accelerator's backend (NCCL on CUDA); addresses come from the environment.
 
     Raises ConnectionError if the others have not come within a minute (`SAPE2_JOIN_SECONDS`), and says after a few seconds
-    that it waits for them: a WORLD_SIZE that is left over from something else has no partners.
+    that it waits for them: a WORLD_SIZE that is left over from something else has no partners. Raises ValueError where such
+    a one stands alone.
     """
     place = find_device()
     beside = "" if place.type == "cpu" else f",{place.type}:{dist.get_default_backend_for_device(place)}"
@@ -193,6 +195,8 @@ def connect() -> Processes:
         store.set_timeout(dist.default_pg_timeout)
         dist.init_process_group(f"cpu:gloo{beside}", store=store, rank=rank, world_size=size)
         return Processes(dist.new_group(backend="gloo"))
+    except ValueError as error:  # of torch, about what a launcher sets beside WORLD_SIZE
+        raise ValueError(f"WORLD_SIZE says that {launched()} processes were started, but: {error}. {IN_ONE}") from error
     except RuntimeError as error:
         if not is_lost(error):
             raise
