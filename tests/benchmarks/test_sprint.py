@@ -89,7 +89,7 @@ def test_a_stage_is_compared_in_pairs_with_the_baseline_and_the_next_says_what_i
         rows.append(finished_row_of(trial, accuracy))
     text = sprint.tables(rows)
     assert "| rope | 0.5203 ± 0.0006 | 3 | +0.0203 | +0.0189 to +0.0218 | 3 | 0.0003 |" in text
-    assert "runs of stage tuning are left" in text.split("### cifar10\n")[1]
+    assert "runs of stage tuning are left" in text.split("### whole\n")[1]
 
 
 def test_the_budget_has_a_point_for_every_length_and_its_difference_in_points(monkeypatch):
