@@ -66,6 +66,9 @@ CONTROLS = (  # form, and what is left of it without content
     *((f"forget{start}", f"faded{start}") for start in ("", ":start=2", ":start=0")),
     *(("forget:start=2", f"faded:start={start}") for start in (0, -1)),  # controls that start more closed
     *((f"parted{part}", "faded:start=0") for part in ("", ":start=2", ":reads=end", ":reads=end,start=2")),
+    ("parted:reads=end", "forget:start=2"),
+    ("forget:start=2+rope", "faded:start=0+rope"),
+    ("cpe+forget:start=2+log_cpb", "cpe+faded:start=0+log_cpb"),
 )
 
 
