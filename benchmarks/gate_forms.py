@@ -184,11 +184,9 @@ class Parted(Forget):
     def make_bias(self, content: Content) -> AttentionBias:
         if any(content.seen(axis) is not None for axis in PLACE_AXES):
             raise ValueError("parted is for images whose patches all see each other")
-        tokens = content.read_tokens("parted", self.dim)
         with no_autocast(content.q):
-            offset = full_precision(self.offset)[:, :, None, :, None]
-            read = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight)) + offset
-            read, plain = F.logsigmoid(read), F.logsigmoid(offset).expand_as(read)
+            read = self.log_gates(content)
+            plain = F.logsigmoid(full_precision(self.offset)[:, :, None, :, None]).expand_as(read)
             on_way, at_end = (read, plain) if self.options.reads == "way" else (plain, read)
             change = at_end - on_way
             places = (

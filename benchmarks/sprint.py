@@ -369,9 +369,9 @@ QUARTERS = (  # with one pair of rates
 WHOLE = ("headline", "cifar10", "more_seeds")  # the whole length, with rates of their own
 
 
-def table_of_added(rows: list[Row], *stages: str, to: tuple[str, ...] = ("one_rate", "one_rate_table")) -> str:
-    """The same for stages that were added `to` others, whose baseline they share."""
-    base = [row for row in rows_of(rows, *to) if row["encoding"] == BASELINE]
+def table_of_added(rows: list[Row], *stages: str) -> str:
+    """The same for stages that were added to those of one pair of rates, whose baseline they share."""
+    base = [row for row in rows_of(rows, "one_rate", "one_rate_table") if row["encoding"] == BASELINE]
     added = [row for row in rows_of(rows, *stages) if row["encoding"] != BASELINE]
     return markdown_table(*paired_table([*base, *added], BASELINE, level=LEVEL))
 

@@ -49,13 +49,16 @@ class Forget(AttentionEncoding):
 
     def make_bias(self, content: Content) -> AttentionBias:
         q = content.q
-        tokens = content.read_tokens("forget", self.dim)
         with no_autocast(q):
-            gates = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight))
-            gates = F.logsigmoid(gates + full_precision(self.offset)[:, :, None, :, None])
-            pairs = zip(gates, PLACE_AXES, strict=True)
+            pairs = zip(self.log_gates(content), PLACE_AXES, strict=True)
             by_row, by_column = (forgotten(pair[0], pair[1], content, axis) for pair, axis in pairs)
             return AttentionBias(Places(by_row, by_column), dtype=q.dtype)
+
+    def log_gates(self, content: Content) -> Float[Tensor, "axes ways batch heads tokens"]:
+        """log sigmoid(w . x_k + c), outside of autocast."""
+        tokens = content.read_tokens(self.name, self.dim)
+        gates = torch.einsum("bnd,awhd->awbhn", tokens, full_precision(self.weight))
+        return F.logsigmoid(gates + full_precision(self.offset)[:, :, None, :, None])
 
 
 def forgotten(
