@@ -14,6 +14,7 @@ import re
 import tarfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,6 +99,17 @@ class Sample:
     links: list[str] = field(default_factory=list)
     dotted: list[str] = field(default_factory=list)  # KEY.x.cls, which is no label
     others: list[str] = field(default_factory=list)  # images of kinds that are not read
+
+    @cached_property
+    def image(self) -> tuple[str, int, int]:
+        """The one image: KEY.png, whatever KEY.depth.png lies beside it. Asked for when all members are known."""
+        plain = [image for image in self.images if "." not in _key(image[0])[1]] or self.images
+        if len(plain) > 1:
+            raise ValueError(
+                f"sample {self.key} has two images, {plain[0][0]} and {plain[1][0]}; a key ends at the first dot and has one "
+                "image"
+            )
+        return plain[0]
 
 
 def index_shard(path: Path, numbers: Mapping[str, int] | None = None) -> list[Place]:
@@ -186,24 +198,13 @@ def _place(key: str, sample: Sample) -> Place:
         raise ValueError(
             f"sample {key} has no label: a key ends at the first dot, so {sample.dotted[0]} is not its .cls or .json"
         )
-    return key, *_only(key, sample.images)[1:], _agreed(key, sample.labels)
-
-
-def _only(key: str, found: list[tuple[str, int, int]]) -> tuple[str, int, int]:
-    """The one image of a sample: KEY.png, whatever KEY.depth.png lies beside it."""
-    plain = [image for image in found if "." not in _key(image[0])[1]] or found
-    if len(plain) > 1:
-        raise ValueError(
-            f"sample {key} has two images, {plain[0][0]} and {plain[1][0]}; a key ends at the first dot and has one image"
-        )
-    return plain[0]
+    return key, *sample.image[1:], _agreed(key, sample.labels)
 
 
 def _check_kind(samples: Iterable[Sample]) -> None:
     """Raises ValueError where one sample has KEY.png and another of its folder KEY.depth.png alone: its own may be lost."""
-    names = (_only(each.key, each.images)[0] for each in samples if each.images)
     first: dict[str, tuple[str, str]] = {}  # of each folder
-    for name in names:
+    for name in (each.image[0] for each in samples if each.images):
         kind = _key(name)[1].rpartition(".")[0]
         known, other = first.setdefault(posixpath.dirname(posixpath.normpath(name)), (kind, name))
         if kind != known:
