@@ -33,8 +33,7 @@ from sape2.inspect.panels import Over
 from sape2.inspect.templates import template
 from sape2.models.trained import load_run_model
 from sape2.runs.files import digest_of, write_text
-from sape2.runs.run import Run
-from sape2.runs.settings import check_output
+from sape2.runs.run import Run, check_output
 from sape2.tables import format_value
 from sape2.viz.base import plain
 

@@ -46,8 +46,7 @@ from sape2.models.hub import (
 )
 from sape2.models.trained import load_run_model
 from sape2.runs.files import write_atomic
-from sape2.runs.run import Run
-from sape2.runs.settings import check_output
+from sape2.runs.run import Run, check_output
 from sape2.tables import Row
 
 Format = Literal["onnx", "pt2", "safetensors", "hub"]

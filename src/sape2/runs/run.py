@@ -21,10 +21,11 @@ from sape2.runs.files import holds_files, read_text, write_text
 from sape2.runs.images import other_images, other_rule
 from sape2.runs.lock import Lock, hold, one_at_a_time
 from sape2.runs.rows import read_rows, shown, with_new, write_rows
-from sape2.runs.settings import Config, canonical, check_same, read_config, write_config
+from sape2.runs.settings import NAME, Config, canonical, check_same, read_config, write_config
 from sape2.tables import Row
 
 WEIGHTS = {"last": "model.safetensors", "best": "best.safetensors"}  # last epoch, best epoch on the validation set
+OF_A_RUN = (NAME, *WEIGHTS.values(), "data.json", "metrics.jsonl", "results.jsonl")
 NEW_RUN = "choose another --out for a new run"
 
 
@@ -237,6 +238,14 @@ class Run(Generic[Config]):
 def trained_in(epochs: list[Row]) -> str | None:
     """The precision of these epochs; "bf16, then fp32" of a run that went on where `auto` is another; None if not known."""
     return ", then ".join(dict.fromkeys(row["precision"] for row in epochs if row.get("precision"))) or None
+
+
+def check_output(file: Path, *read: Path) -> None:
+    """Raises ValueError for a file of a run or a model, or one of those that the command reads: it would be lost."""
+    if file.name in OF_A_RUN and (file.parent / NAME).exists():
+        raise ValueError(f"{file} belongs to the run or model in that folder; choose another --out")
+    if file.exists() and any(path.exists() and file.samefile(path) for path in read):
+        raise ValueError(f"{file} is read by this command, and would be lost; choose another --out")
 
 
 def _is_size(value: object) -> bool:

@@ -15,7 +15,6 @@ from sape2.runs.files import read_text, write_text
 from sape2.runs.rows import read_rows
 
 NAME = "config.json"
-OF_A_RUN = (NAME, "data.json", "model.safetensors", "best.safetensors", "metrics.jsonl", "results.jsonl")
 FORMAT = 1  # of a run folder
 Config = TypeVar("Config", RunConfig, DetectionConfig)
 
@@ -87,14 +86,6 @@ def check_no_run(folder: Path) -> None:
     """Raises ValueError if the folder is that of a run or a model: other results would mix with what it holds."""
     if (folder / NAME).exists():
         raise ValueError(f"{folder} is the folder of a run or a model; choose another --out")
-
-
-def check_output(file: Path, *read: Path) -> None:
-    """Raises ValueError for a file of a run or a model, or one of those that the command reads: it would be lost."""
-    if file.name in OF_A_RUN and (file.parent / NAME).exists():
-        raise ValueError(f"{file} belongs to the run or model in that folder; choose another --out")
-    if file.exists() and any(path.exists() and file.samefile(path) for path in read):
-        raise ValueError(f"{file} is read by this command, and would be lost; choose another --out")
 
 
 def check_own_results(folder: Path, *keys: str) -> None:

@@ -29,8 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
     top = whole_number("--top", arguments.top)
     out = None if arguments.out is None else _checked(Path(arguments.out))
     from sape2.evaluation.predictions import find_images, predict_files
-    from sape2.runs.run import Run
-    from sape2.runs.settings import check_output
+    from sape2.runs.run import Run, check_output
 
     run = Run.open_finished(arguments.folder)
     files = find_images(arguments.paths)
