@@ -47,6 +47,16 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return getattr(compiled, "_orig_mod", model)
 
 
+def uncompiled_name(name: str) -> str:
+    """The name that a part or a weight has where no part of its model is compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def drawn_seed() -> int:
+    """A seed for a generator of its own, which follows from PyTorch's alone."""
+    return int(torch.randint(2**62, (), device="cpu"))
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer of the model."""
     tensor = next(_tensors(model), None)

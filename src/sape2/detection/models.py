@@ -24,6 +24,7 @@ from sape2.config.detection import DetectorConfig, ImagesConfig
 from sape2.detection.backbone import WindowedViT
 from sape2.detection.batches import fitted_size
 from sape2.detection.pyramid import PyramidBackbone, SimpleFeaturePyramid, strides
+from sape2.machine import drawn_seed
 
 ANCHOR_RATIOS = (0.5, 1.0, 2.0)  # height / width
 BOX_CELLS, MASK_CELLS = 7, 14  # of the features that are read for a box and for its mask
@@ -49,7 +50,7 @@ def build_detector(model: ModelConfig, detector: DetectorConfig, images: ImagesC
     and in nothing else.
     """
     images = images or ImagesConfig()
-    seed = int(torch.randint(2**62, (), device="cpu"))
+    seed = drawn_seed()
     body = WindowedViT(model, detector.window, detector.num_global)
     level_strides = strides(model.patch_size, detector.scales, detector.extra_level)
     with torch.random.fork_rng(devices=[]):

@@ -22,7 +22,7 @@ from sape2.config.recipes.changed import changed_in_words
 from sape2.data.base import at_home
 from sape2.data.decoding import in_words
 from sape2.encodings import canonical_name
-from sape2.machine import uncompiled
+from sape2.machine import uncompiled, uncompiled_name
 from sape2.runs.checkpoint import load_weights, save_weights
 from sape2.runs.files import read_text, write_text
 from sape2.runs.run import Run
@@ -175,7 +175,7 @@ def _parts(model: nn.Module) -> dict[str, str]:
     said = {}
     for name, part in model.named_modules():
         shapes = [f" {key} {'x'.join(map(str, tensor.shape))}" for key, tensor in part.named_parameters(recurse=False)]
-        said[name.replace("._orig_mod", "")] = f"{type(part).__name__}({part.extra_repr()}){','.join(shapes)}"
+        said[uncompiled_name(name)] = f"{type(part).__name__}({part.extra_repr()}){','.join(shapes)}"
     return said
 
 

@@ -27,7 +27,7 @@ from sape2.encodings.grid import Grid, as_grid, of_one_size
 from sape2.encodings.names import name_once
 from sape2.encodings.nodes import OneNode
 from sape2.encodings.precision import full_precision, no_autocast
-from sape2.machine import uncompiled
+from sape2.machine import drawn_seed, uncompiled
 from sape2.models import hub
 from sape2.runs.run import Run
 
@@ -106,7 +106,7 @@ class ViT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        seed = int(torch.randint(2**62, (), device="cpu"))
+        seed = drawn_seed()
         tokens, layers = create_encodings(config.encoding, config.num_heads, config.head_dim, config.grid, config.depth)
         self.patch_embed = PatchEmbed(config.patch_size, config.in_channels, config.dim)
         if config.pool == "class":
@@ -133,7 +133,7 @@ class ViT(nn.Module):
         Draws from `seed` alone, so that models of one seed differ in their encodings and in nothing else; None: a new one.
         Encodings and norms have a `reset_parameters` of their own; when a model is made, they have drawn already.
         """
-        generator = torch.Generator().manual_seed(int(torch.randint(2**62, (), device="cpu")) if seed is None else seed)
+        generator = torch.Generator().manual_seed(drawn_seed() if seed is None else seed)
         encodings = [m for m in self.modules() if isinstance(m, (TokenEncoding, AttentionEncoding))]
         theirs = {id(part) for encoding in encodings for part in encoding.modules()}
         for module in self.modules():

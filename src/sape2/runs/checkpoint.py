@@ -20,12 +20,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_model, save_file
 from torch import nn
 
+from sape2.machine import uncompiled_name
 from sape2.runs.files import write_atomic, write_text
 
 
 def save_weights(path: Path, model: nn.Module) -> None:
     """Under the names that the model has where neither it nor a part of it is compiled."""
-    state = {name.replace("_orig_mod.", ""): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state = {uncompiled_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     about = {"format": "pt"}  # which other loaders of safetensors ask for
     write_atomic(path, lambda temporary: save_file(state, str(temporary), about))
 
