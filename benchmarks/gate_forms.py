@@ -2,6 +2,7 @@
 
 Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data DIR --out DIR     trains these forms
           ... --patch 2                                        on a grid of 16x16 instead of 8x8
+          ... --images placed_cifar10                          on those of benchmarks/placed.py, in DIR too
           python benchmarks/gate_forms.py                                                          prints the table
 
 Names are encodings of the package, and the five of this file: `counted`, `opened`, `faded`, `parted`, `decayed`. Every run
@@ -53,6 +54,7 @@ from sape2.tables import markdown_table
 
 ROWS = RESULTS / "gate_forms.jsonl"
 PATCH = 4  # pixels a side, of the recipe
+IMAGES = "cifar10"
 TEMPERATURE = 100.0  # of the frequencies, as in rope
 CONTROLS = (  # form, and what is left of it without content
     ("counted", "rope"),
@@ -61,7 +63,11 @@ CONTROLS = (  # form, and what is left of it without content
     ("opened+rope", "opened:const=1+rope"),
     ("opened:own=8+rope", "opened:const=1+rope"),
     ("rope+sape2:readout=direct", "rope+sape2:gates=constant,readout=direct"),
-    ("rope+sape2:count=between,readout=direct", "rope+sape2:count=between,gates=none,readout=direct"),
+    ("sape2:readout=direct", "sape2:gates=constant,readout=direct"),
+    *(
+        (f"{base}sape2:count=between,readout=direct", f"{base}sape2:count=between,gates=none,readout=direct")
+        for base in ("rope+", "")
+    ),
     ("decayed", "decayed:const=1"),
     *((f"forget{start}", f"faded{start}") for start in ("", ":start=2", ":start=0")),
     *(("forget:start=2", f"faded:start={start}") for start in (0, -1)),  # controls that start more closed
@@ -255,9 +261,10 @@ class Decayed(AttentionEncoding):
 FORMS = {"counted": Counted, "opened": Opened, "faded": Faded, "parted": Parted, "decayed": Decayed}
 
 
-def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH) -> Iterator[sprint.Trial]:
-    """The runs of `sprint.one_rate`, with patches of this many pixels a side."""
+def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH, images: str = IMAGES) -> Iterator[sprint.Trial]:
+    """The runs of `sprint.one_rate`, with patches of this many pixels a side, on these images."""
     settings = () if patch == PATCH else (f"model.patch_size={patch}",)
+    settings += () if images == IMAGES else (f"data.name={images}",)
     return (replace(trial, settings=(*trial.settings, *settings)) for trial in sprint.one_rate(names, seeds))
 
 
@@ -265,22 +272,24 @@ def table(rows: list[Row]) -> str:
     """Each form and its control: validation accuracy that chose it (seed 1), test accuracy in pairs of a seed."""
     kept = {row["digest"]: row for row in [*sprint.rows_of(read_rows(sprint.ROWS), *sprint.QUARTERS), *rows]}.values()
     lines = []
-    for patch in sorted({_patch(row) for row in kept}, reverse=True):
-        same = [row for row in kept if _patch(row) == patch]
+    for images, patch in sorted({_setting(row) for row in kept}, key=lambda setting: (setting[0], -setting[1])):
+        same = [row for row in kept if _setting(row) == (images, patch)]
         tested, chosen = grouped(same, final_accuracy), grouped(same, final_validation_accuracy)
         for form, control in CONTROLS:
             if pair := paired_difference(tested.get(form, {}), tested.get(control, {})):
-                line = {"form": f"`{form}`", "control": f"`{control}`", "patch": str(patch), "n": pair.n}
+                line = {"form": f"`{form}`", "control": f"`{control}`", "images": images, "patch": str(patch), "n": pair.n}
                 line |= {"seed 1, validation": f"{chosen[form][1]:.4f}", "control's": f"{chosen[control][1]:.4f}"}
                 lines.append(line | {DIFFERENCE: difference(pair)})
-    return markdown_table(lines, ["form", "control", "patch", "seed 1, validation", "control's", "n", DIFFERENCE])
+    return markdown_table(lines, ["form", "control", "images", "patch", "seed 1, validation", "control's", "n", DIFFERENCE])
 
 
 DIFFERENCE = "form minus control, test"
 
 
-def _patch(row: Row) -> int:
-    return row["settings"]["model"]["patch_size"]
+def _setting(row: Row) -> tuple[str, int]:
+    """The images of a run, and its patches."""
+    settings = row["settings"]
+    return settings["data"]["name"], settings["model"]["patch_size"]
 
 
 def main() -> None:
@@ -289,6 +298,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1])
     parser.add_argument("--patch", type=int, default=PATCH, help="pixels a side of a patch")
+    parser.add_argument("--images", default=IMAGES, help="the folder in --data that they are from")
     parser.add_argument("--data", type=Path, help="folder that holds cifar10")
     parser.add_argument("--out", type=Path, default=Path("runs") / "gate_forms")
     given = parser.parse_args()
@@ -299,7 +309,7 @@ def main() -> None:
         parser.error("run needs --data DIR and names of forms")
     ATTENTION_ENCODINGS.update(FORMS)
     torch.set_num_threads(1)
-    for trial in trials(given.names, given.seeds, given.patch):
+    for trial in trials(given.names, given.seeds, given.patch, given.images):
         sprint.train(trial, "gate_forms", given.data, given.out, ROWS)
 
 

@@ -80,11 +80,11 @@ def test_forget_is_parted_into_the_way_and_its_end(qk):
     torch.testing.assert_close(end[..., 6, 8], expected[..., 0].to(end))
 
 
-def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid(monkeypatch):
-    def row(encoding, seed, test, patch=4):
+def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid_and_images(monkeypatch):
+    def row(encoding, seed, test, patch=4, images="cifar10"):
         rows = [{"name": "accuracy", "weights": "last", "value": test}]
-        settings = {"model": {"patch_size": patch}}
-        digest = f"{encoding} {seed} {patch}"
+        settings = {"model": {"patch_size": patch}, "data": {"name": images}}
+        digest = f"{encoding} {seed} {patch} {images}"
         return {"digest": digest, "encoding": encoding, "seed": seed, "settings": settings, "rows": rows} | {
             "curve": {"validation_accuracy": [0.5, test]}
         }
@@ -92,8 +92,13 @@ def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid
     monkeypatch.setattr(gate_forms, "read_rows", lambda path: [])
     rows = [row("counted", 1, 0.7), row("counted", 2, 0.8), row("rope", 1, 0.6), row("rope", 3, 0.1)]
     rows += [row("counted", 1, 0.3, patch=2), row("rope", 1, 0.4, patch=2), row("rope", 2, 0.9, patch=2)]
-    lines = [[cell.strip() for cell in line.split("|")[3:8]] for line in gate_forms.table(rows).splitlines()[2:]]
-    assert lines == [["4", "0.7000", "0.6000", "1", "+0.1000"], ["2", "0.3000", "0.4000", "1", "-0.1000"]]
+    rows += [row("counted", 1, 0.5, images="placed"), row("rope", 1, 0.3, images="placed")]
+    lines = [[cell.strip() for cell in line.split("|")[3:9]] for line in gate_forms.table(rows).splitlines()[2:]]
+    assert lines == [
+        ["cifar10", "4", "0.7000", "0.6000", "1", "+0.1000"],
+        ["cifar10", "2", "0.3000", "0.4000", "1", "-0.1000"],
+        ["placed", "4", "0.5000", "0.3000", "1", "+0.2000"],
+    ]
 
 
 def test_a_finer_grid_changes_the_patch_and_nothing_else():
@@ -101,6 +106,12 @@ def test_a_finer_grid_changes_the_patch_and_nothing_else():
     assert plain.digest == next(gate_forms.sprint.one_rate(["rope"], [1])).digest != fine.digest
     assert fine.config.model == replace(plain.config.model, patch_size=2)
     assert fine.config.train == plain.config.train
+
+
+def test_other_images_change_their_name_and_nothing_else():
+    (plain,), (other,) = gate_forms.trials(["rope"], [1]), gate_forms.trials(["rope"], [1], images="placed_cifar10")
+    assert other.config == replace(plain.config, data=replace(plain.config.data, name="placed_cifar10"))
+    assert other.digest != plain.digest
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(name for pair in gate_forms.CONTROLS for name in pair))
