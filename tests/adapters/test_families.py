@@ -24,6 +24,9 @@ def attached_modules(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Attached)}
 
 
+BOTH = "cpe+sape2"  # behind a block and in attention
+
+
 def opened(name, encoding="sape2"):
     model = attach(make_family(name), encoding)
     open_gains(model)
@@ -35,7 +38,7 @@ def test_logits_stay_at_first_and_detach_brings_everything_back(name):
     model, batch = make_family(name), batch_of(name)
     with torch.no_grad():
         before, state, expected = description(model), copy.deepcopy(model.state_dict()), found(model, batch)
-        attach(model, "sape2+rpe", trainable="encoding")
+        attach(model, "cpe+sape2+rpe", trainable="encoding")
         torch.testing.assert_close(found(model, batch), expected, rtol=1e-12, atol=1e-12)
         assert {key for key in model.state_dict() if ".sape2." not in key} == set(state)
         open_gains(model)
@@ -159,7 +162,7 @@ def test_gradients_reach_the_tables_and_with_encoding_nothing_else(name):
 def test_checkpointing_changes_no_gradient(name):
     gradients = []
     for saving in (False, True):
-        model, batch = opened(name).train(), batch_of(name)
+        model, batch = opened(name, BOTH).train(), batch_of(name)
         if hasattr(model, "set_grad_checkpointing"):
             model.set_grad_checkpointing(saving)
         elif saving and model.supports_gradient_checkpointing:
@@ -173,7 +176,7 @@ def test_checkpointing_changes_no_gradient(name):
 
 @ALL
 def test_an_adapter_is_a_file_for_another_copy(name, tmp_path):
-    model, batch = opened(name, "sape2:share=true+rpe"), batch_of(name)
+    model, batch = opened(name, "cpe+sape2:share=true+rpe"), batch_of(name)
     save_adapter(model, tmp_path)
     other = load_adapter(make_family(name), tmp_path, trainable="encoding")
     with torch.no_grad():
@@ -183,7 +186,7 @@ def test_an_adapter_is_a_file_for_another_copy(name, tmp_path):
 
 @ALL
 def test_copies_and_pickles_are_models_of_their_own(name):
-    model, batch = opened(name), batch_of(name)
+    model, batch = opened(name, BOTH), batch_of(name)
     with torch.no_grad():
         expected = found(model, batch)
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -196,7 +199,7 @@ def test_copies_and_pickles_are_models_of_their_own(name):
 
 @ALL
 def test_tables_stay_whole_in_a_host_of_half_precision(name):
-    model, batch = attach(make_family(name).bfloat16(), "sape2"), batch_of(name)
+    model, batch = attach(make_family(name).bfloat16(), BOTH), batch_of(name)
     batch = {key: value.bfloat16() if getattr(value, "dtype", None) == torch.float64 else value for key, value in batch.items()}
     with torch.no_grad():
         assert found(model, batch).dtype == torch.bfloat16
@@ -212,9 +215,9 @@ def test_lora_and_an_encoding_learn_together_and_come_apart(name, lora_first, tm
     peft = pytest.importorskip("peft")
     host, batch = make_family(name), batch_of(name)
     wrap = lambda model: peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=LINEAR))  # noqa: E731
-    both = wrap(host) if lora_first else wrap(attach(host, "sape2"))
+    both = wrap(host) if lora_first else wrap(attach(host, BOTH))
     if lora_first:
-        attach(host, "sape2")
+        attach(host, BOTH)
     for parameter in encoding_parameters(host):
         parameter.requires_grad_(True)
     before = {key: p.detach().clone() for key, p in both.named_parameters()}
@@ -238,7 +241,7 @@ def test_lora_and_an_encoding_learn_together_and_come_apart(name, lora_first, tm
 
 
 @pytest.mark.parametrize("name", ["Siglip2", "timm.NaFlex", "timm.NaFlex.rope"])
-@pytest.mark.parametrize("encoding", ["sape2+cope", "rpe"])
+@pytest.mark.parametrize("encoding", ["sape2+cope", "rpe", "cpe", "cpe:padding=circular"])
 def test_an_image_of_a_padded_batch_gets_what_it_gets_alone(name, encoding):
     model, batch = opened(name, encoding), batch_of(name)
     counts = batch["spatial_shapes"].prod(-1) if name == "Siglip2" else batch["patch_valid"].sum(-1)
@@ -254,8 +257,9 @@ def test_an_image_of_a_padded_batch_gets_what_it_gets_alone(name, encoding):
             torch.testing.assert_close(found(model, alone), expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_order_in_which_mae_shuffles_patches_changes_none_of_them():
-    model, batch = opened("MAE"), batch_of("MAE")
+@pytest.mark.parametrize("encoding", ["sape2", "cpe"])
+def test_the_order_in_which_mae_shuffles_patches_changes_none_of_them(encoding):
+    model, batch = opened("MAE", encoding), batch_of("MAE")
     with torch.no_grad():
         shuffled = model(**batch)
         plain = model(**batch | {"noise": torch.arange(15.0).expand(2, -1)}).last_hidden_state[:, 1:]
@@ -291,7 +295,7 @@ def test_a_model_that_only_says_features_takes_an_encoding_inside(kind):
 @pytest.mark.usefixtures("as_users_call_it")
 def test_attached_families_compile(name):
     torch._dynamo.reset()
-    model, batch = opened(name), batch_of(name)
+    model, batch = opened(name, BOTH), batch_of(name)
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")
         torch.testing.assert_close(found(compiled, batch), found(model, batch), rtol=1e-9, atol=1e-9)
@@ -303,7 +307,7 @@ NOT_ALONE = {"timm.NaFlex", "timm.NaFlex.rope"}  # timm branches on values: not 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in {"Siglip2", *NOT_ALONE}])
 @pytest.mark.usefixtures("as_users_call_it")
 def test_attached_families_export(name):
-    model, batch = opened(name), batch_of(name)
+    model, batch = opened(name, BOTH), batch_of(name)
     with torch.no_grad():
         program = torch.export.export(model, (), batch, strict=False)
         torch.testing.assert_close(found(program.module(), batch), found(model, batch), rtol=1e-9, atol=1e-9)

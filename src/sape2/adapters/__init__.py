@@ -33,10 +33,11 @@ def attach(
     start: Start = "no_effect",
     grid: Grid | None = None,
 ) -> Model:
-    """Puts an encoding, or several joined ("sape2+rpe:every=2"), into the attention of a model, in place; returns the model.
+    """Puts an encoding, or several joined ("sape2+rpe:every=2"), into a model, in place; returns the model.
 
-    Its outputs stay the same up to rounding until it is trained: a bias that is not 0 to begin with enters under one
-    learned gain per head that starts at 0. `start="as_is"` leaves the gain out, which is the only way for rotations.
+    Encodings of attention enter every attention module; `cpe` stands behind the first block. The model's outputs stay the
+    same up to rounding until it is trained: what is not 0 to begin with enters under learned gains that start at 0, one for
+    each head or, for `cpe`, each channel. `start="as_is"` leaves the gains out, which is the only way for rotations.
     `trainable="encoding"` freezes everything else. `grid`, (H, W), sizes the tables; by default that of the images for
     which the model was made. The grid of a call is that of its images, whatever their size; where attention is within
     windows, each window is a grid.

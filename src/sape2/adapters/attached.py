@@ -1,7 +1,8 @@
 """The parts that all hosts share: attaching an encoding, attention that uses it, and removing it again.
 
 `attach` gives each attention module of the host a submodule `sape2`, the encoding, and changes the class of the module
-to a subclass that overrides `forward` alone. The module, its parameters, names, hooks and training mode stay the same
+to a subclass that overrides `forward` alone. An encoding of the tokens is a submodule of a block, called by a hook
+(`after.py`). The module, its parameters, names, hooks and training mode stay the same
 objects; `detach` changes the class back. Why so: docs/decisions/0004-attach.md.
 Axes: B batch, h heads, T = P + N tokens (P prefix tokens first), d head_dim.
 """
@@ -19,12 +20,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from sape2.adapters.after import AfterBlock, block_around, change_output
 from sape2.adapters.layouts import Scattered, bias_on, rotate_on
 from sape2.adapters.start import Start, prepare
 from sape2.adapters.tokens import Tokens
 from sape2.attention import attend
 from sape2.encodings import TOKEN_ENCODINGS, create_encodings
-from sape2.encodings.base import AttentionEncoding, NoEncoding, encoding_names, without_decay
+from sape2.encodings.base import AttentionEncoding, NoEncoding, TokenEncoding, encoding_names, without_decay
 from sape2.encodings.derivatives import is_transformed
 from sape2.encodings.grid import Grid, check_grid
 from sape2.encodings.names import name_once
@@ -123,7 +125,7 @@ def check_parts(attachment: Attachment) -> None:
 
     Tables in such a part would be left out of the bias, or written under names that no model has.
     """
-    parts = (part for module in attachment.attentions.values() for part in module.sape2.modules())  # pyrefly: ignore
+    parts = (part for encoding in attachment.encodings() for part in encoding.modules())
     if (strange := next((part for part in parts if type(part).__module__.startswith("peft.")), None)) is not None:
         raise _replaced(strange)
 
@@ -228,13 +230,22 @@ class Attachment:
     start: Start
     sizes: list[Size]
     attentions: dict[int, nn.Module]  # by layer; layers without encoding are left out
+    blocks: dict[int, nn.Module]  # by layer, those behind which the tokens are changed
     tokens: Tokens
     hooks: list[Any]
     frozen: list[nn.Parameter]
     told: bool = False  # that nothing of the encoding learns
 
+    def holders(self) -> list[nn.Module]:
+        """The modules of the host that have an encoding as their `sape2`."""
+        return [*self.attentions.values(), *self.blocks.values()]
+
+    def encodings(self) -> list[nn.Module]:
+        """Those that layers share, once."""
+        return list(dict.fromkeys(holder.sape2 for holder in self.holders()))  # pyrefly: ignore
+
     def tell_if_frozen(self) -> None:
-        parameters = [p for module in self.attentions.values() for p in module.sape2.parameters()]  # pyrefly: ignore
+        parameters = [p for encoding in self.encodings() for p in encoding.parameters()]
         if parameters and not any(p.requires_grad for p in parameters):
             self.told = True
             warnings.warn(
@@ -257,8 +268,8 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     if any(grid is None for grid in grids):
         raise ValueError("the model does not say for which image size it was made; give grid=(H, W), the patches of one")
     sizes = [size._replace(grid=check_grid(grid)) for size, grid in zip(host.sizes, grids, strict=True)]
-    layers = _create(host, encoding, start, sizes)
-    if trainable == "encoding" and not any(True for layer in layers for _ in layer.parameters()):
+    on_tokens, layers = _create(host, encoding, start, sizes)
+    if trainable == "encoding" and not any(True for part in (*on_tokens, *layers) for _ in part.parameters()):
         raise ValueError(
             f'{encoding!r} has no parameters here, so trainable="encoding" would leave nothing that learns; leave it out'
         )
@@ -267,16 +278,21 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
         i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
     }
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
-    changed = [*[module for module, *_ in used.values()], *([] if host.drops is None else [host.drops[0]])]
-    _check_changeable(model, changed)
+    blocks = {part.after_block or 0: block_around(model, host.layers[part.after_block or 0][0]) for part in on_tokens}
+    changed = [module for module, *_ in used.values()]
+    _check_changeable(model, [*changed, *blocks.values(), *([] if host.drops is None else [host.drops[0]])])
     hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
+    for block, part in zip(blocks.values(), on_tokens, strict=True):
+        _hold(block, AfterBlock(part, start, tokens), model)
+        hooks.append(block.register_forward_hook(change_output))
     for parameter in frozen:
         parameter.requires_grad_(False)
     hooks += [] if host.source is None else _listen(model, host.source, tokens)
     hooks += [] if host.drops is None else [Changed(*host.drops, tokens)]
     hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
     attentions = {index: module for index, (module, *_) in used.items()}
-    model.sape2_attachment = Attachment(host.name, encoding, start, sizes, attentions, tokens, hooks, frozen)  # pyrefly: ignore
+    attachment = Attachment(host.name, encoding, start, sizes, attentions, blocks, tokens, hooks, frozen)
+    model.sape2_attachment = attachment  # pyrefly: ignore
     model.no_weight_decay = functools.partial(no_weight_decay, model)  # pyrefly: ignore
 
 
@@ -313,38 +329,46 @@ def _listen(model: nn.Module, source: nn.Module, tokens: Tokens) -> list[Any]:
     return hooks if patches is model else [*hooks, patches.register_forward_pre_hook(tokens.forget)]
 
 
-def _create(host: Host, encoding: str, start: Start, sizes: list[Size]) -> list[AttentionEncoding]:
-    """An encoding for each layer; modules that layers share are shared by those of one size."""
+Made = tuple[list[TokenEncoding], list[AttentionEncoding]]
+
+
+def _create(host: Host, encoding: str, start: Start, sizes: list[Size]) -> Made:
+    """What acts behind blocks, and an encoding for each layer; modules that layers share are shared by those of one size."""
     made = {size: _create_alike(host, encoding, start, size, len(sizes)) for size in dict.fromkeys(sizes)}
-    return [made[size][index] for index, size in enumerate(sizes)]
+    return made[sizes[0]][0], [made[size][1][index] for index, size in enumerate(sizes)]
 
 
-def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: int) -> list[AttentionEncoding]:
+def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: int) -> Made:
     num_heads, head_dim, grid = size
     assert grid is not None
     with torch.device("cpu"):  # the probes of `prepare` are
         tokens, layers = create_encodings(encoding, num_heads, head_dim, grid, depth)
-    if tokens:
-        rest = "+".join(part for part in encoding.split("+") if part.partition(":")[0].strip() not in TOKEN_ENCODINGS)
+    if any(part.after_block is None for part in tokens):
+        tables = [name for name, known in TOKEN_ENCODINGS.items() if known.after_block is None]
+        rest = "+".join(part for part in encoding.split("+") if part.partition(":")[0].strip() not in tables)
         raise ValueError(
-            f"attach puts encodings into attention; {encoding!r} also changes the tokens, for which the model has its own "
-            f"positions. Leave ape, sincos and cpe out{f': attach {rest!r}' if rest else ''}"
+            f"{encoding!r} adds a vector of each place to the tokens, for which the model has its own positions. "
+            f"Leave {' and '.join(tables)} out{f': attach {rest!r}' if rest else ''}"
         )
     if host.rotates and any(layer.rotates for layer in layers):
         raise ValueError(
             f"this {host.name} turns q and k itself; a second rotation, {encoding!r}, would mix with it. Attach a bias"
         )
-    return prepare(layers, start, num_heads, head_dim)
+    return tokens, prepare(layers, start, num_heads, head_dim)
 
 
 def _swap(
     module: nn.Module, attached_class: type[Any], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
 ) -> Changed:
+    _hold(module, encoding, model)
+    return Changed(module, attached_class, tokens)
+
+
+def _hold(module: nn.Module, encoding: nn.Module, model: nn.Module) -> None:
     """On the device of the module, in float32 whatever the precision of the host, float64 apart: positions need it."""
     like = _like(module, model)
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     module.sape2 = encoding.to(like.device, dtype).train(module.training)
-    return Changed(module, attached_class, tokens)
 
 
 def _look_whether_it_learns(model: nn.Module, inputs: Any) -> None:
@@ -362,7 +386,7 @@ def check_free(model: nn.Module) -> None:
     attachment = getattr(model, "sape2_attachment", None)
     if isinstance(attachment, Attachment):
         raise ValueError(f"the model has {attachment.encoding!r} attached already; detach it first")
-    if any(isinstance(part, Attached) for part in (model.modules() if isinstance(model, nn.Module) else ())):
+    if any(isinstance(part, (Attached, AfterBlock)) for part in (model.modules() if isinstance(model, nn.Module) else ())):
         raise ValueError("an encoding is attached already to a part of this model or to one around it; detach it there first")
 
 
@@ -372,9 +396,9 @@ def detach(model: Model) -> Model:
     for hook in attachment.hooks:
         if isinstance(hook, Changed):
             hook.check()
-    for module in attachment.attentions.values():
-        del module.sape2
-        vars(module).pop("sape2_both", None)
+    for holder in attachment.holders():
+        del holder.sape2
+        vars(holder).pop("sape2_both", None)
     for hook in attachment.hooks:
         hook.remove()
     for parameter in attachment.frozen:
@@ -392,7 +416,7 @@ def attachment_of(model: nn.Module) -> Attachment:
 
 
 def attached_encodings(model: nn.Module) -> dict[int, AttentionEncoding]:
-    """The attached encodings by layer, counted from 0; layers without one are left out."""
+    """The attached encodings of attention by layer, counted from 0; layers without one are left out."""
     attachment = attachment_of(model)
     check_parts(attachment)
     return {index: encoding_of(module) for index, module in attachment.attentions.items()}
@@ -400,5 +424,4 @@ def attached_encodings(model: nn.Module) -> dict[int, AttentionEncoding]:
 
 def encoding_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that attach brought, each once: for an optimiser group of their own, without weight decay."""
-    encodings = (module.sape2 for module in attachment_of(model).attentions.values())
-    yield from nn.ModuleList(dict.fromkeys(encodings)).parameters()  # pyrefly: ignore
+    yield from nn.ModuleList(attachment_of(model).encodings()).parameters()

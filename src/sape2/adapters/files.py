@@ -67,8 +67,9 @@ def _say(sizes: list[Size]) -> dict[str, Any]:
 
 
 def _encodings(model: nn.Module) -> nn.ModuleDict:
-    """By layer, counted from 0. A module that several layers share is written once."""
-    return nn.ModuleDict({str(index): encoding for index, encoding in attached_encodings(model).items()})
+    """By layer, counted from 0, and behind blocks. A module that several layers share is written once."""
+    layers: dict[str, Any] = {str(index): encoding for index, encoding in attached_encodings(model).items()}
+    return nn.ModuleDict(layers | {f"after_{index}": block.sape2 for index, block in attachment_of(model).blocks.items()})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

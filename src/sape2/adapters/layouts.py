@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from sape2.encodings.base import AttentionEncoding
+from sape2.encodings.base import AttentionEncoding, TokenEncoding
 from sape2.encodings.content import Content
 from sape2.encodings.grid import Grid, num_tokens
 
@@ -123,3 +123,17 @@ def rotate_on(layout: Layout, encoding: AttentionEncoding, q: Tensor, k: Tensor)
     back = torch.cat(order).argsort()
     turned_q, turned_k = (torch.cat(part)[back] for part in zip(*parts, strict=True))
     return turned_q, turned_k
+
+
+def tokens_on(
+    layout: Layout, encoding: TokenEncoding, tokens: Float[Tensor, "batch tokens dim"]
+) -> Float[Tensor, "batch tokens dim"]:
+    """The tokens changed by the encoding, which sees 0 at places without one; padding stays as it is."""
+    if not isinstance(layout, Scattered):
+        return encoding(tokens, layout)
+    order, parts = [], []
+    for images, group in layout.groups():
+        changed = encoding(group.spread(tokens[images, None])[:, 0], group.grid)
+        order.append(images)
+        parts.append(group.collect(changed[:, None])[:, 0])
+    return torch.cat(parts)[torch.cat(order).argsort()].where(layout.valid[..., None], tokens)
