@@ -11,7 +11,7 @@ For every run and seed there are three arms, which see the same images in the sa
     encoding   the encoding is attached, and it alone is trained
     all        the encoding is attached, and everything is trained
 
-The learning rate of each arm is fixed beforehand (LR) and the test set is looked at once, after the last epoch. A seed
+The learning rates of each arm are fixed beforehand (LR, rates) and the test set is looked at once, after the last epoch. A seed
 decides the order and the augmentation; the spread over seeds says nothing about other trained models, for which give
 several runs. Each arm writes its own run folder and one row in OUT/results.jsonl when it is done; the same command goes on
 where it stopped.
@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from sape2 import attach, save_adapter
-from sape2.config import RunConfig
+from sape2.config import RunConfig, TrainConfig
 from sape2.data import Splits, load_data
 from sape2.evaluation.accuracy import quick_accuracy
 from sape2.models.vit import ViT
@@ -42,6 +42,12 @@ from sape2.training.interruption import Stopped
 from sape2.training.loop import train
 
 LR = {"without": 2e-4, "encoding": 5e-3, "all": 2e-4}  # a tenth of cifar10_budget's for weights that are trained already
+
+
+def rates(arm: str, train: TrainConfig) -> dict[str, float | None]:
+    """A tenth of the other rates of a run, too, where it has them; what is new learns alone at its own."""
+    tenths = {name: rate and rate / 10 for name, rate in (("muon_lr", train.muon_lr), ("encoding_lr", train.encoding_lr))}
+    return {"lr": LR[arm]} | (tenths if arm != "encoding" else tenths | {"encoding_lr": None})
 
 
 def fine_tune(run: Run[RunConfig], arm: str, tuned: Run[RunConfig], encoding: str, splits: Splits) -> ViT:
@@ -68,7 +74,7 @@ def measure(run: Run[RunConfig], arm: str, seed: int, options: argparse.Namespac
     )
     splits, before = trained(run, replace(config, data=data))
     warmup = min(1.0, options.epochs / 5)
-    schedule = replace(config.train, epochs=options.epochs, lr=LR[arm], min_lr=min(1e-5, LR[arm]), warmup_epochs=warmup)
+    schedule = replace(config.train, epochs=options.epochs, min_lr=1e-5, warmup_epochs=warmup, **rates(arm, config.train))
     tuned = replace(config, recipe=f"attach_{arm}", seed=seed, train=schedule, data=data)
     model = fine_tune(run, arm, Run(options.out / f"{name}-{arm}-s{seed}", tuned), options.encoding, splits)
     accuracy, loss = quick_accuracy(model, splits.test)
