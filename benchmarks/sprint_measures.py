@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import sprint
 from glance_measures import COLUMNS, Columns, means_of_columns, seed_tables
 from kept import six_digits
-from sprint import STAGES, Trial, hold_if_free, keep, run_of, splits_of, train, trained, wanted
+from sprint import STAGES, WHOLE, Trial, hold_if_free, keep, rows_of, run_of, splits_of, train, trained, wanted
 from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig
@@ -86,13 +87,18 @@ def measured(trial: Trial, part: str, data: Path | None, out: Path) -> Iterator[
         yield mark | row | {"commit": about["commit"], "date": about["date"], "processor": about["hardware"]}
 
 
-def _table(part: str, columns: Columns, rows: list[Row]) -> str:
-    return seed_tables([row for row in rows if row["part"] == part], columns)
+def _table(part: str, columns: Columns, whole: bool, rows: list[Row]) -> str:
+    """Of the runs of the whole length, or of the others."""
+    long = {row["digest"] for row in rows_of(read_rows(sprint.ROWS), *WHOLE)}
+    return seed_tables([row for row in rows if row["part"] == part and (row["digest"] in long) == whole], columns)
 
 
+AT_SIZES: Columns = {f"{side}x{side}": [] for side in SIDES}
 TABLES: dict[str, Callable[[list[Row]], str]] = {
-    "measures": partial(_table, "measures", COLUMNS),
-    "sizes": partial(_table, "sizes", {f"{side}x{side}": [] for side in SIDES}),
+    "measures": partial(_table, "measures", COLUMNS, False),
+    "sizes": partial(_table, "sizes", AT_SIZES, False),
+    "measures of the whole": partial(_table, "measures", COLUMNS, True),
+    "sizes of the whole": partial(_table, "sizes", AT_SIZES, True),
 }
 
 

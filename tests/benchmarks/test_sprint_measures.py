@@ -32,3 +32,19 @@ def test_a_kept_run_without_a_folder_is_trained_again_and_measured_once(out, mon
     sprint_measures.train_again("search", TRIAL, None, out)
     assert measures(out) == [TRIAL.digest]
     assert measures(out) == [TRIAL.digest]
+
+
+def test_models_of_the_whole_length_have_tables_of_their_own(monkeypatch):
+    (long,) = (
+        trial for trial in sprint.STAGES["headline"](read_rows(sprint.ROWS)) if (trial.encoding, trial.seed) == ("ape", 0)
+    )
+    short = next(iter(sprint.one_rate(["ape"], [0])))
+    monkeypatch.setattr(sprint_measures, "read_rows", lambda path: [{"digest": long.digest}])
+    monkeypatch.setattr(sprint_measures, "rows_of", lambda rows, *stages: rows)
+    rows = [
+        {"digest": trial.digest, "encoding": "ape", "seed": 0, "part": "sizes", "name": "48x48", "value": value}
+        for trial, value in ((long, 0.7), (short, 0.4))
+    ]
+    assert "0.700" in sprint_measures.TABLES["sizes of the whole"](rows)
+    assert "0.400" not in sprint_measures.TABLES["sizes of the whole"](rows)
+    assert "0.400" in sprint_measures.TABLES["sizes"](rows)
