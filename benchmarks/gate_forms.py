@@ -5,9 +5,9 @@ Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data
           ... --images placed_cifar10                          on those of benchmarks/placed.py, in DIR too
           python benchmarks/gate_forms.py                                                          prints the table
 
-Names are encodings of the package, and the five of this file: `counted`, `opened`, `faded`, `parted`, `decayed`. Every run
-is three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
-benchmarks/results/gate_forms.jsonl. Those five are no part of the package: none is better than what the package has.
+Names are encodings of the package, and the six of this file: `counted`, `opened`, `halved`, `faded`, `parted`, `decayed`.
+Every run is three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
+benchmarks/results/gate_forms.jsonl. Those six are no part of the package: none is better than what the package has.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import sprint
@@ -44,7 +45,7 @@ from sape2.encodings.grid import (
 )
 from sape2.encodings.precision import full_precision, no_autocast
 from sape2.encodings.rotary import turn
-from sape2.encodings.sape2 import SaPE2, content_gates, line_products
+from sape2.encodings.sape2 import LineMaps, SaPE2, content_gates, line_products
 from sape2.encodings.sape2_options import SaPE2Options
 from sape2.runs.rows import read_rows
 from sape2.studies.compare.paired import paired_difference
@@ -64,6 +65,8 @@ CONTROLS = (  # form, and what is left of it without content
     ("opened:own=8+rope", "opened:const=1+rope"),
     ("rope+sape2:readout=direct", "rope+sape2:gates=constant,readout=direct"),
     ("sape2:readout=direct", "sape2:gates=constant,readout=direct"),
+    *((f"halved{part}", "sape2:gates=constant,readout=direct") for part in ("", ":reads=end")),
+    ("sape2:readout=direct", "halved:reads=end"),
     *(
         (f"{base}sape2:count=between,readout=direct", f"{base}sape2:count=between,gates=none,readout=direct")
         for base in ("rope+", "")
@@ -159,6 +162,39 @@ class Opened(SaPE2):
         if self.options.own:
             q, k = q @ self.to_queries[number], k @ self.to_keys[number]
         return content_gates(line_products(q, k, content.grid, axis) * q.shape[-1] ** -0.5 + offset, 1.0)
+
+
+@dataclass(frozen=True)
+class HalvedOptions(SaPE2Options):
+    """`reads`: the gates of a count that read content. way: of the patches behind the one met; end: of that one alone."""
+
+    readout: Literal["distance", "squared_distance", "direct"] = "direct"
+    reads: Literal["way", "end"] = "way"
+
+
+class Halved(SaPE2):
+    """SaPE2 with a part of the gates of its suffix counts; the others are 1/2, as constant gates are."""
+
+    name = "halved"
+    Options = HalvedOptions
+    presets: ClassVar[dict[str, dict[str, Any]]] = {}
+    variants: ClassVar[dict[str, str]] = {}
+
+    def _line_maps(self, content: Content, form: ModuleType) -> dict[Axis, LineMaps]:
+        return super()._line_maps(content, _HalfForm(form, self.options.reads))
+
+
+class _HalfForm:
+    """Counts of which content moves one part; all else is that of the form inside."""
+
+    def __init__(self, form: ModuleType, reads: Literal["way", "end"]) -> None:
+        self.form, self.reads, self.interpolate = form, reads, form.interpolate
+
+    def count_positions(self, gates: Tensor, count: Literal["suffix"], place: Tensor) -> Tensor:
+        at_end = gates - 0.5
+        if self.reads == "way":
+            return self.form.count_positions(gates, count, place) - at_end
+        return self.form.count_positions(torch.full_like(gates, 0.5), count, place) + at_end
 
 
 class Faded(Forget):
@@ -258,7 +294,7 @@ class Decayed(AttentionEncoding):
         return form_for(content.q, content.k, offset).count_positions(gates, "between", place)
 
 
-FORMS = {"counted": Counted, "opened": Opened, "faded": Faded, "parted": Parted, "decayed": Decayed}
+FORMS = {"counted": Counted, "opened": Opened, "halved": Halved, "faded": Faded, "parted": Parted, "decayed": Decayed}
 
 
 def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH, images: str = IMAGES) -> Iterator[sprint.Trial]:

@@ -48,6 +48,17 @@ def test_open_gates_count_columns_and_rows(qk):
     torch.testing.assert_close(form.bias(*qk, GRID).dense(), plain.bias(*qk, GRID).dense())
 
 
+@pytest.mark.parametrize("reads", ["way", "end"])
+def test_halved_counts_read_content_on_the_way_or_at_the_end_alone(reads, qk):
+    form = gate_forms.Halved(HEADS, WIDTH, GRID, reads=reads).double()
+    maps, (q, k) = form.maps(*qk, GRID), qk
+    gates = maps["gates_x"][0, 1, 7]  # of the patch in row 1, column 2
+    torch.testing.assert_close(gates, torch.sigmoid(q[0, 1, 7] @ k[0, 1, 5:10].mT * WIDTH**-0.5))
+    behind = gates[2:].sum() if reads == "way" else 3 * 0.5
+    assert maps["positions_x"][0, 1, 7, 1].item() == pytest.approx((behind + (0.5 if reads == "way" else gates[1])).item())
+    torch.testing.assert_close(maps["bias"], form.bias(*qk, GRID).dense())
+
+
 @pytest.mark.parametrize("const", [0, 1])
 def test_decay_is_minus_the_rate_times_the_gates_on_the_way(const):
     form, (q, k) = gate_forms.Decayed(HEADS, WIDTH, GRID, const=const).double(), torch.randn(2, 1, HEADS, 15, WIDTH).double()
