@@ -26,6 +26,25 @@ LESS_THAN_FLOAT32 = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE",
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     print_anything()
+    try:
+        return _written(_run(argv))
+    except SystemExit as end:  # of argparse, behind its help or what is wrong
+        raise SystemExit(_written(end.code)) from None
+
+
+def _written(status: Any) -> Any:
+    """The exit status once all output is out: Python itself would try that last, and answer with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not (status or isinstance(error, BrokenPipeError)):  # whoever reads a pipe has seen enough
+            print(f"sape2: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
+    return status
+
+
+def _run(argv: list[str] | None) -> int:
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files: what the variable held is not ours to stumble over
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of what Pillow warns, an image is refused by name, or nothing is lost
     parser = build_parser()
@@ -43,8 +62,7 @@ def main(argv: list[str] | None = None) -> int:
             os.environ.setdefault(name, "1")
     try:
         return arguments.run(arguments)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SAPE2_DEBUG"):
