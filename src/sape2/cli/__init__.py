@@ -17,6 +17,7 @@ from sape2._version import __version__
 from sape2.cli.commands import COMMANDS
 from sape2.cli.text import print_anything
 from sape2.config.names import did_you_mean
+from sape2.progress import one_line
 
 # Some containers set them: float32 is then multiplied with the digits of half types, on the GPU and (the last two) the CPU.
 LESS_THAN_FLOAT32 = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
@@ -67,7 +68,7 @@ def _run(argv: list[str] | None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SAPE2_DEBUG"):
             raise
-        print(f"sape2: {' '.join(str(error).split())}", file=sys.stderr)
+        print(one_line(f"sape2: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sape2: interrupted", file=sys.stderr)
