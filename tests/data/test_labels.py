@@ -196,6 +196,7 @@ def test_a_test_class_of_other_capitals_is_refused_with_both_names(tmp_path):
     with pytest.raises(ValueError, match=r"test .*'Cat', .*train .*'cat'"):
         folder.read(walk(tmp_path))
 
+    hidden += ["train/@Recycle/cat/a.png", "train/System Volume Information/x"]
 
 # --- hub ids ---------------------------------------------------------------------------------------------------------
 
