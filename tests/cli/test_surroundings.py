@@ -56,6 +56,21 @@ def test_a_home_is_expanded_behind_an_equals_sign_too(monkeypatch):
         assert with_home(word) == word
 
 
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["predict", "run", ""], "PATH"),
+        (["report", "run", "--out", ""], "--out"),
+        (["inspect", "run", "--data", ""], "--data"),
+        (["train", "digits", "--set", ""], "--set"),
+        (["explore", ""], "RUN"),
+    ],
+)
+def test_an_empty_path_is_refused_and_not_the_present_folder(argv, name, capfd):
+    assert main(argv) == 2
+    assert capfd.readouterr().err == f"sape2: {name} is empty, as a variable of the shell that is not set leaves it\n"
+
+
 @pytest.mark.parametrize("text", ["two", "0", "-1", "1.5"])
 def test_a_number_of_processes_that_is_none_is_named(monkeypatch, text):
     monkeypatch.setenv("WORLD_SIZE", text)

@@ -62,6 +62,7 @@ def _run(argv: list[str] | None) -> int:
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
     try:
+        refuse_empty(arguments)
         return arguments.run(arguments)
     except BrokenPipeError:
         return 0
@@ -83,6 +84,15 @@ def with_home(word: str) -> str:
     option, equals, value = word.partition("=")
     is_path = bool(equals) and option.startswith("--") and re.match(r"~[\w.-]*(/|$)", value) is not None
     return f"{option}={os.path.expanduser(value)}" if is_path else word
+
+
+def refuse_empty(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for a path or name that is empty, which as a path would be the present folder."""
+    for action in arguments.parser._actions:
+        value = getattr(arguments, action.dest, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            name = (action.option_strings or [action.metavar])[0]
+            raise ValueError(f"{name} is empty, as a variable of the shell that is not set leaves it")
 
 
 class Parser(argparse.ArgumentParser):
