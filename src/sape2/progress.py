@@ -7,12 +7,23 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unicodedata import category
+
+LINE_ENDS = ("Cc", "Zl", "Zp")  # and other control characters, as Unicode calls them
+
+
+def one_line(text: str) -> str:
+    """Text with line ends and other control characters written as in Python: a file may be named so.
+
+    A terminal would obey them: clear itself, take another title, or show another name.
+    """
+    return text if text.isprintable() else "".join(ascii(s)[1:-1] if category(s) in LINE_ENDS else s for s in text)
 
 
 def say(text: str) -> None:
     """Prints a line on standard error. If its reader has gone (2>&1 | head), it is lost, and the work goes on."""
     try:
-        print(text, file=sys.stderr, flush=True)
+        print(one_line(text), file=sys.stderr, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 

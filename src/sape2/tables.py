@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from sape2.config.names import cell
+from sape2.progress import one_line
 
 Row = dict[str, Any]
 Table = tuple[str, list[Row], list[str]]  # title, lines, columns
@@ -46,12 +47,12 @@ def print_table(rows: Iterable[Row], columns: list[str], title: str, file: Any =
     from rich.table import Table
 
     rows = list(rows)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=one_line(title), title_justify="left")
     for column in columns:
         numeric = any(isinstance(row.get(column), (int, float)) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(format_value(row[column]) if column in row else "" for column in columns))
+        table.add_row(*(one_line(format_value(row[column])) if column in row else "" for column in columns))
     console = Console(file=file, markup=False, emoji=False)  # names of files and classes are shown as they are
     if not console.is_terminal:
         console.width = max(console.width, 120)

@@ -65,6 +65,26 @@ def png_of_few_bits(bits, line, clear):
     return b"\x89PNG\r\n\x1a\n" + header + extra + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
+def planar_tiff(planes, colours, packed=False):
+    """A TIFF of channels (channels, height, width), one after the other; `colours` is its tag 262."""
+    number, height, width = planes.shape
+    parts = [zlib.compress(plane.tobytes()) if packed else plane.tobytes() for plane in planes]
+    tags = {256: [width], 257: [height], 258: [8 * planes.itemsize] * number, 259: [8 if packed else 1], 262: [colours]}
+    tags |= {273: [0] * number, 277: [number], 278: [height], 279: list(map(len, parts)), 284: [2]}
+    tags |= {338: [2]} if number in (2, 4) else {}
+    first = 14 + 12 * len(tags)  # byte of what is too long for an entry
+    start = first + sum(4 * len(values) for values in tags.values() if len(values) > 1)
+    tags[273] = [start + sum(map(len, parts[:place])) for place in range(number)]
+    entries = long = b""
+    for tag, values in tags.items():
+        data = struct.pack(f"<{len(values)}I", *values)
+        entries += struct.pack("<HHI", tag, 4, len(values)) + (
+            data if len(values) == 1 else struct.pack("<I", first + len(long))
+        )
+        long += data if len(values) > 1 else b""
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + long + b"".join(parts)
+
+
 def grey_tiff(width, bits, data, white_is_zero=False):
     """One line of grey pixels of that many bits."""
     photometric, place = (0 if white_is_zero else 1), 8 + 2 + 12 * 9 + 4

@@ -14,6 +14,7 @@ from sape2 import viz
 from sape2.cli import main
 from sape2.cli.output import drawn
 from sape2.cli.text import NAME, print_anything
+from sape2.progress import say
 from sape2.runs.files import check_writable
 from sape2.tables import csv_table, markdown_table, print_table
 
@@ -54,6 +55,18 @@ def test_a_table_of_any_names_is_printed_in_any_encoding(monkeypatch, encoding):
     assert ("0.5 ± 0.1" in text) == (encoding != "ascii")
     assert ("0.5 +- 0.1" in text) == (encoding == "ascii")
     assert ("\\u732b" in text) == (encoding != "utf-8")
+
+
+def test_control_characters_of_a_name_are_shown_and_not_obeyed(capfd):
+    """A terminal would clear itself, take a title, or show another name."""
+    name = "\x1b[2Jcat\x9b1m\ndog\u2028é"
+    print_table([{"class": name}], ["class"], name)
+    say(name)
+    assert main(["predict", name, "cat.png"]) == 2
+    out, err = capfd.readouterr()
+    assert out.count(r"\x1b[2Jcat\x9b1m\ndog\u2028é") == 2
+    assert err.startswith(r"\x1b[2Jcat\x9b1m\ndog\u2028é")
+    assert not {"\x1b", "\x9b", "\u2028"} & {*out, *err}
 
 
 def test_a_stream_that_cannot_be_changed_is_left_alone(monkeypatch):

@@ -21,11 +21,27 @@ def shell(script):
 
 
 @pytest.mark.parametrize(
-    "script", ['"$0" -m sape2 list models 2>&-', '"$0" -m sape2 list models >&-', '"$0" -m sape2 list encodings | true']
+    "script",
+    [
+        '"$0" -m sape2 list models 2>&-',
+        '"$0" -m sape2 list models >&-',
+        '"$0" -m sape2 list encodings | true',
+        'env -u PYTHONUNBUFFERED "$0" -m sape2 list models | true',  # little enough to be written at the end
+        'env -u PYTHONUNBUFFERED "$0" -m sape2 --help | true',
+    ],
 )
 def test_a_closed_stream_and_a_reader_that_has_gone_are_no_failure(script):
     done = shell(script)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("argv", ["list models", "list encodings --json", "--help"])
+def test_a_full_disk_behind_standard_output_is_told_in_one_line(argv):
+    done = shell(f'env -u PYTHONUNBUFFERED "$0" -m sape2 {argv} >/dev/full')
+    assert done.returncode == 2
+    assert done.stderr.startswith("sape2: ")
+    assert done.stderr.endswith("No space left on device\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_rows_stay_apart_from_messages_where_there_is_no_standard_error():
@@ -38,6 +54,21 @@ def test_a_home_is_expanded_behind_an_equals_sign_too(monkeypatch):
     assert with_home("--out=~/runs") == "--out=/home/me/runs"
     for word in ("--out=runs~/x", "~/runs", "--set=data.name=~/x", "--out=~not a user"):
         assert with_home(word) == word
+
+
+@pytest.mark.parametrize(
+    ("argv", "name"),
+    [
+        (["predict", "run", ""], "PATH"),
+        (["report", "run", "--out", ""], "--out"),
+        (["inspect", "run", "--data", ""], "--data"),
+        (["train", "digits", "--set", ""], "--set"),
+        (["explore", ""], "RUN"),
+    ],
+)
+def test_an_empty_path_is_refused_and_not_the_present_folder(argv, name, capfd):
+    assert main(argv) == 2
+    assert capfd.readouterr().err == f"sape2: {name} is empty, as a variable of the shell that is not set leaves it\n"
 
 
 @pytest.mark.parametrize("text", ["two", "0", "-1", "1.5"])

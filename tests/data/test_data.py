@@ -131,6 +131,15 @@ def test_of_two_columns_that_would_do_the_taken_one_is_told(tmp_path, caplog):
     assert "several" not in caplog.text
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    folder = write_folder(tmp_path)
+    for path in folder.rglob("*.parquet"):
+        table = pyarrow.parquet.read_table(path)
+        pyarrow.parquet.write_table(table.append_column("label", table["label"]), path)
+    with pytest.raises(ValueError, match="train has 2 columns called 'label'; leave one"):
+        load_data(config_of(folder), MODEL)
+
+
 def test_labels_without_names_are_named_by_number(tmp_path):
     folder = write_folder(tmp_path, label_type=datasets.Value("int64"))
     assert load_data(config_of(folder), MODEL).test.classes == ("0", "1", "2")

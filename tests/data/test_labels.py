@@ -165,6 +165,23 @@ def test_labels_of_every_type_are_whole_numbers_or_refused_with_their_row(tmp_pa
             fit(replace(get_recipe("images"), data=DataConfig(source=str(tmp_path))))
 
 
+@pytest.mark.parametrize("kind", [pyarrow.string(), pyarrow.dictionary(pyarrow.int8(), pyarrow.large_string())], ids=str)
+def test_text_in_parquet_is_numbered_by_the_names_of_its_file(tmp_path, kind):
+    """A column that was written anew as text, with the names still in the metadata; the test file orders them otherwise."""
+    for split, names in {"train": ["cat", "dog"], "test": ["dog", "cat"]}.items():
+        path = tmp_path / f"{split}.parquet"
+        write_file(path, names, [0, 1] * 4)
+        table = pyarrow.parquet.read_table(path)
+        text = pyarrow.array(["dog", "cat"] * 4).cast(kind)
+        pyarrow.parquet.write_table(
+            table.drop_columns("label").append_column("label", text).replace_schema_metadata(table.schema.metadata), path
+        )
+    assert load(tmp_path).test.labels.tolist() == [1, 0] * 4
+    assert load(tmp_path).test.classes == ("cat", "dog")
+    write_file(tmp_path / "test.parquet", ["cat", "dog"], [0, 1] * 4)  # numbers again
+    assert load(tmp_path).test.labels.tolist() == [0, 1] * 4
+
+
 def test_a_file_without_names_between_files_with_them_goes_by_number_and_is_told(tmp_path, caplog):
     write_file(tmp_path / "train-0.parquet", ["cat", "dog"], [0, 1] * 2)
     table = pyarrow.table({"image": [{"bytes": png(1), "path": "x"}] * 2, "label": [0, 1]})
@@ -179,6 +196,7 @@ def test_a_file_without_names_between_files_with_them_goes_by_number_and_is_told
 def test_hidden_folders_are_no_classes_and_give_no_images(tmp_path):
     kept = [f"{split}/{name}/a.png" for split in ("train", "test") for name in ("cat", "dog")]
     hidden = ["train/.ipynb_checkpoints/a.png", "train/__MACOSX/a.png", "train/@eaDir/a.png", "train/cat/@eaDir/b.png"]
+    hidden += ["train/@Recycle/cat/a.png", "train/System Volume Information/x"]
     write_folder(tmp_path, [*kept, *hidden, "train/cat/.ipynb_checkpoints/a.png", "train/.DS_Store", "train/cat/Thumbs.db"])
     train = folder.read(walk(tmp_path))["train"]
     assert train.classes == ("cat", "dog")

@@ -8,7 +8,19 @@ import numpy as np
 import pytest
 import torch
 import write_layouts
-from image_cases import GREYS, chunk, colours, deep, grey_tiff, png_of_16_bits, png_of_few_bits, saved, see_through, turned
+from image_cases import (
+    GREYS,
+    chunk,
+    colours,
+    deep,
+    grey_tiff,
+    planar_tiff,
+    png_of_16_bits,
+    png_of_few_bits,
+    saved,
+    see_through,
+    turned,
+)
 from layout_cases import CLASSES, load, write_parquet
 from PIL import Image, ImageFile, ImageOps
 
@@ -94,6 +106,34 @@ def test_colours_of_16_bits_give_their_high_byte():
 )
 def test_values_without_a_known_white_are_refused(values, message):
     assert message in refused(saved(Image.fromarray(values), "TIFF"))
+
+
+PLANES = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5) * 4
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_channels_one_after_the_other_are_the_same_pixels(packed):
+    assert (read(planar_tiff(PLANES, 2, packed)) == PLANES.transpose(1, 2, 0)).all()
+    assert (read(planar_tiff(PLANES[:1], 1, packed), 1) == PLANES[0]).all()
+    if packed:
+        assert (read(planar_tiff(PLANES.astype(np.uint16) * 257, 2, packed)) == PLANES.transpose(1, 2, 0)).all()
+        assert (read(planar_tiff(255 - PLANES[:1], 0, packed), 1) == PLANES[0]).all()
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        planar_tiff(PLANES.astype(np.uint16) * 257, 2),
+        planar_tiff(PLANES[:1].astype(np.uint16) * 257, 1),
+        planar_tiff(255 - PLANES[:1], 0),
+        planar_tiff(PLANES, 8),
+        planar_tiff(PLANES, 8, packed=True),
+        planar_tiff(PLANES[:2], 1, packed=True),
+    ],
+    ids=["16 bits", "16 bits grey", "zero is white", "LAB", "packed LAB", "packed grey with alpha"],
+)
+def test_channels_one_after_the_other_that_pillow_misreads_are_refused(file):
+    assert "PlanarConfiguration 1" in refused(file)
 
 
 # --- transparency ----------------------------------------------------------------------------------------------------

@@ -212,6 +212,7 @@ TOLD = {
         "not those of their segmentation.*: 1, .*annotation 3",
         4,
     ),
+    "to be ignored": (item(ignore=1), "objects with ignore, taken as any other.*: 1, .*annotation 3", 4),
     "crowds alone": (item(iscrowd=1), "crowds alone.*: 1 of 4", 3),
     "an image without objects": (lambda values: values["annotations"].pop(2), "without an object: 1 of 4", 3),
     "a category that is never used": (

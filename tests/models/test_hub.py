@@ -159,6 +159,11 @@ def test_names_of_classes_stay_in_their_cells(tmp_path):
     assert cell("<0.0001") == "<0.0001"
 
 
+def test_names_of_classes_are_no_markdown():
+    named = hub._classes({"classes": ["__background__", "`a` *b*", "$x$", "&amp;", "[c](d)", "a|b <i>", 3]})
+    assert named.endswith(r"logits: \_\_background\_\_, \`a\` \*b\*, \$x\$, \&amp;, \[c\](d), a\|b &lt;i>, 3." + "\n")
+
+
 def test_the_example_of_the_card_runs(saved, monkeypatch):
     card = (saved[0] / "README.md").read_text()
     block = card.split("```python\n")[1].split("```")[0].replace("FOLDER_OR_ID", str(saved[0]))

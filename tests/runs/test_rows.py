@@ -3,7 +3,7 @@
 import pytest
 
 from sape2.config.recipes import get_recipe
-from sape2.runs.rows import read_rows
+from sape2.runs.rows import read_rows, write_rows
 from sape2.runs.run import Run
 
 FULL, FEW, MORE = (
@@ -68,3 +68,23 @@ def test_what_an_editor_adds_to_a_file_of_rows_is_no_damage(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n{"a": 2}\n\n')
     assert read_rows(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_line_end_of_unicode_ends_no_row(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"a": "x\u2028y\x85z"}\n{"a": 2}\n', encoding="utf-8")
+    assert read_rows(tmp_path / "rows.jsonl") == [{"a": "x\u2028y\x85z"}, {"a": 2}]
+
+
+@pytest.mark.parametrize(("key", "value"), [("value", "0.9"), ("n", [359]), ("limit", "8"), ("measure", None), ("split", {})])
+def test_a_row_that_another_program_changed_is_named_with_its_line(run, key, value):
+    """Numbers as text, from a spreadsheet; add_results compares it with new rows."""
+    write_rows(run.folder / "results.jsonl", [of(FULL), of(FULL, "best") | {key: value}])
+    for read in (run.results, lambda: run.add_results([of(FEW)])):
+        with pytest.raises(ValueError, match=rf"results\.jsonl line 2 was changed: its {key} is .*; put back"):
+            read()
+
+
+def test_an_epoch_that_another_program_changed_is_named_with_its_line(run):
+    write_rows(run.folder / "metrics.jsonl", [{"epoch": 1, "precision": "fp32"}, {"epoch": 2, "images_per_s": "43,6"}])
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 was changed: its images_per_s is '43,6'"):
+        run.epochs()

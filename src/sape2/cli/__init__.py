@@ -17,6 +17,7 @@ from sape2._version import __version__
 from sape2.cli.commands import COMMANDS
 from sape2.cli.text import print_anything
 from sape2.config.names import did_you_mean
+from sape2.progress import one_line
 
 # Some containers set them: float32 is then multiplied with the digits of half types, on the GPU and (the last two) the CPU.
 LESS_THAN_FLOAT32 = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
@@ -26,6 +27,25 @@ LESS_THAN_FLOAT32 = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE",
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     print_anything()
+    try:
+        return _written(_run(argv))
+    except SystemExit as end:  # of argparse, behind its help or what is wrong
+        raise SystemExit(_written(end.code)) from None
+
+
+def _written(status: Any) -> Any:
+    """The exit status once all output is out: Python itself would try that last, and answer with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not (status or isinstance(error, BrokenPipeError)):  # whoever reads a pipe has seen enough
+            print(f"sape2: standard output cannot be written: {error.strerror}", file=sys.stderr)
+            return 2
+    return status
+
+
+def _run(argv: list[str] | None) -> int:
     os.environ["MPLBACKEND"] = "agg"  # pictures go into files: what the variable held is not ours to stumble over
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of what Pillow warns, an image is refused by name, or nothing is lost
     parser = build_parser()
@@ -42,14 +62,14 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
     try:
+        refuse_empty(arguments)
         return arguments.run(arguments)
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         return 0
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SAPE2_DEBUG"):
             raise
-        print(f"sape2: {' '.join(str(error).split())}", file=sys.stderr)
+        print(one_line(f"sape2: {' '.join(str(error).split())}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("sape2: interrupted", file=sys.stderr)
@@ -64,6 +84,15 @@ def with_home(word: str) -> str:
     option, equals, value = word.partition("=")
     is_path = bool(equals) and option.startswith("--") and re.match(r"~[\w.-]*(/|$)", value) is not None
     return f"{option}={os.path.expanduser(value)}" if is_path else word
+
+
+def refuse_empty(arguments: argparse.Namespace) -> None:
+    """Raises ValueError for a path or name that is empty, which as a path would be the present folder."""
+    for action in arguments.parser._actions:
+        value = getattr(arguments, action.dest, None)
+        if "" in (value if isinstance(value, list) else [value]):
+            name = (action.option_strings or [action.metavar])[0]
+            raise ValueError(f"{name} is empty, as a variable of the shell that is not set leaves it")
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,16 +11,16 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
-from unicodedata import category
 
 from torch.utils.data import get_worker_info
+
+from sape2.progress import one_line
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
 RETRY_DELAYS_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 NUMBERED = re.compile(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?(\.\w+)")  # train-00003-of-00010.parquet, train-000003.tar
 # Images too, but none that torchvision's folders have: told of, and not read.
 OTHER_ENDINGS = (".gif", ".jfif", ".jpe", ".jp2", ".jxl", ".avif", ".heic", ".heif", ".tga", ".dds", ".svg")
-LINE_ENDS = ("Cc", "Zl", "Zp")  # and other control characters, as Unicode calls them
 Result = TypeVar("Result")
 log = logging.getLogger("sape2.data")
 
@@ -54,11 +54,6 @@ def plain_name(path: Path | str) -> str:
 def at_home(path: str) -> Path:
     """A path in which a leading ~ or ~NAME stands for a home folder, if there is one; else it is a name like any other."""
     return Path(os.path.expanduser(path))
-
-
-def one_line(text: str) -> str:
-    """Text with line ends and other control characters written as in Python: a file may be named so."""
-    return text if text.isprintable() else "".join(ascii(s)[1:-1] if category(s) in LINE_ENDS else s for s in text)
 
 
 def digest(data: bytes) -> str:

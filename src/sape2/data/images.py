@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from sape2.data.base import digest, log, one_line
+from sape2.data.base import digest, log
+from sape2.progress import one_line
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def tell_twins(
         own = {key: (split, place) for place, key in enumerate(digests) if key}
         both = [key for key in own if key in known]
         if both:
-            first = f"{name(*own[both[0]])} is {name(*known[both[0]])}"
+            first = one_line(f"{name(*own[both[0]])} is {name(*known[both[0]])}")
             count = f"{len(both)} of {len(digests)} images"
             log.warning("%s: %s have the %s of an image that is trained or validated on: %s", split, count, what, first)
         known = own | known

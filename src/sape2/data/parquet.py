@@ -20,7 +20,7 @@ import numpy as np
 from sape2.config import DataConfig
 from sape2.config.extras import from_extra
 from sape2.data.base import Source, plain_name, tell, tell_missing, waiting_for
-from sape2.data.labels import renumber, tell_unnamed
+from sape2.data.labels import numbers_of, renumber, tell_unnamed
 from sape2.data.splits import by_split, files_by_split, open_labelled
 from sape2.data.walk import Files, listed, lying, tell_left_out
 
@@ -176,10 +176,15 @@ def _lacks_bytes(group: Any, column: str) -> bool:
 
 
 def _labels_in(found: Any, column: str | None) -> tuple[list[Any], tuple[str, ...]]:
-    """The labels of a parquet file and the names of their classes; None for every row where it has no such column."""
+    """The labels of a parquet file and the names of their classes, by which text is numbered.
+
+    None for every row where it has no such column.
+    """
     if column is None:
         return [None] * found.metadata.num_rows, ()
-    return found.read(columns=[column]).column(column).to_pylist(), _class_names(found.schema_arrow, column)
+    labels, names = found.read(columns=[column]).column(column).to_pylist(), _class_names(found.schema_arrow, column)
+    numbers = numbers_of(names)
+    return [numbers.get(label, label) if isinstance(label, str) else label for label in labels], names
 
 
 def _columns(schema: Any, where: str, config: DataConfig, may_lack_labels: bool = False) -> tuple[str, str | None]:
@@ -226,6 +231,8 @@ def _column(known: Iterable[str], wanted: str | None, usual: Iterable[str], wher
     if name is None or name not in known:
         asked = f"no column {wanted!r}" if wanted else f"no {what} column ({' or '.join(usual)})"
         raise ValueError(f"{where} has {asked}; its columns: {', '.join(known)}. Use --set data.{what}_column=NAME")
+    if known.count(name) > 1:
+        raise ValueError(f"{where} has {known.count(name)} columns called {name!r}; leave one, or give each a name of its own")
     return name
 
 

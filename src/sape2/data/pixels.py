@@ -20,7 +20,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 RULE = 3
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which it warns; here an image above it is refused
 MAX_BYTES = 256 * 2**20  # of an encoded image
-ORIENTATION, BITS, WHITE_IS_ZERO = 0x0112, 258, 262  # tags of EXIF and TIFF; the last is 0 where zero is white
+ORIENTATION, BITS, COLOURS, PLANES = 0x0112, 258, 262, 284  # tags of EXIF and TIFF; COLOURS is 0 where zero is white
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -104,6 +104,11 @@ def _header(stream: IO[bytes]) -> Image.Image:
         raise ValueError(f"{image.width}x{image.height} are too many pixels to be read safely; make it smaller first")
     if image.format == "EPS":
         raise ValueError("it is EPS, a program that draws; save it as PNG first")  # Pillow would have Ghostscript run it
+    if _is_misread(image):
+        raise ValueError(
+            "it is a TIFF that stores one channel after the other, and Pillow would give other pixels; save it with the "
+            "channels of a pixel together (PlanarConfiguration 1), or as PNG"
+        )
     _keep_clear_colour(image, stream)
     return image
 
@@ -162,6 +167,19 @@ def _keep_clear_colour(image: Image.Image, stream: IO[bytes]) -> None:
         image.putalpha(Image.fromarray(np.where((values == clear).all(-1), 0, 255).astype(np.uint8)))
 
 
+def _is_misread(image: Any) -> bool:
+    """True for a TIFF in planes that Pillow decodes as if each were plain: deep, negative or packed ones are not.
+
+    Files that are compressed go through libtiff, which knows them, but for two kinds of colours.
+    """
+    tags: Any = getattr(image, "tag_v2", {})
+    if tags.get(PLANES) != 2:
+        return False
+    depth = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+    plain = {*tags.get(BITS, (1,))} == {depth} and tags.get(COLOURS) in (1, 2, 3, 5)
+    return image.mode in ("LA", "LAB") or (image.tile[0].codec_name == "raw" and not plain)
+
+
 def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
@@ -197,7 +215,7 @@ def _scaled(image: Image.Image) -> Image.Image:
             f"and {white:g} white; scale them, or save it with 8 or 16 bits"
         )
     shades = (values * (255 / white)).round().astype(np.uint8)
-    if tags.get(WHITE_IS_ZERO) == 0:
+    if tags.get(COLOURS) == 0:
         shades = 255 - shades
     if isinstance(clear := image.info.get("transparency"), int):
         shades[values == clear] = 255

@@ -15,7 +15,9 @@ from pathlib import Path
 from sape2.data.base import IMAGE_ENDINGS, OTHER_ENDINGS, plain_name, tell
 from sape2.data.labels import first_of
 
-LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found")  # folders that hold copies or nothing
+# Folders that hold copies or nothing.
+LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "@Recycle", "$RECYCLE.BIN", "RECYCLER", "System Volume Information",
+                   "lost+found")  # fmt: skip
 WRITTEN = ({"metrics.jsonl"}, {"results.jsonl"}, {"config.json", "data.json"}, {"study.json"}, {"sweep.json"}, {"report.csv"})
 NOTES = (".md", ".rst", ".pdf", ".html", "thumbs.db", "desktop.ini")  # ends of names
 NOTES += tuple(name + ending for name in ("license", "licence", "readme", "notes") for ending in ("", ".txt"))

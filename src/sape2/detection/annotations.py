@@ -131,6 +131,8 @@ class Annotations:
         x, y, width, height = _read_box(where, entry)
         crowd, area = _read_crowd(where, entry), _read_area(where, entry)
         size = sizes[image]
+        if entry.get("ignore") and image in self.objects:
+            self._note("objects with ignore, taken as any other, for crowds alone (iscrowd) are passed over", name)
         box = _inside((x, y, x + width, y + height), size)
         told = f"{name} with bbox {_short(entry['bbox'])} in image {image} of {size[0]}x{size[1]}"
         outline = entry.get("segmentation")

@@ -322,8 +322,9 @@ def _results(rows: list[dict[str, Any]]) -> str:
 
 
 def _classes(description: Description) -> str:
-    classes = description["classes"]
-    return f"Classes, in the order of the logits: {', '.join(map(cell, classes))}.\n" if classes else ""
+    """The names with a backslash before each sign of Markdown: __background__ would be shown as another name, in bold."""
+    names = [cell(re.sub(r"([\\`*_~$&\[\]])", r"\\\1", str(name))) for name in description["classes"] or ()]
+    return f"Classes, in the order of the logits: {', '.join(names)}.\n" if names else ""
 
 
 def _licence(description: Description) -> str:

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import NoneType
 
 from sape2.runs.files import read_text, write_text
 from sape2.tables import Row, json_text
 
+NUMBER, TEXT = (int, float, NoneType), (str, NoneType)
+RESULT = {"measure": str, "name": str} | dict.fromkeys(("value", "n", "limit"), NUMBER)
+RESULT |= dict.fromkeys(("unit", "split", "weights"), TEXT)
+EPOCH = dict.fromkeys(("epoch", "step", "seconds", "images_per_s", "processes"), NUMBER)
+EPOCH |= dict.fromkeys(("precision", "device"), TEXT)
 
-def read_rows(path: Path) -> list[Row]:
-    """The objects of a .jsonl file; [] if there is none. Raises ValueError for a line that is neither one nor empty."""
+
+def read_rows(path: Path, form: Mapping[str, type | tuple[type, ...]] | None = None) -> list[Row]:
+    """The objects of a .jsonl file; [] if there is none. Raises ValueError for a line that is neither one nor empty.
+
+    Also for a value of another type than `form` has for its key, as other programs and editors leave it.
+    """
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():  # an editor ends a file so, or `cat` where it joins several
             continue
         try:
@@ -29,6 +39,11 @@ def read_rows(path: Path) -> list[Row]:
             raise ValueError(f"{path} line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} is not a JSON object: {line[:50]}")
+        for key, kinds in (form or {}).items():
+            if not isinstance(row.get(key), kinds):
+                raise ValueError(
+                    f"{path} line {number} was changed: its {key} is {row.get(key)!r:.50}; put back what was there"
+                )
         rows.append(row)
     return rows
 

@@ -20,7 +20,7 @@ from sape2.runs.checkpoint import keep_only, last_checkpoint, load_weights
 from sape2.runs.files import holds_files, read_text, write_text
 from sape2.runs.images import other_images, other_rule
 from sape2.runs.lock import Lock, hold, one_at_a_time
-from sape2.runs.rows import read_rows, shown, with_new, write_rows
+from sape2.runs.rows import EPOCH, RESULT, read_rows, shown, with_new, write_rows
 from sape2.runs.settings import NAME, Config, canonical, check_same, read_config, write_config
 from sape2.tables import Row
 
@@ -209,11 +209,11 @@ class Run(Generic[Config]):
 
     def epochs(self) -> list[Row]:
         """The lines of its epochs so far."""
-        return read_rows(self.folder / "metrics.jsonl")
+        return read_rows(self.folder / "metrics.jsonl", EPOCH)
 
     def results(self) -> list[Row]:
         """What was measured on its own images; of each measurement the rows over most images."""
-        return shown(read_rows(self.folder / "results.jsonl"))
+        return shown(read_rows(self.folder / "results.jsonl", RESULT))
 
     def add_results(self, rows: list[Row]) -> None:
         """Puts rows into results.jsonl, in place of earlier ones over as many images or fewer (`rows.with_new`).
@@ -224,7 +224,7 @@ class Run(Generic[Config]):
             raise FileNotFoundError(f"{self.folder} was removed while it was being measured; nothing is written there")
         path = self.folder / "results.jsonl"
         with one_at_a_time(self.folder):  # several commands may measure a run at once
-            write_rows(path, with_new(read_rows(path), rows))
+            write_rows(path, with_new(read_rows(path, RESULT), rows))
 
     @property
     def is_measured(self) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from sape2.cli.options import add_json
 from sape2.cli.output import say
+from sape2.progress import one_line
 from sape2.runs.files import check_writable
 from sape2.tables import print_json, print_table
 
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     for row in rows:
         if "message" in row:
             print("note: unlike the training images: " * row["name"].startswith("unlike_") + row["message"])
-    print(f"written: {written}")
+    print(one_line(f"written: {written}"))
     return 0
 
 
