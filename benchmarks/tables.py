@@ -20,6 +20,7 @@ import glance_measures
 import leaderboard
 import memory
 import model_cost
+import placed_gates
 import roofline
 import sprint
 import sprint_measures
@@ -225,6 +226,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "sprint_screening": screening_table,
     "gate_forms": gate_forms.table,
     "sprint_measures": sprint_measures.tables,
+    "placed_gates": placed_gates.table,
     "memory": memory_tables,
     "input_path": lambda rows: markdown_table(rows, list(rows[0])),
     "augmentation": lambda rows: markdown_table(rows, augmentation.COLUMNS),
