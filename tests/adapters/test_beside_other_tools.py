@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.utils import AttentionExtract, ModelEmaV3
 from torch import nn
 from torch.func import vmap
+from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
@@ -328,6 +329,27 @@ def test_weights_that_accelerate_keeps_elsewhere_are_there_when_an_encoding_need
         assert all(parameter.is_meta for parameter in encoding_parameters(model))
         torch.testing.assert_close(outputs(model, x), expected)
     assert all(parameter.is_meta for parameter in encoding_parameters(model))
+
+
+@pytest.mark.parametrize("encoding", ["rpe", "sape2", "rope_mixed", "forget", "log_cpb"])
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_a_pruned_encoding_learns_and_is_what_a_file_says(is_attached, encoding):
+    def pruned():
+        model = attach(make("timm.vit.avg"), encoding, start="as_is") if is_attached else make(f"sape2.{encoding}")
+        parts = [part for each in model.modules() if isinstance(each, AttentionEncoding) for part in each.modules()]
+        tensors = [(part, name) for part in dict.fromkeys(parts) for name, _ in part.named_parameters(recurse=False)]
+        prune.global_unstructured(tensors, prune.RandomUnstructured, amount=0.5)
+        return model
+
+    model, other, x = pruned(), pruned(), images("timm.vit.avg")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x))
 
 
 def test_an_encoding_is_not_put_where_it_would_have_no_values():
