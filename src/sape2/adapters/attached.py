@@ -263,9 +263,11 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
             f'{encoding!r} has no parameters here, so trainable="encoding" would leave nothing that learns; leave it out'
         )
     tokens = host.tokens
-    used = {
-        i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
-    }
+    places: dict[nn.Module, int] = {}  # a model may use one module in several layers
+    for index, ((module, _), layer) in enumerate(zip(host.layers, layers, strict=True)):
+        if not isinstance(layer, NoEncoding):
+            places.setdefault(module, index)
+    used = {index: (module, host.layers[index][1], layers[index]) for module, index in places.items()}
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
     changed = [*[module for module, *_ in used.values()], *([] if host.drops is None else [host.drops[0]])]
     _check_changeable(model, changed)
