@@ -38,6 +38,12 @@ def test_an_adapter_loads_onto_another_copy_of_the_model(case, encoding, tmp_pat
     assert torch.equal(outputs(detach(other), x), outputs(make(case), x))
 
 
+def test_loading_draws_no_random_numbers(saved):
+    other, state = make("timm.vit.avg"), torch.get_rng_state()
+    load_adapter(other, saved[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_the_file_holds_the_encoding_and_nothing_else(saved):
     model, folder = saved
     stored = load_file(folder / "adapter.safetensors")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -48,7 +49,8 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
                 f"the adapter in {folder} was made for {name}={config[name]} ({config['host']}); this model has {here[name]}"
             )
     grids = config["grid"] if isinstance(config["grid"][0], list) else [config["grid"]] * len(host.layers)
-    put_in(model, host, config["encoding"], trainable, config["start"], [tuple(grid) for grid in grids])
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        put_in(model, host, config["encoding"], trainable, config["start"], [tuple(grid) for grid in grids])
     try:
         load_model(_encodings(model), Path(folder) / WEIGHTS)
     except (OSError, RuntimeError, SafetensorError) as error:
