@@ -641,6 +641,22 @@ def test_lora_and_an_encoding_learn_together_in_torchvision(target, attach_first
     torch.testing.assert_close(outputs(load_adapter(detach(merged), tmp_path), x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("case", HOSTS)
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_lora_in_the_patch_projection_comes_before_or_after(attach_first, case):
+    peft = pytest.importorskip("peft")
+    host, x = make(case), images(case)
+    plain = outputs(host, x)
+    name = next(name for name, part in host.named_modules() if isinstance(part, nn.Conv2d))
+    if attach_first:
+        attach(host)
+    both = peft.get_peft_model(host, peft.LoraConfig(target_modules=[name]))
+    if not attach_first:
+        attach(host)
+    torch.testing.assert_close(outputs(both.eval(), x), plain)
+    torch.testing.assert_close(outputs(both.merge_and_unload(), x), plain)
+
+
 def test_lora_around_an_attached_multihead_attention_is_refused_by_peft():
     peft = pytest.importorskip("peft")
     with pytest.raises(ValueError, match="Only same embed for query/key/value is supported"):

@@ -299,6 +299,11 @@ def _check_changeable(model: nn.Module, modules: list[nn.Module]) -> None:
             )
 
 
+def inside(module: Any) -> Any:
+    """What LoRA was put around, or the module itself."""
+    return getattr(module, "base_layer", module)
+
+
 def _like(module: nn.Module, model: nn.Module) -> Tensor:
     """A tensor of the module or, since a quantized one may hold no parameters at all, of the model."""
     return next((tensor for part in (module, model) for tensor in (*part.parameters(), *part.buffers())), torch.empty(0))
