@@ -263,11 +263,9 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
             f'{encoding!r} has no parameters here, so trainable="encoding" would leave nothing that learns; leave it out'
         )
     tokens = host.tokens
-    places: dict[nn.Module, int] = {}  # a model may use one module in several layers
-    for index, ((module, _), layer) in enumerate(zip(host.layers, layers, strict=True)):
-        if not isinstance(layer, NoEncoding):
-            places.setdefault(module, index)
-    used = {index: (module, host.layers[index][1], layers[index]) for module, index in places.items()}
+    given = [index for index, layer in enumerate(layers) if not isinstance(layer, NoEncoding)]
+    first = {host.layers[index][0]: index for index in reversed(given)}  # a model may use one module in several layers
+    used = {index: (*host.layers[index], layers[index]) for index in sorted(first.values())}
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
     changed = [*[module for module, *_ in used.values()], *([] if host.drops is None else [host.drops[0]])]
     _check_changeable(model, changed)
@@ -297,11 +295,6 @@ def _check_changeable(model: nn.Module, modules: list[nn.Module]) -> None:
                 f"{name} is on the meta device, where an encoding would lose its values; attach when the weights are loaded, "
                 "so after from_pretrained and not within __init__"
             )
-
-
-def inside(module: Any) -> Any:
-    """What LoRA was put around, or the module itself."""
-    return getattr(module, "base_layer", module)
 
 
 def _like(module: nn.Module, model: nn.Module) -> Tensor:

@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Host, Size, Window, attend_with, inside, shifted
+from sape2.adapters.attached import Attached, Host, Size, Window, attend_with, shifted
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import reason
-from sape2.adapters.tokens import Tokens, grid_of_output
+from sape2.adapters.tokens import Tokens, grid_of_output, inside
 from sape2.encodings.derivatives import is_transformed
 from sape2.encodings.grid import Grid, as_grid
 
