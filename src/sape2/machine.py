@@ -42,9 +42,9 @@ def evaluating(model: nn.Module) -> Iterator[torch.device]:
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """The model inside one that `torch.compile` has wrapped, whose weights have other names; any other as it is."""
-    compiled: Any = model
-    return getattr(compiled, "_orig_mod", model)
+    """The model inside one that `torch.compile` or peft has wrapped, whose weights have other names; any other as it is."""
+    compiled: Any = getattr(model, "_orig_mod", model)
+    return compiled.get_base_model() if hasattr(compiled, "get_base_model") else compiled
 
 
 def uncompiled_name(name: str) -> str:

@@ -7,6 +7,8 @@ import timm
 import torch
 from host_cases import TIMM, images, make, open_gains, outputs, randomised
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from sape2 import attach, detach, encoding_parameters, load_adapter, save_adapter
 
@@ -36,6 +38,29 @@ def test_an_adapter_loads_onto_another_copy_of_the_model(case, encoding, tmp_pat
     theirs = {id(p) for p in encoding_parameters(other)}
     assert {id(p) for p in other.parameters() if p.requires_grad} == theirs
     assert torch.equal(outputs(detach(other), x), outputs(make(case), x))
+
+
+def test_loading_draws_no_random_numbers(saved):
+    other, state = make("timm.vit.avg"), torch.get_rng_state()
+    load_adapter(other, saved[1])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", ["prune", "parametrize"])
+def test_what_could_not_be_loaded_is_not_saved(saved, kind, tmp_path):
+    model, _ = saved
+    parts = model.blocks[0].attn.sape2.modules()
+    part, name = next((part, name) for part in parts for name, _ in part.named_parameters(recurse=False))
+    if kind == "prune":
+        prune.random_unstructured(part, name, 0.5)
+    else:
+        parametrize.register_parametrization(part, name, nn.Identity())
+    with pytest.raises(ValueError, match=r"torch\.nn\.utils.*prune\.remove"):
+        save_adapter(model, tmp_path / "other")
+    prune.remove(part, name) if kind == "prune" else parametrize.remove_parametrizations(part, name)
+    save_adapter(model, tmp_path / "other")
+    x = images("timm.vit.avg")
+    torch.testing.assert_close(outputs(load_adapter(make("timm.vit.avg"), tmp_path / "other"), x), outputs(model, x))
 
 
 def test_the_file_holds_the_encoding_and_nothing_else(saved):

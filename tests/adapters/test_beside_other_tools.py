@@ -13,6 +13,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_grou
 from timm.utils import AttentionExtract, ModelEmaV3
 from torch import nn
 from torch.func import vmap
+from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
@@ -330,6 +331,27 @@ def test_weights_that_accelerate_keeps_elsewhere_are_there_when_an_encoding_need
     assert all(parameter.is_meta for parameter in encoding_parameters(model))
 
 
+@pytest.mark.parametrize("encoding", ["rpe", "sape2", "rope_mixed", "forget", "log_cpb"])
+@pytest.mark.parametrize("is_attached", [False, True])
+def test_a_pruned_encoding_learns_and_is_what_a_file_says(is_attached, encoding):
+    def pruned():
+        model = attach(make("timm.vit.avg"), encoding, start="as_is") if is_attached else make(f"sape2.{encoding}")
+        parts = [part for each in model.modules() if isinstance(each, AttentionEncoding) for part in each.modules()]
+        tensors = [(part, name) for part in dict.fromkeys(parts) for name, _ in part.named_parameters(recurse=False)]
+        prune.global_unstructured(tensors, prune.RandomUnstructured, amount=0.5)
+        return model
+
+    model, other, x = pruned(), pruned(), images("timm.vit.avg")
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), model(x))
+
+
 def test_an_encoding_is_not_put_where_it_would_have_no_values():
     with torch.device("meta"):
         model = timm.models.VisionTransformer(**TIMM)
@@ -617,6 +639,22 @@ def test_lora_and_an_encoding_learn_together_in_torchvision(target, attach_first
     merged = both.merge_and_unload()
     torch.testing.assert_close(outputs(merged, x), expected)
     torch.testing.assert_close(outputs(load_adapter(detach(merged), tmp_path), x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", HOSTS)
+@pytest.mark.parametrize("attach_first", [True, False])
+def test_lora_in_the_patch_projection_comes_before_or_after(attach_first, case):
+    peft = pytest.importorskip("peft")
+    host, x = make(case), images(case)
+    plain = outputs(host, x)
+    name = next(name for name, part in host.named_modules() if isinstance(part, nn.Conv2d))
+    if attach_first:
+        attach(host)
+    both = peft.get_peft_model(host, peft.LoraConfig(target_modules=[name]))
+    if not attach_first:
+        attach(host)
+    torch.testing.assert_close(outputs(both.eval(), x), plain)
+    torch.testing.assert_close(outputs(both.merge_and_unload(), x), plain)
 
 
 def test_lora_around_an_attached_multihead_attention_is_refused_by_peft():

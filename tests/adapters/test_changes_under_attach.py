@@ -10,7 +10,7 @@ import torch
 from host_cases import images, make, open_gains, outputs
 from torch import nn
 
-from sape2 import attach, attach_attention, detach, set_grid
+from sape2 import attach, attach_attention, detach, load_adapter, save_adapter, set_grid
 
 WIDE, SQUARE = (16, 64), (32, 32)  # grids of 2x8 and 4x4: equally many patches
 
@@ -106,6 +106,22 @@ def test_what_is_remembered_for_checkpointing_does_not_grow_with_the_steps(train
         if train:
             loss.backward()
     assert sum(len(seen) for seen in model.sape2_attachment.tokens.seen.values()) <= 4
+
+
+@pytest.mark.parametrize("case", ["timm.vit.dinov2", "torchvision", "sape2.ape"])
+def test_a_block_in_several_layers_has_one_encoding_and_comes_apart(case, tmp_path):
+    def tied():
+        model = make(case)
+        blocks = model.encoder.layers if case == "torchvision" else model.blocks
+        blocks[1] = blocks[0]
+        return model
+
+    x = images(case)
+    model = attach(tied(), "rpe")
+    open_gains(model)
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(outputs(load_adapter(tied(), tmp_path), x), outputs(model, x))
+    assert torch.equal(outputs(detach(model), x), outputs(tied(), x))
 
 
 def test_copies_made_within_a_call_start_afresh():

@@ -140,6 +140,17 @@ def test_a_host_model_for_one_size_says_so(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_with_lora_exports_as_it_is_and_is_not_taken_for_its_config(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny("rpe"), peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False))
+    export_model(model, tmp_path / "model.pt2", "pt2", size=(12, 16))
+    images = torch.randn(2, 3, 12, 16)
+    found = torch.export.load(tmp_path / "model.pt2").module()(images)
+    torch.testing.assert_close(found, model(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="by the config, which is all that a loader reads"):
+        export_model(model, tmp_path / "model.safetensors", "safetensors")
+
+
 def test_a_model_in_training_stays_in_training(tmp_path):
     model = tiny("ape").train()
     model.norm.eval()

@@ -74,6 +74,15 @@ def test_the_original_keeps_everything(frozen):
     model(torch.randn(1, 3, 12, 12))
 
 
+def test_a_frozen_model_is_read_from_the_file_it_was_saved_to(frozen, tmp_path):
+    images = torch.randn(2, 3, 8, 20)
+    torch.save(frozen[1], tmp_path / "frozen.pt")
+    again = torch.load(tmp_path / "frozen.pt", weights_only=False)
+    assert torch.equal(again(images), frozen[1](images))
+    with pytest.raises(ValueError, match="frozen for images of 8x20"):
+        again(torch.randn(2, 3, 8, 8))
+
+
 def test_a_copy_of_a_frozen_model_is_one(frozen):
     images = torch.randn(2, 3, 8, 20)
     copied = copy.deepcopy(frozen[1]).eval()

@@ -45,6 +45,15 @@ def test_a_saved_model_loads_with_the_same_logits(saved):
     assert loaded.config == model.config
 
 
+@pytest.mark.parametrize("encoding", ["sape2", "sincos", "rope"])
+def test_a_model_loads_to_the_cpu_and_computes_under_any_default_device(encoding, tmp_path):
+    model, images = tiny(encoding), torch.randn(2, 3, 16, 12)
+    with torch.device("meta"):
+        model.save_pretrained(tmp_path)
+        found = ViT.from_pretrained(tmp_path)(images)
+    assert torch.equal(found, model(images))
+
+
 def test_a_model_without_a_run_is_saved_too(tmp_path):
     model = tiny("rope+sape2:count=cyclic,share=true", depth=2, layer_scale=0.1)
     model.save_pretrained(tmp_path)

@@ -274,9 +274,9 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
             f'{encoding!r} has no parameters here, so trainable="encoding" would leave nothing that learns; leave it out'
         )
     tokens = host.tokens
-    used = {
-        i: (m, c, e) for i, ((m, c), e) in enumerate(zip(host.layers, layers, strict=True)) if not isinstance(e, NoEncoding)
-    }
+    given = [index for index, layer in enumerate(layers) if not isinstance(layer, NoEncoding)]
+    first = {host.layers[index][0]: index for index in reversed(given)}  # a model may use one module in several layers
+    used = {index: (*host.layers[index], layers[index]) for index in sorted(first.values())}
     frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
     blocks = {part.after_block or 0: block_around(model, host.layers[part.after_block or 0][0]) for part in on_tokens}
     changed = [module for module, *_ in used.values()]

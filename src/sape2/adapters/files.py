@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
 from torch import nn
@@ -18,16 +20,23 @@ CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
 SIZES = ("depth", "num_heads", "head_dim")
 KEYS = ("format", "host", "encoding", "start", "grid", *SIZES)
 FORMAT = 1
+COMPUTED = re.compile(r"_(mask|orig)$|(^|\.)parametrizations\.")  # names that prune and parametrize give
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Writes the attached encodings alone, without the model; `load_adapter` puts them into another copy of it."""
     attachment, folder = attachment_of(model), Path(folder)
     attachment.tell_if_frozen()
+    encodings = _encodings(model)
+    if strange := next((name for name in encodings.state_dict() if COMPUTED.search(name)), None):
+        raise ValueError(
+            f"the adapter has a part {strange!r} of torch.nn.utils, which load_adapter could not read; make it permanent first "
+            "(prune.remove, parametrize.remove_parametrizations)"
+        )
     said = {key: getattr(attachment, key) for key in ("host", "encoding", "start")}
     config = {"format": FORMAT} | said | _say(attachment.sizes)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / WEIGHTS, lambda path: save_model(_encodings(model), str(path)))
+    write_atomic(folder / WEIGHTS, lambda path: save_model(encodings, str(path)))
     write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
@@ -48,7 +57,8 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
                 f"the adapter in {folder} was made for {name}={config[name]} ({config['host']}); this model has {here[name]}"
             )
     grids = config["grid"] if isinstance(config["grid"][0], list) else [config["grid"]] * len(host.layers)
-    put_in(model, host, config["encoding"], trainable, config["start"], [tuple(grid) for grid in grids])
+    with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
+        put_in(model, host, config["encoding"], trainable, config["start"], [tuple(grid) for grid in grids])
     try:
         load_model(_encodings(model), Path(folder) / WEIGHTS)
     except (OSError, RuntimeError, SafetensorError) as error:

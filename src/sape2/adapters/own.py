@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from sape2.adapters.attached import Attached, Host, Size, encoding_of
-from sape2.adapters.tokens import Tokens
+from sape2.adapters.tokens import Tokens, inside
 from sape2.attention import Attention, attend, logits
 from sape2.encodings.base import Composite
 from sape2.encodings.content import Content
@@ -50,7 +50,7 @@ def find(model: nn.Module) -> Host:
     return Host(
         name="sape2 ViT",
         layers=[(attention, AttachedOwn) for attention in attentions],
-        source=model.patch_embed.proj,  # pyrefly: ignore
+        source=inside(model.patch_embed.proj),  # pyrefly: ignore
         tokens=Tokens(model.num_prefix_tokens),  # pyrefly: ignore
         sizes=[Size(config.num_heads, config.head_dim, config.grid)] * len(attentions),
         rotates=any(attention.encoding.rotates for attention in attentions),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sape2.adapters.attached import Attached, Host, Size, Window, shifted, softmax_weights
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import known_reason, reason
-from sape2.adapters.tokens import Tokens, grid_of_output
+from sape2.adapters.tokens import Tokens, grid_of_output, inside
 from sape2.encodings.grid import as_grid
 
 HOSTS = (
@@ -229,7 +229,7 @@ def find(model: nn.Module) -> Host:
     attentions = [_attention(block) for block in blocks]
     naflex = isinstance(model, NaFlexVit)
     embeds: Any = model.embeds if naflex else model.patch_embed
-    source = embeds if naflex else getattr(embeds, "proj", None)
+    source = embeds if naflex else inside(getattr(embeds, "proj", None))
     if not isinstance(source, (nn.Conv2d, NaFlexEmbeds)):
         raise ValueError(f"attach reads the grid off the convolution patch_embed.proj; this {name} has {type(source).__name__}")
     dropout: Any = getattr(model, "patch_drop", None)

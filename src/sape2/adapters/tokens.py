@@ -31,6 +31,11 @@ KEPT = 2  # layouts of equally many tokens between backward passes; two are enou
 Read = Callable[[Any, Any, dict[str, Any], Any], Layout]
 
 
+def inside(module: Any) -> Any:
+    """What LoRA was put around, or the module itself."""
+    return getattr(module, "base_layer", module)
+
+
 def grid_of_output(projection: Any, inputs: Any, keywords: dict[str, Any], output: Tensor) -> Layout:
     """That of a patch projection, (B, D, H, W)."""
     return as_grid(output.shape[-2], output.shape[-1])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sape2.adapters.attached import Attached, Host, Size, Window, attend_with, shifted
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import reason
-from sape2.adapters.tokens import Tokens, grid_of_output
+from sape2.adapters.tokens import Tokens, grid_of_output, inside
 from sape2.encodings.derivatives import is_transformed
 from sape2.encodings.grid import Grid, as_grid
 
@@ -219,7 +219,7 @@ def find(model: nn.Module) -> Host:
 def _projections(module: nn.Module) -> list[nn.Conv2d]:
     """The convolutions that make patches."""
     named = type(module).__name__.endswith("Embeddings")
-    return [part for part in module.children() if isinstance(part, nn.Conv2d)] if named else []
+    return [conv for conv in map(inside, module.children()) if isinstance(conv, nn.Conv2d)] if named else []
 
 
 def _of_mae(embeddings: Any, inputs: Any, keywords: dict[str, Any], output: Any) -> Layout:

@@ -96,9 +96,9 @@ class SinCos(TokenEncoding):
 
     def table(self, grid: Grid) -> Float[Tensor, "tokens dim"]:
         """All vectors, in float64 on the CPU."""
-        frequencies = self.dim // 4
-        omega = self.options.temperature ** (-torch.arange(frequencies).double() / frequencies)
-        y, x = coordinates(grid).double().unbind(-1)
+        frequencies, cpu = self.dim // 4, torch.device("cpu")
+        omega = self.options.temperature ** (-torch.arange(frequencies, device=cpu).double() / frequencies)
+        y, x = coordinates(grid, cpu).double().unbind(-1)
         angles = [x[:, None] * omega, y[:, None] * omega]
         return torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=-1)
 

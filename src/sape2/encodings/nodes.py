@@ -32,24 +32,30 @@ def _one_node(forward: Callable) -> Callable:
     def called(self: Any, *args: Any, **keywords: Any) -> Any:
         proxy = next((each for each in (*args, *keywords.values()) if isinstance(each, fx.Proxy)), None)
         if proxy is None:
-            return _loaded(self, functools.partial(forward, self, *args, **keywords))
+            return _ready(self, functools.partial(forward, self, *args, **keywords))
         tracer: Any = proxy.tracer
         return tracer.create_proxy("call_module", tracer.path_of_module(self), args, keywords)
 
     return called
 
 
-def _loaded(module: Any, call: Callable[[], Any]) -> Any:
-    """A call with the weights of encodings at hand where accelerate keeps them elsewhere (`cpu_offload`, `dispatch_model`).
+def _ready(module: Any, call: Callable[[], Any]) -> Any:
+    """A call with the weights of encodings as other tools prepare them for a call of `forward`; attention asks in other ways.
 
-    It brings those of a module for the call of its `forward`, and attention asks its encoding in other ways.
+    accelerate brings what it keeps elsewhere (`cpu_offload`, `dispatch_model`). Hooks of `torch.nn.utils` compute a tensor
+    from those that are learned and loaded (`prune`, `weight_norm`, `spectral_norm`).
     """
     encodings: list[Any] = [part for part in module.children() if isinstance(part, OneNode)]
-    parts = [part for encoding in encodings for part in encoding.modules() if hasattr(part, "_hf_hook")]
+    parts: list[nn.Module] = [part for encoding in encodings for part in encoding.modules()]
+    kept_elsewhere: list[Any] = [part for part in parts if hasattr(part, "_hf_hook")]
     try:
-        for part in parts:
+        for part in kept_elsewhere:
             part._hf_hook.pre_forward(part)
+        for part in parts:
+            for hook in part._forward_pre_hooks.values():
+                if type(hook).__module__.startswith("torch.nn.utils.") and isinstance(part, OneNode):  # others are called
+                    hook(part, ())
         return call()
     finally:
-        for part in parts:
+        for part in kept_elsewhere:
             part._hf_hook.post_forward(part, None)

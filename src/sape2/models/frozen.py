@@ -59,6 +59,7 @@ def freeze(model: nn.Module, size: int | Size) -> Frozen:
         program = program.run_decompositions({})  # the same operations without writing in place
     graph = program.module(check_guards=False)
     fold_constants(graph)
+    graph.graph._tracer_cls = None  # that of the export, with which a graph is written but cannot be read
     return Frozen(fx.GraphModule(graph, graph.graph), size).eval()
 
 

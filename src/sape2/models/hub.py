@@ -158,8 +158,7 @@ def model_of(model: nn.Module) -> ModelConfig:
 
 def _check_parts(model: nn.Module, config: ModelConfig) -> None:
     """Raises ValueError if a part is not what the config makes, so that its weights would fit no model, or another one."""
-    with torch.device("meta"):
-        wanted = _parts(unfilled(type(model), config))
+    wanted = _parts(unfilled(type(model), config, "meta"))
     there = _parts(model)
     for name in [*there, *wanted]:
         here, made = (parts.get(name, "nothing") for parts in (there, wanted))
@@ -194,10 +193,10 @@ def load_pretrained(model_class: type[Model], source: str | Path, revision: str 
     return model.eval()
 
 
-def unfilled(model_class: type[Model], config: ModelConfig) -> Model:
-    """A new model for weights from a file; the generator of the caller is left as it was."""
+def unfilled(model_class: type[Model], config: ModelConfig, device: str = "cpu") -> Model:
+    """A new model for weights from a file, whatever the default device; the generator of the caller is left as it was."""
     make: Any = model_class
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.device(device):
         return make(config)
 
 

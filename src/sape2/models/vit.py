@@ -52,12 +52,12 @@ class PatchEmbed(OneNode, nn.Module):
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
-        self.patch_size = patch_size
+        self.patch_size, self.in_channels = patch_size, in_channels
         self.proj = PatchProjection(in_channels, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> tuple[Float[Tensor, "batch tokens dim"], Grid]:
-        if images.shape[1] != self.proj.in_channels:
-            raise ValueError(f"the model takes {self.proj.in_channels} channels; got images of shape {tuple(images.shape)}")
+        if images.shape[1] != self.in_channels:
+            raise ValueError(f"the model takes {self.in_channels} channels; got images of shape {tuple(images.shape)}")
         grid = check_image_size(as_grid(images.shape[-2], images.shape[-1]), self.patch_size)
         # As in timm, autocast lowers the products, not the residual stream, which has the precision of the weights.
         return self.proj(of_one_size(images)).flatten(2).transpose(1, 2).to(self.proj.weight.dtype), grid
