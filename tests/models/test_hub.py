@@ -21,8 +21,9 @@ from sape2.config.names import cell
 from sape2.config.recipes import get_recipe
 from sape2.data import open_sources
 from sape2.models import hub
+from sape2.models.card import PUBLISHED, classes_line
 from sape2.models.export import export_run
-from sape2.models.hub import PUBLISHED, find_folder
+from sape2.models.hub import find_folder
 from sape2.models.trained import load_run_model
 from sape2.models.vit import ViT
 from sape2.runs.rows import read_rows, write_rows
@@ -169,7 +170,7 @@ def test_names_of_classes_stay_in_their_cells(tmp_path):
 
 
 def test_names_of_classes_are_no_markdown():
-    named = hub._classes({"classes": ["__background__", "`a` *b*", "$x$", "&amp;", "[c](d)", "a|b <i>", 3]})
+    named = classes_line({"classes": ["__background__", "`a` *b*", "$x$", "&amp;", "[c](d)", "a|b <i>", 3]})
     assert named.endswith(r"logits: \_\_background\_\_, \`a\` \*b\*, \$x\$, \&amp;, \[c\](d), a\|b &lt;i>, 3." + "\n")
 
 
