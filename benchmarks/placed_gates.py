@@ -2,6 +2,7 @@
 
 Command:  python benchmarks/placed_gates.py RUN [RUN ...] --data DIR     measures finished runs, on images of DIR/placed_cifar10
           python benchmarks/placed_gates.py                              prints the table
+          python benchmarks/placed_gates.py RUN --data DIR --figure FILE draws the gates of one run on some test images
 
 The mean gate that patches of the object give to patches of the object, and to those of the canvas, in their row and column,
 over the heads and 500 test images. A patch of one colour counts as canvas. Rows: benchmarks/results/placed_gates.jsonl.
@@ -20,15 +21,17 @@ from sprint import keep, splits_of
 from timing import RESULTS, Row, conditions
 from torch import Tensor
 
+from sape2.config import RunConfig
 from sape2.evaluation.base import drawn
 from sape2.models.trained import load_run_model
 from sape2.runs.rows import read_rows
 from sape2.runs.run import Run
 from sape2.studies.compare.summary import grouped, summarize
 from sape2.tables import markdown_table
+from sape2.viz.base import MAP_COLOURS, save, subplots
 
 ROWS = RESULTS / "placed_gates.jsonl"
-IMAGES = 500
+IMAGES, SHOWN = 500, 10  # measured, drawn
 CANVAS, OBJECT = "on the canvas", "on the object"
 
 
@@ -50,15 +53,43 @@ def mean_gates(maps: dict[str, Tensor], canvas: Bool[Tensor, "batch rows columns
     return found
 
 
-def measure(folder: Path, data: Path) -> Iterator[Row]:
-    """A row for each layer and kind of patch."""
+def gates_met(maps: dict[str, Tensor], canvas: Bool[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
+    """Of every patch the mean gate that it gets from the patches of the object in its row and in its column."""
+    given = (~canvas)[:, None, :, :, None].float()
+    by_row = maps["gates_x"].unflatten(2, canvas.shape[1:]) * given  # (B, h, H, W, W): of query (y, x), to (y, m)
+    by_column = maps["gates_y"].unflatten(2, canvas.shape[1:]) * given  # (B, h, H, W, H): to (m, x)
+    total = by_row.mean(1).sum(2) + by_column.mean(1).sum(1).mT
+    return total / (given.sum(3) + given.sum(2).mT).mean(1)
+
+
+def look(folder: Path, data: Path, count: int) -> tuple[Run[RunConfig], Tensor, list[dict[str, Tensor]]]:
+    """A finished run, its first test images and their maps."""
     run = Run.open_finished(folder)
     run = Run(folder, replace(run.config, data=replace(run.config.data, source=str(data / run.config.data.name))))
-    model = load_run_model(run, "last")
-    images = torch.cat([some for some, _ in drawn(splits_of(run).test, IMAGES).batches(IMAGES)])
-    canvas = is_canvas(images, run.config.model.patch_size)
+    images = torch.cat([some for some, _ in drawn(splits_of(run).test, count).batches(count)])
     with torch.no_grad():
-        layers = model.maps(images)
+        return run, images, load_run_model(run, "last").maps(images)
+
+
+def draw(folder: Path, data: Path, file: Path) -> None:
+    """Test images, and below each the gates that its patches get in layer 3."""
+    run, images, layers = look(folder, data, SHOWN)
+    met = gates_met(layers[2], is_canvas(images, run.config.model.patch_size))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (run.config.data.mean, run.config.data.std))
+    figure, axes = subplots(2, SHOWN, figsize=(SHOWN, 2.05))
+    for column, (image, gates) in enumerate(zip(images, met, strict=True)):
+        axes[0, column].imshow((image * std + mean).clamp(0, 1).permute(1, 2, 0))
+        shown = axes[1, column].imshow(gates, cmap=MAP_COLOURS, vmin=0, vmax=1)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.colorbar(shown, ax=axes[1], label="gate", fraction=0.02)
+    save(figure, file)
+
+
+def measure(folder: Path, data: Path) -> Iterator[Row]:
+    """A row for each layer and kind of patch."""
+    run, images, layers = look(folder, data, IMAGES)
+    canvas = is_canvas(images, run.config.model.patch_size)
     about = {"encoding": run.config.model.encoding, "seed": run.config.seed, "n": len(images)}
     about |= {key: conditions()[key] for key in ("commit", "date", "hardware")}
     for layer, maps in enumerate(layers, start=1):
@@ -84,9 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN")
     parser.add_argument("--data", type=Path, help="folder that holds placed_cifar10")
+    parser.add_argument("--figure", type=Path)
     given = parser.parse_args()
     if bool(given.runs) != bool(given.data):
         parser.error("measuring needs runs and --data DIR")
+    if given.figure:
+        draw(given.runs[0], given.data, given.figure)
+        return
     for folder in given.runs:
         for row in measure(folder, given.data):
             keep(row, ROWS)

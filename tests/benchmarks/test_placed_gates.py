@@ -23,6 +23,9 @@ def test_gates_of_the_object_are_averaged_by_what_they_meet():
         placed_gates.OBJECT: pytest.approx((0.8 + 0.6 + 0.4 + 1.0 + 0.5 + 0.7) / 6),
         placed_gates.CANVAS: pytest.approx((0.1 + 0.3) / 2),
     }
+    met = placed_gates.gates_met({"gates_x": along_x, "gates_y": along_y}, canvas)
+    expected = torch.tensor([[[(0.1 + 0.3) / 2, (0.8 + 0.4 + 0.5) / 3, (0.6 + 1.0 + 0.7) / 3]]])
+    torch.testing.assert_close(met, expected)
 
 
 def test_seeds_share_a_line():
