@@ -67,6 +67,7 @@ CONTROLS = (  # form, and what is left of it without content
     ("sape2:readout=direct", "sape2:gates=constant,readout=direct"),
     *((f"halved{part}", "sape2:gates=constant,readout=direct") for part in ("", ":reads=end")),
     ("sape2:readout=direct", "halved:reads=end"),
+    ("sape2:readout=direct", "sape2:count=between,gates=none,readout=direct"),  # offsets without gates
     *(
         (f"{base}sape2:count=between,readout=direct", f"{base}sape2:count=between,gates=none,readout=direct")
         for base in ("rope+", "")
