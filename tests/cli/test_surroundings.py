@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from sape2.cli import build_parser, main, with_home
-from sape2.cli.options import say_once
+from sape2.cli.options import resolve, say_once
 from sape2.progress import bars, say
 from sape2.tables import json_text, print_json
 from sape2.training.interruption import catch_signals
@@ -138,3 +138,11 @@ def test_what_is_not_finite_is_null_in_json(capfd):
     print_json([row])
     assert json.loads(capfd.readouterr().out) == {"value": None, "text": "NaN", "curve": [1.0, None], "n": 3}
     assert json_text({"value": 0.5}) == '{"value": 0.5}'
+
+
+def test_a_run_keeps_the_whole_path_of_its_images(tmp_path, monkeypatch):
+    """So that a command in another folder finds them; what is no folder may be an id of the hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    parsed = {data: build_parser().parse_args(["train", "cifar10", "--data", data]) for data in ("own", "uoft-cs/cifar10")}
+    assert {resolve(arguments).data.source for arguments in parsed.values()} == {str(tmp_path / "own"), "uoft-cs/cifar10"}

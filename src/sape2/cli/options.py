@@ -23,11 +23,17 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="rows as JSON on standard output instead of a table")
 
 
+def whole_path(source: str) -> str:
+    """--data as a run keeps it: a folder by its whole path, so that a command in another folder finds it; an id as it is."""
+    folder = os.path.abspath(os.path.expanduser(source))
+    return folder if source.strip() and os.path.isdir(folder) else source
+
+
 def resolve(arguments: argparse.Namespace) -> RunConfig:
     """The recipe with the options of the command applied, --set last."""
     config = get_recipe(arguments.recipe)
     if arguments.data is not None:
-        config = replace(config, data=replace(config.data, source=arguments.data))
+        config = replace(config, data=replace(config.data, source=whole_path(arguments.data)))
     if config.recipe == "images":
         from sape2.data.own import fit
 

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from sape2.cli.options import add_json, default_name, with_options
+from sape2.cli.options import add_json, default_name, whole_path, with_options
 from sape2.cli.output import say
 from sape2.config.recipes import get_detection_recipe
 from sape2.config.recipes.changed import changed_in_words
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.masks:
         config = replace(config, detector=replace(config.detector, masks=True))
     if arguments.data is not None:
-        config = replace(config, images=replace(config.images, source=arguments.data))
+        config = replace(config, images=replace(config.images, source=whole_path(arguments.data)))
     config = with_options(config, arguments, SEE)
     folder = Path(arguments.out or Path("runs") / default_name(config))
     from sape2.detection import run_detection
