@@ -336,11 +336,21 @@ LAYERS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "encoding",
+    ["pope+key_table+log_cpb+fire+pape+forget+lookhere+sape2:readout=direct", "sape2:readout=direct,gates=none,count=between"],
+)
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_direct_read_outs_and_the_encodings_of_rivals_export_for_any_size(format, encoding, tmp_path):
+    assert len(sizes(export_model(tiny(encoding), tmp_path / f"model.{format}", format))) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("encoding", LAYERS)
 @pytest.mark.parametrize("format", ["pt2", "onnx"])
 def test_every_encoding_and_variant_exports(format, encoding, tmp_path):
-    rows = export_model(tiny(encoding), tmp_path / f"model.{format}", format)
+    wide = {"dim": 16} if "directions" in encoding or "spiral" in encoding else {}  # more directions need wider heads
+    rows = export_model(tiny(encoding, **wide), tmp_path / f"model.{format}", format)
     assert len(sizes(rows)) == 6
 
 

@@ -10,7 +10,6 @@ adds the bias undivided, `SaPE2.equations` uses unscaled gates and divides the b
 
 from __future__ import annotations
 
-import functools
 import math
 import warnings
 from types import ModuleType
@@ -84,7 +83,7 @@ def direct_bias(vectors: dict[Axis, Tensor], grid: Grid, counts: int = 1) -> Att
 
     Vectors have `counts` values for every place, two for count=both, which are added up.
     """
-    values = {axis: functools.reduce(torch.add, z.chunk(counts, dim=-1)) for axis, z in vectors.items()}
+    values = {axis: z if counts == 1 else z.unflatten(-1, (counts, -1)).sum(-2) for axis, z in vectors.items()}
     if "raster" in values:
         return AttentionBias(Matrix(values["raster"]))
     some = next(iter(values.values()))
@@ -258,10 +257,10 @@ class SaPE2(AttentionEncoding):
         """
         table, length = full_precision(getattr(self, f"table_{axis}")), line_length(grid, axis)
         place = torch.arange(1 if self._counts_alike else length, device=table.device)
-        gates = table.new_full((1, 1), self._gate()).expand(len(place), length)
+        gates = table.new_full((1, 1), self._gate()).expand(place.shape[0], length)
         counted = readable.count_positions(gates, self.options.count, place)
         positions = rescaled(counted, self.options.beyond, line_length(self.grid, axis), length)
-        products = table.T[:, None].expand(-1, len(place), -1)  # (d, S, P)
+        products = table.T[:, None].expand(-1, place.shape[0], -1)  # (d, S, P)
         return self._normalized(readable.interpolate(products, positions.expand(self.head_dim, -1, -1)), length)
 
     def _normalized(self, vectors: Tensor, length: int | Tensor) -> Tensor:
