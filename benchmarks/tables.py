@@ -219,6 +219,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "probes_gates": gate_table,
     "detection_digits": detection_digits.table,
     "attach_cifar10": attach_table,
+    "attach_sprint": attach_table,
     "attention_cost": attention_tables,
     "model_cost": model_tables,
     "roofline": roofline.table,
