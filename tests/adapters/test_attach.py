@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sape2 import attach, create_model, detach, encoding_parameters
-from sape2.adapters.attached import Attached
-from sape2.adapters.attachment import attached_encodings
+from sape2.adapters.attached import attached_encodings
+from sape2.adapters.attention import Attached
 from sape2.adapters.start import Gained
 from sape2.encodings import AttentionEncoding
 from sape2.encodings.content import Content

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sape2 import SaPEAttention, attach_attention, detach, set_grid
-from sape2.adapters.attachment import attached_encodings
+from sape2.adapters.attached import attached_encodings
 
 GRID, PREFIX, TOKENS = (2, 3), 1, 7
 

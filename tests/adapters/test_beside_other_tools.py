@@ -17,7 +17,7 @@ from torch.nn.utils import prune
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
-from sape2.adapters.attached import Attached
+from sape2.adapters.attention import Attached
 from sape2.encodings import AttentionEncoding, TokenEncoding
 
 HOSTS = ["timm.vit.dinov2", "timm.eva.dinov3", "torchvision", "transformers.ViT.sdpa", "sape2.ape"]

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
 
 from sape2 import attach, detach, encoding_parameters, load_adapter, save_adapter
-from sape2.adapters.attached import Attached, Window, as_additive
-from sape2.adapters.attachment import attached_encodings
+from sape2.adapters.attached import attached_encodings
+from sape2.adapters.attention import Attached, Window, as_additive
 from sape2.encodings.content import Content
 
 ALL = pytest.mark.parametrize("name", FAMILIES)

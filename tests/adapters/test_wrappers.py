@@ -12,7 +12,7 @@ from host_cases import description, open_gains, randomised
 from torch import Tensor, nn
 
 from sape2 import attach, detach
-from sape2.adapters.attached import Attached
+from sape2.adapters.attention import Attached
 
 STAGES = {"out_features": ["stage1", "stage2"]}
 MASKED = torch.tensor([[True, False, False] * 12, [False, True, True] * 12])

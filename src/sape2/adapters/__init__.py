@@ -9,7 +9,7 @@ import importlib
 
 from torch import nn
 
-from sape2.adapters.attachment import Host, Model, Trainable, check_free, detach, encoding_parameters, put_in
+from sape2.adapters.attached import Host, Model, Trainable, check_free, detach, encoding_parameters, put_in
 from sape2.adapters.pytorch import SaPEAttention, attach_attention, set_grid
 from sape2.adapters.start import Start
 from sape2.encodings.grid import Grid

@@ -1,149 +1,288 @@
-"""Attention of a host under an attached encoding, which all hosts share.
+"""Puts an encoding into a host and takes it out again.
 
-Axes: B batch, h heads, T = P + N tokens (P prefix tokens first), d head_dim.
+`attach` gives each attention module of the host a submodule `sape2`, the encoding, and changes the class of the module
+to a subclass that overrides `forward` alone. An encoding of the tokens is a submodule of a block, called by a hook
+(`after.py`). The modules, their parameters, names, hooks and training mode stay the same objects; `detach` changes the
+class back. Why so: docs/decisions/0004-attach.md.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, NamedTuple
+import functools
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from sape2.adapters.layouts import Scattered, bias_on, rotate_on
+from sape2.adapters.after import AfterBlock, block_around, change_output
+from sape2.adapters.attention import Attached, encoding_of, replaced
+from sape2.adapters.start import Start, prepare
 from sape2.adapters.tokens import Tokens
-from sape2.attention import attend
-from sape2.encodings.base import AttentionEncoding
-from sape2.encodings.derivatives import is_transformed
-from sape2.encodings.grid import Grid
-from sape2.encodings.nodes import OneNode
+from sape2.encodings import TOKEN_ENCODINGS, create_encodings
+from sape2.encodings.base import AttentionEncoding, NoEncoding, TokenEncoding, encoding_names, without_decay
+from sape2.encodings.grid import Grid, check_grid
+from sape2.encodings.names import name_once
+
+Trainable = Literal["all", "encoding"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
-class Window(NamedTuple):
-    """The grid that one call of attention is for, and which pairs of its patches see each other."""
+class Size(NamedTuple):
+    """What the tables of one attention module are made for. The grid is None where the model does not say it."""
 
-    grid: Grid
-    visible: Bool[Tensor, "#batch #heads tokens tokens"] | None = None
-
-
-class Attached(OneNode):
-    """Mixed into the attention class of a host, which comes last, by a subclass that overrides `forward`."""
-
-    host_class: ClassVar[type[nn.Module]]
-    sape2: AttentionEncoding
-    sape2_tokens: Tokens
-
-    def __init_subclass__(cls) -> None:
-        super().__init_subclass__()
-        cls.host_class = cls.__bases__[-1]  # pyrefly: ignore
-
-    def attend(
-        self,
-        q: Float[Tensor, "batch heads tokens head_dim"],
-        k: Float[Tensor, "batch heads tokens head_dim"],
-        v: Float[Tensor, "batch heads tokens head_dim"],
-        *,
-        dropout: float,
-        mask: Tensor | None = None,
-        rotated: tuple[Tensor, Tensor] | None = None,
-        tokens: Float[Tensor, "batch tokens dim"] | None = None,
-        window: Window | None = None,
-    ) -> Float[Tensor, "batch heads tokens head_dim"]:
-        """Attention with the encoding. `rotated`: q and k as the host turns them; the others: as `bias_map`."""
-        if mask is None and rotated is None:
-            layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
-            if not isinstance(layout, Scattered):
-                return attend(q, k, v, layout, encoding_of(self), dropout, tokens=tokens)
-        bias = self.bias_map(q, k, mask, tokens, window)
-        return attend_with(*(rotated or self.rotate(q, k, window)), v, bias, dropout)
-
-    def bias_map(
-        self, q: Tensor, k: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None, window: Window | None = None
-    ) -> Tensor | None:
-        """The bias of all T tokens (0 for those that stand on no grid) plus a mask, in logits; q and k before any rotation.
-
-        A mask broadcasts to (B, h, T, T); True keeps a pair, as a float it is added, and what it hides is not counted:
-        `Content.visible`. `tokens`, (B, T, D), are what the host projects to q and k, for encodings that read them. `window`
-        is for attention that the host calls for a grid of its own.
-        """
-        layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
-        first, last = self.sape2_tokens.ends(q.shape[-2])
-        of_grid = None if tokens is None else tokens[:, first:last]
-        visible = window.visible if window else seen_by(mask)
-        if visible is not None:
-            visible = visible.expand(*visible.shape[:-2], q.shape[-2], q.shape[-2])[..., first:last, first:last]
-        bias = bias_on(layout, encoding_of(self), q[:, :, first:last], k[:, :, first:last], of_grid, visible)
-        additive = None if mask is None else as_additive(mask, q.dtype)
-        if bias is None:
-            return additive
-        matrix = F.pad(bias, (first, q.shape[-2] - last) * 2)  # (B or 1, h, T, T)
-        matrix = matrix if matrix.dim() == 4 else matrix[None]
-        return matrix if additive is None else matrix + additive
-
-    def rotate(self, q: Tensor, k: Tensor, window: Window | None = None) -> tuple[Tensor, Tensor]:
-        """q and k turned by the encoding; tokens that stand on no grid stay."""
-        layout = window.grid if window else self.sape2_tokens.layout_of(q.shape[-2])
-        first, last = self.sape2_tokens.ends(q.shape[-2])
-        q_grid, k_grid = q[:, :, first:last], k[:, :, first:last]
-        turned_q, turned_k = rotate_on(layout, encoding_of(self), q_grid, k_grid)
-        if turned_q is q_grid:
-            return q, k
-        pairs = ((q, turned_q), (k, turned_k))
-        turned = [torch.cat([t[:, :, :first], of_grid, t[:, :, last:]], -2) for t, of_grid in pairs]
-        return turned[0], turned[1]
+    num_heads: int
+    head_dim: int
+    grid: Grid | None
 
 
-def encoding_of(module: Any) -> AttentionEncoding:
-    """Raises ValueError if another library has put something in its place."""
-    if not isinstance(module.sape2, AttentionEncoding):
-        raise replaced(module.sape2)
-    return module.sape2
+@dataclass(frozen=True)
+class Host:
+    """The places in a model of a host library where an encoding is attached."""
+
+    name: str
+    layers: list[tuple[nn.Module, type[Attached]]]  # each attention module and the class that it gets
+    source: nn.Module | None  # from whose calls `tokens` reads where the patches are
+    tokens: Tokens
+    sizes: list[Size]  # of each attention module
+    rotates: bool = False
+    drops: tuple[nn.Module, type[nn.Module]] | None = None  # patch dropout and the class that it gets, which says what stays
 
 
-def replaced(strange: nn.Module) -> ValueError:
-    """The error for a part of peft in the place of an encoding."""
-    return ValueError(
-        f"a {type(strange).__name__} stands in the place of the attached encoding or of a part of it, as peft puts one there "
-        "for modules_to_save and for whatever its targets match; leave sape2 out of them and attach after get_peft_model, "
-        "which trains both"
-    )
+class Changed:
+    """A module whose class is changed to one that shares `sape2_tokens`, until `remove`, as a hook has it."""
+
+    def __init__(self, module: nn.Module, attached_class: type[nn.Module], tokens: Tokens) -> None:
+        self.module, self.host_class, self.attached_class = module, type(module), attached_class
+        module.sape2_tokens = tokens  # pyrefly: ignore
+        module.__class__ = attached_class  # pyrefly: ignore
+
+    def check(self) -> None:
+        """Raises ValueError if another tool has changed the class again."""
+        if type(self.module) is not self.attached_class:
+            raise ValueError(
+                f"the class of an attached {self.host_class.__name__} was changed again, to {type(self.module).__name__}, as "
+                "torch.nn.utils.parametrize and fully_shard do; take that off before detach"
+            )
+
+    def remove(self) -> None:
+        self.module.__class__ = self.host_class  # pyrefly: ignore
+        del self.module.sape2_tokens
 
 
-def attend_with(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float = 0.0
-) -> Float[Tensor, "batch heads tokens head_dim"]:
-    """Attention with a map as bias; in steps in torch.func, where the fused kernel refuses a mask with a gradient."""
-    if not is_transformed(q):
-        mask = None if bias is None else bias.to(v.dtype)
-        return F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v, attn_mask=mask, dropout_p=dropout)
-    return F.dropout(softmax_weights(q, k, bias).to(v.dtype), dropout) @ v
+@dataclass
+class Attachment:
+    """An attached encoding, with everything that `remove` needs to restore the model."""
+
+    host: str
+    encoding: str
+    start: Start
+    sizes: list[Size]
+    attentions: dict[int, nn.Module]  # by layer; layers without encoding are left out
+    blocks: dict[int, nn.Module]  # by layer, those behind which the tokens are changed
+    tokens: Tokens
+    hooks: list[Any]
+    frozen: list[nn.Parameter]
+    told: bool = False  # that nothing of the encoding learns
+
+    def holders(self) -> list[nn.Module]:
+        """The modules of the host that have an encoding as their `sape2`."""
+        return [*self.attentions.values(), *self.blocks.values()]
+
+    def encodings(self) -> list[nn.Module]:
+        """Those that layers share, once."""
+        return list(dict.fromkeys(holder.sape2 for holder in self.holders()))  # pyrefly: ignore
+
+    def tell_if_frozen(self) -> None:
+        parameters = [p for encoding in self.encodings() for p in encoding.parameters()]
+        if parameters and not any(p.requires_grad for p in parameters):
+            self.told = True
+            warnings.warn(
+                f"nothing of the attached {self.encoding!r} learns: all its parameters are frozen, as peft's get_peft_model "
+                "freezes them. Attach after it, or set requires_grad_(True) for sape2.encoding_parameters(model)",
+                stacklevel=2,
+            )
 
 
-def softmax_weights(q: Tensor, k: Tensor, bias: Tensor | None) -> Float[Tensor, "batch heads tokens tokens"]:
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    return (scores if bias is None else scores + bias).softmax(-1)
+def check_parts(attachment: Attachment) -> None:
+    """Raises ValueError if peft has put something in the place of an encoding or of a part of one.
+
+    Tables in such a part would be left out of the bias, or written under names that no model has.
+    """
+    parts = (part for encoding in attachment.encodings() for part in encoding.modules())
+    if (strange := next((part for part in parts if type(part).__module__.startswith("peft.")), None)) is not None:
+        raise replaced(strange)
 
 
-def seen_by(mask: Shaped[Tensor, "*shape"] | None) -> Bool[Tensor, "#batch #heads #tokens #tokens"] | None:
-    """Which pairs a mask of four axes or fewer keeps; of floats those above -65504, which hide in half precision as in any."""
-    if mask is None:
-        return None
-    kept = mask if mask.dtype == torch.bool else mask > torch.finfo(torch.float16).min
-    return kept.reshape(*[1] * (4 - mask.dim()), *mask.shape)
+def no_weight_decay(model: nn.Module) -> set[str]:
+    """Names of what must not decay: those of the host and everything of the encoding; what timm's optimisers ask for."""
+    own: Any = getattr(type(model), "no_weight_decay", None)
+    return without_decay(encoding_names(model) | (set(own(model)) if own else set()))
 
 
-def as_additive(mask: Shaped[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape"]:
-    """0 where a boolean mask keeps a pair and -inf where it does not; a float mask as it is."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
+def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, start: Start, grids: list[Grid | None]) -> None:
+    """Gives the attention modules of `host` their encodings, for a grid each. Changes nothing if it raises."""
+    if trainable not in get_args(Trainable):
+        raise ValueError(f"trainable must be one of {', '.join(get_args(Trainable))}; got {trainable!r}")
+    if any(grid is None for grid in grids):
+        raise ValueError("the model does not say for which image size it was made; give grid=(H, W), the patches of one")
+    sizes = [size._replace(grid=check_grid(grid)) for size, grid in zip(host.sizes, grids, strict=True)]
+    on_tokens, layers = _create(host, encoding, start, sizes)
+    if trainable == "encoding" and not any(True for part in (*on_tokens, *layers) for _ in part.parameters()):
+        raise ValueError(
+            f'{encoding!r} has no parameters here, so trainable="encoding" would leave nothing that learns; leave it out'
+        )
+    tokens = host.tokens
+    given = [index for index, layer in enumerate(layers) if not isinstance(layer, NoEncoding)]
+    first = {host.layers[index][0]: index for index in reversed(given)}  # a model may use one module in several layers
+    used = {index: (*host.layers[index], layers[index]) for index in sorted(first.values())}
+    frozen = [p for p in model.parameters() if p.requires_grad] if trainable == "encoding" else []
+    blocks = {part.after_block or 0: block_around(model, host.layers[part.after_block or 0][0]) for part in on_tokens}
+    changed = [module for module, *_ in used.values()]
+    _check_changeable(model, [*changed, *blocks.values(), *([] if host.drops is None else [host.drops[0]])])
+    hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
+    for block, part in zip(blocks.values(), on_tokens, strict=True):
+        _hold(block, AfterBlock(part, start, tokens), model)
+        hooks.append(block.register_forward_hook(change_output))
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    hooks += [] if host.source is None else _listen(model, host.source, tokens)
+    hooks += [] if host.drops is None else [Changed(*host.drops, tokens)]
+    hooks += [model.register_forward_pre_hook(_look_whether_it_learns), *name_once(model)]
+    attentions = {index: module for index, (module, *_) in used.items()}
+    attachment = Attachment(host.name, encoding, start, sizes, attentions, blocks, tokens, hooks, frozen)
+    model.sape2_attachment = attachment  # pyrefly: ignore
+    model.no_weight_decay = functools.partial(no_weight_decay, model)  # pyrefly: ignore
 
 
-def shifted(bias: Tensor, mask: Tensor | None, grid: Grid, num_windows: int) -> tuple[Tensor, Window]:
-    """The bias of Swin with its mask, (windows of an image, T, T), which keeps what a shift brings into one window apart."""
-    if mask is None:
-        return bias, Window(grid)
-    mask = mask.repeat(num_windows // len(mask), 1, 1).unsqueeze(1)
-    return bias + mask, Window(grid, mask == 0)
+def _check_changeable(model: nn.Module, modules: list[nn.Module]) -> None:
+    """Raises ValueError if another class would be without effect, or an encoding without values."""
+    names = {id(module): name for name, module in model.named_modules()}
+    for module in modules:
+        name = names[id(module)] or type(module).__name__
+        if "forward" in vars(module):
+            raise ValueError(
+                f"{name} has a forward of its own (of accelerate's device_map or offloading, or a patch), which hides that of "
+                "its class, so an encoding would never be called; attach before that, or take it off"
+            )
+        if _like(module, model).is_meta:
+            raise ValueError(
+                f"{name} is on the meta device, where an encoding would lose its values; attach when the weights are loaded, "
+                "so after from_pretrained and not within __init__"
+            )
+
+
+def _like(module: nn.Module, model: nn.Module) -> Tensor:
+    """A tensor of the module or, since a quantized one may hold no parameters at all, of the model."""
+    return next((tensor for part in (module, model) for tensor in (*part.parameters(), *part.buffers())), torch.empty(0))
+
+
+def _listen(model: nn.Module, source: nn.Module, tokens: Tokens) -> list[Any]:
+    """The hooks that tell `tokens` of every call."""
+    patches = next(module for module in model.modules() if any(part is source for part in module.children()))
+    hooks = [
+        model.register_forward_pre_hook(tokens.enter),
+        model.register_forward_hook(tokens.leave, always_call=True),
+        source.register_forward_hook(tokens, with_kwargs=True),
+    ]
+    return hooks if patches is model else [*hooks, patches.register_forward_pre_hook(tokens.forget)]
+
+
+Made = tuple[list[TokenEncoding], list[AttentionEncoding]]
+
+
+def _create(host: Host, encoding: str, start: Start, sizes: list[Size]) -> Made:
+    """What acts behind blocks, and an encoding for each layer; modules that layers share are shared by those of one size."""
+    made = {size: _create_alike(host, encoding, start, size, len(sizes)) for size in dict.fromkeys(sizes)}
+    return made[sizes[0]][0], [made[size][1][index] for index, size in enumerate(sizes)]
+
+
+def _create_alike(host: Host, encoding: str, start: Start, size: Size, depth: int) -> Made:
+    num_heads, head_dim, grid = size
+    assert grid is not None
+    with torch.device("cpu"):  # the probes of `prepare` are
+        tokens, layers = create_encodings(encoding, num_heads, head_dim, grid, depth)
+    if any(part.after_block is None for part in tokens):
+        tables = [name for name, known in TOKEN_ENCODINGS.items() if known.after_block is None]
+        rest = "+".join(part for part in encoding.split("+") if part.partition(":")[0].strip() not in tables)
+        raise ValueError(
+            f"{encoding!r} adds a vector of each place to the tokens, for which the model has its own positions. "
+            f"Leave {' and '.join(tables)} out{f': attach {rest!r}' if rest else ''}"
+        )
+    if host.rotates and any(layer.rotates for layer in layers):
+        raise ValueError(
+            f"this {host.name} turns q and k itself; a second rotation, {encoding!r}, would mix with it. Attach a bias"
+        )
+    return tokens, prepare(layers, start, num_heads, head_dim)
+
+
+def _swap(
+    module: nn.Module, attached_class: type[Any], encoding: AttentionEncoding, tokens: Tokens, model: nn.Module
+) -> Changed:
+    _hold(module, encoding, model)
+    return Changed(module, attached_class, tokens)
+
+
+def _hold(module: nn.Module, encoding: nn.Module, model: nn.Module) -> None:
+    """On the device of the module, in float32 whatever the precision of the host, float64 apart: positions need it."""
+    like = _like(module, model)
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    module.sape2 = encoding.to(like.device, dtype).train(module.training)
+
+
+def _look_whether_it_learns(model: nn.Module, inputs: Any) -> None:
+    """And, before that, whether it is what was attached. Told once, at a call in training."""
+    attachment: Any = model.sape2_attachment
+    if torch.compiler.is_compiling():
+        return
+    check_parts(attachment)
+    if model.training and torch.is_grad_enabled() and not attachment.told:
+        attachment.tell_if_frozen()
+
+
+def check_free(model: nn.Module) -> None:
+    """Raises ValueError if something is attached already, to the model or to one around it or within."""
+    attachment = getattr(model, "sape2_attachment", None)
+    if isinstance(attachment, Attachment):
+        raise ValueError(f"the model has {attachment.encoding!r} attached already; detach it first")
+    if any(isinstance(part, (Attached, AfterBlock)) for part in (model.modules() if isinstance(model, nn.Module) else ())):
+        raise ValueError("an encoding is attached already to a part of this model or to one around it; detach it there first")
+
+
+def detach(model: Model) -> Model:
+    """Takes the encoding out: the classes, parameter names and trainable parameters are those before `attach`."""
+    attachment = attachment_of(model)
+    for hook in attachment.hooks:
+        if isinstance(hook, Changed):
+            hook.check()
+    for holder in attachment.holders():
+        del holder.sape2
+        vars(holder).pop("sape2_both", None)
+    for hook in attachment.hooks:
+        hook.remove()
+    for parameter in attachment.frozen:
+        parameter.requires_grad_(True)
+    del model.sape2_attachment, model.no_weight_decay
+    return model
+
+
+def attachment_of(model: nn.Module) -> Attachment:
+    """Raises ValueError if nothing is attached."""
+    attachment = getattr(model, "sape2_attachment", None)
+    if not isinstance(attachment, Attachment):
+        raise ValueError(f"nothing is attached to this {type(model).__name__}; give the very model that attach was given")
+    return attachment
+
+
+def attached_encodings(model: nn.Module) -> dict[int, AttentionEncoding]:
+    """The attached encodings of attention by layer, counted from 0; layers without one are left out."""
+    attachment = attachment_of(model)
+    check_parts(attachment)
+    return {index: encoding_of(module) for index, module in attachment.attentions.items()}
+
+
+def encoding_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that attach brought, each once: for an optimiser group of their own, without weight decay."""
+    yield from nn.ModuleList(attachment_of(model).encodings()).parameters()

@@ -13,7 +13,7 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 
 from sape2.adapters import find_host
-from sape2.adapters.attachment import Model, Size, Trainable, attached_encodings, attachment_of, check_free, detach, put_in
+from sape2.adapters.attached import Model, Size, Trainable, attached_encodings, attachment_of, check_free, detach, put_in
 from sape2.runs.files import write_atomic, write_text
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"

@@ -7,8 +7,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, encoding_of
-from sape2.adapters.attachment import Host, Size
+from sape2.adapters.attached import Host, Size
+from sape2.adapters.attention import Attached, encoding_of
 from sape2.adapters.tokens import Tokens, inside
 from sape2.attention import Attention, attend, logits
 from sape2.encodings.base import Composite

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, as_additive, softmax_weights
-from sape2.adapters.attachment import Host, Size, Trainable, attachment_of, check_free, put_in
+from sape2.adapters.attached import Host, Size, Trainable, attachment_of, check_free, put_in
+from sape2.adapters.attention import Attached, as_additive, softmax_weights
 from sape2.adapters.start import Start
 from sape2.adapters.tokens import Tokens
 from sape2.attention import Attention

@@ -18,8 +18,8 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention, VisionTransformerRelPos
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Window, shifted, softmax_weights
-from sape2.adapters.attachment import Host, Size
+from sape2.adapters.attached import Host, Size
+from sape2.adapters.attention import Attached, Window, shifted, softmax_weights
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import known_reason, reason
 from sape2.adapters.tokens import Tokens, grid_of_output, inside

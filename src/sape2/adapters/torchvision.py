@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torchvision.models import VisionTransformer
 
-from sape2.adapters.attachment import Host, Size
+from sape2.adapters.attached import Host, Size
 from sape2.adapters.pytorch import AttachedMultihead, check_multihead
 from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens, inside

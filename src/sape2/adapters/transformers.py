@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sape2.adapters.attached import Attached, Window, attend_with, shifted
-from sape2.adapters.attachment import Host, Size
+from sape2.adapters.attached import Host, Size
+from sape2.adapters.attention import Attached, Window, attend_with, shifted
 from sape2.adapters.layouts import Layout, Scattered, grids_of
 from sape2.adapters.reasons import reason
 from sape2.adapters.tokens import Tokens, grid_of_output, inside
