@@ -40,10 +40,14 @@ def is_canvas(images: Float[Tensor, "batch channels height width"], patch: int) 
     return (pixels.amax(-1) - pixels.amin(-1) < 1e-4).all(1)
 
 
+def along_lines(maps: dict[str, Tensor], canvas: Bool[Tensor, "batch rows columns"]) -> tuple[Tensor, Tensor]:
+    """The gates of the patch at (y, x) to those at (y, m), (B, h, H, W, W), and to those at (m, x), (B, h, H, W, H)."""
+    return maps["gates_x"].unflatten(2, canvas.shape[1:]), maps["gates_y"].unflatten(2, canvas.shape[1:])
+
+
 def mean_gates(maps: dict[str, Tensor], canvas: Bool[Tensor, "batch rows columns"]) -> dict[str, float]:
     """Of the gates that the patches of the object give along their row and their column."""
-    by_row = maps["gates_x"].unflatten(2, canvas.shape[1:])  # (B, h, H, W, W)
-    by_column = maps["gates_y"].unflatten(2, canvas.shape[1:])  # (B, h, H, W, H)
+    by_row, by_column = along_lines(maps, canvas)
     met = (canvas[:, None, :, None, :].expand_as(by_row), canvas.mT[:, None, None].expand_as(by_column))
     of_object = ~canvas[:, None, :, :, None]
     found: dict[str, float] = {}
@@ -56,8 +60,7 @@ def mean_gates(maps: dict[str, Tensor], canvas: Bool[Tensor, "batch rows columns
 def gates_met(maps: dict[str, Tensor], canvas: Bool[Tensor, "batch rows columns"]) -> Float[Tensor, "batch rows columns"]:
     """Of every patch the mean gate that it gets from the patches of the object in its row and in its column."""
     given = (~canvas)[:, None, :, :, None].float()
-    by_row = maps["gates_x"].unflatten(2, canvas.shape[1:]) * given  # (B, h, H, W, W): of query (y, x), to (y, m)
-    by_column = maps["gates_y"].unflatten(2, canvas.shape[1:]) * given  # (B, h, H, W, H): to (m, x)
+    by_row, by_column = (gates * given for gates in along_lines(maps, canvas))
     total = by_row.mean(1).sum(2) + by_column.mean(1).sum(1).mT
     return total / (given.sum(3) + given.sum(2).mT).mean(1)
 
@@ -90,8 +93,8 @@ def measure(folder: Path, data: Path) -> Iterator[Row]:
     """A row for each layer and kind of patch."""
     run, images, layers = look(folder, data, IMAGES)
     canvas = is_canvas(images, run.config.model.patch_size)
-    about = {"encoding": run.config.model.encoding, "seed": run.config.seed, "n": len(images)}
-    about |= {key: conditions()[key] for key in ("commit", "date", "hardware")}
+    about, here = {"encoding": run.config.model.encoding, "seed": run.config.seed, "n": len(images)}, conditions()
+    about |= {key: here[key] for key in ("commit", "date", "hardware")}
     for layer, maps in enumerate(layers, start=1):
         for name, value in mean_gates(maps, canvas).items():
             yield about | {"layer": layer, "name": name, "value": round(value, 4)}

@@ -5,7 +5,7 @@ Axes: B images, h heads, n tokens of a call without those that stand on no grid,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ def bias_on(
             return None
         order.append(images)
         parts.append(group.collect_pairs(bias.dense().expand(len(images), q.shape[1], -1, -1)))
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    return _in_order(order, parts)
 
 
 def rotate_on(layout: Layout, encoding: AttentionEncoding, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,8 +120,7 @@ def rotate_on(layout: Layout, encoding: AttentionEncoding, q: Tensor, k: Tensor)
             return q, k
         order.append(images)
         parts.append([group.collect(each) for each in turned])
-    back = torch.cat(order).argsort()
-    turned_q, turned_k = (torch.cat(part)[back] for part in zip(*parts, strict=True))
+    turned_q, turned_k = (_in_order(order, part) for part in zip(*parts, strict=True))
     return turned_q, turned_k
 
 
@@ -136,4 +135,9 @@ def tokens_on(
         changed = encoding(group.spread(tokens[images, None])[:, 0], group.grid)
         order.append(images)
         parts.append(group.collect(changed[:, None])[:, 0])
-    return torch.cat(parts)[torch.cat(order).argsort()].where(layout.valid[..., None], tokens)
+    return _in_order(order, parts).where(layout.valid[..., None], tokens)
+
+
+def _in_order(order: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """What was computed grid by grid, in the order of the batch; `order`: the images of each part."""
+    return torch.cat(list(parts))[torch.cat(list(order)).argsort()]

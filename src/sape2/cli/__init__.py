@@ -17,7 +17,7 @@ from sape2._version import __version__
 from sape2.cli.commands import COMMANDS
 from sape2.cli.text import print_anything
 from sape2.config.names import did_you_mean
-from sape2.progress import one_line
+from sape2.progress import say
 
 # Some containers set them: float32 is then multiplied with the digits of half types, on the GPU and (the last two) the CPU.
 LESS_THAN_FLOAT32 = ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE",
@@ -69,7 +69,7 @@ def _run(argv: list[str] | None) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("SAPE2_DEBUG"):
             raise
-        print(one_line(f"sape2: {' '.join(str(error).split())}"), file=sys.stderr)
+        say(f"sape2: {' '.join(str(error).split())}")
         return 2
     except KeyboardInterrupt:
         print("sape2: interrupted", file=sys.stderr)
