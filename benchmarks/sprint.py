@@ -87,7 +87,8 @@ BEYOND = ("cpe", "rope+sape2:readout=direct", "cpe+sape2:readout=direct")
 DIRECT = "sape2:readout=direct"
 BASES = ("", "ape+", "rope+", "cpe+")
 GATES = ("", ",gates=constant", ",gates=none,count=between")
-FORMS = ("sign=minus", "sign=learned", "preset=equations", "normalize=sqrt_length")
+FORMS = tuple(f"ape+sape2:{option}" for option in ("sign=minus", "sign=learned", "preset=equations", "normalize=sqrt_length"))
+SCALED = ("ape", "ape+sape2")  # with LayerScale and without: in the paper's code the blocks of `ape` alone had it
 
 # The recipe as it was before the search, so that the rows of the search stay those of its trials when the recipe changes.
 BEFORE = (
@@ -168,6 +169,10 @@ def tuned(
             yield Trial(recipe, name, seed, settings=chosen_rates(rows, name), **changes)
 
 
+def with_layer_scale(trials: Iterable[Trial]) -> Iterator[Trial]:
+    return (replace(trial, settings=(*trial.settings, "model.layer_scale=1e-4")) for trial in trials)
+
+
 _CONTROLS = (
     *(f"{base}{DIRECT}{gates}" for base in BASES for gates in GATES),
     *(f"ape+key_table{options}" for options in ("", ":by=token", ":to=both", ":heads=shared")),
@@ -198,13 +203,14 @@ STAGES: dict[str, Callable[[list[Row]], Iterable[Trial]]] = {
     "tuning_controls": lambda rows: tuning(CONTROLS),
     "controls": lambda rows: tuned(rows, CONTROLS),
     "cifar100": lambda rows: tuned(rows, (*TABLE, *BEYOND), recipe="cifar100_sprint"),
-    "tuning_forms": lambda rows: tuning(f"ape+sape2:{form}" for form in FORMS),
-    "forms": lambda rows: tuned(rows, (f"ape+sape2:{form}" for form in FORMS)),
+    "tuning_rivals": lambda rows: tuning(RIVALS),
+    "one_rate_forms": lambda rows: one_rate((BASELINE, "ape+sape2", *FORMS), (1, 2, 3)),
+    "tuning_forms": lambda rows: tuning(FORMS),
+    "forms": lambda rows: tuned(rows, FORMS),
     "short": lambda rows: tuned(rows, LENGTHS, epochs=QUARTER),
     "long": lambda rows: tuned(rows, LENGTHS, epochs=16 * QUARTER),
-    "layerscale": lambda rows: (
-        replace(trial, settings=(*trial.settings, "model.layer_scale=1e-4")) for trial in tuned(rows, ("ape", "ape+sape2"))
-    ),
+    "layerscale": lambda rows: with_layer_scale(tuned(rows, SCALED)),
+    "layerscale_quarter": lambda rows: with_layer_scale(tuned(rows, SCALED, epochs=QUARTER)),
     "more_seeds": lambda rows: tuned(rows, (*TABLE, *BEYOND), (3, 4)),
 }
 FIRST = ("none", "ape", "rope", "ape+sape2", *BEYOND, f"rope+{DIRECT},gates=constant", "rope+key_table")
