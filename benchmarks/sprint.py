@@ -323,7 +323,7 @@ def search_table(rows: list[Row]) -> str:
     return markdown_table(lines, ["candidate", *SEARCH_ENCODINGS, "mean"])
 
 
-TUNINGS = ("tuning_headline", "tuning_first", "tuning", "tuning_controls", "tuning_forms")
+TUNINGS = ("tuning_headline", "tuning_first", "tuning", "tuning_rivals", "tuning_controls", "tuning_forms")
 
 
 def tuning_table(rows: list[Row]) -> str:
@@ -366,6 +366,7 @@ QUARTERS = (  # with one pair of rates
     "one_rate_table",
     "one_rate_rivals",
     "one_rate_controls",
+    "one_rate_forms",
     "other_sizes",
     "joins",
     "joins_of_biases",
@@ -421,6 +422,28 @@ def contrast_table(rows: list[Row]) -> str:
     return markdown_table(lines, ["encoding", "minus", *SCOPES])
 
 
+def layer_scale_table(rows: list[Row]) -> str:
+    """What LayerScale changes, and SaPE2's difference to the table with it in none, in both and in the table's model alone.
+
+    The last is the paper's comparison: in its code only the blocks without SaPE2 had LayerScale.
+    """
+    of = {False: rows_of(rows, "headline_quarter"), True: rows_of(rows, "layerscale_quarter")}
+    values = {scaled: grouped(found, final_accuracy) for scaled, found in of.items()}
+    lines = []
+    for one, other in (
+        *(((name, True), (name, False)) for name in SCALED),
+        *((("ape+sape2", mine), (BASELINE, base)) for mine, base in ((False, False), (True, True), (False, True))),
+    ):
+        pair = paired_difference(*(values[scaled].get(name, {}) for name, scaled in (one, other)))
+        line = {heading: _scaled(*model) for heading, model in (("model", one), ("minus", other))}
+        lines.append(line | ({"points": in_points(pair), "n": pair.n} if pair else {}))
+    return markdown_table(lines, ["model", "minus", "points", "n"])
+
+
+def _scaled(encoding: str, scaled: bool) -> str:
+    return f"`{encoding}`" + (" with LayerScale" if scaled else "")
+
+
 def in_points(pair: Paired) -> str:
     """ "+2.6 (1.1 to 4.1)", in points."""
     within = "" if pair.ci_low is None else f" ({100 * pair.ci_low:.1f} to {100 * pair.ci_high:.1f})"
@@ -442,6 +465,8 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "one_rate_controls": lambda rows: table_of_added(rows, "one_rate_controls"),
     "winner": lambda rows: accuracy_table(rows, "winner", baseline="cpe"),
     "contrasts": contrast_table,
+    "one_rate_forms": lambda rows: accuracy_table(rows, "one_rate_forms", baseline="ape+sape2"),
+    "layerscale_quarter": layer_scale_table,
     "tuning": tuning_table,
     "whole": lambda rows: accuracy_table(rows, *WHOLE),
     "headline_quarter": lambda rows: accuracy_table(rows, "headline_quarter"),
