@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sape2.cli.options import add_json, one_name, recipe_name, resolve, split_encodings, whole_number
-from sape2.cli.output import say, show_comparison
+from sape2.cli.output import Row, say, show_comparison
 from sape2.runs.files import check_writable
 
 if TYPE_CHECKING:
+    from sape2.data import Splits
     from sape2.studies.compare.launch import Slurm
+    from sape2.studies.compare.plan import Study
 
 HELP = "train encodings x seeds under one recipe, with paired differences"
 
@@ -35,10 +37,30 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sape2.studies.compare.plan import Study
     from sape2.training.processes import refuse_launcher
 
     refuse_launcher("sape2 compare")
+    study, baseline = _study(arguments)
+    check_writable(study.folder)
+    jobs = whole_number("--jobs", arguments.jobs) if arguments.jobs else None
+    launcher = _launcher(arguments)
+    from sape2.studies.compare.outcome import outcome
+    from sape2.studies.compare.work import forget_failures
+
+    splits = _images(study)
+    study.start()
+    if arguments.retry_failed:
+        forget_failures(study)
+    rows, status = _work(study, splits, launcher, jobs)
+    if any(row["encoding"] == baseline for row in rows):
+        show_comparison(outcome(rows, baseline), study.folder, arguments.json)
+    return status
+
+
+def _study(arguments: argparse.Namespace) -> tuple[Study, str]:
+    """What is trained, and the encoding that the others are compared with. Raises ValueError for what cannot be."""
+    from sape2.studies.compare.plan import Study
+
     if any(setting.partition("=")[0].strip() in ("model.encoding", "encoding") for setting in arguments.set):
         raise ValueError("--set cannot choose the encoding of sape2 compare: every run has one of the --encodings")
     config = resolve(arguments)
@@ -54,24 +76,28 @@ def run(arguments: argparse.Namespace) -> int:
     if baseline not in study.encodings:
         raise ValueError(f"--baseline must be one of the --encodings, {', '.join(study.encodings)}; got {baseline!r}")
     study.check()
-    check_writable(folder)
-    jobs = whole_number("--jobs", arguments.jobs) if arguments.jobs else None
-    launcher = _launcher(arguments)
+    return study, baseline
+
+
+def _images(study: Study) -> Splits:
+    """The images of all runs. A mistake in a model, or other images than before, is told before the first is trained."""
     from sape2.data import load_data
     from sape2.models.trained import build_model
-    from sape2.studies.compare.outcome import outcome
-    from sape2.studies.compare.progress import study_progress
-    from sape2.studies.compare.work import forget_failures, runner, work
-    from sape2.training.interruption import Stopped, catch_signals
 
     for cell in study.cells[: len(study.encodings)]:
-        build_model(cell.config)  # a mistake in one of them is told before the first is trained
-    splits = load_data(config.data, config.model)
+        build_model(cell.config)
+    splits = load_data(study.config.data, study.config.model)
     for cell in study.cells:
         cell.run.check_images(splits.train.fingerprint, "choose another --out for a new study")
-    study.start()
-    if arguments.retry_failed:
-        forget_failures(study)
+    return splits
+
+
+def _work(study: Study, splits: Splits, launcher: Slurm | None, jobs: int | None) -> tuple[list[Row], int]:
+    """The rows of the runs, trained here or by jobs, and the exit status."""
+    from sape2.studies.compare.progress import study_progress
+    from sape2.studies.compare.work import runner, work
+    from sape2.training.interruption import Stopped, catch_signals
+
     with catch_signals() as caught, study_progress(study) as shown:
         try:
             if launcher is None:
@@ -80,13 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
                 from sape2.studies.compare.launch import launch
 
                 rows = launch(study, launcher, jobs, shown.tell, caught)
-            status = int(any("failed" in row for row in rows))
+            return rows, int(any("failed" in row for row in rows))
         except Stopped as stopped:
             say(f"sape2: {stopped}")
-            rows, status = study.gather(), 128 + stopped.signal_number
-    if any(row["encoding"] == baseline for row in rows):
-        show_comparison(outcome(rows, baseline), folder, arguments.json)
-    return status
+            return study.gather(), 128 + stopped.signal_number
 
 
 def _launcher(arguments: argparse.Namespace) -> Slurm | None:
