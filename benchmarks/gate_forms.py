@@ -6,7 +6,7 @@ Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data
           python benchmarks/gate_forms.py                                                          prints the table
 
 Names are encodings of the package, and the six of this file: `counted`, `opened`, `halved`, `faded`, `parted`, `decayed`.
-Every run is three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint.py`) and becomes a line of
+Every run is three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint_plan.py`) and becomes a line of
 benchmarks/results/gate_forms.jsonl. Those six are no part of the package: none is better than what the package has.
 """
 
@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Literal
 
 import sprint
+import sprint_plan
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -298,16 +299,17 @@ class Decayed(AttentionEncoding):
 FORMS = {"counted": Counted, "opened": Opened, "halved": Halved, "faded": Faded, "parted": Parted, "decayed": Decayed}
 
 
-def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH, images: str = IMAGES) -> Iterator[sprint.Trial]:
-    """The runs of `sprint.one_rate`, with patches of this many pixels a side, on these images."""
+def trials(names: Iterable[str], seeds: Iterable[int], patch: int = PATCH, images: str = IMAGES) -> Iterator[sprint_plan.Trial]:
+    """The runs of `sprint_plan.one_rate`, with patches of this many pixels a side, on these images."""
     settings = () if patch == PATCH else (f"model.patch_size={patch}",)
     settings += () if images == IMAGES else (f"data.name={images}",)
-    return (replace(trial, settings=(*trial.settings, *settings)) for trial in sprint.one_rate(names, seeds))
+    return (replace(trial, settings=(*trial.settings, *settings)) for trial in sprint_plan.one_rate(names, seeds))
 
 
 def table(rows: list[Row]) -> str:
     """Each form and its control: validation accuracy that chose it (seed 1), test accuracy in pairs of a seed."""
-    kept = {row["digest"]: row for row in [*sprint.rows_of(read_rows(sprint.ROWS), *sprint.QUARTERS), *rows]}.values()
+    plain = sprint_plan.rows_of(read_rows(sprint_plan.ROWS), *sprint_plan.QUARTERS)
+    kept = {row["digest"]: row for row in [*plain, *rows]}.values()
     lines = []
     for images, patch in sorted({_setting(row) for row in kept}, key=lambda setting: (setting[0], -setting[1])):
         same = [row for row in kept if _setting(row) == (images, patch)]

@@ -17,7 +17,8 @@ import tempfile
 from pathlib import Path
 
 from leaderboard import ENTRIES, problems
-from sprint import Trial, keep, run_of, trained
+from sprint import keep, run_of, trained
+from sprint_plan import Trial
 
 from sape2.runs.files import safe_name
 from sape2.runs.rows import read_rows

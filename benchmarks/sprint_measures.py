@@ -19,10 +19,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-import sprint
+import sprint_plan
 from glance_measures import COLUMNS, Columns, means_of_columns, seed_tables
 from kept import six_digits
-from sprint import STAGES, WHOLE, Trial, hold_if_free, keep, rows_of, run_of, splits_of, train, trained, wanted
+from sprint import hold_if_free, keep, run_of, splits_of, train, trained, wanted
+from sprint_plan import STAGES, WHOLE, Trial, rows_of
 from timing import RESULTS, Row, conditions
 
 from sape2.config import RunConfig
@@ -89,7 +90,7 @@ def measured(trial: Trial, part: str, data: Path | None, out: Path) -> Iterator[
 
 def _table(part: str, columns: Columns, whole: bool, rows: list[Row]) -> str:
     """Of the runs of the whole length, or of the others."""
-    long = {row["digest"] for row in rows_of(read_rows(sprint.ROWS), *WHOLE)}
+    long = {row["digest"] for row in rows_of(read_rows(sprint_plan.ROWS), *WHOLE)}
     return seed_tables([row for row in rows if row["part"] == part and (row["digest"] in long) == whole], columns)
 
 

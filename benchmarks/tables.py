@@ -22,8 +22,8 @@ import memory
 import model_cost
 import placed_gates
 import roofline
-import sprint
 import sprint_measures
+import sprint_tables
 from kept import ranked_table, with_tables
 from timing import RESULTS, ROOT, Row
 
@@ -170,7 +170,7 @@ def gate_table(rows: list[Row]) -> str:
         line = {"split": split} | {kind: format_spread(*mean_and_std(list(of.values())), 3) for kind, of in values.items()}
         for other in ("none", "constant"):
             pair = paired_difference(values["content"], values[other])
-            line[f"content minus {other}, points"] = sprint.in_points(pair) if pair else ""
+            line[f"content minus {other}, points"] = sprint_tables.in_points(pair) if pair else ""
         lines.append(line)
     return markdown_table(lines, list(lines[0]))
 
@@ -223,7 +223,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
     "attention_cost": attention_tables,
     "model_cost": model_tables,
     "roofline": roofline.table,
-    "sprint": sprint.tables,
+    "sprint": sprint_tables.tables,
     "sprint_screening": screening_table,
     "gate_forms": gate_forms.table,
     "sprint_measures": sprint_measures.tables,
@@ -236,7 +236,7 @@ TABLES: dict[str, Callable[[list[Row]], str]] = {
 
 
 PARTS: dict[str, Callable[[str, list[Row]], str]] = {
-    "sprint": sprint.table,
+    "sprint": sprint_tables.table,
     "sprint_measures": lambda name, rows: sprint_measures.TABLES[name](rows),
 }
 

@@ -114,7 +114,7 @@ def test_a_form_is_compared_with_its_control_in_pairs_of_a_seed_on_the_same_grid
 
 def test_a_finer_grid_changes_the_patch_and_nothing_else():
     (plain,), (fine,) = gate_forms.trials(["rope"], [1]), gate_forms.trials(["rope"], [1], patch=2)
-    assert plain.digest == next(gate_forms.sprint.one_rate(["rope"], [1])).digest != fine.digest
+    assert plain.digest == next(gate_forms.sprint_plan.one_rate(["rope"], [1])).digest != fine.digest
     assert fine.config.model == replace(plain.config.model, patch_size=2)
     assert fine.config.train == plain.config.train
 

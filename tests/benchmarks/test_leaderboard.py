@@ -6,7 +6,7 @@ import json
 import leaderboard
 import pytest
 import speedrun
-import sprint
+import sprint_plan
 
 from sape2.runs.files import digest_of
 
@@ -22,7 +22,7 @@ TINY = (
 
 def row_of(seed, accuracy=0.8, **changes):
     """A raw row as far as the leaderboard reads it, of a run of `cifar10_sprint`."""
-    config = sprint.Trial("cifar10_sprint", "ape", seed).config
+    config = sprint_plan.Trial("cifar10_sprint", "ape", seed).config
     settings = json.loads(json.dumps(config.identity()))
     epochs = config.train.epochs
     tested = [{"name": "accuracy", "weights": weights, "value": accuracy, "n": 10_000} for weights in ("last", "best")]
@@ -114,7 +114,7 @@ def test_the_page_is_made_from_the_entries():
 
 def test_a_speedrun_keeps_a_row_a_seed_and_says_what_is_missing(tmp_path):
     rows = tmp_path / "entry.jsonl"
-    trials = [sprint.Trial("digits", "none", seed, 1, TINY) for seed in range(2)]
+    trials = [sprint_plan.Trial("digits", "none", seed, 1, TINY) for seed in range(2)]
     speedrun.run(trials, None, rows, 1)
     speedrun.run(trials, None, rows, 1)  # nothing is left
     said = speedrun.report(rows, 0.99)

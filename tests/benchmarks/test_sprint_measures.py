@@ -1,13 +1,13 @@
 """The models of the sprint are measured once each, and trained again where only their rows are left."""
 
 import pytest
-import sprint
 import sprint_measures
+import sprint_plan
 from test_sprint import TINY
 
 from sape2.runs.rows import read_rows
 
-TRIAL = sprint.Trial("digits", "none", epochs=1, settings=TINY)
+TRIAL = sprint_plan.Trial("digits", "none", epochs=1, settings=TINY)
 
 
 @pytest.fixture
@@ -35,10 +35,9 @@ def test_a_kept_run_without_a_folder_is_trained_again_and_measured_once(out, mon
 
 
 def test_models_of_the_whole_length_have_tables_of_their_own(monkeypatch):
-    (long,) = (
-        trial for trial in sprint.STAGES["headline"](read_rows(sprint.ROWS)) if (trial.encoding, trial.seed) == ("ape", 0)
-    )
-    short = next(iter(sprint.one_rate(["ape"], [0])))
+    trials = sprint_plan.STAGES["headline"](read_rows(sprint_plan.ROWS))
+    (long,) = (trial for trial in trials if (trial.encoding, trial.seed) == ("ape", 0))
+    short = next(iter(sprint_plan.one_rate(["ape"], [0])))
     monkeypatch.setattr(sprint_measures, "read_rows", lambda path: [{"digest": long.digest}])
     monkeypatch.setattr(sprint_measures, "rows_of", lambda rows, *stages: rows)
     rows = [
