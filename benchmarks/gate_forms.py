@@ -6,8 +6,8 @@ Command:  python benchmarks/gate_forms.py run NAME [NAME ...] --seeds 1,2 --data
           python benchmarks/gate_forms.py                                                          prints the table
 
 Names are encodings of the package, and the six of this file: `counted`, `opened`, `halved`, `faded`, `parted`, `decayed`.
-Every run is three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint_plan.py`) and becomes a line of
-benchmarks/results/gate_forms.jsonl. Those six are no part of the package: none is better than what the package has.
+Every run is three epochs of `cifar10_sprint` with the rates of stage one_rate (`benchmarks/sprint_plan.py`) and becomes a
+line of benchmarks/results/gate_forms.jsonl. Those six are no part of the package: none is better than what the package has.
 """
 
 from __future__ import annotations
