@@ -159,7 +159,7 @@ BASES = {"SwinAttention": _AttachedWindow, "SamVisionAttention": _AttachedSam, "
 def check_backend(name: str | None) -> None:
     """Raises ValueError for a back end that takes no bias."""
     if name not in ("eager", "sdpa", None):
-        reason = NO_BIAS.get(str(name), "what it does with a bias is not known")
+        reason = NO_BIAS.get(name, "what it does with a bias is not known")
         raise ValueError(f'the attention back end {name!r} cannot carry an attached encoding: {reason}. Use "sdpa" or "eager"')
 
 

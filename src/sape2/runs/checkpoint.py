@@ -109,6 +109,6 @@ def load_checkpoint(path: Path, model: nn.Module, ema: nn.Module | None) -> tupl
         if not isinstance(state, dict) or "optimizer" not in state:
             raise ValueError("optimizer.pt has no optimizer in it")
         return progress, state
-    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError, RecursionError, pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is damaged, or of another version ({reason}); remove it to start again") from error
