@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -106,6 +107,27 @@ def test_colours_of_16_bits_give_their_high_byte():
 )
 def test_values_without_a_known_white_are_refused(values, message):
     assert message in refused(saved(Image.fromarray(values), "TIFF"))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("kind", "values"), [("f4", [0, 1, 0.5]), ("i2", [0, 127, 32767])], ids=["floats", "signed integers"])
+def test_packed_numbers_are_in_the_order_of_their_file(kind, values, packed, order):
+    numbers = np.array(values, dtype=order + kind)
+    data = zlib.compress(numbers.tobytes()) if packed else numbers.tobytes()
+    file = grey_tiff(3, 8 * numbers.itemsize, data, order=order, packing=8 if packed else 1, kind=3 if kind == "f4" else 2)
+    assert read(file, 1).tolist() == [[0, 255, 128] if kind == "f4" else [0, 0, 127]]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_table_of_colours_may_have_8_bits(bits):
+    image = Image.fromarray(GREYS).convert("P")
+    table = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    image.putpalette(table.tobytes())
+    file = saved(image, "TIFF")
+    long, short = ((table.T.astype("<u2") * factor).tobytes() for factor in (256, 1))
+    assert file.count(long) == 1
+    assert np.array_equal(read(file.replace(long, short) if bits == 8 else file), table[np.asarray(image)])
 
 
 PLANES = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5) * 4
