@@ -215,6 +215,23 @@ def test_a_palette_with_an_alpha_channel_is_laid_on_white():
     assert np.array_equal(np.asarray(to_8_bits(image, 3)), np.asarray(to_8_bits(image.convert("RGBA"), 3)))
 
 
+def bmp_with_alpha(values):
+    """A BMP of four channels, whose header (BITMAPV4) says which of them is alpha."""
+    height, width = values.shape[:2]
+    head = struct.pack("<IiiHHIIiiII", 108, width, -height, 1, 32, 3, values.nbytes, 0, 0, 0, 0)
+    head += struct.pack("<4I", 0xFF, 0xFF00, 0xFF0000, 0xFF000000) + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 14 + len(head) + values.nbytes, 0, 0, 14 + len(head)) + head + values.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TGA"])
+@pytest.mark.parametrize("alpha", [0, 128])
+def test_an_alpha_channel_that_was_never_written_is_no_transparency(kind, alpha):
+    values = np.stack([GREYS, GREYS.T, 255 - GREYS, np.full_like(GREYS, alpha)], -1)
+    file = bmp_with_alpha(values) if kind == "BMP" else saved(Image.fromarray(values), kind)
+    wanted = on_white(values[..., :3], values[..., 3:]) if alpha else values[..., :3]
+    assert np.abs(read(file) - wanted).max() <= 0.51
+
+
 def test_one_colour_of_a_png_can_be_transparent():
     image = Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8))
     assert read(saved(image, transparency=(1, 2, 3))).tolist() == [[[255, 255, 255], [4, 5, 6]]]

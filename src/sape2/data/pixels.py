@@ -21,7 +21,7 @@ from PIL import Image, ImageFile, ImagePalette, UnidentifiedImageError
 RULE = 3
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which it warns; here an image above it is refused
 MAX_BYTES = 256 * 2**20  # of an encoded image
-ORIENTATION, BITS, COLOURS, PLANES, PALETTE = 0x0112, 258, 262, 284, 320  # tags of EXIF and TIFF; COLOURS is 0 where zero is white
+ORIENTATION, BITS, COLOURS, PLANES, PALETTE = 0x0112, 258, 262, 284, 320  # tags; COLOURS is 0 where zero is white
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -31,6 +31,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # EXIF orientation -> what makes the image upright
+NO_ALPHA = ("BMP", "DIB", "TGA")  # whose writers often leave an alpha channel of zeros: opaque, as browsers show it
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
@@ -241,6 +242,8 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.format in NO_ALPHA and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")
     image = image.convert("LA") if image.mode == "La" else image
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
