@@ -85,12 +85,14 @@ def planar_tiff(planes, colours, packed=False):
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + long + b"".join(parts)
 
 
-def grey_tiff(width, bits, data, white_is_zero=False):
-    """One line of grey pixels of that many bits."""
-    photometric, place = (0 if white_is_zero else 1), 8 + 2 + 12 * 9 + 4
-    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: place, 277: 1, 278: 1, 279: len(data)}
-    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags.items())
-    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
+def grey_tiff(width, bits, data, white_is_zero=False, order="<", packing=1, kind=1):
+    """One line of grey pixels of that many bits; `packing` and `kind` are its tags 259 and 339."""
+    photometric, place = (0 if white_is_zero else 1), 8 + 2 + 12 * 10 + 4
+    tags = {256: width, 257: 1, 258: bits, 259: packing, 262: photometric, 273: place, 277: 1, 278: 1, 279: len(data)}
+    tags |= {339: kind}
+    entries = b"".join(struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, len(tags))
+    return start + entries + struct.pack(f"{order}I", 0) + data
 
 
 def synthetic(size=23, classes=3, shape=(3, 4, 6)):

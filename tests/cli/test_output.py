@@ -86,6 +86,13 @@ def test_commands_speak_on_an_ascii_terminal(argv):
     assert NAME not in done.stderr
 
 
+def test_names_of_classes_are_text_where_the_system_has_no_letters_for_them():
+    code = "from sape2.data.base import plain_name; print(ascii(plain_name('caf\\u00e9 \\ud800')))"
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == ascii("caf\u00e9 \\ud800"), done.stderr
+
+
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from sape2.config import DataConfig, model_config
 from sape2.config.recipes import get_recipe
 from sape2.data import folder, load_data, open_sources
-from sape2.data.labels import as_numbers, check_names, renumber
+from sape2.data.labels import as_numbers, check_names, match_model, renumber
 from sape2.data.own import fit
 from sape2.data.walk import walk
 
@@ -102,6 +102,21 @@ def test_names_that_look_alike_are_refused_with_their_code_points(names):
     with pytest.raises(ValueError, match="train names") as error:
         check_names(["dog", *names], "train")
     assert ascii(names[1]) in str(error.value)
+
+
+def test_numbers_without_names_are_the_names_of_classes_that_are_called_by_numbers():
+    folders = ("0", "1", "10", "2")
+
+    def unnamed(*labels):
+        return SimpleNamespace(labels=list(labels), classes=(), where="others")
+
+    match_model([others := unnamed(2, 10, 0)], folders)
+    assert [others.classes[label] for label in others.labels] == ["2", "10", "0"]
+    with pytest.raises(ValueError, match=r"^others has the label 3, which the run \(0, 1, 10, 2\) has not$"):
+        match_model([unnamed(2, 3)], folders)
+    for classes in (("2", "1", "cat"), ("1", "01", "2")):
+        match_model([others := unnamed(2, 1, 0)], classes)
+        assert (others.labels, others.classes) == ([2, 1, 0], ())
 
 
 def test_capitals_make_two_classes():

@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -108,6 +109,27 @@ def test_values_without_a_known_white_are_refused(values, message):
     assert message in refused(saved(Image.fromarray(values), "TIFF"))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("kind", "values"), [("f4", [0, 1, 0.5]), ("i2", [0, 127, 32767])], ids=["floats", "signed integers"])
+def test_packed_numbers_are_in_the_order_of_their_file(kind, values, packed, order):
+    numbers = np.array(values, dtype=order + kind)
+    data = zlib.compress(numbers.tobytes()) if packed else numbers.tobytes()
+    file = grey_tiff(3, 8 * numbers.itemsize, data, order=order, packing=8 if packed else 1, kind=3 if kind == "f4" else 2)
+    assert read(file, 1).tolist() == [[0, 255, 128] if kind == "f4" else [0, 0, 127]]
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_table_of_colours_may_have_8_bits(bits):
+    image = Image.fromarray(GREYS).convert("P")
+    table = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)
+    image.putpalette(table.tobytes())
+    file = saved(image, "TIFF")
+    long, short = ((table.T.astype("<u2") * factor).tobytes() for factor in (256, 1))
+    assert file.count(long) == 1
+    assert np.array_equal(read(file.replace(long, short) if bits == 8 else file), table[np.asarray(image)])
+
+
 PLANES = np.arange(3 * 4 * 5, dtype=np.uint8).reshape(3, 4, 5) * 4
 
 
@@ -191,6 +213,23 @@ def test_colours_of_the_palette_can_be_half_transparent():
 def test_a_palette_with_an_alpha_channel_is_laid_on_white():
     image = see_through("LA").convert("PA")
     assert np.array_equal(np.asarray(to_8_bits(image, 3)), np.asarray(to_8_bits(image.convert("RGBA"), 3)))
+
+
+def bmp_with_alpha(values):
+    """A BMP of four channels, whose header (BITMAPV4) says which of them is alpha."""
+    height, width = values.shape[:2]
+    head = struct.pack("<IiiHHIIiiII", 108, width, -height, 1, 32, 3, values.nbytes, 0, 0, 0, 0)
+    head += struct.pack("<4I", 0xFF, 0xFF00, 0xFF0000, 0xFF000000) + bytes(52)
+    return b"BM" + struct.pack("<IHHI", 14 + len(head) + values.nbytes, 0, 0, 14 + len(head)) + head + values.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["BMP", "TGA"])
+@pytest.mark.parametrize("alpha", [0, 128])
+def test_an_alpha_channel_that_was_never_written_is_no_transparency(kind, alpha):
+    values = np.stack([GREYS, GREYS.T, 255 - GREYS, np.full_like(GREYS, alpha)], -1)
+    file = bmp_with_alpha(values) if kind == "BMP" else saved(Image.fromarray(values), kind)
+    wanted = on_white(values[..., :3], values[..., 3:]) if alpha else values[..., :3]
+    assert np.abs(read(file) - wanted).max() <= 0.51
 
 
 def test_one_colour_of_a_png_can_be_transparent():

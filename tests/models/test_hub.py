@@ -307,6 +307,26 @@ def test_a_model_takes_the_place_of_its_like_and_of_nothing_else(saved, tmp_path
     assert (run.folder / "config.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "changed", [lambda card: "my own words\n", lambda card: f"{card}More.\n", lambda card: f"More.\n{card}"]
+)
+def test_words_of_someone_else_in_a_card_are_not_lost(saved, changed):
+    folder, model = saved
+    card = folder / "README.md"
+    text = changed(card.read_text(encoding="utf-8"))
+    card.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"README.md has words of someone else.* another folder$"):
+        model.save_pretrained(folder)
+    assert card.read_text(encoding="utf-8") == text
+
+
+def test_a_card_of_the_first_release_gives_way(saved):
+    folder, model = saved
+    (folder / "README.md").write_text("---\nlibrary_name: sape2\n---\n", encoding="utf-8")
+    model.save_pretrained(folder)
+    assert len((folder / "README.md").read_text(encoding="utf-8")) > 100
+
+
 def test_a_revision_of_a_folder_is_refused(saved):
     with pytest.raises(ValueError, match="no revisions"):
         ViT.from_pretrained(saved[0], revision="v1")

@@ -48,7 +48,11 @@ class Source(Protocol):
 
 def plain_name(path: Path | str) -> str:
     """A path, or a part of one, as text that any file or terminal takes: bytes that are no UTF-8 are written as \\xE9."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    try:
+        data = os.fsencode(path)
+    except UnicodeEncodeError:  # not from the system, which has fewer letters: the name of a class in a file
+        data = str(path).encode("utf-8", "backslashreplace")
+    return data.decode("utf-8", "backslashreplace")
 
 
 def at_home(path: str) -> Path:

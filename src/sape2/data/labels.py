@@ -78,10 +78,17 @@ def tell_unnamed(where: str) -> None:
 def match_model(sources: Iterable[Any], classes: Sequence[str]) -> None:
     """The labels of every split in the order of a model's classes; a split without names keeps its numbers.
 
+    Where the classes are called by numbers, such as the folders 0, 1, 10, 2, these numbers are the names of the split.
     Raises ValueError for a class that the model has not.
     """
     run = f"the run ({first_of(classes)})"
+    places = {int(name): place for place, name in enumerate(classes) if name.isascii() and name.isdecimal()}
     for source in sources:
+        if not source.classes and len(places) == len(classes):
+            other = next((label for label in source.labels if label not in places), None)
+            if other is not None:
+                raise ValueError(f"{source.where} has the label {other}, which {run} has not")
+            source.labels, source.classes = [places[label] for label in source.labels], tuple(classes)
         source.labels = renumber(source.labels, source.classes, classes, source.where, run)
         source.classes = tuple(classes) if source.classes else ()
 

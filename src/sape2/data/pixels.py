@@ -6,6 +6,7 @@ Training, evaluation, explain, explore and detection all come through `read_imag
 from __future__ import annotations
 
 import io
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImagePalette, UnidentifiedImageError
 
 # Its version, kept in data.json. Under 2, the transparent colour of PNG with 2, 4 or 3x16 bits was not found; under 1, also, 16
 # bits were cut off at 255, orientation and transparency ignored.
 RULE = 3
 MAX_PIXELS = 89_478_485  # Pillow's limit, at which it warns; here an image above it is refused
 MAX_BYTES = 256 * 2**20  # of an encoded image
-ORIENTATION, BITS, COLOURS, PLANES = 0x0112, 258, 262, 284  # tags of EXIF and TIFF; COLOURS is 0 where zero is white
+ORIENTATION, BITS, COLOURS, PLANES, PALETTE = 0x0112, 258, 262, 284, 320  # tags; COLOURS is 0 where zero is white
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -30,6 +31,7 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # EXIF orientation -> what makes the image upright
+NO_ALPHA = ("BMP", "DIB", "TGA")  # whose writers often leave an alpha channel of zeros: opaque, as browsers show it
 SIDEWAYS = [TURNS[orientation] for orientation in (5, 6, 7, 8)]
 
 
@@ -109,6 +111,7 @@ def _header(stream: IO[bytes]) -> Image.Image:
             "it is a TIFF that stores one channel after the other, and Pillow would give other pixels; save it with the "
             "channels of a pixel together (PlanarConfiguration 1), or as PNG"
         )
+    _mend_tiff(image)
     _keep_clear_colour(image, stream)
     return image
 
@@ -180,6 +183,22 @@ def _is_misread(image: Any) -> bool:
     return image.mode in ("LA", "LAB") or (image.tile[0].codec_name == "raw" and not plain)
 
 
+def _mend_tiff(image: Any) -> None:
+    """Undoes what Pillow gets wrong of a TIFF, before anything reads the pixels.
+
+    What is packed comes from libtiff in the byte order of this machine; of floats and signed integers with the high byte first
+    Pillow swaps it again. A table of colours that has no number above 255 is one of bytes, as libtiff takes it; Pillow makes
+    it black.
+    """
+    if image.format != "TIFF":
+        return
+    if any(tile.codec_name == "libtiff" for tile in image.tile):
+        image.tile = [tile._replace(args=(re.sub(r"(;\d+)B", r"\1N", tile.args[0]), *tile.args[1:])) for tile in image.tile]
+    colours = image.tag_v2.get(PALETTE, (256,))
+    if image.mode in ("P", "PA") and max(colours) < 256:
+        image.palette = ImagePalette.raw("RGB;L", bytes(colours))
+
+
 def _is_deep(image: Image.Image) -> bool:
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
@@ -192,6 +211,12 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) once it is turned as its EXIF says. Of TIFF, which Pillow turns itself, it already gives that size."""
     sideways = image.format != "TIFF" and _turn(image) in SIDEWAYS
     return (image.width, image.height) if sideways else (image.height, image.width)
+
+
+def stays_turned(file: Path, annotated: tuple[int, int]) -> bool:
+    """True if EXIF would turn an image that stays as it is stored, since annotations speak of that (width, height)."""
+    with opened(file) as image:
+        return image.format != "TIFF" and image.size == annotated and _turn(image) is not None
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
@@ -223,6 +248,8 @@ def _scaled(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    if image.format in NO_ALPHA and image.getchannel("A").getextrema() == (0, 0):
+        return image.convert("RGB")
     image = image.convert("LA") if image.mode == "La" else image
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -20,7 +20,7 @@ from torchvision import tv_tensors
 from sape2.config.names import unknown
 from sape2.data.fingerprint import digest
 from sape2.data.labels import near_name
-from sape2.data.pixels import named, read_image
+from sape2.data.pixels import named, read_image, stays_turned
 from sape2.data.walk import is_image, listed, walk
 from sape2.detection.annotations import Annotations, Entry
 from sape2.detection.masks import decode_run_lengths
@@ -109,10 +109,14 @@ class CocoImages(Dataset):
             target["masks"] = tv_tensors.Mask(torch.stack(found) if found else torch.zeros(0, *size, dtype=torch.uint8))
         return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), target
 
-    def check_pixels(self, index: int) -> str:
-        """Reads an image as training and evaluation do; returns a digest of its file. Raises ValueError naming file and id."""
+    def check_pixels(self, index: int) -> tuple[str, bool]:
+        """Reads an image as training and evaluation do; raises ValueError naming file and id.
+
+        Returns a digest of its file, and whether it stays as it is stored although its EXIF would turn it.
+        """
         self._decode(index)
-        return digest(self.files[index].read_bytes())
+        height, width = self.sizes[index]
+        return digest(self.files[index].read_bytes()), stays_turned(self.files[index], (width, height))
 
     # --- files -------------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from sape2.data.base import at_home
 from sape2.data.files import threads
 from sape2.data.fingerprint import digest
 from sape2.data.pixels import RULE
+from sape2.data.walk import listed
 from sape2.detection.batches import check_jitter, padded_size
 from sape2.detection.coco import CocoImages, open_split
 from sape2.detection.composed import compose
@@ -71,14 +72,19 @@ def check_sizes(images: CocoImages, image_size: Grid, divisor: int, low: float |
             raise ValueError(f"{images.where}: image {entry['id']} ({entry['file_name']}): {error}") from error
 
 
-def read_all(images: CocoImages, watch: Callable[[int], None] = lambda done: None) -> list[str]:
-    """Reads every image once; a digest of each file. Raises ValueError naming file and id of one that cannot be read."""
-    digests = []
+def read_all(images: CocoImages, watch: Callable[[int], None] = lambda done: None) -> tuple[list[str], list[str]]:
+    """Reads every image once; a digest of each file, and notes. Raises ValueError naming file and id of what cannot be read."""
+    digests, turned = [], []
     with ThreadPoolExecutor(threads()) as pool:
-        for found in pool.map(images.check_pixels, range(len(images))):  # cancels what waits where one fails
+        for found, stays in pool.map(images.check_pixels, range(len(images))):  # cancels what waits where one fails
+            turned += [images.images[len(digests)]["file_name"]] if stays else []
             digests.append(found)
             watch(len(digests))
-    return digests
+    note = (
+        f"{images.where}: images that EXIF would turn, left as they are stored, of which the annotations have the size: "
+        f"{len(turned)}, {listed(turned)}; boxes that were drawn on the turned images need files without EXIF orientation"
+    )
+    return digests, [note] if turned else []
 
 
 def same_content(train: CocoImages, of_train: list[str], test: CocoImages, of_test: list[str]) -> list[str]:

@@ -75,11 +75,13 @@ def check_images(config: DetectionConfig, train: CocoImages, test: CocoImages, q
     check_sizes(test, config.model.image_size, stride)
     for note in (*train.notes, *test.notes) if not quiet else ():
         say(note)
-    digests = []
+    digests, notes = [], []
     for images in (train, test):
         with progress_bar(f"reading the images of {images.where}", len(images), quiet) as show:
-            digests.append(read_all(images, show))
-    for note in same_content(train, digests[0], test, digests[1]) if not quiet else ():
+            found, told = read_all(images, show)
+        digests.append(found)
+        notes += told
+    for note in (*notes, *same_content(train, digests[0], test, digests[1])) if not quiet else ():
         say(note)
 
 

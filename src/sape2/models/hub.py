@@ -17,7 +17,7 @@ from torch import nn
 from sape2._version import __version__
 from sape2.config import ModelConfig, RunConfig, model_config
 from sape2.config.recipes.changed import changed_in_words
-from sape2.data.base import at_home
+from sape2.data.base import at_home, digest
 from sape2.data.decoding import in_words
 from sape2.encodings import canonical_name
 from sape2.machine import uncompiled, uncompiled_name
@@ -30,6 +30,7 @@ from sape2.runs.settings import difference
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")  # an identifier, as the hub and SPDX have them
 FORMAT = 1
+MARK = re.compile(r"\n<!-- written by sape2: ([0-9a-f]{16}) -->\n")  # last line of a card, with a digest of what stands above
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -103,7 +104,8 @@ def save_pretrained(
         _check_from(run, config, weights)
     description = describe(config, run, weights, license)
     save_weights(folder / WEIGHTS, model)
-    write_text(folder / CARD, model_card(description, run))
+    card = model_card(description, run)
+    write_text(folder / CARD, f"{card}\n<!-- written by sape2: {digest(card.encode())} -->\n")
     write_text(folder / CONFIG, json.dumps(description, indent=2) + "\n")
 
 
@@ -118,9 +120,13 @@ def _check_from(run: Run[RunConfig], config: ModelConfig, weights: str) -> None:
 
 
 def check_replaceable(folder: Path) -> None:
-    """Raises OSError or ValueError unless a model can be written there without taking the place of a run or another model."""
+    """Raises OSError or ValueError where writing a model would lose a run, another model, or a README.md of someone else."""
     if folder.exists() and not folder.is_dir():
         raise NotADirectoryError(f"{folder} is a file; give a folder")
+    if (folder / CARD).exists() and not _is_card(read_text(folder / CARD)):
+        raise ValueError(
+            f"{folder / CARD} has words of someone else, which would be lost; move it away, or choose another folder"
+        )
     if not (folder / CONFIG).exists():
         return
     try:
@@ -131,6 +137,14 @@ def check_replaceable(folder: Path) -> None:
         raise ValueError(
             f"{folder} holds a run, or a model of another program, and its {CONFIG} would be lost; choose another folder"
         )
+
+
+def _is_card(text: str) -> bool:
+    """Whether it is a card as sape2 wrote it; those without a mark are of version 0.2.0."""
+    mark = MARK.search(text)
+    if mark is None:
+        return "library_name: sape2" in text
+    return (text[mark.end() :], mark[1]) == ("", digest(text[: mark.start()].encode()))
 
 
 def model_of(model: nn.Module) -> ModelConfig:
