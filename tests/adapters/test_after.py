@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
+from sape2.adapters import find_host
 from sape2.adapters.after import AfterBlock, block_around
 
 
@@ -114,6 +115,18 @@ def test_the_model_is_that_of_this_package_with_the_convolution_inside():
     after.encoding.load_state_dict(whole.token_encodings[1].state_dict())
     x = torch.randn(2, 3, 16, 24)
     assert torch.equal(plain(x), whole(x))
+
+
+@pytest.mark.parametrize("case", ["timm.vit.class", "torchvision", "transformers.ViT.sdpa", "sape2.ape"])
+def test_what_read_the_block_before_attach_reads_what_the_next_one_gets(case):
+    """As the hooks of transformers do, which stay from the first call with output_hidden_states on."""
+    model, x, read = make(case), images(case), []
+    block = block_around(model, find_host(model).layers[0][0])
+    block.register_forward_hook(lambda module, args, output: read.append(output[0] if isinstance(output, tuple) else output))
+    attach(model, "cpe")
+    open_gains(model)
+    _, taken = seen_by(model, lambda model: outputs(model, x))
+    assert torch.equal(read[0], taken)
 
 
 def test_the_gain_learns_first_and_then_the_convolution():

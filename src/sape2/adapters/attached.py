@@ -145,7 +145,7 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
     for block, part in zip(blocks.values(), on_tokens, strict=True):
         _hold(block, AfterBlock(part, start, tokens), model)
-        hooks.append(block.register_forward_hook(change_output))
+        hooks.append(block.register_forward_hook(change_output, prepend=True))  # before what reads the block
     for parameter in frozen:
         parameter.requires_grad_(False)
     hooks += [] if host.source is None else _listen(model, host.source, tokens)
