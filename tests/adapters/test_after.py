@@ -117,6 +117,19 @@ def test_the_model_is_that_of_this_package_with_the_convolution_inside():
     assert torch.equal(plain(x), whole(x))
 
 
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_it_stays_in_float32_whatever_the_host_computes_in(padding):
+    model, x = attach(make("timm.vit.class").float(), f"cpe:padding={padding}"), images("timm.vit.class").float()
+    open_gains(model)
+    _, after = behind_a_block(model)
+    grid = x.shape[-2] // 8, x.shape[-1] // 8
+    with torch.autocast("cpu", torch.bfloat16):
+        given, taken = seen_by(model, lambda model: outputs(model, x))
+    torch.testing.assert_close(taken[:, 1:], after._changed(given[:, 1:], grid))
+    given, taken = seen_by(model.bfloat16(), lambda model: outputs(model, x.bfloat16()))  # the tables, too
+    assert torch.equal(taken[:, 1:], after.float()._changed(given[:, 1:].float(), grid).bfloat16())
+
+
 @pytest.mark.parametrize("case", ["timm.vit.class", "torchvision", "transformers.ViT.sdpa", "sape2.ape"])
 def test_what_read_the_block_before_attach_reads_what_the_next_one_gets(case):
     """As the hooks of transformers do, which stay from the first call with output_hidden_states on."""

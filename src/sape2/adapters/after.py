@@ -13,7 +13,7 @@ from sape2.adapters.start import Start
 from sape2.adapters.tokens import Tokens
 from sape2.encodings.base import PositionEncoding, TokenEncoding
 from sape2.encodings.grid import as_grid
-from sape2.encodings.precision import full_precision
+from sape2.encodings.precision import full_precision, no_autocast
 
 
 class AfterBlock(PositionEncoding):
@@ -47,8 +47,9 @@ class AfterBlock(PositionEncoding):
 
     def _changed(self, x: Float[Tensor, "batch tokens dim"], layout: Layout) -> Float[Tensor, "batch tokens dim"]:
         full = full_precision(x)
-        encoded = tokens_on(layout, self.encoding, full)
-        return (encoded if self.gain is None else full + self.gain * (encoded - full)).to(x.dtype)
+        with no_autocast(full):
+            encoded = tokens_on(layout, self.encoding, full)
+            return (encoded if self.gain is None else full + self.gain * (encoded - full)).to(x.dtype)
 
 
 def change_output(block: Any, inputs: Any, output: Any) -> Any:
