@@ -142,6 +142,30 @@ def test_what_read_the_block_before_attach_reads_what_the_next_one_gets(case):
     assert torch.equal(read[0], taken)
 
 
+@pytest.mark.parametrize("case", ["timm.vit.class", "transformers.ViT.sdpa", "sape2.ape"])
+def test_a_model_that_ran_compiled_before_has_it_too(case):
+    model, x = make(case), images(case)
+    compiled = torch.compile(model, backend="eager")
+    before = outputs(compiled, x)
+    attach(model, "cpe")
+    open_gains(model)
+    assert not torch.allclose(outputs(compiled, x), before)
+    torch.testing.assert_close(outputs(compiled, x), outputs(model, x))
+    torch.testing.assert_close(outputs(torch.compile(detach(model), backend="eager"), x), before)
+
+
+def test_it_stands_inside_a_block_that_is_compiled_alone():
+    model, x = make("timm.vit.class"), images("timm.vit.class")
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    before = outputs(model, x)
+    attach(model, "cpe")
+    open_gains(model)
+    found, block = outputs(model, x), model.blocks[0]._orig_mod
+    assert not torch.allclose(found, before)
+    model.blocks[0] = block
+    torch.testing.assert_close(outputs(model, x), found)
+
+
 def test_the_gain_learns_first_and_then_the_convolution():
     model, x = attach(make("timm.vit.avg"), "cpe", trainable="encoding"), images("timm.vit.avg")
     optimizer = torch.optim.SGD(encoding_parameters(model), lr=0.1)
