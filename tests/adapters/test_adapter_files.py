@@ -40,6 +40,13 @@ def test_an_adapter_loads_onto_another_copy_of_the_model(case, encoding, tmp_pat
     assert torch.equal(outputs(detach(other), x), outputs(make(case), x))
 
 
+def test_a_folder_may_be_at_home(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save_adapter(saved[0], "~/at_home")
+    assert (tmp_path / "at_home" / "adapter.json").exists()
+    load_adapter(make("timm.vit.avg"), "~/at_home")
+
+
 def test_loading_draws_no_random_numbers(saved):
     other, state = make("timm.vit.avg"), torch.get_rng_state()
     load_adapter(other, saved[1])

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sape2 import attach, create_model, detach, encoding_parameters, load_adapter, save_adapter
+from sape2.adapters import find_host
 from sape2.adapters.after import AfterBlock, block_around
 
 
@@ -114,6 +115,55 @@ def test_the_model_is_that_of_this_package_with_the_convolution_inside():
     after.encoding.load_state_dict(whole.token_encodings[1].state_dict())
     x = torch.randn(2, 3, 16, 24)
     assert torch.equal(plain(x), whole(x))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_it_stays_in_float32_whatever_the_host_computes_in(padding):
+    model, x = attach(make("timm.vit.class").float(), f"cpe:padding={padding}"), images("timm.vit.class").float()
+    open_gains(model)
+    _, after = behind_a_block(model)
+    grid = x.shape[-2] // 8, x.shape[-1] // 8
+    with torch.autocast("cpu", torch.bfloat16):
+        given, taken = seen_by(model, lambda model: outputs(model, x))
+    torch.testing.assert_close(taken[:, 1:], after._changed(given[:, 1:], grid))
+    given, taken = seen_by(model.bfloat16(), lambda model: outputs(model, x.bfloat16()))  # the tables, too
+    assert torch.equal(taken[:, 1:], after.float()._changed(given[:, 1:].float(), grid).bfloat16())
+
+
+@pytest.mark.parametrize("case", ["timm.vit.class", "torchvision", "transformers.ViT.sdpa", "sape2.ape"])
+def test_what_read_the_block_before_attach_reads_what_the_next_one_gets(case):
+    """As the hooks of transformers do, which stay from the first call with output_hidden_states on."""
+    model, x, read = make(case), images(case), []
+    block = block_around(model, find_host(model).layers[0][0])
+    block.register_forward_hook(lambda module, args, output: read.append(output[0] if isinstance(output, tuple) else output))
+    attach(model, "cpe")
+    open_gains(model)
+    _, taken = seen_by(model, lambda model: outputs(model, x))
+    assert torch.equal(read[0], taken)
+
+
+@pytest.mark.parametrize("case", ["timm.vit.class", "transformers.ViT.sdpa", "sape2.ape"])
+def test_a_model_that_ran_compiled_before_has_it_too(case):
+    model, x = make(case), images(case)
+    compiled = torch.compile(model, backend="eager")
+    before = outputs(compiled, x)
+    attach(model, "cpe")
+    open_gains(model)
+    assert not torch.allclose(outputs(compiled, x), before)
+    torch.testing.assert_close(outputs(compiled, x), outputs(model, x))
+    torch.testing.assert_close(outputs(torch.compile(detach(model), backend="eager"), x), before)
+
+
+def test_it_stands_inside_a_block_that_is_compiled_alone():
+    model, x = make("timm.vit.class"), images("timm.vit.class")
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    before = outputs(model, x)
+    attach(model, "cpe")
+    open_gains(model)
+    found, block = outputs(model, x), model.blocks[0]._orig_mod
+    assert not torch.allclose(found, before)
+    model.blocks[0] = block
+    torch.testing.assert_close(outputs(model, x), found)
 
 
 def test_the_gain_learns_first_and_then_the_convolution():

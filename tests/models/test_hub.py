@@ -22,7 +22,7 @@ from sape2.config.recipes import get_recipe
 from sape2.data import open_sources
 from sape2.models import hub
 from sape2.models.card import PUBLISHED, classes_line
-from sape2.models.export import export_run
+from sape2.models.export import export_model, export_run, load_exported
 from sape2.models.hub import find_folder
 from sape2.models.trained import load_run_model
 from sape2.models.vit import ViT
@@ -330,3 +330,14 @@ def test_a_card_of_the_first_release_gives_way(saved):
 def test_a_revision_of_a_folder_is_refused(saved):
     with pytest.raises(ValueError, match="no revisions"):
         ViT.from_pretrained(saved[0], revision="v1")
+
+
+def test_a_model_is_saved_and_exported_to_where_it_is_read_from(tmp_path, monkeypatch):
+    """`~` was the home folder for from_pretrained, and a folder of that name for save_pretrained."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = tiny("ape")
+    model.save_pretrained("~/model")
+    assert_same_weights(ViT.from_pretrained("~/model"), model)
+    export_model(model, "~/model.safetensors", "safetensors")
+    assert (tmp_path / "model.safetensors").exists()
+    assert_same_weights(load_exported("~/model.safetensors", ViT), model)

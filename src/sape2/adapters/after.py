@@ -13,7 +13,8 @@ from sape2.adapters.start import Start
 from sape2.adapters.tokens import Tokens
 from sape2.encodings.base import PositionEncoding, TokenEncoding
 from sape2.encodings.grid import as_grid
-from sape2.encodings.precision import full_precision
+from sape2.encodings.precision import full_precision, no_autocast
+from sape2.machine import uncompiled
 
 
 class AfterBlock(PositionEncoding):
@@ -47,8 +48,9 @@ class AfterBlock(PositionEncoding):
 
     def _changed(self, x: Float[Tensor, "batch tokens dim"], layout: Layout) -> Float[Tensor, "batch tokens dim"]:
         full = full_precision(x)
-        encoded = tokens_on(layout, self.encoding, full)
-        return (encoded if self.gain is None else full + self.gain * (encoded - full)).to(x.dtype)
+        with no_autocast(full):
+            encoded = tokens_on(layout, self.encoding, full)
+            return (encoded if self.gain is None else full + self.gain * (encoded - full)).to(x.dtype)
 
 
 def change_output(block: Any, inputs: Any, output: Any) -> Any:
@@ -57,11 +59,11 @@ def change_output(block: Any, inputs: Any, output: Any) -> Any:
 
 
 def block_around(model: nn.Module, attention: nn.Module) -> nn.Module:
-    """The module around an attention that stands in a list of modules. Raises ValueError if none does."""
+    """The module around an attention that stands in a list, inside what compiles it. Raises ValueError if none does."""
     names = next(name for name, module in model.named_modules() if module is attention).split(".")
     for length in range(len(names), 0, -1):
         if isinstance(model.get_submodule(".".join(names[: length - 1])), (nn.ModuleList, nn.Sequential)):
-            return model.get_submodule(".".join(names[:length]))
+            return uncompiled(model.get_submodule(".".join(names[:length])))
     raise ValueError(
         f"there is no list of blocks around {type(attention).__name__}, behind one of which tokens could be changed"
     )

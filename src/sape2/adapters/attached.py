@@ -143,9 +143,11 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     changed = [module for module, *_ in used.values()]
     _check_changeable(model, [*changed, *blocks.values(), *([] if host.drops is None else [host.drops[0]])])
     hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
+    if blocks:
+        torch.compiler.reset()  # code that was compiled before does not look for a new hook
     for block, part in zip(blocks.values(), on_tokens, strict=True):
         _hold(block, AfterBlock(part, start, tokens), model)
-        hooks.append(block.register_forward_hook(change_output))
+        hooks.append(block.register_forward_hook(change_output, prepend=True))  # before what reads the block
     for parameter in frozen:
         parameter.requires_grad_(False)
     hooks += [] if host.source is None else _listen(model, host.source, tokens)

@@ -14,6 +14,7 @@ from torch import nn
 
 from sape2.adapters import find_host
 from sape2.adapters.attached import Model, Size, Trainable, attached_encodings, attachment_of, check_free, detach, put_in
+from sape2.data.base import at_home
 from sape2.runs.files import write_atomic, write_text
 
 CONFIG, WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -25,7 +26,7 @@ COMPUTED = re.compile(r"_(mask|orig)$|(^|\.)parametrizations\.")  # names that p
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Writes the attached encodings alone, without the model; `load_adapter` puts them into another copy of it."""
-    attachment, folder = attachment_of(model), Path(folder)
+    attachment, folder = attachment_of(model), at_home(folder)
     attachment.tell_if_frozen()
     encodings = _encodings(model)
     if strange := next((name for name in encodings.state_dict() if COMPUTED.search(name)), None):
@@ -48,7 +49,8 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
     model is then as it was.
     """
     check_free(model)
-    config = _read_config(Path(folder))
+    folder = at_home(folder)
+    config = _read_config(folder)
     host = find_host(model)
     here = _say(host.sizes)
     for name in SIZES:
@@ -60,12 +62,10 @@ def load_adapter(model: Model, folder: str | Path, *, trainable: Trainable = "al
     with torch.random.fork_rng(devices=[]):  # what is drawn is overwritten
         put_in(model, host, config["encoding"], trainable, config["start"], [tuple(grid) for grid in grids])
     try:
-        load_model(_encodings(model), Path(folder) / WEIGHTS)
+        load_model(_encodings(model), folder / WEIGHTS)
     except (OSError, RuntimeError, SafetensorError) as error:
         detach(model)
-        raise ValueError(
-            f"{Path(folder) / WEIGHTS} does not hold this adapter: {str(error).splitlines()[-1].strip()}"
-        ) from error
+        raise ValueError(f"{folder / WEIGHTS} does not hold this adapter: {str(error).splitlines()[-1].strip()}") from error
     return model
 
 

@@ -55,7 +55,7 @@ def plain_name(path: Path | str) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def at_home(path: str) -> Path:
+def at_home(path: str | Path) -> Path:
     """A path in which a leading ~ or ~NAME stands for a home folder, if there is one; else it is a name like any other."""
     return Path(os.path.expanduser(path))
 

@@ -19,6 +19,13 @@ class ConditionalOptions:
     padding: Literal["zeros", "circular"] = "zeros"
 
 
+class Convolution(nn.Conv2d):
+    """In the precision of its input, which may be wider than that of the weights in a host made half as wide later."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+
+
 class Conditional(TokenEncoding):
     """x + conv(x) after the first block, a depthwise 3x3 convolution over the grid: PEG of CPVT (arXiv:2102.10882).
 
@@ -36,7 +43,7 @@ class Conditional(TokenEncoding):
 
     def __init__(self, num_heads: int, head_dim: int, grid: Grid, **options: Any) -> None:
         super().__init__(num_heads, head_dim, grid, **options)
-        self.conv = nn.Conv2d(self.dim, self.dim, 3, padding=1, groups=self.dim, padding_mode=self.options.padding)
+        self.conv = Convolution(self.dim, self.dim, 3, padding=1, groups=self.dim, padding_mode=self.options.padding)
         self.facts = Facts(content_dependent=True, circular_shift=self.options.padding == "circular")
 
     def forward(self, tokens: Float[Tensor, "batch tokens dim"], grid: Grid) -> Float[Tensor, "batch tokens dim"]:

@@ -29,6 +29,7 @@ from torch.export import ExportedProgram
 
 from sape2.config import ModelConfig, RunConfig
 from sape2.config.extras import from_extra
+from sape2.data.base import at_home
 from sape2.machine import evaluating, uncompiled
 from sape2.models.frozen import Size, as_size, example, freeze, patch_projection, trace
 from sape2.models.hub import (
@@ -111,7 +112,7 @@ def export_model(
     if format not in ("onnx", "pt2", "safetensors"):
         raise ValueError(f"format must be onnx, pt2 or safetensors; got {format!r}")
     needed(format)
-    path = Path(path)
+    path = at_home(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; give the name of a file")
     model = uncompiled(model)
@@ -225,6 +226,7 @@ def logits_of(output: Any) -> Tensor:
 
 def load_exported(path: str | Path, model_class: type[Model]) -> Model:
     """The ViT in a .safetensors file of `export_model`, in evaluation mode. Raises ValueError if it is something else."""
+    path = at_home(path)
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("sape2")

@@ -98,7 +98,7 @@ def save_pretrained(
     Raises ValueError for a model with an encoding attached or of another kind than that of the run, and for a folder with the
     config.json of something else.
     """
-    folder, config = Path(folder), model_of(model)
+    folder, config = at_home(folder), model_of(model)
     check_replaceable(folder)
     if run is not None:
         _check_from(run, config, weights)
@@ -208,7 +208,7 @@ def unfilled(model_class: type[Model], config: ModelConfig, device: str = "cpu")
 
 def find_folder(source: str | Path, revision: str | None = None) -> Path:
     """A local folder as it is; the files of a hub repository downloaded. Raises OSError, or ValueError for an idle revision."""
-    folder = at_home(str(source))
+    folder = at_home(source)
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{source} is a folder here, which has no revisions; leave out revision={revision!r}")
