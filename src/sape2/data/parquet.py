@@ -13,7 +13,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +33,42 @@ LONGEST_PATH = 1000  # characters; longer texts are something else, such as base
 AT_ONCE = 256  # rows; pyarrow reads no more than 2 GiB of bytes as one array, and row groups may hold more
 
 
+class Outline(NamedTuple):
+    """What a parquet file holds besides images."""
+
+    columns: tuple[str, str | None]  # of the images, of the labels
+    groups: list[tuple[int, int]]  # rows and bytes of each row group
+    labels: list[Any]
+    names: tuple[str, ...]  # of the classes
+    paths: list[str]  # of images that rows name
+
+
+def outlines_of(where: str, files: list[Path], config: DataConfig, may_lack_labels: bool) -> list[Outline]:
+    """Raises ValueError for a file that cannot be read, or has other columns than the first."""
+    found: list[Outline] = []
+    for file in files:
+        try:
+            outline = _outline(file, where, config, may_lack_labels)
+        except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
+            if str(error).startswith(where):
+                raise
+            rows = sum(len(each.labels) for each in found)
+            raise ValueError(f"{where} cannot be read after row {rows}: {_first_line(error)}") from error
+        if found and outline.columns != found[0].columns:
+            others = " and ".join(filter(None, outline.columns))
+            raise ValueError(f"{where} {plain_name(file.name)} has other columns, {others}")
+        found.append(outline)
+    return found
+
+
+def _outline(file: Path, where: str, config: DataConfig, may_lack_labels: bool) -> Outline:
+    with waiting_for(plain_name(file), lambda: file.open("rb")) as stream, opened(stream) as found:
+        image, label = columns = _columns(found.schema_arrow, where, config, may_lack_labels)
+        groups = [found.metadata.row_group(group) for group in range(found.num_row_groups)]
+        sizes = [(group.num_rows, group.total_byte_size) for group in groups]
+        return Outline(columns, sizes, *_labels_in(found, label), paths_in(found, image))
+
+
 class ParquetImages:
     """The rows of some parquet files, in the order of the files."""
 
@@ -41,42 +77,30 @@ class ParquetImages:
     def __init__(self, where: str, root: Path, files: list[Path], config: DataConfig, may_lack_labels: bool = False) -> None:
         self.where, self.root, self.files = where, root, files
         tell_missing(where, files)
-        self.labels: list[Any] = []
-        self.classes: tuple[str, ...] = ()  # of the first file that has names
-        groups: list[tuple[int, int, int, int]] = []  # file, row group, rows, bytes
-        paths: list[str] = []
-        unnamed: list[str] = []
-        first = where
-        for number, file in enumerate(files):
-            here = f"{where} {plain_name(file.name)}"
-            try:
-                with waiting_for(plain_name(file), lambda file=file: file.open("rb")) as stream, opened(stream) as found:
-                    columns = _columns(found.schema_arrow, where, config, may_lack_labels)
-                    if number and columns != (self._image, self._label):
-                        raise ValueError(f"{here} has other columns, {' and '.join(filter(None, columns))}")
-                    self._image, self._label = columns
-                    for group in range(found.num_row_groups):
-                        metadata = found.metadata.row_group(group)
-                        groups.append((number, group, metadata.num_rows, metadata.total_byte_size))
-                    labels, names = _labels_in(found, self._label)
-                    paths += paths_in(found, self._image)
-                if not labels:
-                    tell(f"{here} holds no rows")
-                unnamed += [] if names else [here]
-                first, self.classes = (first, self.classes) if self.classes else (here, names)
-                self.labels += renumber(labels, names, self.classes, here, first)
-            except (OSError, RuntimeError, TypeError, ValueError, KeyError) as error:
-                if str(error).startswith(where):
-                    raise
-                raise ValueError(f"{where} cannot be read after row {len(self.labels)}: {_first_line(error)}") from error
-        for file_without in unnamed if self.classes else ():
-            tell_unnamed(file_without)
-        self.paths = paths  # of images that rows name
-        if again := [path for path, times in Counter(map(posixpath.normpath, paths)).items() if times > 1]:
+        outlines = outlines_of(where, files, config, may_lack_labels)
+        self._image = outlines[0].columns[0]
+        self.labels, self.classes = self._numbered(outlines)
+        self.paths = [path for outline in outlines for path in outline.paths]
+        if again := [path for path, times in Counter(map(posixpath.normpath, self.paths)).items() if times > 1]:
             tell(f"{where}: {len(again)} image{'s' * (len(again) > 1)} named by more than one row, {listed(sorted(again))}")
-        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)
+        groups = [(file, group, *sizes) for file, each in enumerate(outlines) for group, sizes in enumerate(each.groups)]
+        self._groups = np.array(groups, dtype=np.int64).reshape(-1, 4)  # file, row group, rows, bytes
         self._starts = np.concatenate([[0], self._groups[:, 2].cumsum()])
         self._cache: OrderedDict[int, Any] = OrderedDict()
+
+    def _numbered(self, outlines: list[Outline]) -> tuple[list[Any], tuple[str, ...]]:
+        """The labels of all files, counted in the names of the first that has names; and these."""
+        places = [f"{self.where} {plain_name(file.name)}" for file in self.files]
+        names = [outline.names for outline in outlines]
+        first = next((number for number, found in enumerate(names) if found), 0)
+        labels = []
+        for place, outline in zip(places, outlines, strict=True):
+            if not outline.labels:
+                tell(f"{place} holds no rows")
+            labels += renumber(outline.labels, outline.names, names[first], place, places[first])
+            if names[first] and not outline.names:
+                tell_unnamed(place)
+        return labels, names[first]
 
     def name(self, index: int) -> str:
         if len(self.files) == 1:
