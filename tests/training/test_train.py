@@ -1,6 +1,7 @@
 """The loop: exact resume after a kill, averages, accumulation, schedules, and runs that go wrong."""
 
 import itertools
+import multiprocessing
 import os
 import random
 import shutil
@@ -175,6 +176,19 @@ def test_sigterm_saves_a_checkpoint_and_stops(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
     assert last_checkpoint(tmp_path / "run").name == "step-00000007"
     assert same(run(tmp_path / "run", tiny()), run(tmp_path / "whole", tiny()))
+
+
+def test_workers_end_with_the_training_even_while_its_error_is_kept(tmp_path):
+    """They ignore the signals that end a process, so one that is left would hold up the end of the program."""
+
+    def failing(progress):
+        if progress.step == 2:
+            raise RuntimeError("as a program may")
+
+    with pytest.raises(RuntimeError) as kept:
+        run(tmp_path / "run", tiny("train.workers=1"), watch=failing)
+    assert multiprocessing.active_children() == []
+    assert kept.tb is not None
 
 
 # --- what a step does ------------------------------------------------------------------------------------------------

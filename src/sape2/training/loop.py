@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 from torch import nn
@@ -115,8 +116,11 @@ def run_steps(
     for line in passed_over():
         record.say(line)
     patient = processes.size > 1  # a launcher sends on what the process has had already
-    with catch_signals(patient) as caught, progress_bar(stream.total_steps, progress.step, record.quiet) as show:
-        batches = stream.batches(progress.step)
+    with (
+        catch_signals(patient) as caught,
+        progress_bar(stream.total_steps, progress.step, record.quiet) as show,
+        closing(stream.batches(progress.step)) as batches,  # else its workers live as long as an error is kept
+    ):
         mark = time.perf_counter()
         while progress.step < stream.total_steps:
             batch = next(batches)
