@@ -9,6 +9,7 @@ class back. Why so: docs/decisions/0004-attach.md.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def put_in(model: nn.Module, host: Host, encoding: str, trainable: Trainable, st
     changed = [module for module, *_ in used.values()]
     _check_changeable(model, [*changed, *blocks.values(), *([] if host.drops is None else [host.drops[0]])])
     hooks: list[Any] = [_swap(module, attached_class, layer, tokens, model) for module, attached_class, layer in used.values()]
-    if blocks:
+    if blocks and "torch._dynamo" in sys.modules:  # else nothing was compiled, and a reset would import it, in a second
         torch.compiler.reset()  # code that was compiled before does not look for a new hook
     for block, part in zip(blocks.values(), on_tokens, strict=True):
         _hold(block, AfterBlock(part, start, tokens), model)
