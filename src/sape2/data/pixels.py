@@ -213,7 +213,7 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
     return (image.width, image.height) if sideways else (image.height, image.width)
 
 
-def stays_turned(file: Path, annotated: tuple[int, int]) -> bool:
+def stays_turned(file: Path | bytes, annotated: tuple[int, int]) -> bool:
     """True if EXIF would turn an image that stays as it is stored, since annotations speak of that (width, height)."""
     with opened(file) as image:
         return image.format != "TIFF" and image.size == annotated and _turn(image) is not None

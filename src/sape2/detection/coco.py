@@ -116,7 +116,8 @@ class CocoImages(Dataset):
         """
         self._decode(index)
         height, width = self.sizes[index]
-        return digest(self.files[index].read_bytes()), stays_turned(self.files[index], (width, height))
+        data = self.files[index].read_bytes()
+        return digest(data), stays_turned(data, (width, height))
 
     # --- files -------------------------------------------------------------------------------------------------------
 
