@@ -16,7 +16,6 @@ from sprint_plan import (
     JOINS_OF_BIASES,
     QUARTERS,
     RATES,
-    SCALED,
     SEARCH_ENCODINGS,
     STAGES,
     WHOLE,
@@ -141,21 +140,21 @@ def layer_scale_table(rows: list[Row]) -> str:
 
     The last is the paper's comparison: in its code only the blocks without SaPE2 had LayerScale.
     """
-    of = {False: rows_of(rows, "headline_quarter"), True: rows_of(rows, "layerscale_quarter")}
-    values = {scaled: grouped(found, final_accuracy) for scaled, found in of.items()}
+    values = {}
+    for scaled, stage in (("", "headline_quarter"), (" with LayerScale", "layerscale_quarter")):
+        found = grouped(rows_of(rows, stage), final_accuracy)
+        values |= {f"`{encoding}`{scaled}": accuracies for encoding, accuracies in found.items()}
     lines = []
-    for one, other in (
-        *(((name, True), (name, False)) for name in SCALED),
-        *((("ape+sape2", mine), (BASELINE, base)) for mine, base in ((False, False), (True, True), (False, True))),
+    for model, other in (
+        ("`ape` with LayerScale", "`ape`"),
+        ("`ape+sape2` with LayerScale", "`ape+sape2`"),
+        ("`ape+sape2`", "`ape`"),
+        ("`ape+sape2` with LayerScale", "`ape` with LayerScale"),
+        ("`ape+sape2`", "`ape` with LayerScale"),
     ):
-        pair = paired_difference(*(values[scaled].get(name, {}) for name, scaled in (one, other)))
-        line = {heading: _scaled(*model) for heading, model in (("model", one), ("minus", other))}
-        lines.append(line | ({"points": in_points(pair), "n": pair.n} if pair else {}))
+        pair = paired_difference(values.get(model, {}), values.get(other, {}))
+        lines.append({"model": model, "minus": other} | ({"points": in_points(pair), "n": pair.n} if pair else {}))
     return markdown_table(lines, ["model", "minus", "points", "n"])
-
-
-def _scaled(encoding: str, scaled: bool) -> str:
-    return f"`{encoding}`" + (" with LayerScale" if scaled else "")
 
 
 def in_points(pair: Paired) -> str:
